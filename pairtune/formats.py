@@ -1,0 +1,243 @@
+"""Rows of preference datasets to Examples: a question, the better answer, the worse one. FORMATS is the list of forms
+that are recognised without configuration, and what each of their columns must hold.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from pairtune.errors import UserError
+
+ROLES = {
+    "system": "system",
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt", "function_call"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function", "function_response", "ipython"), "tool"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One preference: prompt messages, `{"role", "content"}`, and two answers.
+
+    `written` is prompt, chosen and rejected as they stand in the row where these are texts to be joined: plain-text
+    tokenization uses it, so that a transcript is reproduced byte by byte.
+    """
+
+    prompt: list[dict]
+    chosen: str
+    rejected: str
+    written: tuple[str, str, str] | None = None
+
+
+class Skip(Exception):
+    """A row that cannot be used, for a reason that is counted and reported."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A form of rows: what each column may hold (kinds, as `kind_of` names them), and how a row becomes an Example."""
+
+    name: str
+    example: Callable[[dict], Example]
+    columns: dict[str, str]  # column to kinds, separated by |; detection wants all of them
+    optional: dict[str, str] = field(default_factory=dict)  # may be absent or null
+
+    def matches(self, row: dict) -> bool:
+        """Says whether a row has the columns, holding what they must."""
+        return all(kind_of(row.get(column)) in kinds.split("|") for column, kinds in self.columns.items())
+
+    def read(self, row: dict) -> Example:
+        """Returns the row's Example. Raises Skip, or UserError for a column that holds something else."""
+        for column, kinds in {**self.columns, **self.optional}.items():
+            if kind_of(row.get(column)) not in kinds.split("|") and not (
+                column in self.optional and row.get(column) is None
+            ):
+                raise UserError(
+                    f"column {column!r} holds {_shown(row.get(column))}, expected {kinds.replace('|', ' or ')} "
+                    f"as in the first rows ({self.name}). Mend or remove the row."
+                )
+        return self.example(row)
+
+    def __str__(self) -> str:
+        columns = [f"{column} ({kinds.replace('|', ' or ')})" for column, kinds in self.columns.items()]
+        optional = [f"{column} (optional)" for column in self.optional]
+        return f"{self.name}: {', '.join(columns + optional)}"
+
+
+def detect_format(column_names: list[str], first_rows: list[dict]) -> Format:
+    """Returns the first of FORMATS that fits a row with nothing missing, or else the first row.
+
+    Raises:
+        UserError: None fits. The message lists the columns found and the formats known.
+    """
+    known = {column for form in FORMATS for column in form.columns}
+    full = (row for row in first_rows if all(row.get(column) is not None for column in known & set(row)))
+    row = next(full, first_rows[0])
+    for form in FORMATS:
+        if form.matches(row):
+            return form
+    found = "\n".join(f"  {name}: {_shown(row.get(name))}" for name in column_names)
+    formats = "\n".join(f"  {form}" for form in FORMATS)
+    raise UserError(
+        f"No known format of preference pairs. Columns found, and what the first row holds:\n{found}\n"
+        f"Formats known:\n{formats}\n"
+        "If a column only has another name, say so: dataset.columns.prompt=THEIR_NAME, and so on."
+    )
+
+
+def kind_of(value) -> str:
+    """Returns what a cell holds: transcript, text, message, messages, or the name of a Python type."""
+    if isinstance(value, str):
+        return "transcript" if value.startswith("\n\nHuman:") else "text"
+    if _is_message(value):
+        return "message"
+    if isinstance(value, list) and value and all(map(_is_message, value)):
+        return "messages"
+    return type(value).__name__
+
+
+def _is_message(value) -> bool:
+    return isinstance(value, dict) and _either(value, "role", "from") and _either(value, "content", "value") is not None
+
+
+def _either(message: dict, name: str, other_name: str):
+    """Arrow fills the keys that a message lacks with None."""
+    return message[name] if message.get(name) is not None else message.get(other_name)
+
+
+def _shown(value) -> str:
+    if value is None:
+        return "nothing (null)"
+    text = repr(value)
+    return f"{kind_of(value)}, {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def _message(raw: dict) -> dict:
+    role, content = _either(raw, "role", "from"), _either(raw, "content", "value")
+    if role not in ROLES:
+        raise UserError(f"a message has the role {role!r}; known are {', '.join(ROLES)}. Rename it in the data.")
+    if not isinstance(content, str):
+        raise UserError(f"a message's content is {type(content).__name__}, expected text. Mend or remove the row.")
+    return {"role": ROLES[role], "content": content}
+
+
+def _user(text: str, system: str | None = None) -> list[dict]:
+    return [*_system(system), {"role": "user", "content": text}]
+
+
+def _system(text: str | None) -> list[dict]:
+    return [{"role": "system", "content": text}] if text else []
+
+
+def _answer(cell, prompt: list[dict], column: str) -> str:
+    """Returns the answer's text from a text, a message, or messages that may repeat the prompt."""
+    if isinstance(cell, str):
+        return cell
+    turns = [_message(raw) for raw in (cell if isinstance(cell, list) else [cell])]
+    if turns[: len(prompt)] == prompt:
+        turns = turns[len(prompt) :]
+    if [turn["role"] for turn in turns] != ["assistant"]:
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise UserError(f"column {column!r} continues the prompt with ({roles}), expected one assistant message.")
+    return turns[0]["content"]
+
+
+def _from_texts(row: dict) -> Example:
+    prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
+    system = row.get("system")
+    written = None if system else (prompt, chosen, rejected)
+    return Example(_user(prompt, system), chosen, rejected, written)
+
+
+def _from_instruction(row: dict) -> Example:
+    text = "\n".join(part for part in (row["instruction"], row.get("input")) if part)
+    return Example(_user(text, row.get("system")), row["chosen"], row["rejected"])
+
+
+def _from_prompt_messages(row: dict, column: str = "prompt") -> Example:
+    prompt = _system(row.get("system")) + [_message(raw) for raw in row[column]]
+    return Example(prompt, *(_answer(row[name], prompt, name) for name in ("chosen", "rejected")))
+
+
+def _from_sharegpt(row: dict) -> Example:
+    return _from_prompt_messages(row, "conversations")
+
+
+def _from_conversations(row: dict) -> Example:
+    conversations = {name: [_message(raw) for raw in row[name]] for name in ("chosen", "rejected")}
+    for name, turns in conversations.items():
+        if turns[-1]["role"] != "assistant":
+            raise UserError(f"column {name!r} ends with the role {turns[-1]['role']!r}, expected assistant.")
+    (*prompt, chosen), (*other_prompt, rejected) = conversations.values()
+    if prompt != other_prompt:
+        raise Skip("prompts differ")
+    if not prompt and not row.get("prompt"):
+        raise UserError("columns 'chosen' and 'rejected' hold an answer only, and there is no column 'prompt'.")
+    return Example(prompt or _user(row["prompt"]), chosen["content"], rejected["content"])
+
+
+def _from_transcripts(row: dict) -> Example:
+    (prompt, chosen), (other_prompt, rejected) = (_last_turn(row[name]) for name in ("chosen", "rejected"))
+    if prompt != other_prompt:
+        raise Skip("prompts differ")
+    return Example(_turns(prompt), chosen.strip(), rejected.strip(), (prompt, chosen, rejected))
+
+
+def _from_transcript_prompt(row: dict) -> Example:
+    written = (row["prompt"], row["chosen"], row["rejected"])
+    return Example(_turns(row["prompt"]), row["chosen"].strip(), row["rejected"].strip(), written)
+
+
+def _last_turn(transcript: str) -> tuple[str, str]:
+    """Returns the text up to and with the last "Assistant:", and the text after it."""
+    before, opening, answer = transcript.rpartition("\n\nAssistant:")
+    if "\n\nHuman:" in answer or not opening:
+        raise UserError("a transcript does not end with an Assistant's turn. Mend or remove the row.")
+    return before + opening, answer
+
+
+def _turns(transcript: str) -> list[dict]:
+    """Returns a prompt's messages, stripped. Neighbours of one speaker are joined: many templates want alternation."""
+    _, *pieces = re.split(r"\n\n(Human|Assistant):", transcript.removesuffix("\n\nAssistant:"))
+    messages = []
+    for speaker, text in zip(pieces[::2], pieces[1::2], strict=True):
+        role = "user" if speaker == "Human" else "assistant"
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] += "\n\n" + text.strip()
+        else:
+            messages.append({"role": role, "content": text.strip()})
+    return messages
+
+
+TEXT = "text|transcript"
+ANSWER = "text|transcript|message|messages"
+
+# The first that fits is taken, so the more particular form stands before the more general one.
+FORMATS = [
+    Format("HH transcripts", _from_transcripts, {"chosen": "transcript", "rejected": "transcript"}),
+    Format(
+        "HH prompt with answers", _from_transcript_prompt, {"prompt": "transcript", "chosen": TEXT, "rejected": TEXT}
+    ),
+    Format(
+        "prompt with answers", _from_texts, {"prompt": TEXT, "chosen": TEXT, "rejected": TEXT}, {"system": TEXT}
+    ),
+    Format(
+        "prompt messages with answers", _from_prompt_messages, {"prompt": "messages", "chosen": ANSWER, "rejected": ANSWER}
+    ),
+    Format(
+        "ShareGPT",
+        _from_sharegpt,
+        {"conversations": "messages", "chosen": ANSWER, "rejected": ANSWER},
+        {"system": TEXT},
+    ),
+    Format(
+        "conversations", _from_conversations, {"chosen": "messages", "rejected": "messages"}, {"prompt": TEXT}
+    ),
+    Format(
+        "instruction with answers",
+        _from_instruction,
+        {"instruction": TEXT, "chosen": TEXT, "rejected": TEXT},
+        {"input": TEXT, "system": TEXT},
+    ),
+]

@@ -1,0 +1,55 @@
+"""A few prompts answered by the model as it is: what the numbers look like in words."""
+
+import torch
+from torchtune.generation import generate
+from torchtune.modules import TransformerDecoder
+from torchtune.modules.common_utils import local_kv_cache
+from tqdm import tqdm
+
+
+def answers(
+    model: TransformerDecoder,
+    prompts: list[list[int]],
+    *,
+    stop_ids: list[int],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> list[list[int]]:
+    """Returns an answer a prompt, token ids without the end token. Dropout is off meanwhile; the model is unchanged.
+
+    Args:
+        prompts: Token ids, each with its generation prompt at the end.
+        temperature: 0 takes the likeliest token; above, answers depend on `seed` and on the batch a prompt is in.
+    """
+    parameter = next(p for p in model.parameters() if p.is_floating_point())
+    device, dtype = parameter.device, model.norm.scale.dtype
+    vocabulary = model.tok_embeddings.num_embeddings
+    rng = torch.Generator(device=device).manual_seed(seed)
+    was_training = model.training
+    model.eval()
+    answered = []
+    starts = range(0, len(prompts), batch_size)
+    for start in tqdm(starts, desc="answers", leave=False, disable=len(starts) < 2):
+        batch = prompts[start : start + batch_size]
+        width = max(map(len, batch))
+        used = set().union(*batch)
+        # torchtune tells padding by its id: take one that no prompt holds, so that pad = eos or = bos does no harm.
+        pad_id = next(i for i in range(vocabulary) if i not in used)
+        tokens = torch.tensor([[pad_id] * (width - len(p)) + p for p in batch], device=device)
+        cache = local_kv_cache(model, batch_size=len(batch), device=device, dtype=dtype,
+                               decoder_max_seq_len=width + max_new_tokens)  # fmt: skip
+        with cache:
+            out, _ = generate(
+                model, tokens, max_generated_tokens=max_new_tokens, pad_id=pad_id, temperature=temperature or 1.0,
+                top_k=None if temperature else 1, stop_tokens=list(stop_ids), rng=rng,
+            )  # fmt: skip
+        answered += [_until_stop(row[width:].tolist(), set(stop_ids)) for row in out]
+    model.train(was_training)
+    return answered
+
+
+def _until_stop(tokens: list[int], stop_ids: set[int]) -> list[int]:
+    end = next((i for i, token in enumerate(tokens) if token in stop_ids), len(tokens))
+    return tokens[:end]

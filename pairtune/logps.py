@@ -1,0 +1,173 @@
+"""Log-probabilities of answers: the one function that training, evaluation and the reference use.
+
+They are computed inside the model's own forward, where `install` puts them in the place of the output projection:
+logits exist only for scored tokens, and only a chunk of them at a time.
+
+N scored tokens, P pairs, V vocabulary, D width.
+"""
+
+from types import MethodType
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torchtune.modules import TiedLinear, TransformerDecoder
+
+from pairtune import attention
+from pairtune.batch import PairBatch
+
+CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**27}  # logits that exist at a time: 16 MiB (near a CPU's cache), 512 MiB
+KEEP_LOGITS_BYTES = 2**30  # a trainable head keeps its logits for backward up to this size, and recomputes above
+
+
+def install(model: TransformerDecoder) -> None:
+    """Gives this decoder an `unembed` that returns token log-probabilities [N] while a batch is being scored.
+
+    Without a batch (generation) it is torchtune's own and returns logits.
+    """
+    model.scored_batch = None
+    model.segments_allowed = attention.install(model)
+    model.unembed = MethodType(_unembed, model)
+
+
+def answer_logps(model: TransformerDecoder, batch: PairBatch, *, mask: Tensor | attention.Segments | None = None):
+    """Returns each answer's summed log-probability in nats: chosen [P] and rejected [P], float32.
+
+    Args:
+        model: A decoder prepared by `install`.
+        mask: `attention.dense_mask(batch)` or `attention.segments(batch)`; None takes the faster one the model allows.
+    """
+    if mask is None:
+        mask = attention.segments(batch) if model.segments_allowed else attention.dense_mask(batch)
+    model.scored_batch = batch
+    try:
+        token_logps = model(batch.tokens, mask=mask, input_pos=batch.input_pos)  # [N]
+    finally:
+        model.scored_batch = None
+    # One sum an answer, not index_add: that one adds in any order on a GPU, and policy = reference would not be exact.
+    sums = torch.stack([logps.sum() for logps in token_logps.split(batch.answer_lengths)])
+    chosen, rejected = sums.chunk(2)
+    return chosen, rejected
+
+
+def _unembed(model: TransformerDecoder, hidden: Tensor) -> Tensor:
+    if model.scored_batch is None:
+        return TransformerDecoder.unembed(model, hidden)
+    batch = model.scored_batch
+    hidden = model.norm(hidden.flatten(0, 1)[batch.source])  # [N, D]: normalises each position for itself
+    weight = _plain_weight(model.output)
+    if weight is None:
+        return _checkpointed_token_logps(hidden, batch.target, model.output)
+    return token_logps(hidden, weight, batch.target)
+
+
+def _plain_weight(output) -> Tensor | None:
+    """The [V, D] matrix of an output layer that is nothing but a matrix product, else None (LoRA on the output)."""
+    if isinstance(output, TiedLinear):
+        return output.tied_module.weight
+    if type(output) is nn.Linear and output.bias is None:
+        return output.weight
+    return None
+
+
+def token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    chunk_size: int | None = None,
+    keep_bytes: int = KEEP_LOGITS_BYTES,
+) -> Tensor:
+    """Returns log softmax(hidden @ weight.T) at `target`, [N] float32, for hidden [N, D], weight [V, D], target [N].
+
+    A frozen weight's gradient with respect to `hidden` is made in the forward, so that backward is one product by a
+    scalar a token. A trainable weight keeps its logits, in the model's dtype, up to `keep_bytes`, and recomputes them
+    above. `chunk_size` is in tokens.
+    """
+    chunk_size = chunk_size or _chunk_size(hidden.device, weight.shape[0])
+    if not torch.is_grad_enabled() or not (hidden.requires_grad or weight.requires_grad):
+        return torch.cat([_chunk_logps(h @ weight.T, t)[0] for h, t in _chunks(chunk_size, hidden, target)])
+    if not weight.requires_grad:
+        return _FrozenHead.apply(hidden, weight, target, chunk_size)
+    keep = hidden.shape[0] * weight.shape[0] * hidden.element_size() <= keep_bytes
+    return _TrainableHead.apply(hidden, weight, target, chunk_size, keep)
+
+
+def _chunk_size(device: torch.device, vocabulary: int) -> int:
+    return max(1, CHUNK_LOGITS.get(device.type, 2**27) // vocabulary)
+
+
+def _chunks(chunk_size: int, *tensors: Tensor):
+    return zip(*(t.split(chunk_size) for t in tensors), strict=True)
+
+
+def _chunk_logps(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns log-probabilities [n] at the targets and the float32 log-sum-exp [n]."""
+    logits = logits.float() if logits.dtype != torch.float64 else logits
+    lse = logits.logsumexp(-1)
+    return logits.gather(-1, target[:, None])[:, 0] - lse, lse
+
+
+class _FrozenHead(torch.autograd.Function):
+    """d logp_n / d hidden_n = weight[target_n] - softmax(logits_n) @ weight, known as soon as the logits are."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, target, chunk_size):
+        logps, gradient = [], torch.empty_like(hidden)
+        for h, t, out in _chunks(chunk_size, hidden, target, gradient):
+            logits = h @ weight.T
+            logp, lse = _chunk_logps(logits, t)
+            logps.append(logp)
+            probabilities = (logits - lse[:, None]).exp_().to(weight.dtype)
+            torch.mm(probabilities, weight, out=out).neg_().add_(weight[t])
+        ctx.save_for_backward(gradient)
+        return torch.cat(logps)
+
+    @staticmethod
+    def backward(ctx, grad_logps):
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad_logps[:, None]).to(gradient.dtype), None, None, None
+
+
+class _TrainableHead(torch.autograd.Function):
+    """With g_n the gradient of token n's log-probability, d logits_n = g_n (onehot(target_n) - softmax(logits_n))."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, target, chunk_size, keep):
+        kept = [h @ weight.T if keep else None for h in hidden.split(chunk_size)]
+        logps, lses = [], []
+        for logits, h, t in zip(kept, hidden.split(chunk_size), target.split(chunk_size), strict=True):
+            logp, lse = _chunk_logps(h @ weight.T if logits is None else logits, t)
+            logps.append(logp)
+            lses.append(lse)
+        ctx.chunk_size, ctx.keep = chunk_size, keep
+        ctx.save_for_backward(hidden, weight, target, torch.cat(lses), *(kept if keep else ()))
+        return torch.cat(logps)
+
+    @staticmethod
+    def backward(ctx, grad_logps):
+        hidden, weight, target, lse, *kept = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        # In bf16, adding up chunks would round once a chunk.
+        grad_weight = torch.zeros(weight.shape, dtype=lse.dtype, device=weight.device)
+        chunks = _chunks(ctx.chunk_size, hidden, target, lse, grad_logps, grad_hidden)
+        for i, (h, t, z, g, out) in enumerate(chunks):
+            logits = kept[i] if ctx.keep else h @ weight.T
+            grad_logits = (logits - z[:, None]).exp_().mul_(-g[:, None])
+            grad_logits.scatter_add_(-1, t[:, None], g[:, None].to(grad_logits.dtype))
+            grad_logits = grad_logits.to(weight.dtype)
+            torch.mm(grad_logits, weight, out=out)
+            grad_weight += grad_logits.T @ h
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+
+
+def _checkpointed_token_logps(hidden: Tensor, target: Tensor, output) -> Tensor:
+    """The same for any output layer, by autograd; backward computes each chunk's logits again."""
+
+    def chunk(h, t):
+        return _chunk_logps(output(h), t)[0]
+
+    with torch.no_grad():
+        vocabulary = output(hidden[:1]).shape[-1]
+    chunk_size = _chunk_size(hidden.device, vocabulary)
+    return torch.cat([checkpoint(chunk, h, t, use_reentrant=False) for h, t in _chunks(chunk_size, hidden, target)])

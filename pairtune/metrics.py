@@ -1,0 +1,96 @@
+"""What a run writes down: exact means, metrics.jsonl, torchtune's loggers, curves.png."""
+
+import json
+import math
+import resource
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+class Meter:
+    """Means over everything added since the last read. Sums stay on the device; only `read` waits for it."""
+
+    def __init__(self):
+        self._sums: dict[str, Tensor] = defaultdict(float)
+        self._counts: dict[str, int] = defaultdict(int)
+
+    def add(self, **values: Tensor) -> None:
+        """Adds vectors of one value a pair. `rewards_chosen` is called rewards/chosen where it is read."""
+        for name, value in values.items():
+            self._sums[name] += value.detach().sum(dtype=torch.float64)
+            self._counts[name] += value.numel()
+
+    def read(self, prefix: str = "") -> dict[str, float]:
+        """Returns the mean of every metric and starts anew."""
+        means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+        self._sums.clear()
+        self._counts.clear()
+        return {prefix + name.replace("_", "/", 1): mean for name, mean in means.items()}
+
+
+class RunLog:
+    """Appends to metrics.jsonl, one object a logged step, and passes the same to a torchtune logger if there is one."""
+
+    def __init__(self, run_dir: Path, logger=None):
+        self.path = run_dir / "metrics.jsonl"
+        self._file = self.path.open("w")
+        self._logger = logger
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+        if self._logger:
+            self._logger.log_dict(metrics, step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._logger:
+            self._logger.close()
+
+
+def read_log(path: Path) -> list[dict]:
+    """Returns the objects of a metrics.jsonl."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Returns the most memory held so far: allocated on a GPU; resident in the process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
+    return kilobytes / 2**20
+
+
+CURVES = (  # panel, key, reference line
+    ("loss", "loss", math.log(2)),
+    ("accuracy", "rewards/accuracies", 0.5),
+    ("margin", "rewards/margins", 0.0),
+)
+
+
+def plot_curves(log_path: Path, png_path: Path) -> None:
+    """Draws loss, accuracy and margin of training and evaluation over steps, from a metrics.jsonl into a PNG.
+
+    The grey line is where an untrained policy stands.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # a second to import: only when there is a plot
+    from matplotlib.figure import Figure
+
+    log = read_log(log_path)
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, (title, key, start) in zip(figure.subplots(1, len(CURVES)), CURVES, strict=True):
+        axis.axhline(start, color="0.75", linewidth=1)
+        for prefix, label, style in (("", "training", "-"), ("eval/", "held out", "o-")):
+            points = [(row["step"], row[prefix + key]) for row in log if prefix + key in row]
+            if points:
+                axis.plot(*zip(*points, strict=True), style, label=label, markersize=3.5, linewidth=1.3)
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.25)
+    if log:
+        figure.axes[0].legend(frameon=False)
+    figure.savefig(png_path, dpi=110)

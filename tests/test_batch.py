@@ -1,0 +1,79 @@
+"""The layout says exactly which token sees which, where it stands and who is scored by whom."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import random_pairs
+
+from pairtune.attention import dense_mask
+from pairtune.batch import lay_out
+
+PAIR = SimpleNamespace(prompt=[10, 11, 12], chosen=[20, 21, 2], rejected=[20, 31, 32, 2])
+
+
+def test_a_pair_is_laid_out_as_prefix_and_two_tails():
+    batch = lay_out([PAIR])
+    assert batch.tokens.tolist() == [[10, 11, 12, 20, 21, 2, 31, 32, 2]]  # the common 20 stands once
+    assert batch.input_pos.tolist() == [[0, 1, 2, 3, 4, 5, 4, 5, 6]]
+    assert batch.segment.tolist() == [[0, 0, 0, 0, 1, 1, 2, 2, 2]]
+    assert batch.source.tolist() == [2, 3, 4] + [2, 3, 6, 7]
+    assert batch.target.tolist() == [20, 21, 2] + [20, 31, 32, 2]
+    assert batch.sequence.tolist() == [0, 0, 0, 1, 1, 1, 1]
+    assert batch.num_tokens == 9
+
+
+def test_each_row_of_the_mask_is_the_conversation_up_to_that_token():
+    """The tokens that a token sees, read in order, are its own conversation so far: nothing more, nothing less."""
+    pairs = random_pairs(4)
+    for row_length in (None, 128, 250):
+        batch = lay_out(pairs, row_length)
+        mask = dense_mask(batch)
+        seen = set()
+        for r, column in (batch.document >= 0).nonzero().tolist():
+            visible = batch.tokens[r][mask[r, column]].tolist()
+            pair = pairs[batch.document[r, column]]
+            answer = pair.rejected if batch.segment[r, column] == 2 else pair.chosen
+            conversation = pair.prompt + answer
+            position = int(batch.input_pos[r, column])
+            assert visible == conversation[: position + 1]
+            seen.add((int(batch.document[r, column]), int(batch.segment[r, column]), position))
+        assert len(seen) == batch.num_tokens
+        assert mask.any(-1).all()  # a row without a single key is NaN after softmax
+
+
+def test_every_answer_token_is_scored_once_by_the_token_before_it():
+    pairs = random_pairs(5)
+    batch = lay_out(pairs, 128)
+    tokens, mask = batch.tokens.flatten(), dense_mask(batch)
+    width = batch.tokens.shape[1]
+    for sequence in range(10):
+        pair = pairs[sequence % 5]
+        answer = pair.chosen if sequence < 5 else pair.rejected
+        mine = batch.sequence == sequence
+        assert batch.target[mine].tolist() == answer
+        for n, source in enumerate(batch.source[mine].tolist()):
+            r, column = divmod(source, width)
+            assert batch.tokens[r][mask[r, column]].tolist() == pair.prompt + answer[:n]
+    assert tokens.shape == (batch.tokens.numel(),)
+
+
+def test_rows_are_filled_and_nothing_is_lost():
+    pairs = random_pairs(20)
+    batch = lay_out(pairs, 128)
+    assert batch.tokens.shape[1] == 128
+    assert sorted(set(batch.document.unique().tolist()) - {-1}) == list(range(20))
+    alone = lay_out(pairs, None)
+    assert (batch.document >= 0).sum() == alone.tokens.numel() == alone.num_tokens
+
+
+def test_what_cannot_be_laid_out_is_refused():
+    with pytest.raises(ValueError, match="9 tokens does not fit a row of 8"):
+        lay_out([PAIR], 8)
+    with pytest.raises(ValueError, match="at least one token"):
+        lay_out([SimpleNamespace(prompt=[], chosen=[1], rejected=[2])])
+
+
+def test_moving_to_a_device_moves_every_tensor():
+    batch = lay_out([PAIR]).to(torch.device("meta"))
+    assert {t.device.type for t in vars(batch).values() if isinstance(t, torch.Tensor)} == {"meta"}
