@@ -1,6 +1,7 @@
 """Weights in and out: Hugging Face folders are read and written by torchtune's checkpointers, found and named by us."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -78,8 +79,7 @@ def export(
     merged: dict[str, Tensor],
     adapter: dict[str, Tensor] | None = None,
     lora: dict | None = None,
-    tokenizer_dir: str | None = None,
-    chat_template: str | None = None,
+    tokenizer: dict | None = None,
 ) -> Path:
     """Writes run_dir/export: the merged weights in Hugging Face layout, with the config and tokenizer of the base.
 
@@ -87,24 +87,23 @@ def export(
     when it is complete.
 
     Args:
-        merged: models.merged_state_dict(model), emptied on the way.
+        merged: models.merged_state_dict(model).
         adapter: models.adapter_state_dict(model).
-        lora: rank, alpha and modules, with an adapter.
-        tokenizer_dir: Where the tokenizer was read, if it was a folder.
-        chat_template: A Jinja template that replaces the tokenizer's own.
+        lora: rank, alpha, dropout and modules, with an adapter.
+        tokenizer: The config's `tokenizer` block: its `path`, if a folder, is where the tokenizer's files are, and its
+            `chat_template` is the one that goes with them.
     """
     checkpoint_dir = Path(checkpointer._checkpoint_dir)
     dtype = str(next(iter(merged.values())).dtype).removeprefix("torch.")
     state = {training.MODEL_KEY: merged}
     if adapter:
         state |= {training.ADAPTER_KEY: adapter, training.ADAPTER_CONFIG: _adapter_config(lora)}
+    torchtune_log = logging.getLogger("torchtune.utils._logging")  # it names files that are about to move
+    torchtune_log.disabled = True
     checkpointer.save_checkpoint(state, epoch=0)
+    torchtune_log.disabled = False
     folder = Path(checkpointer._output_dir) / "epoch_0"
-    if tokenizer_dir and Path(tokenizer_dir).resolve() != checkpoint_dir.resolve():
-        for file in _tokenizer_files(Path(tokenizer_dir)):
-            shutil.copy2(file, folder / file.name)
-    if chat_template:
-        (folder / "chat_template.jinja").write_text(chat_template)
+    _copy_tokenizer(tokenizer or {}, checkpoint_dir, folder)
     _edit_json(folder / "config.json", torch_dtype=dtype, dtype=dtype)
     if adapter:
         _move_adapter(folder, checkpoint_dir)
@@ -143,6 +142,19 @@ def _move_adapter(folder: Path, checkpoint_dir: Path) -> None:
     config = target / "adapter_config.json"
     if config.exists() and "base_model_name_or_path" not in json.loads(config.read_text()):
         _edit_json(config, base_model_name_or_path=str(checkpoint_dir.resolve()))
+
+
+def _copy_tokenizer(tokenizer: dict, checkpoint_dir: Path, folder: Path) -> None:
+    """Puts the run's tokenizer and chat template into a folder that has the base model's."""
+    path, template = tokenizer.get("path"), tokenizer.get("chat_template")
+    if path and Path(path).is_dir() and Path(path).resolve() != checkpoint_dir.resolve():
+        for file in _tokenizer_files(Path(path)):
+            shutil.copy2(file, folder / file.name)
+    elif path and Path(path).is_file():
+        shutil.copy2(path, folder / Path(path).name)
+    if template and template != "plain":
+        text = Path(template).read_text() if "{" not in template else template
+        (folder / "chat_template.jinja").write_text(text)
 
 
 def _tokenizer_files(folder: Path) -> list[Path]:

@@ -7,6 +7,7 @@ cannot say. A block with `_component_` is anything importable; its other keys ar
 import argparse
 import difflib
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -181,7 +182,9 @@ def load(method: str, defaults: dict, config_paths: list[Path], overrides: list[
 
 
 def save(cfg: DictConfig, path: Path, recipe: str) -> None:
-    """Writes the resolved config so that `tune run RECIPE --config PATH` repeats the run."""
+    """Writes the resolved config so that the command on its first line repeats the run. `recipe` is a path."""
+    relative = os.path.relpath(recipe)
+    recipe = Path(recipe).stem if relative.startswith("..") else relative
     path.write_text(f"# tune run {recipe} --config {path}\n{OmegaConf.to_yaml(cfg)}")
 
 

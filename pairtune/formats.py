@@ -54,13 +54,13 @@ class Format:
                 column in self.optional and row.get(column) is None
             ):
                 raise UserError(
-                    f"column {column!r} holds {_shown(row.get(column))}, expected {kinds.replace('|', ' or ')} "
+                    f"column {column!r} holds {_shown(row.get(column))}, expected {_in_words(kinds)} "
                     f"as in the first rows ({self.name}). Mend or remove the row."
                 )
         return self.example(row)
 
     def __str__(self) -> str:
-        columns = [f"{column} ({kinds.replace('|', ' or ')})" for column, kinds in self.columns.items()]
+        columns = [f"{column} ({_in_words(kinds)})" for column, kinds in self.columns.items()]
         optional = [f"{column} (optional)" for column in self.optional]
         return f"{self.name}: {', '.join(columns + optional)}"
 
@@ -104,6 +104,10 @@ def _is_message(value) -> bool:
 def _either(message: dict, name: str, other_name: str):
     """Arrow fills the keys that a message lacks with None."""
     return message[name] if message.get(name) is not None else message.get(other_name)
+
+
+def _in_words(kinds: str) -> str:
+    return kinds.replace("text|transcript", "text").replace("|", " or ")
 
 
 def _shown(value) -> str:
@@ -165,11 +169,10 @@ def _from_sharegpt(row: dict) -> Example:
 
 
 def _from_conversations(row: dict) -> Example:
-    conversations = {name: [_message(raw) for raw in row[name]] for name in ("chosen", "rejected")}
-    for name, turns in conversations.items():
-        if turns[-1]["role"] != "assistant":
-            raise UserError(f"column {name!r} ends with the role {turns[-1]['role']!r}, expected assistant.")
-    (*prompt, chosen), (*other_prompt, rejected) = conversations.values()
+    conversations = [[_message(raw) for raw in row[name]] for name in ("chosen", "rejected")]
+    if any(turns[-1]["role"] != "assistant" for turns in conversations):
+        raise Skip("no answer at the end")
+    (*prompt, chosen), (*other_prompt, rejected) = conversations
     if prompt != other_prompt:
         raise Skip("prompts differ")
     if not prompt and not row.get("prompt"):
@@ -185,21 +188,22 @@ def _from_transcripts(row: dict) -> Example:
 
 
 def _from_transcript_prompt(row: dict) -> Example:
-    written = (row["prompt"], row["chosen"], row["rejected"])
-    return Example(_turns(row["prompt"]), row["chosen"].strip(), row["rejected"].strip(), written)
+    prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
+    written = (prompt, chosen, rejected) if prompt.rstrip().endswith("\n\nAssistant:") else None
+    return Example(_turns(prompt), chosen.strip(), rejected.strip(), written)
 
 
 def _last_turn(transcript: str) -> tuple[str, str]:
     """Returns the text up to and with the last "Assistant:", and the text after it."""
     before, opening, answer = transcript.rpartition("\n\nAssistant:")
     if "\n\nHuman:" in answer or not opening:
-        raise UserError("a transcript does not end with an Assistant's turn. Mend or remove the row.")
+        raise Skip("no answer at the end")
     return before + opening, answer
 
 
 def _turns(transcript: str) -> list[dict]:
     """Returns a prompt's messages, stripped. Neighbours of one speaker are joined: many templates want alternation."""
-    _, *pieces = re.split(r"\n\n(Human|Assistant):", transcript.removesuffix("\n\nAssistant:"))
+    _, *pieces = re.split(r"\n\n(Human|Assistant):", transcript.rstrip().removesuffix("\n\nAssistant:"))
     messages = []
     for speaker, text in zip(pieces[::2], pieces[1::2], strict=True):
         role = "user" if speaker == "Human" else "assistant"
@@ -219,11 +223,11 @@ FORMATS = [
     Format(
         "HH prompt with answers", _from_transcript_prompt, {"prompt": "transcript", "chosen": TEXT, "rejected": TEXT}
     ),
+    Format("prompt with answers", _from_texts, {"prompt": TEXT, "chosen": TEXT, "rejected": TEXT}, {"system": TEXT}),
     Format(
-        "prompt with answers", _from_texts, {"prompt": TEXT, "chosen": TEXT, "rejected": TEXT}, {"system": TEXT}
-    ),
-    Format(
-        "prompt messages with answers", _from_prompt_messages, {"prompt": "messages", "chosen": ANSWER, "rejected": ANSWER}
+        "prompt messages with answers",
+        _from_prompt_messages,
+        {"prompt": "messages", "chosen": ANSWER, "rejected": ANSWER},
     ),
     Format(
         "ShareGPT",
@@ -231,9 +235,7 @@ FORMATS = [
         {"conversations": "messages", "chosen": ANSWER, "rejected": ANSWER},
         {"system": TEXT},
     ),
-    Format(
-        "conversations", _from_conversations, {"chosen": "messages", "rejected": "messages"}, {"prompt": TEXT}
-    ),
+    Format("conversations", _from_conversations, {"chosen": "messages", "rejected": "messages"}, {"prompt": TEXT}),
     Format(
         "instruction with answers",
         _from_instruction,

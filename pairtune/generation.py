@@ -1,5 +1,8 @@
 """A few prompts answered by the model as it is: what the numbers look like in words."""
 
+import json
+from pathlib import Path
+
 import torch
 from torchtune.generation import generate
 from torchtune.modules import TransformerDecoder
@@ -53,3 +56,15 @@ def answers(
 def _until_stop(tokens: list[int], stop_ids: set[int]) -> list[int]:
     end = next((i for i, token in enumerate(tokens) if token in stop_ids), len(tokens))
     return tokens[:end]
+
+
+def write_samples(path: Path, prompts: list[str], before: list[str], after: list[str]) -> None:
+    """Writes one JSON object a prompt: prompt, before, after; prints the first three and how many answers changed."""
+    samples = [
+        {"prompt": prompt, "before": old, "after": new} for prompt, old, new in zip(prompts, before, after, strict=True)
+    ]
+    path.write_text("".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
+    for sample in samples[:3]:
+        print("\n" + "\n".join(f"{name + ':':<8}{text.strip()}" for name, text in sample.items()))
+    changed = sum(sample["before"] != sample["after"] for sample in samples)
+    print(f"\n{changed} of {len(samples)} answers changed")

@@ -15,33 +15,36 @@ from torchtune.modules import TiedLinear, TransformerDecoder
 
 from pairtune import attention
 from pairtune.batch import PairBatch
+from pairtune.errors import UserError
 
 CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**27}  # logits that exist at a time: 16 MiB (near a CPU's cache), 512 MiB
 KEEP_LOGITS_BYTES = 2**30  # a trainable head keeps its logits for backward up to this size, and recomputes above
 
 
-def install(model: TransformerDecoder) -> None:
+def install(model: TransformerDecoder, back_end: str = "segments") -> None:
     """Gives this decoder an `unembed` that returns token log-probabilities [N] while a batch is being scored.
 
     Without a batch (generation) it is torchtune's own and returns logits.
+
+    Raises:
+        UserError: `back_end` is segments and a layer of the model only takes a dense mask.
     """
+    can_segment = attention.install(model)
+    if back_end == "segments" and not can_segment:
+        raise UserError("attention=segments: layers of this model need a dense mask; nearest valid: attention=mask")
+    model.pair_mask = attention.dense_mask if back_end == "mask" or not can_segment else attention.segments
     model.scored_batch = None
-    model.segments_allowed = attention.install(model)
     model.unembed = MethodType(_unembed, model)
 
 
-def answer_logps(model: TransformerDecoder, batch: PairBatch, *, mask: Tensor | attention.Segments | None = None):
+def answer_logps(model: TransformerDecoder, batch: PairBatch) -> tuple[Tensor, Tensor]:
     """Returns each answer's summed log-probability in nats: chosen [P] and rejected [P], float32.
 
-    Args:
-        model: A decoder prepared by `install`.
-        mask: `attention.dense_mask(batch)` or `attention.segments(batch)`; None takes the faster one the model allows.
+    `model` is a decoder that `install` prepared.
     """
-    if mask is None:
-        mask = attention.segments(batch) if model.segments_allowed else attention.dense_mask(batch)
     model.scored_batch = batch
     try:
-        token_logps = model(batch.tokens, mask=mask, input_pos=batch.input_pos)  # [N]
+        token_logps = model(batch.tokens, mask=model.pair_mask(batch), input_pos=batch.input_pos)  # [N]
     finally:
         model.scored_batch = None
     # One sum an answer, not index_add: that one adds in any order on a GPU, and policy = reference would not be exact.
@@ -116,9 +119,10 @@ class _FrozenHead(torch.autograd.Function):
         logps, gradient = [], torch.empty_like(hidden)
         for h, t, out in _chunks(chunk_size, hidden, target, gradient):
             logits = h @ weight.T
+            logits = logits if logits.dtype == torch.float64 else logits.float()
             logp, lse = _chunk_logps(logits, t)
             logps.append(logp)
-            probabilities = (logits - lse[:, None]).exp_().to(weight.dtype)
+            probabilities = logits.sub_(lse[:, None]).exp_().to(weight.dtype)  # in place: the largest tensor there is
             torch.mm(probabilities, weight, out=out).neg_().add_(weight[t])
         ctx.save_for_backward(gradient)
         return torch.cat(logps)

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pairtune.errors import UserError
+
 
 class Meter:
     """Means over everything added since the last read. Sums stay on the device; only `read` waits for it."""
@@ -35,10 +37,12 @@ class Meter:
 class RunLog:
     """Appends to metrics.jsonl, one object a logged step, and passes the same to a torchtune logger if there is one."""
 
-    def __init__(self, run_dir: Path, logger=None):
+    def __init__(self, run_dir: Path, logger=None, cfg=None):
         self.path = run_dir / "metrics.jsonl"
         self._file = self.path.open("w")
         self._logger = logger
+        if logger:
+            logger.log_config(cfg)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
@@ -55,6 +59,31 @@ class RunLog:
 def read_log(path: Path) -> list[dict]:
     """Returns the objects of a metrics.jsonl."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def summary(results: dict[str, float], prefix: str = "") -> str:
+    """Returns loss, accuracy and margin in words."""
+    loss, accuracy, margin = (results[prefix + key] for key in ("loss", "rewards/accuracies", "rewards/margins"))
+    return f"loss {loss:.4f}, accuracy {accuracy:.3f}, margin {margin:+.3f}"
+
+
+def check(step: int, results: dict[str, float], *, rows: list[int]) -> None:
+    """Refuses to go on with numbers that cannot be right. `rows` are the step's, for the message.
+
+    Raises:
+        UserError: A loss or gradient that is not finite; at step 1, a policy that is not the reference.
+    """
+    broken = [key for key in ("loss", "grad_norm") if not math.isfinite(results[key])]
+    if broken:
+        raise UserError(
+            f"step {step}: {broken[0]} is {results[broken[0]]}; the step's rows: {sorted(rows)}. Look at these rows, "
+            "lower optimizer.lr, or use dtype=fp32"
+        )
+    if step == 1 and abs(results["rewards/margins"]) > 0.01:
+        raise UserError(
+            f"step 1: the mean margin is {results['rewards/margins']:+.4f} and must be 0: before the first update the "
+            "policy is the reference. The two are not the same model"
+        )
 
 
 def peak_memory_gib(device: torch.device) -> float:

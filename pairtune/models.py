@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 from torchtune.config._utils import _get_component_from_path
-from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
+from torchtune.modules import MultiHeadAttention, TransformerDecoder, TransformerSelfAttentionLayer
 from torchtune.modules.peft import DoRALinear, LoRALinear, get_adapter_params, set_trainable_params
 from torchtune.training import compile_model, set_activation_checkpointing, set_default_dtype
 
@@ -116,20 +116,41 @@ def _check_nf4_sizes(model: nn.Module) -> None:
             )
 
 
-def prepare(model: TransformerDecoder, *, max_length: int) -> None:
+def prepare(model: TransformerDecoder, *, max_length: int, vocab_size: int = 0, attention: str = "segments") -> None:
     """Makes the model return answers' log-probabilities (logps.answer_logps) and take rows longer than its positions.
 
+    Args:
+        max_length: Tokens of the longest conversation.
+        vocab_size: Token ids that the tokenizer can produce.
+        attention: segments, mask, or auto: segments where the model's layers can.
+
     Raises:
-        UserError: `max_length` exceeds the model's positions.
+        UserError: The model has fewer positions or embeddings than that, or cannot attend that way.
     """
     if max_length > model.max_seq_len:
         raise UserError(
             f"max_length={max_length}: the model has {model.max_seq_len} positions; "
             f"nearest valid: max_length={model.max_seq_len}"
         )
+    if vocab_size > model.tok_embeddings.num_embeddings:
+        raise UserError(
+            f"tokenizer: has {vocab_size} token ids, the model embeds {model.tok_embeddings.num_embeddings}: "
+            "`tokenizer` and `model` do not belong together"
+        )
     # A row holds several documents, each with positions of its own, all below max_length.
     model.max_seq_len = 2**31
-    logps.install(model)
+    logps.install(model, attention)
+
+
+def disable_dropout(model: nn.Module) -> bool:
+    """Sets every dropout probability to zero; returns whether any was above."""
+    found = False
+    for module in model.modules():
+        for name in ("p", "attn_dropout"):
+            if isinstance(module, (nn.Dropout, MultiHeadAttention)) and getattr(module, name, 0.0) > 0.0:
+                setattr(module, name, 0.0)
+                found = True
+    return found
 
 
 def load(model: TransformerDecoder, state_dict: dict[str, Tensor], *, device: torch.device) -> None:

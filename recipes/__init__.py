@@ -1,2 +1,2 @@
-# Nothing imports this folder: recipes run by path. The file exists because torchtune's wheel claims the package name
-# `recipes` with an __init__ that raises, and an own (empty) one keeps `python -m recipes.x` from finding that one first.
+# Nothing imports this folder: recipes run by path. The file is here because torchtune's wheel claims the package name
+# `recipes` with an __init__ that raises, which `python -m recipes.x` would find first.

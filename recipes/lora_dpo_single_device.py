@@ -6,7 +6,6 @@ The reference policy is this model with its adapters switched off: no second cop
 Copy this file and edit it: all that a run does is below, in order.
 """
 
-import json
 import math
 import time
 from pathlib import Path
@@ -16,9 +15,7 @@ from torchtune.modules.peft import disable_adapter
 from tqdm import tqdm
 
 from pairtune import checkpoint, config, data, dist, generation, metrics, models
-from pairtune.attention import dense_mask
 from pairtune.batch import lay_out
-from pairtune.errors import UserError
 from pairtune.loader import Steps, micro_batches
 from pairtune.logps import answer_logps
 from pairtune.tokenizer import adapt
@@ -31,19 +28,19 @@ DEFAULTS = {
     "output_dir": "runs/lora_dpo",  # the run folder: config, metrics, curves, samples, exported weights
     "seed": 42,  # order of the pairs, fresh adapters, sampled answers
     "device": "auto",  # auto (a GPU where there is one), cpu, cuda, cuda:N
-    "dtype": "bf16",  # bf16 or fp32 (twice the memory); log-probabilities and losses are float32 either way
+    "dtype": "bf16",  # bf16, or fp32 for twice the memory; log-probabilities and losses are float32 either way
     "compile": False,  # torch.compile a layer: faster steps, a minute or more before the first
-    "attention": "auto",  # segments (a call a document), mask (dense), auto: segments where the model can
+    "attention": "auto",  # segments (a call a document) or mask (dense); auto: mask with compile, else segments
     "enable_activation_checkpointing": False,  # less memory for about a third more time
     # The model
     "model": {"_component_": config.REQUIRED},  # a torchtune builder, the base one: adapters are added here
     "lora": {
-        "rank": 8,  # width of the adapters: memory and capacity
+        "rank": 8,  # width of the adapters: their memory and capacity
         "alpha": 16.0,  # their output is scaled by alpha / rank
-        "dropout": 0.0,  # on their input; only with disable_dropout=false
+        "dropout": 0.0,  # on their input; has an effect with disable_dropout=false only
         "modules": ["q_proj", "k_proj", "v_proj", "output_proj", "mlp"],  # also: output (the vocabulary layer)
     },
-    "disable_dropout": True,  # compare policy and reference on the same network, as torchtune and TRL do
+    "disable_dropout": True,  # policy and reference are the same network, as in torchtune and TRL
     "checkpointer": {
         "_component_": "torchtune.training.FullModelHFCheckpointer",
         "checkpoint_dir": config.REQUIRED,  # a Hugging Face folder; its shards are found
@@ -52,37 +49,37 @@ DEFAULTS = {
     "tokenizer": {"_component_": "pairtune.tokenizer.hf_tokenizer", "path": "${checkpointer.checkpoint_dir}"},
     # The pairs
     "dataset": {
-        "source": config.REQUIRED,  # a .json(l)(.gz), .csv or .parquet file, a folder of them, or a Hub id
-        "name": None,  # the Hub data set's configuration, if it has several
+        "source": config.REQUIRED,  # a .json, .jsonl(.gz), .csv or .parquet file, a folder of them, or a Hub id
+        "name": None,  # which configuration, for a Hub data set that has several
         "split": "train",  # slices work: train[:90%]
         "limit": None,  # the first N rows only
         "columns": {},  # ours: theirs, where a column has another name
-        "overlong": "drop",  # pairs over the budget: drop, trim_prompt (from the left) or error
+        "overlong": "drop",  # a pair over the budget: drop, trim_prompt (from the left) or error
         "val_fraction": None,  # hold out the last part for evaluation, such as 0.1
     },
     "eval_dataset": {"source": None, "name": None, "split": "train", "limit": None, "columns": {}, "overlong": "drop"},
     "max_length": 1024,  # tokens of prompt and longer answer
     "max_prompt_length": 512,  # tokens of the prompt; null: max_length alone decides
     "shuffle": True,  # a new order each epoch
-    # The loss and its minimiser
+    # The loss and what minimises it
     "loss": {"_component_": "torchtune.rlhf.loss.DPOLoss", "beta": 0.1, "label_smoothing": 0.0},
     "optimizer": {"_component_": "torch.optim.AdamW", "lr": 5e-6, "weight_decay": 0.0},
     "lr_scheduler": {"_component_": "pairtune.schedules.cosine", "warmup_ratio": 0.1},  # null: constant
     "clip_grad_norm": 1.0,  # null: no clipping
-    "pairs_per_step": 64,  # the batch a step learns from
-    "batch_size": 4,  # pairs that are in memory at a time; divides pairs_per_step
+    "pairs_per_step": 64,  # the batch that a step learns from
+    "batch_size": 4,  # pairs that are in memory at a time; divides pairs_per_step and changes no result
     "epochs": 1,
-    "max_steps": None,  # ends the run early, schedule included
+    "max_steps": None,  # ends the run early, and the schedule with it
     # What it tells
     "log_every_n_steps": 1,
     "eval_every_n_steps": None,  # null: at the end only
     "samples": {
         "prompts": [],  # questions answered before and after; [] takes held-out prompts
-        "num_prompts": 3,  # how many of those
+        "num_prompts": 3,  # how many of those; 0: none
         "max_new_tokens": 128,
         "temperature": 0.0,  # 0 takes the likeliest token
     },
-    "metric_logger": None,  # e.g. torchtune.training.metric_logging.TensorBoardLogger
+    "metric_logger": None,  # such as torchtune.training.metric_logging.TensorBoardLogger
 }
 
 
@@ -95,22 +92,26 @@ def main(cfg):
     print((run_dir / "config.yaml").read_text())
     torch.manual_seed(cfg.seed)
 
-    # 2. The model's shape, the weights' files: everything that can be wrong before a weight is read
+    # 2. Policy and reference, on the meta device: what is wrong with a config shows before a weight is read
     weights = checkpoint.open_weights(cfg.checkpointer, run_dir)
-    if cfg.lora.dropout and cfg.disable_dropout:
-        print(f"lora.dropout={cfg.lora.dropout} has no effect: disable_dropout=true, the custom for DPO")
-    lora = {**cfg.lora, "modules": list(cfg.lora.modules), "dropout": 0.0 if cfg.disable_dropout else cfg.lora.dropout}
-    model = models.lora(cfg.model, **lora, quantize_base=False, dtype=cfg.dtype)
-    models.prepare(model, max_length=cfg.max_length)
-    loss_fn = config.instantiate(cfg.loss)
-
-    # 3. Tokenizer and preference pairs
     tokenizer = adapt(config.instantiate(cfg.tokenizer))
-    if tokenizer.vocab_size > model.tok_embeddings.num_embeddings:
-        raise UserError(
-            f"tokenizer: has {tokenizer.vocab_size} token ids, the model {model.tok_embeddings.num_embeddings}"
-        )
+    loss_fn = config.instantiate(cfg.loss)
+    lora = {**cfg.lora, "modules": list(cfg.lora.modules)}
+    model = models.lora(cfg.model, **lora, dtype=cfg.dtype)
+    if cfg.disable_dropout and models.disable_dropout(model):
+        print("disable_dropout=true: the dropout that the model was given, such as lora.dropout, has no effect\n")
+    models.prepare(
+        model,
+        max_length=cfg.max_length,
+        vocab_size=tokenizer.vocab_size,
+        attention="mask" if cfg.attention == "auto" and cfg.compile else cfg.attention,
+    )
 
+    def reference_logps(batch):  # [P], [P]
+        with torch.no_grad(), disable_adapter(model):
+            return answer_logps(model, batch)
+
+    # 3. Preference pairs
     def read_pairs(source, title):
         rows = data.read_rows(
             source.source, split=source.split, name=source.name, limit=source.limit, columns=dict(source.columns)
@@ -122,7 +123,7 @@ def main(cfg):
             max_prompt_length=cfg.max_prompt_length,
             overlong=source.overlong,
         )
-        print(f"\n{title}: {source.source}\n{report}")
+        print(f"{title}: {report}\n")
         return pairs
 
     train, held_out = read_pairs(cfg.dataset, "Training pairs"), []
@@ -135,38 +136,24 @@ def main(cfg):
     )
     total_steps = min(cfg.epochs * len(steps), cfg.max_steps or math.inf)
 
-    # 4. Policy and reference
+    # 4. Weights, optimizer, schedule, logs
     models.load(model, checkpoint.read_weights(weights), device=world.device)
     if cfg.enable_activation_checkpointing:
         models.checkpoint_activations(model)
     if cfg.compile:
         models.compile_layers(model)
-
-    def logps(policy, batch):  # [P], [P]
-        return answer_logps(policy, batch, mask=dense_mask(batch) if use_mask else None)
-
-    def reference_logps(batch):  # [P], [P]
-        with torch.no_grad(), disable_adapter(model):
-            return logps(model, batch)
-
-    use_mask = cfg.attention == "mask" or (cfg.attention == "auto" and cfg.compile)
-    if cfg.attention == "segments" and not model.segments_allowed:
-        raise UserError("attention=segments: this model's attention layers need a dense mask; use attention=auto")
-
-    # 5. Optimizer, schedule, logs
     optimizer = config.instantiate(cfg.optimizer, [p for p in model.parameters() if p.requires_grad])
-    scheduler = cfg.lr_scheduler and config.instantiate(
-        cfg.lr_scheduler, optimizer, num_training_steps=total_steps, last_epoch=-1
+    scheduler = config.instantiate(cfg.lr_scheduler, optimizer, num_training_steps=total_steps, last_epoch=-1)
+    log = metrics.RunLog(run_dir, config.instantiate(cfg.metric_logger), cfg)
+    num_parameters, num_trained = models.num_parameters(model)
+    print(
+        f"{num_parameters:,} parameters, {num_trained:,} trained, {cfg.dtype} on {world.device}; {len(train):,} pairs, "
+        f"{len(held_out):,} held out; {total_steps:,} steps of {cfg.pairs_per_step} pairs\n"
     )
-    log = metrics.RunLog(run_dir, cfg.metric_logger and config.instantiate(cfg.metric_logger))
-    num_all, num_trained = models.num_parameters(model)
-    print(f"\n{num_all:,} parameters, {num_trained:,} trained, {cfg.dtype} on {world.device}")
-    print(f"{len(train):,} pairs, {len(held_out):,} held out, {total_steps:,} steps of {cfg.pairs_per_step} pairs\n")
 
-    def pair_loss(pairs, meter):
-        """The loss of each of these pairs, [P]; what is logged of them goes to the meter."""
-        batch = lay_out(pairs).to(world.device)
-        chosen, rejected = logps(model, batch)
+    # 5. What is done with pairs: score them, evaluate on them, answer their prompts
+    def pair_losses(batch, meter):  # [P]
+        chosen, rejected = answer_logps(model, batch)
         losses, chosen_rewards, rejected_rewards = loss_fn(chosen, rejected, *reference_logps(batch))
         meter.add(
             loss=losses,
@@ -177,31 +164,27 @@ def main(cfg):
             logps_chosen=chosen,
             logps_rejected=rejected,
         )
-        return losses, batch.num_tokens
+        return losses
 
     def evaluate(step):
         meter = metrics.Meter()
         model.eval()
         with torch.no_grad():
             for pairs in tqdm(micro_batches(held_out, cfg.batch_size), desc="evaluation", leave=False):
-                pair_loss(pairs, meter)
+                pair_losses(lay_out(pairs).to(world.device), meter)
         model.train()
         results = meter.read("eval/")
         log.write(step, results)
-        tqdm.write(
-            f"step {step}: held-out loss {results['eval/loss']:.4f}, accuracy "
-            f"{results['eval/rewards/accuracies']:.3f}, margin {results['eval/rewards/margins']:+.3f}"
-        )
+        tqdm.write(f"step {step}: held out {metrics.summary(results, 'eval/')}")
 
-    def answer_samples():
-        if cfg.samples.prompts:
-            prompts = [
-                tokenizer.render([{"role": "user", "content": text}], add_generation_prompt=True)
-                for text in cfg.samples.prompts
-            ]
-        else:
-            prompts = [pair.prompt for pair in (held_out or train)[: cfg.samples.num_prompts]]
-        tokens = generation.answers(
+    if cfg.samples.prompts:
+        questions = [[{"role": "user", "content": text}] for text in cfg.samples.prompts]
+        prompts = [tokenizer.render(question, add_generation_prompt=True) for question in questions]
+    else:
+        prompts = [pair.prompt for pair in (held_out or train)[: cfg.samples.num_prompts]]
+
+    def answer_prompts():
+        answers = generation.answers(
             model,
             prompts,
             stop_ids=tokenizer.stop_ids,
@@ -209,54 +192,45 @@ def main(cfg):
             temperature=cfg.samples.temperature,
             seed=cfg.seed,
         )
-        return [tokenizer.decode(p) for p in prompts], [tokenizer.decode(t) for t in tokens]
+        return [tokenizer.decode(answer) for answer in answers]
 
     # 6. Train
-    prompts, before = answer_samples()
-    meter, num_pairs_seen, num_tokens, last_log = metrics.Meter(), 0, 0, time.perf_counter()
-    progress = tqdm(total=total_steps, desc="DPO", unit="step")
+    before = answer_prompts()
+    meter, num_pairs, num_tokens, last_log = metrics.Meter(), 0, 0, time.perf_counter()
+    progress = tqdm(total=total_steps, desc="DPO", unit="step", dynamic_ncols=True)
     model.train()
     for step in range(1, total_steps + 1):
-        batches = steps[step - 1]
-        num_pairs = sum(map(len, batches))
-        for pairs in batches:
-            losses, tokens = pair_loss(pairs, meter)
-            (losses.sum() / num_pairs).backward()  # the mean over the step's pairs, however they are batched
-            num_tokens += tokens
+        micro = steps[step - 1]
+        num_pairs_in_step = sum(map(len, micro))
+        for pairs in micro:
+            batch = lay_out(pairs).to(world.device)
+            losses = pair_losses(batch, meter)
+            (losses.sum() / num_pairs_in_step).backward()  # the mean over the step, however it is cut
+            num_tokens += batch.num_tokens
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_grad_norm or math.inf)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
         lr = optimizer.param_groups[0]["lr"]
+        optimizer.step()
+        optimizer.zero_grad()
         if scheduler:
             scheduler.step()
-        num_pairs_seen += num_pairs
+        num_pairs += num_pairs_in_step
         progress.update()
 
         if step == 1 or step % cfg.log_every_n_steps == 0 or step == total_steps:
-            results = meter.read()
-            if not math.isfinite(results["loss"]) or not math.isfinite(grad_norm):
-                rows = sorted(pair.row for pairs in batches for pair in pairs)
-                raise UserError(f"step {step}: loss {results['loss']}, gradient norm {grad_norm}; rows {rows}")
-            if step == 1 and abs(results["rewards/margins"]) > 0.01:
-                raise UserError(
-                    f"step 1: the mean margin is {results['rewards/margins']:.4f}; before the first update policy and "
-                    "reference are the same model and it must be 0"
-                )
             seconds = time.perf_counter() - last_log
-            results |= {
+            results = meter.read() | {
+                "epoch": step / len(steps),
                 "lr": lr,
                 "grad_norm": float(grad_norm),
-                "pairs_per_second": num_pairs_seen / seconds,
+                "pairs_per_second": num_pairs / seconds,
                 "tokens_per_second": num_tokens / seconds,
                 "peak_memory_gib": metrics.peak_memory_gib(world.device),
             }
             log.write(step, results)
-            progress.set_postfix_str(
-                f"loss {results['loss']:.4f}, accuracy {results['rewards/accuracies']:.2f}, "
-                f"margin {results['rewards/margins']:+.3f}, {results['pairs_per_second']:.1f} pairs/s"
-            )
-            num_pairs_seen, num_tokens, last_log = 0, 0, time.perf_counter()
-        if held_out and (step == total_steps or (cfg.eval_every_n_steps and step % cfg.eval_every_n_steps == 0)):
+            metrics.check(step, results, rows=[pair.row for pairs in micro for pair in pairs])
+            progress.set_postfix_str(f"{metrics.summary(results)}, {results['pairs_per_second']:.1f} pairs/s")
+            num_pairs, num_tokens, last_log = 0, 0, time.perf_counter()
+        if held_out and (step == total_steps or step % (cfg.eval_every_n_steps or total_steps) == 0):
             evaluate(step)
             last_log = time.perf_counter()
     progress.close()
@@ -264,21 +238,18 @@ def main(cfg):
 
     # 7. Curves, answers, weights
     metrics.plot_curves(log.path, run_dir / "curves.png")
-    _, after = answer_samples()
-    with (run_dir / "samples.jsonl").open("w") as file:
-        for prompt, old, new in zip(prompts, before, after, strict=True):
-            file.write(json.dumps({"prompt": prompt, "before": old, "after": new}, ensure_ascii=False) + "\n")
-    for prompt, old, new in list(zip(prompts, before, after, strict=True))[:3]:
-        print(f"\nprompt: {prompt.strip()}\nbefore: {old.strip()}\nafter:  {new.strip()}")
+    generation.write_samples(
+        run_dir / "samples.jsonl", [tokenizer.decode(p) for p in prompts], before, answer_prompts()
+    )
     exported = checkpoint.export(
         weights,
         run_dir,
         merged=models.merged_state_dict(model),
         adapter=models.adapter_state_dict(model),
         lora=lora,
-        tokenizer_dir=cfg.tokenizer.get("path"),
+        tokenizer=cfg.tokenizer,
     )
-    print(f"\nmerged weights: {exported}\nadapter:        {exported / 'adapter'}\ncurves:         {run_dir / 'curves.png'}")
+    print(f"\nrun folder {run_dir}, exported weights {exported}")
 
 
 if __name__ == "__main__":

@@ -87,7 +87,9 @@ def test_references_are_resolved(load):
 
 
 def test_a_value_may_hold_equals_signs_and_yaml(load):
-    cfg = load("dataset.source=/data/a=b.jsonl", "lora.modules=[q_proj,mlp]", "optimizer.lr=1e-4", "clip_grad_norm=None")
+    cfg = load(
+        "dataset.source=/data/a=b.jsonl", "lora.modules=[q_proj,mlp]", "optimizer.lr=1e-4", "clip_grad_norm=None"
+    )
     assert cfg.dataset.source == "/data/a=b.jsonl"
     assert cfg.lora.modules == ["q_proj", "mlp"]
     assert cfg.optimizer.lr == 1e-4
@@ -160,7 +162,10 @@ def test_a_mistake_is_named_with_its_rule_and_a_way_out(load, override, words):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("model: {_component_: x}\ncheckpointer: {model_type: L}\ndataset: {source: s}", ["checkpoint_dir", "no default"]),
+        (
+            "model: {_component_: x}\ncheckpointer: {model_type: L}\ndataset: {source: s}",
+            ["checkpoint_dir", "no default"],
+        ),
         (BASE + "per_method: {dora: {seed: 1}}", ["per_method.dora", "full, lora, qlora"]),
         (BASE + "per_method: {full: {sede: 1}}", ["per_method.full", "sede", "seed"]),
         (BASE + "a: [", ["not valid YAML"]),

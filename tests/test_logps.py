@@ -7,15 +7,15 @@ import torch
 from helpers import padded_logps, random_pairs, tiny_llama
 from torchtune.models.llama3 import lora_llama3
 
-from pairtune import attention, logps, models
+from pairtune import logps, models
 from pairtune.batch import lay_out
 
-BACK_ENDS = {"segments": attention.segments, "mask": attention.dense_mask}
+BACK_ENDS = ("segments", "mask")
 
 
 def ours(model, pairs, *, back_end="segments", row_length=None):
-    batch = lay_out(pairs, row_length)
-    return torch.cat(logps.answer_logps(model, batch, mask=BACK_ENDS[back_end](batch)))
+    logps.install(model, back_end)
+    return torch.cat(logps.answer_logps(model, lay_out(pairs, row_length)))
 
 
 def gradients(model, values, weights):

@@ -1,0 +1,137 @@
+"""Conversations to text: a model folder's Jinja template rendered as transformers renders it, or plain text.
+
+A conversation is a list of messages, `{"role", "content"}`. What becomes of the text is in tokenizer.py.
+"""
+
+import json
+from datetime import datetime
+from pathlib import Path
+
+import jinja2
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from pairtune.errors import UserError
+
+MARK = "\ue000"  # private use: stands behind an answer to find what a template writes after it
+SPEAKER = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "tool": "\n\nTool: ", "system": ""}
+
+
+class ChatTemplate:
+    """A Jinja template with the special tokens it may write, as `{"bos_token": "<s>", ...}`."""
+
+    def __init__(self, source: str, special: dict[str, str]):
+        self.source, self._special = source, special
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = _tojson
+        # One date for the whole run, or pairs tokenized after midnight would differ from those before.
+        environment.globals.update(raise_exception=_raise, strftime_now=datetime.now().strftime)
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(f"The chat template is not valid Jinja (line {error.lineno}): {error.message}") from error
+
+    def render(self, messages: list[dict], *, add_generation_prompt: bool = False) -> str:
+        """Returns the conversation's text.
+
+        Raises:
+            UserError: The template refuses the conversation: many know no system role, or want roles to alternate.
+        """
+        values = {**self._special, "messages": messages, "tools": None, "documents": None}
+        try:
+            return self._template.render(**values, add_generation_prompt=add_generation_prompt)
+        except (jinja2.TemplateError, TypeError) as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise UserError(
+                f"The chat template refuses the conversation ({roles}): {error}. "
+                "Remove such rows, or give a template that takes them: chat_template=FILE.jinja or chat_template=plain."
+            ) from error
+
+    def tail_length(self, messages: list[dict], text: str) -> int:
+        """Returns how many characters of `text`, the rendered messages, stand behind the last message's content.
+
+        The content is marked, not searched for: it may be trimmed, or be as short as 'e'.
+        """
+        marked = {**messages[-1], "content": messages[-1]["content"] + MARK}
+        _, mark, tail = self.render([*messages[:-1], marked]).rpartition(MARK)
+        if not mark or not text.endswith(tail):
+            raise UserError("The chat template does not write the last assistant message as it is; give another one.")
+        return len(tail)
+
+
+def plain_text(messages: list[dict], *, add_generation_prompt: bool = False) -> tuple[str, str | None]:
+    """Returns prompt and answer as text, the answer None where the last message is no assistant's.
+
+    A question and its answer are joined by a newline; more than a question is written as an HH transcript.
+    """
+    answer = None
+    if messages[-1]["role"] == "assistant" and not add_generation_prompt:
+        *messages, last = messages
+        answer = last["content"]
+    opened = add_generation_prompt or answer is not None
+    if [message["role"] for message in messages] == ["user"]:
+        return messages[0]["content"] + ("\n" if opened else ""), answer
+    prompt = "".join(SPEAKER[message["role"]] + message["content"] for message in messages)
+    return prompt + ("\n\nAssistant:" if opened else ""), answer if answer is None else f" {answer}"
+
+
+def choose_template(folder: Path, config: dict, wanted: str | None) -> tuple[str | None, str]:
+    """Returns the template's source, None for plain text, and in words where it comes from.
+
+    Args:
+        config: The folder's tokenizer_config.json.
+        wanted: As in `tokenizer.hf_tokenizer`.
+    """
+    if wanted is None:
+        own = _own_template(folder, config)
+        return own, "the folder's chat template" if own else "plain text: the tokenizer has no chat template"
+    if wanted == "plain":
+        return None, "plain text: chat_template=plain"
+    if "{{" in wanted or "{%" in wanted:
+        return wanted, "the chat template given as text"
+    if wanted.endswith(".jinja"):
+        file = Path(wanted).expanduser()
+        if not file.is_file():
+            raise UserError(f"chat_template={wanted}: there is no such file.")
+        return file.read_text(encoding="utf-8"), f"the chat template {file}"
+    raise UserError(
+        f"chat_template={wanted!r} is neither null (the folder's own), 'plain', a .jinja file, nor a Jinja text."
+    )
+
+
+def _own_template(folder: Path, config: dict) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():  # newer folders; it wins, as in transformers
+        return file.read_text(encoding="utf-8")
+    own = config.get("chat_template")
+    if not isinstance(own, list):
+        return own
+    named = {entry["name"]: entry["template"] for entry in own}
+    if "default" not in named:
+        names = ", ".join(named)
+        raise UserError(
+            f"{folder} has chat templates ({names}) but none named default. Save one of them as a .jinja file and "
+            "give chat_template=FILE.jinja."
+        )
+    return named["default"]
+
+
+class _GenerationTag(Extension):
+    """`{% generation %}` marks answers for other trainers; here its body is simply written."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        next(parser.stream)
+        return jinja2.nodes.Scope(parser.parse_statements(["name:endgeneration"], drop_needle=True))
+
+
+def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    """Jinja's own filter escapes <, > and & for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise(message: str):
+    raise jinja2.TemplateError(message)

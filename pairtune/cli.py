@@ -1,0 +1,467 @@
+"""`tune`: starts recipes by path, in one process or several, and does what torchtune's own `tune` does.
+
+    tune run recipes/lora_dpo_single_device --config configs/reviewer2.yaml lora.rank=4
+
+torch and torchtune are imported only by the commands that need them, so that `tune ls` and `--help` answer at once.
+What a recipe's config may hold is checked in pairtune.config, by the recipe itself.
+"""
+
+import argparse
+import ast
+import difflib
+import functools
+import importlib.util
+import logging
+import os
+import runpy
+import shutil
+import signal
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import yaml
+
+from pairtune.errors import UserError
+
+PACKAGE = Path(__file__).resolve().parent
+HOME = PACKAGE if (PACKAGE / "recipes").is_dir() else PACKAGE.parent  # in a wheel recipes travel inside the package
+TORCHTUNE = Path(importlib.util.find_spec("torchtune").origin).resolve().parent  # found, not imported
+SUFFIXES = {"recipe": (".py",), "config": (".yaml", ".yml")}
+
+
+# Commands: each takes the words after its name and returns the exit status. The docstring is its help.
+
+
+def run(argv: list[str]) -> int:
+    """Run a recipe (ours, torchtune's, or a file) with a config and key=value overrides.
+
+    A *_distributed recipe gets one process for each visible GPU. torchrun's options stand before RECIPE.
+    """
+    name, *rest = argv or [""]
+    options = []  # torchrun's
+    if name.startswith("-"):
+        parsed = _torchrun_parser().parse_args(argv)
+        name, rest = parsed.training_script, parsed.training_script_args
+        options = argv[: len(argv) - len(rest) - 1]
+    if not name:
+        raise UserError("run: which recipe? tune run RECIPE --config CONFIG; `tune ls` lists both")
+    recipe = find("recipe", name)
+    if {"-h", "--help"} & set(rest):
+        return _show_recipe(recipe)
+    if options and _one_process_only(recipe):
+        twin = name.replace("_single_device", "_distributed")
+        hint = f"use {twin}, or leave" if twin != name else "leave"
+        raise UserError(f"{options[0]}: {recipe.stem} runs in one process; {hint} torchrun's options out")
+    args = _recipe_argv(recipe, rest)
+    spreads = recipe.stem.endswith("_distributed") and not _is_torchtunes(recipe)
+    if options or (spreads and "LOCAL_RANK" not in os.environ):  # LOCAL_RANK: a torchrun of the user's started us
+        return _launch(options, recipe, args)
+    _execute(recipe, args)
+    return 0
+
+
+def ls(argv: list[str]) -> int:
+    """List recipes and configs: ours, then torchtune's."""
+    _parser(ls).parse_args(argv)
+    lines = []
+    for title, kind in (("PAIRTUNE RECIPE", "recipe"), ("PAIRTUNE CONFIG (each serves every recipe above)", "config")):
+        lines += [title, *(f"{name:<40} {_first_line(path)}" for name, path in own(kind).items()), ""]
+    lines.append(f"{'TORCHTUNE RECIPE':<40} CONFIG")
+    for recipe in _torchtune_registry():
+        name = f"torchtune/{recipe.name}" if recipe.name in own("recipe") else recipe.name
+        for config in [c.name for c in recipe.configs if c.name in torchtunes("config")] or [""]:
+            lines.append(f"{name:<40} {config}".rstrip())
+            name = ""
+    print("\n".join(lines))
+    return 0
+
+
+def cp(argv: list[str]) -> int:
+    """Copy a recipe or a config, to edit it; a recipe's copy runs from any folder."""
+    parser = _parser(cp)
+    parser.add_argument("name", metavar="NAME", help="a recipe or config of `tune ls`")
+    parser.add_argument("destination", metavar="DEST", help="a file or a folder; a missing suffix is added")
+    parser.add_argument("-n", "--no-clobber", action="store_true", help="keep a file that exists")
+    parser.add_argument("--make-parents", action="store_true", help="make DEST's folder where it is missing")
+    args = parser.parse_args(argv)
+    source = find("recipe or config", args.name, files=False)
+    target = Path(args.destination).expanduser()
+    if target.is_dir() or args.destination.endswith(os.sep):
+        target /= source.name
+    elif target.suffix not in SUFFIXES["recipe" if source.suffix == ".py" else "config"]:
+        target = target.with_name(target.name + source.suffix)
+    existed = target.exists()
+    if existed and args.no_clobber:
+        print(f"Kept {target}, which exists")
+        return 0
+    if args.make_parents:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.parent.is_dir():
+        raise UserError(f"{target.parent}: no such folder; --make-parents makes it")
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:  # a folder that is read-only, a target that is the source
+        raise UserError(f"{target}: cannot be written: {error}") from None
+    print(f"{'Replaced' if existed else 'Copied to'} {target}")
+    return 0
+
+
+def cat(argv: list[str]) -> int:
+    """Print a config or a recipe as it is, comments included."""
+    parser = _parser(cat)
+    parser.add_argument("name", metavar="NAME", help="a name of `tune ls`, or a file")
+    parser.add_argument("--sort", action="store_true", help="print a config's keys in order, without its comments")
+    args = parser.parse_args(argv)
+    path = find("config or recipe", args.name)
+    if args.sort and path.suffix == ".py":
+        raise UserError(f"--sort: orders the keys of a config; {path.name} is a recipe")
+    print(yaml.safe_dump(_load_yaml(path), allow_unicode=True) if args.sort else path.read_text(), end="")
+    return 0
+
+
+def validate(argv: list[str]) -> int:
+    """Check a config, with overrides, against every recipe of ours or the one named; status 1 if any refuses it."""
+    parser = _parser(validate)
+    parser.add_argument("config", metavar="CONFIG")
+    parser.add_argument("overrides", metavar="key=value", nargs="*")
+    parser.add_argument("--recipe", help="check against this one only")
+    parser.add_argument("--torchtune", action="store_true", help="the config is for a recipe of torchtune's")
+    args = parser.parse_intermixed_args(argv)
+    path = find("config", args.config)
+    if args.torchtune or _is_torchtunes(path):
+        return _validate_torchtunes(path, args.overrides)
+    from pairtune.config import load
+
+    refusals = 0
+    for recipe in [find("recipe", args.recipe)] if args.recipe else own("recipe").values():
+        names = runpy.run_path(str(recipe), run_name="pairtune_recipe")  # a recipe runs only as __main__
+        if not {"METHOD", "DEFAULTS"} <= set(names):
+            raise UserError(f"{recipe.stem}: sets no METHOD and DEFAULTS; a config of torchtune's takes --torchtune")
+        try:
+            load(names["METHOD"], names["DEFAULTS"], [path], args.overrides)
+            print(f"{recipe.stem}: ok")
+        except UserError as error:
+            print(f"{recipe.stem}: {error}")
+            refusals += 1
+    return 1 if refusals else 0
+
+
+def download(argv: list[str]) -> int:
+    """Fetch a model from the Hugging Face Hub or from Kaggle, and say how to train it."""
+    parser = _parser(download)
+    parser.add_argument("repo_id", metavar="REPO_ID", help="owner/name, or a Kaggle model handle")
+    parser.add_argument("--output-dir", type=Path, metavar="DIR", help="default: /tmp/NAME")
+    parser.add_argument("--revision", help="a branch, tag or commit; default: main")
+    parser.add_argument("--hf-token", metavar="TOKEN", help="for gated models; default: HF_TOKEN, else `hf auth login`")
+    ignore_help = "leave out just these files (no pattern: none); default: what DPO does not read"
+    parser.add_argument("--ignore-patterns", nargs="*", action="extend", metavar="PATTERN", help=ignore_help)
+    parser.add_argument("--source", choices=["huggingface", "kaggle"], default="huggingface")
+    parser.add_argument("--kaggle-username", metavar="NAME")
+    parser.add_argument("--kaggle-api-key", metavar="KEY")
+    args = parser.parse_args(argv)
+    if args.source == "kaggle":
+        return _download_from_kaggle(args)
+    from pairtune import hub
+
+    folder = args.output_dir or Path("/tmp") / args.repo_id.rpartition("/")[2]
+    choice = {"revision": args.revision, "token": args.hf_token, "ignore_patterns": args.ignore_patterns}
+    folder = hub.download(args.repo_id, folder, **choice)
+    print(f"{folder} holds")
+    for path, size in hub.sizes(folder).items():
+        print(f"{hub.show_size(size):>12}  {path}")
+    print(f"Train it:\n  {_next_command(folder)}")
+    return 0
+
+
+COMMANDS = {command.__name__: command for command in (download, ls, cp, cat, validate, run)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status of one command line; a mistake in it is one line on stderr and status 2."""
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    quiet_torchao()
+    try:
+        if name in ("-h", "--help"):
+            print(f"usage: {_prog()} COMMAND ...  (COMMAND --help tells more)\n")
+            for command in COMMANDS.values():
+                print(f"  {command.__name__:<10} {command.__doc__.splitlines()[0]}")
+            print(f"  {'--version':<10} Print the versions of pairtune, torchtune and torch.")
+            return 0
+        if name == "--version":
+            print(", ".join(f"{package} {version(package)}" for package in ("pairtune", "torchtune", "torch")))
+            return 0
+        if name == "worker":  # what _launch starts; not for people
+            return _worker(Path(rest[0]), rest[1:])
+        if name not in COMMANDS:
+            raise UserError(f"{name}: no such command{_nearest(name, COMMANDS)}; known: {', '.join(COMMANDS)}")
+        return COMMANDS[name](rest)
+    except UserError as error:
+        print(f"{_prog()}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{_prog()}: interrupted", file=sys.stderr)
+        return 130
+
+
+def quiet_torchao() -> None:
+    """Drops the line that torchao logs when its C++ kernels were built for another torch; nothing here uses them."""
+    line = "Skipping import of cpp extensions due to incompatible torch version"
+    logging.getLogger("torchao").addFilter(lambda record: not record.getMessage().startswith(line))
+
+
+# Finding recipes and configs
+
+
+def find(kinds: str, name: str, *, files: bool = True) -> Path:
+    """Returns the absolute path of a "recipe", a "config", or whichever of "recipe or config" comes first.
+
+    A file, or else a name of ours, or else of torchtune's. The suffix may be left out, as may `recipes/` and
+    `configs/`; `torchtune/NAME` means torchtune's also where ours has the name. Raises UserError with the nearest.
+    """
+    for kind in kinds.split(" or "):
+        suffix = next((s for s in SUFFIXES[kind] if name.endswith(s)), "")
+        candidates = [name] if suffix else [name + s for s in SUFFIXES[kind]]
+        for path in map(Path, candidates if files else []):
+            if path.expanduser().is_file():
+                return path.expanduser().absolute()
+        stem = name.removesuffix(suffix).removeprefix(f"{kind}s/")
+        if stem in _names(kind):
+            return _names(kind)[stem]
+    nearest = _nearest(stem, [known for kind in kinds.split(" or ") for known in _names(kind)])
+    raise UserError(f"{name}: no such {kinds}{nearest}; `tune ls` lists them")
+
+
+@functools.cache
+def own(kind: str) -> dict[str, Path]:
+    """Returns our recipes or configs, name to path, sorted."""
+    return {path.stem: path for path in sorted((HOME / f"{kind}s").glob(f"[!_]*{SUFFIXES[kind][0]}"))}
+
+
+@functools.cache
+def torchtunes(kind: str) -> dict[str, Path]:
+    """Returns torchtune's recipes or configs, name to path."""
+    folder = TORCHTUNE.parent / "recipes"
+    entries = _torchtune_registry()
+    if kind == "config":
+        folder, entries = folder / "configs", [config for recipe in entries for config in recipe.configs]
+    found = {entry.name: folder / entry.file_path for entry in entries}
+    return {name: path for name, path in found.items() if path.is_file()}  # one config is registered and not shipped
+
+
+@functools.cache
+def _names(kind: str) -> dict[str, Path]:
+    theirs = torchtunes(kind)
+    return {f"torchtune/{name}": path for name, path in theirs.items()} | theirs | own(kind)
+
+
+@functools.cache
+def _torchtune_registry() -> list:
+    # By path: importing it as a module would import torchtune, and with it torch (4 s).
+    return runpy.run_path(str(TORCHTUNE / "_recipe_registry.py"))["_ALL_RECIPES"]
+
+
+def _is_torchtunes(path: Path) -> bool:
+    return path.resolve().is_relative_to(TORCHTUNE.parent / "recipes")
+
+
+def _one_process_only(recipe: Path) -> bool:
+    single = [torchtunes("recipe")[r.name] for r in _torchtune_registry() if not r.supports_distributed]
+    return recipe.stem.endswith("_single_device") or recipe.resolve() in single
+
+
+# Starting a recipe
+
+
+def _recipe_argv(recipe: Path, words: list[str]) -> list[str]:
+    """Returns the recipe's own command line: what follows RECIPE, with every config as an absolute path."""
+    configs, overrides, rest = [], [], iter(words)
+    for word in rest:
+        if word == "--config" or word.startswith("--config="):
+            configs.append(word.partition("=")[2] or next(rest, ""))
+        elif word.startswith("-"):
+            raise UserError(
+                f"{word}: after RECIPE the only option is --config; a key is set without dashes, as key=value, "
+                "and torchrun's options stand before RECIPE"
+            )
+        elif word.startswith("~") or "=" in word:
+            overrides.append(word)
+        else:
+            raise UserError(f"{word}: neither key=value nor ~key; a config is given as --config {word}")
+    if not configs or "" in configs:
+        known = "`tune ls` lists them" if _is_torchtunes(recipe) else f"known: {', '.join(own('config'))}"
+        raise UserError(f"{recipe.stem}: --config CONFIG must say which weights and data; {known}; or a YAML of yours")
+    if _is_torchtunes(recipe) and len(configs) > 1:
+        raise UserError(f"--config {configs[1]}: a recipe of torchtune's takes one config")
+    paths = [find("config", config) for config in configs]
+    if recipe in own("recipe").values() and any(map(_is_torchtunes, paths)):
+        theirs = f"torchtune/{recipe.stem}"
+        hint = f", such as {theirs}" if theirs in _names("recipe") else ""
+        raise UserError(f"--config {configs[0]}: is for torchtune recipes{hint}; for ours: {', '.join(own('config'))}")
+    return [word for path in paths for word in ("--config", str(path))] + overrides
+
+
+def _execute(recipe: Path, args: list[str]) -> None:
+    """Runs the recipe's file in this process, as `python FILE ARGS` would."""
+    sys.argv = [str(recipe), *args]
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # for a `_component_` in the user's folder; last, so that it shadows no package
+    runpy.run_path(str(recipe), run_name="__main__")
+
+
+def _launch(options: list[str], recipe: Path, args: list[str]) -> int:
+    """Runs the recipe under torchrun and returns the exit status."""
+    import torch
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import determine_local_world_size
+    from torch.distributed.run import run as torchrun
+
+    parser = _torchrun_parser()
+    processes = 1 if _is_torchtunes(recipe) else max(1, torch.cuda.device_count())
+    parser.set_defaults(nproc_per_node=os.environ.get("PET_NPROC_PER_NODE", str(processes)))
+    # -P: without it -m would put the current folder before the installed packages.
+    command = [sys.executable, "-u", "-P", "-m", "pairtune.cli", "worker", str(recipe), *args]
+    parsed = parser.parse_args([*options, *command])
+    if parsed.module or parsed.no_python or parsed.run_path:
+        raise UserError("--module, --no_python, --run_path: a recipe starts by path, in Python; leave them out")
+    parsed.no_python = True  # `command` names its python
+    addressed = any(getattr(parsed, key) != parser.get_default(key) for key in ("master_addr", "master_port"))
+    if parsed.nnodes in ("1", "1:1") and not parsed.rdzv_endpoint and not addressed:
+        parsed.standalone = True  # a free port of its own: several runs fit on one machine
+    try:
+        # Shared out: torchrun would give each process one thread, and say so in five lines.
+        threads = torch.get_num_threads() // determine_local_world_size(parsed.nproc_per_node)
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
+        torchrun(parsed)
+    except ChildFailedError as error:
+        return _report_failure(*error.get_first_failure())
+    except SignalException as error:
+        if error.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        return 128 + error.sigval
+    except ValueError as error:  # e.g. --nproc_per_node gpu where there is none
+        raise UserError(f"torchrun: {error}") from None
+    return 0
+
+
+def _worker(recipe: Path, args: list[str]) -> int:
+    """One process of a distributed run. A UserError goes to the launcher, which prints it once for all ranks."""
+    try:
+        _execute(recipe, args)
+    except UserError as error:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _report_failure(rank: int, failure) -> int:
+    """Says why the first rank failed: a UserError's message, a signal, or that its traceback is above."""
+    said = failure.message["message"] if isinstance(failure.message, dict) else ""
+    if failure.exitcode == 2 and said.startswith("UserError: "):
+        raise UserError(said.removeprefix("UserError: "))
+    ending = failure.message if failure.exitcode < 0 else f"status {failure.exitcode}; its own output, above, says why"
+    print(f"{_prog()}: rank {rank} failed: {ending}", file=sys.stderr)
+    return max(failure.exitcode, 1)
+
+
+def _torchrun_parser() -> argparse.ArgumentParser:
+    from torch.distributed.run import get_args_parser
+
+    parser = get_args_parser()
+    parser.prog = f"{_prog()} run"
+    parser.usage = f"{parser.prog} [torchrun's options] RECIPE --config CONFIG [--config MORE] [key=value | ~key ...]"
+    parser.description = run.__doc__
+    ours = {"training_script": "RECIPE", "training_script_args": "--config CONFIG key=value"}
+    for action in parser._actions:
+        if action.dest in ours:
+            action.metavar, action.help = ours[action.dest], "`tune run RECIPE --help` tells about one recipe"
+    return parser
+
+
+# Words
+
+
+def _parser(command) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog=f"{_prog()} {command.__name__}", description=command.__doc__)
+
+
+def _prog() -> str:
+    stem = Path(sys.argv[0]).stem
+    return stem if stem in ("tune", "pairtune") else "tune"
+
+
+def _nearest(name: str, known) -> str:
+    close = difflib.get_close_matches(name, known, n=3)
+    return f"; nearest: {', '.join(close)}" if close else ""
+
+
+def _first_line(path: Path) -> str:
+    """A recipe's docstring, or a config's first comment, to its line's end."""
+    text = path.read_text()
+    if path.suffix == ".py":
+        text = ast.get_docstring(ast.parse(text)) or ""
+    return text.partition("\n")[0].lstrip("# ")
+
+
+def _show_recipe(recipe: Path) -> int:
+    """Prints a recipe's docstring and its DEFAULTS with their comments, without running it."""
+    text = recipe.read_text()
+    tree = ast.parse(text)
+    shown = [ast.get_docstring(tree) or f"{recipe}: has no docstring"]
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "DEFAULTS":
+            shown += ["", "Every key, to be set in a config or as key=value:", ast.get_source_segment(text, node)]
+    print("\n".join(shown))
+    return 0
+
+
+def _load_yaml(path: Path):
+    try:
+        return yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+
+
+def _validate_torchtunes(path: Path, overrides: list[str]) -> int:
+    from omegaconf import OmegaConf
+    from torchtune.config import validate as check
+    from torchtune.config._errors import ConfigError
+
+    try:
+        check(OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides)))
+    except ConfigError as error:
+        print(f"{path.name}: {error}")
+        return 1
+    print(f"{path.name}: ok")
+    return 0
+
+
+def _download_from_kaggle(args: argparse.Namespace) -> int:
+    if args.revision:
+        raise UserError("--revision: on Kaggle the handle ends with the version: owner/model/framework/variation/1")
+    from torchtune._cli.download import Download
+
+    Download(argparse.ArgumentParser(prog=_prog()).add_subparsers())._download_cmd(args)
+    return 0
+
+
+def _next_command(folder: Path) -> str:
+    """Returns the command that trains the model in `folder`, with the config that is for it, if there is one."""
+    recipe = next((name for name in own("recipe") if name.startswith("lora") and "single" in name), "RECIPE")
+    config = "CONFIG"
+    for name, path in own("config").items():
+        home = Path(((_load_yaml(path) or {}).get("checkpointer") or {}).get("checkpoint_dir") or "")
+        if home == folder:
+            return f"tune run {recipe} --config {name}"
+        if home.name == folder.name:  # the same model in another place
+            config = name
+    return f"tune run {recipe} --config {config} checkpointer.checkpoint_dir={folder}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,245 @@
+"""Preference pairs: rows tokenized once, limited and counted. No shuffling and no batches: those are in loader.py.
+
+Where rows come from is in rows.py, what a row may look like in formats.py, how a conversation becomes tokens in
+tokenizer.py.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+
+from tqdm import tqdm
+
+from pairtune.errors import UserError
+from pairtune.formats import Example, Skip, detect_format
+from pairtune.rows import Rows, read_rows
+from pairtune.tokenizer import adapt, common_prefix
+
+__all__ = ["Pair", "Report", "Rows", "count_overlap", "read_rows", "split_pairs", "tokenize_pairs"]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A prompt with two answers, as tokens.
+
+    Attributes:
+        prompt: Starts with the template's BOS, if it has one.
+        chosen, rejected: Continue the prompt and end in exactly one end token.
+        row: Index of its row in the source, from 0.
+    """
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    row: int
+
+
+@dataclass
+class Report:
+    """What became of the rows; str() is a table. Rows are given by their number in the source."""
+
+    source: str
+    format: str
+    style: str  # how the tokenizer writes conversations
+    num_rows: int
+    num_kept: int = 0
+    dropped: dict[str, list[int]] = field(default_factory=dict)  # reason to rows
+    trimmed: list[int] = field(default_factory=list)  # rows whose prompt was cut
+    merges: list[int] = field(default_factory=list)  # rows where a token spans the prompt's end
+    # Tokens of every row that was tokenized, before limits: what max_length would have to be
+    lengths: dict[str, list[int]] = field(default_factory=lambda: {"prompt": [], "chosen": [], "rejected": []})
+    notes: list[str] = field(default_factory=list)
+    num_held_out: int | None = None
+    num_overlap: int | None = None  # held-out pairs whose prompt and chosen answer are in the training part, too
+
+    def with_split(self, train: list[Pair], held_out: list[Pair]) -> "Report":
+        """Returns the report with two lines more: the held-out pairs, and how many of them training sees."""
+        return replace(self, num_held_out=len(held_out), num_overlap=count_overlap(train, held_out))
+
+    def __str__(self) -> str:
+        lines = [self._line("rows read", self.num_rows), self._line("kept", self.num_kept)]
+        if self.trimmed:
+            lines.append(self._line("of these, prompt trimmed", len(self.trimmed), self.trimmed))
+        for reason, rows in sorted(self.dropped.items(), key=lambda item: -len(item[1])):
+            lines.append(self._line(f"dropped: {reason}", len(rows), rows))
+        if self.merges:
+            lines.append(self._line("boundary merges", len(self.merges), self.merges))
+        if self.num_held_out is not None:
+            lines.append(self._line("held out", self.num_held_out))
+            lines.append(self._line("of these, also in training", self.num_overlap))
+        if self.lengths["prompt"]:
+            lines.append(f"{'tokens, before limits':32} {'median':>8} {'95 %':>8} {'max':>8}")
+            lines += [self._lengths_line(name, lengths) for name, lengths in self._all_lengths().items()]
+        lines += [f"format: {self.format}", self.style, *self.notes]
+        return "\n".join(lines)
+
+    def _line(self, title: str, count: int, rows: Sequence[int] = ()) -> str:
+        examples = ", ".join(map(str, rows[:3])) + (", ..." if len(rows) > 3 else "")
+        return f"{title:32} {count:8,} {100 * count / self.num_rows:6.1f} %" + (f"   row {examples}" if rows else "")
+
+    def _all_lengths(self) -> dict[str, list[int]]:
+        total = [prompt + max(answers) for prompt, *answers in zip(*self.lengths.values(), strict=True)]
+        return {**self.lengths, "prompt + longer answer": total}
+
+    def _lengths_line(self, name: str, lengths: list[int]) -> str:
+        ranked = sorted(lengths)
+        median, most, longest = (ranked[-(-len(ranked) * percent // 100) - 1] for percent in (50, 95, 100))
+        return f"  {name:30} {median:8,} {most:8,} {longest:8,}"
+
+
+@dataclass(frozen=True)
+class _Limits:
+    max_length: int
+    max_prompt_length: int
+    overlong: str
+
+    def __post_init__(self):
+        if self.overlong not in ("drop", "trim_prompt", "error"):
+            raise UserError(f"dataset.overlong={self.overlong!r}: must be drop, trim_prompt or error.")
+        if self.max_length < 2:
+            raise UserError(f"max_length={self.max_length}: must be at least 2, a token of prompt and one of answer.")
+        if not 0 < self.max_prompt_length <= self.max_length:
+            raise UserError(
+                f"max_prompt_length={self.max_prompt_length}: must be at least 1 and at most max_length="
+                f"{self.max_length}, which counts prompt and answer together. Lower it, or raise max_length."
+            )
+
+    def fit(self, prompt: list[int], answer_length: int, *, bos_id: int | None) -> list[int]:
+        """Returns the prompt, cut from the left if the policy says so. Raises Skip or UserError if it does not fit."""
+        room = min(self.max_prompt_length, self.max_length - answer_length)
+        if len(prompt) <= room:
+            return prompt
+        if self.overlong == "error":
+            raise UserError(
+                f"a prompt of {len(prompt)} tokens and an answer of {answer_length} do not fit max_length="
+                f"{self.max_length}, max_prompt_length={self.max_prompt_length}. Raise them, or set "
+                "dataset.overlong to drop or trim_prompt."
+            )
+        bos = prompt[:1] if prompt[0] == bos_id else []
+        if self.overlong == "drop" or room <= len(bos):  # one token of the question must remain
+            raise Skip("too long")
+        return bos + prompt[len(prompt) - room + len(bos) :]
+
+
+def tokenize_pairs(
+    rows: Sequence[dict],
+    tokenizer,
+    *,
+    max_length: int,
+    max_prompt_length: int | None = None,
+    overlong: str = "drop",
+    columns: dict[str, str] | None = None,
+    progress: bool = True,
+) -> tuple[list[Pair], Report]:
+    """Returns the rows' pairs in order, and a report of what was dropped, why, and how long the pairs are.
+
+    Each of the two conversations is rendered once, whole. The prompt is what they share with each other and with the
+    prompt rendered alone, generation prompt included: a token that spans the prompt's end belongs to the answers.
+    Dropped are rows whose prompts differ, with an empty answer, with identical answers, or too long.
+
+    Args:
+        rows: From `read_rows`, or a list of dicts.
+        tokenizer: From tokenizer.hf_tokenizer, or one of torchtune's.
+        max_length: Most tokens of prompt + longer answer.
+        max_prompt_length: Most tokens of the prompt; None leaves it to max_length.
+        overlong: What becomes of a pair over either: drop, trim_prompt (from the left, BOS stays; answers are never
+            cut) or error.
+        columns: Our names to theirs, for rows that `read_rows` has not renamed.
+
+    Raises:
+        UserError: A row is broken (source, row and column are named), its format is unknown, or nothing is left.
+    """
+    limits = _Limits(max_length, max_length if max_prompt_length is None else max_prompt_length, overlong)
+    if columns or not isinstance(rows, Rows):
+        rows = Rows(
+            rows, source=getattr(rows, "source", "rows"), columns=columns, numbers=getattr(rows, "numbers", None)
+        )
+    if not len(rows):
+        raise UserError(f"{rows.source} has no rows.")
+    tokenizer = adapt(tokenizer)
+    form = detect_format(rows.column_names, list(islice(rows, 10)))
+    report = Report(rows.source, form.name, tokenizer.style, len(rows))
+    if max_prompt_length == max_length:
+        report.notes.append(
+            f"max_prompt_length = max_length = {max_length}: a prompt that long leaves no room to answer"
+        )
+    pairs = []
+    bar = tqdm(rows, desc="tokenize", leave=False, disable=not progress or len(rows) < 500)
+    for number, row in zip(rows.numbers, bar, strict=True):
+        try:
+            pairs.append(_tokenize(form.read(row), number, tokenizer, limits=limits, report=report))
+        except Skip as skip:
+            report.dropped.setdefault(str(skip), []).append(number)
+        except UserError as error:
+            raise UserError(f"{rows.source}, row {number} (from 0): {error}") from error
+    report.num_kept = len(pairs)
+    if not pairs:
+        raise UserError(f"There is nothing left of {rows.source} to train on.\n{report}")
+    return pairs, report
+
+
+def split_pairs(pairs: list[Pair], val_fraction: float) -> tuple[list[Pair], list[Pair]]:
+    """Returns training and held-out pairs: held out are the last round(val_fraction * len(pairs)), in order.
+
+    Raises:
+        UserError: `val_fraction` is not between 0 and 1, or leaves either part empty.
+    """
+    if not 0 < val_fraction < 1:
+        raise UserError(f"dataset.val_fraction={val_fraction}: must be between 0 and 1, such as 0.1, or null.")
+    num_train = len(pairs) - round(val_fraction * len(pairs))
+    train, held_out = pairs[:num_train], pairs[num_train:]
+    if not train or not held_out:
+        raise UserError(
+            f"dataset.val_fraction={val_fraction} of {len(pairs)} pairs leaves {len(train)} to train on and "
+            f"{len(held_out)} held out; both need one at least."
+        )
+    return train, held_out
+
+
+def count_overlap(train: list[Pair], held_out: list[Pair]) -> int:
+    """Returns how many held-out pairs have prompt and chosen answer in common with a training pair."""
+    seen = {(tuple(pair.prompt), tuple(pair.chosen)) for pair in train}
+    return sum((tuple(pair.prompt), tuple(pair.chosen)) in seen for pair in held_out)
+
+
+def _tokenize(example: Example, number: int, tokenizer, *, limits: _Limits, report: Report) -> Pair:
+    if not example.chosen.strip() or not example.rejected.strip():
+        raise Skip("empty answer")
+    asked, chosen, rejected = _sequences(example, tokenizer)
+    if chosen == rejected:  # also texts that differ in nothing but what the template strips
+        raise Skip("identical answers")
+    prompt = common_prefix(asked, chosen, rejected)
+    chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    _check_ends(prompt, (chosen, rejected), tokenizer)
+    for name, tokens in zip(report.lengths, (prompt, chosen, rejected), strict=True):
+        report.lengths[name].append(len(tokens))
+    fitted = limits.fit(prompt, max(len(chosen), len(rejected)), bos_id=tokenizer.bos_id)
+    if len(fitted) < len(prompt):
+        report.trimmed.append(number)
+    if len(prompt) < len(asked):
+        report.merges.append(number)
+    return Pair(fitted, chosen, rejected, number)
+
+
+def _sequences(example: Example, tokenizer) -> list[list[int]]:
+    """Returns the tokens of the prompt alone, of the whole chosen and of the whole rejected conversation."""
+    if tokenizer.is_plain and example.written:
+        prompt, *answers = example.written
+        return [tokenizer.render_text(prompt, answer) for answer in (None, *answers)]
+    asked = tokenizer.render(example.prompt, add_generation_prompt=True)
+    answers = ({"role": "assistant", "content": text} for text in (example.chosen, example.rejected))
+    return [asked, *(tokenizer.render([*example.prompt, answer]) for answer in answers)]
+
+
+def _check_ends(prompt: list[int], answers: tuple[list[int], list[int]], tokenizer) -> None:
+    if not prompt:  # nothing would predict the answer's first token
+        raise Skip("empty prompt")
+    if len(prompt) > 1 and prompt[0] == prompt[1] == tokenizer.bos_id:
+        raise UserError(
+            "the conversation begins with two BOS tokens; the template writes one, and so does the text, or the "
+            "template again. Take one of them out."
+        )
+    for answer in answers:
+        assert answer[-1] in tokenizer.end_ids, "render() ends an answer in an end token"
+        if len(answer) > 1 and answer[-2] in tokenizer.end_ids:
+            raise Skip("answer ends in an end token's text")

@@ -1,0 +1,269 @@
+"""Rows of a preference dataset: read from a file, a folder or the Hugging Face Hub, under our column names.
+
+JSON and CSV are read here and not by `datasets`, which guesses types from the values, so that an answer "NA" becomes
+null, "12" a number and "2024-01-01" a date, keeps a copy in a cache, and does not say which line is broken.
+"""
+
+import csv
+import difflib
+import gzip
+import io
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+
+import datasets
+import pyarrow.parquet
+
+from pairtune.errors import UserError
+from pairtune.formats import FORMATS
+
+FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet")
+OUR_COLUMNS = list(dict.fromkeys(name for form in FORMATS for name in [*form.columns, *form.optional]))
+
+
+class Rows(Sequence):
+    """Rows of a source, in its order, as dicts under our column names.
+
+    Args:
+        data: A datasets.Dataset or a list of dicts.
+        columns: Our names to theirs, for columns that have another name.
+        numbers: Index in the source of each row, where it is not its index in `data`.
+    """
+
+    def __init__(self, data, *, source: str = "rows", columns: dict[str, str] | None = None, numbers=None):
+        self.source = source
+        self.numbers = range(len(data)) if numbers is None else numbers
+        self._data = data
+        self._theirs = dict(columns or {})
+        found = getattr(data, "column_names", None) or list(dict.fromkeys(chain.from_iterable(data)))
+        _check_columns(self._theirs, found, source)
+        self._taken = {*self._theirs, *self._theirs.values()}
+        self.column_names = [*self._theirs, *(name for name in found if name not in self._taken)]
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> dict:
+        return self._renamed(self._data[index])
+
+    def __iter__(self) -> Iterator[dict]:
+        return map(self._renamed, self._data)
+
+    def _renamed(self, row: dict) -> dict:
+        if not self._theirs:
+            return row
+        ours = {ours: row.get(theirs) for ours, theirs in self._theirs.items()}
+        return ours | {name: value for name, value in row.items() if name not in self._taken}
+
+
+def read_rows(
+    source: str,
+    *,
+    split: str = "train",
+    name: str | None = None,
+    limit: int | None = None,
+    columns: dict[str, str] | None = None,
+    revision: str | None = None,
+    field: str | None = None,
+) -> Rows:
+    """Returns the rows of a file, a folder or a Hub dataset. Nothing of a local source is cached.
+
+    Args:
+        source: A .json, .jsonl or .csv file (each also .gz), a .parquet file, a folder of such files or one written by
+            save_to_disk; anything else is a Hub id, ORG/NAME.
+        split: As in `datasets`, slices included: train[:90%]. A single file is all "train".
+        name, revision: Configuration and version of a Hub dataset.
+        limit: The first so many rows, after the split.
+        columns: Our names to theirs, such as {"prompt": "question"}.
+        field: The key of a .json object that holds the list of rows.
+
+    Raises:
+        UserError: There is no such source, split or column, or a row cannot be read: file and line are named.
+    """
+    path = Path(source).expanduser()
+    if not path.exists() and _looks_like_path(source):
+        raise _missing_file(path)
+    if limit is not None and limit < 1:
+        raise UserError(f"dataset.limit={limit}: must be at least 1, or null for all rows.")
+    _check_effect(source, "name", name, not path.is_file())
+    _check_effect(source, "revision", revision, not path.exists())
+    _check_effect(source, "field", field, path.is_file() and path.name.removesuffix(".gz").endswith(".json"))
+    if path.is_file():
+        splits = {"train": _read_file(path, field)}
+    else:
+        splits = _read_folder(path, name) if path.is_dir() else _read_hub(source, name, revision)
+    data, numbers = _slice(splits, split, source)
+    if limit is not None:
+        data, numbers = _part(data, 0, min(limit, len(data))), numbers[:limit]
+    return Rows(data, source=source, columns=columns, numbers=numbers)
+
+
+def _check_effect(source: str, key: str, value: str | None, applies: bool) -> None:
+    if value is not None and not applies:
+        raise UserError(f"dataset.{key}={value} has no effect on {source}. Remove it.")
+
+
+def _check_columns(columns: dict[str, str], found: list[str], source: str) -> None:
+    for ours, theirs in columns.items():
+        if ours not in OUR_COLUMNS:
+            known = ", ".join(OUR_COLUMNS)
+            raise UserError(f"dataset.columns.{ours}: no column of ours. {_nearest(ours, OUR_COLUMNS)} Known: {known}.")
+        if theirs not in found:
+            raise UserError(
+                f"dataset.columns.{ours}={theirs}: {source} has no such column. {_nearest(str(theirs), found)} "
+                f"Columns found: {', '.join(found)}."
+            )
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    return f"Did you mean {' or '.join(near)}?" if near else "No name is near it."
+
+
+def _looks_like_path(source: str) -> bool:
+    """A Hub id is ORG/NAME, or a bare name without a suffix."""
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
+        return Path(source.removesuffix(".gz")).suffix in FILE_TYPES
+    return not re.fullmatch(r"[\w-]+", source)
+
+
+def _missing_file(path: Path) -> UserError:
+    if not path.parent.is_dir():
+        return UserError(f"dataset.source={path}: there is no folder {path.parent}.")
+    names = sorted(entry.name for entry in path.parent.iterdir())
+    shown = difflib.get_close_matches(path.name, names, n=5, cutoff=0.3) or names[:5]
+    return UserError(
+        f"dataset.source={path}: there is no such file. Nearest in {path.parent.resolve()}: "
+        f"{', '.join(shown) or 'nothing, the folder is empty'}."
+    )
+
+
+def _slice(splits: dict[str, Sequence], split: str, source: str) -> tuple[Sequence, list[int]]:
+    """Returns a split's rows and their numbers in the source."""
+    try:
+        spec = datasets.ReadInstruction.from_spec(split)
+        parts = spec.to_absolute({name: len(data) for name, data in splits.items()})
+    except (ValueError, AssertionError) as error:
+        sizes = ", ".join(f"{name} ({len(data):,} rows)" for name, data in splits.items())
+        raise UserError(f"dataset.split={split!r} does not fit {source}, which has {sizes}: {error}") from error
+    pieces = [_part(splits[part.splitname], part.from_, part.to) for part in parts]
+    numbers = [number for part in parts for number in range(part.from_, part.to)]
+    if isinstance(pieces[0], list):
+        return list(chain.from_iterable(pieces)), numbers
+    return datasets.concatenate_datasets(pieces), numbers
+
+
+def _part(data, start: int, stop: int):
+    return data[start:stop] if isinstance(data, list) else data.select(range(start, stop))
+
+
+def _read_file(path: Path, field: str | None):
+    kind = Path(path.name.removesuffix(".gz")).suffix
+    if kind not in FILE_TYPES or path.name.endswith(".parquet.gz"):
+        types = ", ".join(FILE_TYPES)
+        raise UserError(f"dataset.source={path}: of files, {types} are read, all but the last also as .gz.")
+    try:
+        if kind == ".parquet":
+            return datasets.Dataset(pyarrow.parquet.read_table(path, partitioning=None))
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+    except (OSError, EOFError, ValueError) as error:  # arrow's, gzip's and UTF-8's errors are of these types
+        raise UserError(f"dataset.source={path} cannot be read: {error}") from error
+    if kind == ".csv":
+        return _csv_rows(text, path)
+    return _json_lines(text, path) if kind == ".jsonl" or _is_lines(text) else _json_list(text, path, field)
+
+
+def _is_lines(text: str) -> bool:
+    """Says whether a text is several lines that start with an object: many a .json file is JSON Lines."""
+    first, _, rest = text.lstrip().partition("\n")
+    try:
+        return bool(rest.strip()) and isinstance(json.loads(first), dict)
+    except json.JSONDecodeError:
+        return False
+
+
+def _json_lines(text: str, path: Path) -> list[dict]:
+    # Not splitlines: a JSON string may hold U+2028 and its like as they are.
+    lines = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+    return [_object(_parse(line, path, number), f"{path}, line {number}") for number, line in lines]
+
+
+def _json_list(text: str, path: Path, field: str | None) -> list[dict]:
+    content = _parse(text, path, 1)
+    if isinstance(content, dict):
+        lists = [key for key, value in content.items() if isinstance(value, list)]
+        if field not in lists:
+            raise UserError(
+                f"{path} is one object, not a list of rows; its keys that hold a list: {', '.join(lists) or 'none'}. "
+                "Name the one with the rows: dataset.field=KEY."
+            )
+        content = content[field]
+    elif not isinstance(content, list):
+        raise UserError(f"{path} holds {type(content).__name__}, expected a list of objects.")
+    elif field is not None:
+        raise UserError(f"dataset.field={field} has no effect: {path} is a list of rows. Remove it.")
+    return [_object(row, f"{path}, row {number} (from 0)") for number, row in enumerate(content)]
+
+
+def _parse(text: str, path: Path, first_line: int):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise UserError(f"{path}, line {line}: invalid JSON, {error.msg} (column {error.colno}).") from error
+
+
+def _object(row, where: str) -> dict:
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: holds {type(row).__name__}, expected an object with columns.")
+    return row
+
+
+def _csv_rows(text: str, path: Path) -> list[dict]:
+    csv.field_size_limit(2**31 - 1)  # 131,072 characters by default
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    rows = []
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise UserError(f"{path}, line {reader.line_num}: not as many cells as the first line has columns.")
+            rows.append(row)
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: invalid CSV, {error}.") from error
+    return rows
+
+
+def _read_folder(path: Path, name: str | None) -> dict[str, datasets.Dataset]:
+    try:
+        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            data = datasets.load_from_disk(str(path))
+            return data if isinstance(data, dict) else {"train": data}
+        with tempfile.TemporaryDirectory() as cache:  # the usual cache would keep a copy of every version
+            return datasets.load_dataset(str(path), name, cache_dir=cache, keep_in_memory=True)
+    except Exception as error:  # boundary: builders raise whatever their readers raise
+        raise UserError(
+            f"dataset.source={path}: the folder cannot be read as a dataset: {_cause(error)}. "
+            f"It should hold {', '.join(FILE_TYPES)} files of one form; or name one file."
+        ) from error
+
+
+def _read_hub(source: str, name: str | None, revision: str | None) -> dict[str, datasets.Dataset]:
+    try:
+        return datasets.load_dataset(source, name, revision=revision)
+    except Exception as error:  # boundary: errors of network, permission and builders have no common type
+        raise UserError(
+            f"dataset.source={source}, name={name}, revision={revision}: not on this disk, and the Hugging Face Hub "
+            f"does not give it: {_cause(error)}\n"
+            "Check the spelling of id and name on huggingface.co/datasets. If the dataset is gated, accept its terms "
+            "there and run `hf auth login`. Without network, download it elsewhere and give its folder."
+        ) from error
+
+
+def _cause(error: Exception) -> str:
+    root = error.__cause__ or error
+    return f"{type(root).__name__}: {(str(root).strip() or repr(root)).splitlines()[0]}"

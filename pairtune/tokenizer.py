@@ -1,0 +1,255 @@
+"""Conversations to tokens: Hugging Face model folders and torchtune's tokenizers behind one interface.
+
+A conversation is rendered whole, and with an answer at its end it ends in exactly one end token. Nothing here pads or
+masks, so a pad token that is also the end token harms nothing. Where the answer begins is for data.py to say.
+"""
+
+import json
+from bisect import bisect_right
+from inspect import signature
+from pathlib import Path
+
+import tokenizers
+
+from pairtune.chat_template import ChatTemplate, choose_template, plain_text
+from pairtune.errors import UserError
+
+# Special tokens that end a turn in one family of models or another; a folder names only some of them as its eos.
+END_OF_TURN = (
+    *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>", "<|eot|>", "<turn|>", "<|return|>"),
+    *("<|end_of_turn|>", "<|END_OF_TURN_TOKEN|>", "<|end_of_text|>", "<|endoftext|>"),
+)
+SPECIAL_KEYS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+
+
+class HFTokenizer:
+    """A Hugging Face tokenizer with its chat template, or with plain text where there is none: see `hf_tokenizer`.
+
+    Attributes:
+        bos_id, pad_id: None where the folder names none.
+        stop_ids: Where generation stops: eos first, then what generation_config.json and the template add.
+        end_ids: stop_ids and every other token known to end a turn.
+        chat_template: Jinja text, None for plain text.
+        style: How conversations are written, in words.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, special: dict[str, str], *, stop_ids, add_bos, template, style):
+        self.vocab_size = backend.get_vocab_size()
+        self.bos_id, self.eos_id, self.pad_id = (backend.token_to_id(special.get(k, "")) for k in SPECIAL_KEYS[:3])
+        turn_ends = {name: backend.token_to_id(name) for name in END_OF_TURN if backend.token_to_id(name) is not None}
+        written = [token for name, token in turn_ends.items() if template and name in template]
+        self.stop_ids = _distinct([self.eos_id, *stop_ids, *written])
+        self.end_ids = frozenset([*self.stop_ids, *turn_ends.values()])
+        self.chat_template, self.style, self.is_plain = template, style, template is None
+        self._template = None if template is None else ChatTemplate(template, special)
+        self._backend, self._add_bos = backend, add_bos
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the text's tokens; none is added, special tokens written in the text are recognised."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        """Returns the tokens' text."""
+        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def render(self, messages: list[dict], *, add_generation_prompt: bool = False) -> list[int]:
+        """Returns the tokens of a conversation, `[{"role", "content"}, ...]`, with BOS exactly as the template has it.
+
+        Behind a last assistant message stands exactly one end token: the template's first one, or eos where it writes
+        none; what the template writes after it is cut. With `add_generation_prompt` nothing is cut or added.
+        """
+        if self.is_plain:
+            return self.render_text(*plain_text(messages, add_generation_prompt=add_generation_prompt))
+        text = self._template.render(messages, add_generation_prompt=add_generation_prompt)
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        if add_generation_prompt or messages[-1]["role"] != "assistant":
+            return encoding.ids
+        answer_stop = len(text) - self._template.tail_length(messages, text)
+        # An end token written in the answer is content: only tokens behind it are looked at.
+        tail_start = bisect_right([stop for _, stop in encoding.offsets], answer_stop)
+        return _end_once(encoding.ids, tail_start, self)
+
+    def render_text(self, prompt: str, answer: str | None = None) -> list[int]:
+        """Returns the tokens of prompt + answer as one text: BOS if the tokenizer adds it, eos after an answer."""
+        ids = self.encode(prompt + (answer or ""))
+        if self._add_bos and ids[:1] != [self.bos_id]:  # the text may bring its own BOS
+            ids = [self.bos_id, *ids]
+        return ids if answer is None else [*ids, self.eos_id]
+
+
+class TorchtuneTokenizer:
+    """torchtune's own tokenizers behind HFTokenizer's interface; their template is what `tokenize_messages` writes."""
+
+    is_plain, chat_template = False, None
+    _PROBES = ("Yes", "No", "0")  # answers that share no token at either end
+
+    def __init__(self, tokenizer):
+        kind = type(tokenizer).__name__
+        if getattr(tokenizer, "max_seq_len", None) is not None:
+            raise UserError(
+                f"tokenizer.max_seq_len={tokenizer.max_seq_len} makes {kind} cut conversations silently. "
+                "Set it to null: max_length and max_prompt_length limit pairs, and what they drop is counted."
+            )
+        special = getattr(tokenizer, "special_tokens", None) or {}
+        self.style = f"torchtune's {kind}"
+        self.bos_id, self.eos_id, self.pad_id = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
+        self.vocab_size = getattr(tokenizer, "vocab_size", None) or 1 + max(special.values())  # Qwen2's has none
+        self.end_ids = frozenset(
+            [*tokenizer.stop_tokens, self.eos_id, *(special[name] for name in END_OF_TURN if name in special)]
+        )
+        self._tokenizer = tokenizer
+        # Messages are encoded one by one, so what follows an answer does not depend on it.
+        backwards = [ids[::-1] for ids in self._probe([{"role": "user", "content": "Hello"}])]
+        self._tail = common_prefix(*backwards)[::-1]
+        self._end = _end_once(self._tail, 0, self)
+        self.stop_ids = _distinct([*tokenizer.stop_tokens, self.eos_id, self._end[-1]])
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the text's tokens; none is added."""
+        return self._tokenizer.encode(text, add_bos=False, add_eos=False)
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        """Returns the tokens' text; SentencePiece tokenizers never write special tokens."""
+        flags = {"skip_special_tokens": skip_special_tokens, "truncate_at_eos": False}
+        known = signature(self._tokenizer.decode).parameters
+        return self._tokenizer.decode(ids, **{name: value for name, value in flags.items() if name in known})
+
+    def render(self, messages: list[dict], *, add_generation_prompt: bool = False) -> list[int]:
+        """Returns the tokens of a conversation; ends as HFTokenizer.render's do."""
+        if add_generation_prompt:
+            return common_prefix(*self._probe(messages))
+        ids = self._ids(messages)
+        if messages[-1]["role"] != "assistant":
+            return ids
+        answer_stop = len(ids) - len(self._tail)
+        assert ids[answer_stop:] == self._tail
+        return ids[:answer_stop] + self._end
+
+    def render_text(self, prompt: str, answer: str | None = None) -> list[int]:
+        """Returns the tokens of prompt + answer as one text, BOS first, eos after an answer."""
+        ids = [token for token in [self.bos_id] if token is not None] + self.encode(prompt + (answer or ""))
+        return ids if answer is None else [*ids, self.eos_id]
+
+    def _probe(self, messages: list[dict]) -> list[list[int]]:
+        """Returns the conversation with several answers: what they share is there before any answer."""
+        return [self._ids([*messages, {"role": "assistant", "content": text}]) for text in self._PROBES]
+
+    def _ids(self, messages: list[dict]) -> list[int]:
+        from torchtune.data import Message  # takes seconds, and folders do not need it
+
+        ours_to_theirs = {"tool": "ipython"}
+        try:
+            conversation = [Message(ours_to_theirs.get(m["role"], m["role"]), m["content"]) for m in messages]
+            return self._tokenizer.tokenize_messages(conversation)[0]
+        except Exception as error:  # its templates raise what Python raises: KeyError, UnboundLocalError, ...
+            roles = ", ".join(message["role"] for message in messages)
+            raise UserError(f"{self.style} refuses the conversation ({roles}): {error!r}. Remove such rows.") from error
+
+
+def hf_tokenizer(path: str, chat_template: str | None = None) -> HFTokenizer:
+    """Returns the tokenizer of a Hugging Face model folder, from its tokenizer.json.
+
+    Args:
+        chat_template: None for the folder's own, or plain text where it has none; "plain" for plain text;
+            a path to a .jinja file; or the template's text.
+
+    Raises:
+        UserError: The folder or a file is missing or broken, no eos is named, or `chat_template` is none of these.
+    """
+    folder = Path(path).expanduser()
+    backend = _backend(folder)
+    config = _json(folder / "tokenizer_config.json")
+    special = _special_tokens(folder, config)
+    stop_ids = _model_stop_ids(folder)
+    if "eos_token" not in special and stop_ids:
+        special["eos_token"] = backend.id_to_token(stop_ids[0])
+    for key in ("bos_token", "eos_token"):
+        if backend.token_to_id(special.get(key, "")) is None and (key in special or key == "eos_token"):
+            raise UserError(
+                f"{folder}: {key} is {special.get(key, 'not set')!r}, which is no token of tokenizer.json. "
+                f"Set {key} in tokenizer_config.json."
+            )
+    template, style = choose_template(folder, config, chat_template)
+    add_bos = _adds_bos(backend, config, special)
+    return HFTokenizer(backend, special, stop_ids=stop_ids, add_bos=add_bos, template=template, style=style)
+
+
+def adapt(tokenizer) -> HFTokenizer | TorchtuneTokenizer:
+    """Returns a tokenizer with the interface above: an HFTokenizer as it is, one of torchtune's wrapped.
+
+    Raises:
+        UserError: It is neither, or it has a max_seq_len.
+    """
+    if isinstance(tokenizer, HFTokenizer | TorchtuneTokenizer):
+        return tokenizer
+    if hasattr(tokenizer, "tokenize_messages"):
+        return TorchtuneTokenizer(tokenizer)
+    raise UserError(
+        f"tokenizer: {type(tokenizer).__name__} cannot write conversations. Use "
+        "pairtune.tokenizer.hf_tokenizer with a model folder, or a torchtune tokenizer that has tokenize_messages."
+    )
+
+
+def common_prefix(*sequences: list[int]) -> list[int]:
+    """Returns the longest list that all sequences begin with."""
+    low, high = min(sequences), max(sequences)  # in dictionary order, so all others share what these two share
+    return low[: next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))]
+
+
+def _end_once(ids: list[int], start: int, tokenizer) -> list[int]:
+    """Cuts behind the first end token from position `start` on, or appends eos where there is none."""
+    first = next((i for i in range(start, len(ids)) if ids[i] in tokenizer.end_ids), None)
+    return [*ids, tokenizer.eos_id] if first is None else ids[: first + 1]
+
+
+def _distinct(ids: list[int]) -> list[int]:
+    return list(dict.fromkeys(ids))
+
+
+def _backend(folder: Path) -> tokenizers.Tokenizer:
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        what = "has no tokenizer.json" if folder.is_dir() else "does not exist; `tune download` fetches a model"
+        raise UserError(
+            f"tokenizer.path: the folder {folder} {what}. A SentencePiece or tiktoken file alone is read by "
+            "torchtune's tokenizers, such as torchtune.models.llama2.llama2_tokenizer."
+        )
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"{file} cannot be read: {error}") from error
+    backend.no_truncation()  # many folders store the truncation of their last use
+    backend.no_padding()
+    return backend
+
+
+def _json(file: Path) -> dict:
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON: {error}") from error
+
+
+def _special_tokens(folder: Path, config: dict) -> dict[str, str]:
+    """Returns {"bos_token": "<s>", ...}; as in transformers, an old folder's special_tokens_map.json comes first."""
+    table = _json(folder / "special_tokens_map.json")
+    merged = {**table, **config} if "added_tokens_decoder" in config else {**config, **table}
+    values = {key: merged.get(key) for key in SPECIAL_KEYS}
+    texts = {key: value["content"] if isinstance(value, dict) else value for key, value in values.items()}
+    return {key: text for key, text in texts.items() if text is not None}
+
+
+def _model_stop_ids(folder: Path) -> list[int]:
+    """Returns eos_token_id of generation_config.json, else of config.json: a number or a list there."""
+    for file in ("generation_config.json", "config.json"):
+        ids = _json(folder / file).get("eos_token_id")
+        if ids is not None:
+            return ids if isinstance(ids, list) else [ids]
+    return []
+
+
+def _adds_bos(backend: tokenizers.Tokenizer, config: dict, special: dict[str, str]) -> bool:
+    """Says whether plain text gets a BOS."""
+    bos_id = backend.token_to_id(special.get("bos_token", ""))
+    # Not encode(""): where bos == eos, a tokenizer that adds only eos would seem to add BOS.
+    return bos_id is not None and (config.get("add_bos_token") is True or backend.encode("a").ids[:1] == [bos_id])

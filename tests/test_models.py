@@ -1,0 +1,169 @@
+"""Full, LoRA and QLoRA models hold the weights they were given, adapt what they say, and merge to what they compute."""
+
+import pytest
+import torch
+from helpers import SIZES, random_pairs, tiny_llama
+from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
+from torchtune.modules.peft import LoRALinear, disable_adapter
+
+from pairtune import models
+from pairtune.batch import lay_out
+from pairtune.errors import UserError
+from pairtune.logps import answer_logps
+
+CPU = torch.device("cpu")
+NF4_SIZES = SIZES | {"embed_dim": 128, "num_kv_heads": 4, "intermediate_dim": 128}
+LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "modules": ["q_proj", "v_proj", "mlp"], "dtype": "fp32"}
+
+
+def component(sizes=SIZES):
+    return {"_component_": "torchtune.models.llama3.llama3", **sizes}
+
+
+def loaded(method, *, sizes=SIZES, seed=0, **changes):
+    """A prepared model with the weights of tiny_llama(seed), its adapters' B matrices away from zero."""
+    if method == "full":
+        model = models.full(component(sizes), dtype="fp32")
+    else:
+        model = models.lora(component(sizes), **LORA | changes, quantize_base=method == "qlora")
+    models.prepare(model, max_length=128)
+    models.load(model, tiny_llama(seed=seed, **sizes).state_dict(), device=CPU)
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            torch.nn.init.normal_(module.lora_b.weight, std=0.1)
+    return model
+
+
+def plain_values(model):
+    values = {name: p.data for name, p in model.named_parameters()}
+    return {n: v.get_original_weight() if isinstance(v, NF4Tensor) else v.clone() for n, v in values.items()}
+
+
+def scores(model, pairs):
+    with torch.no_grad():
+        return torch.cat(answer_logps(model, lay_out(pairs)))
+
+
+def test_only_adapters_are_trained():
+    model = loaded("lora")
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if "lora_" in name}
+    assert len(trained) == 3 * 5 * 2  # layers, adapted matrices, A and B
+    assert all(p.requires_grad for p in loaded("full").parameters())
+
+
+def test_adapters_off_is_the_base_bit_for_bit():
+    pairs, model = random_pairs(3), loaded("lora")
+    with disable_adapter(model):
+        off = scores(model, pairs)
+    assert torch.equal(off, scores(loaded("full"), pairs))
+    assert not torch.equal(off, scores(model, pairs))
+
+
+def test_fresh_adapters_change_nothing():
+    pairs, model = random_pairs(3), models.lora(component(), **LORA)
+    models.prepare(model, max_length=128)
+    models.load(model, tiny_llama().state_dict(), device=CPU)
+    assert torch.equal(scores(model, pairs), scores(loaded("full"), pairs))
+    assert all(m.lora_a.weight.abs().max() > 0 for m in model.modules() if isinstance(m, LoRALinear))
+
+
+def test_a_quantized_base_is_torchaos_nf4_of_the_weights():
+    model, weights = loaded("qlora", sizes=NF4_SIZES), tiny_llama(**NF4_SIZES).state_dict()
+    quantized = {n: p.data for n, p in model.named_parameters() if isinstance(p.data, NF4Tensor)}
+    assert len(quantized) == 3 * 7
+    for name, value in quantized.items():
+        assert torch.equal(value.get_original_weight(), to_nf4(weights[name]).get_original_weight())
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_merged_weights_compute_what_the_adapted_model_computes(method, checkpointing):
+    model = loaded(method, sizes=NF4_SIZES)
+    if checkpointing:
+        models.checkpoint_activations(model)
+    before = plain_values(model)
+    merged = models.merged_state_dict(model)
+    assert merged.keys() == tiny_llama(**NF4_SIZES).state_dict().keys()
+    plain = models.full(component(NF4_SIZES), dtype="fp32")
+    models.prepare(plain, max_length=128)
+    models.load(plain, merged, device=CPU)
+    pairs = random_pairs(3)
+    torch.testing.assert_close(scores(plain, pairs), scores(model, pairs), atol=1e-4, rtol=0)
+    for name, value in plain_values(model).items():  # merging is not in place
+        assert torch.equal(value, before[name]), name
+
+
+def test_the_frozen_copy_does_not_follow_the_policy():
+    model, pairs = loaded("full"), random_pairs(2)
+    reference = models.frozen_copy(model)
+    before = scores(reference, pairs)
+    assert torch.equal(before, scores(model, pairs))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.1)
+    assert torch.equal(before, scores(reference, pairs))
+    assert not any(p.requires_grad for p in reference.parameters())
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    pairs, gradients = random_pairs(2), []
+    for checkpointing in (False, True):
+        model = loaded("lora")
+        if checkpointing:
+            models.checkpoint_activations(model)
+        chosen, rejected = answer_logps(model, lay_out(pairs))
+        (chosen - rejected).sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(checkpointed, plain, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: models.lora(component(), **LORA, quantize_base=True), ["NF4", "16384", "64 x 64 = 4096", "lora_ recipe"]),
+        (lambda: models.lora({"_component_": "torchtune.models.llama3.lora_llama3"}, **LORA), ["base builder", "llama3"]),
+        (
+            lambda: models.lora({"_component_": "torchtune.models.llama3_2.llama3_2_1b"}, **LORA | {"modules": ["q_proj", "output"]}),
+            ["apply_lora_to_output", "tied"],
+        ),
+        (lambda: models.full({**component(), "num_layer": 3}, dtype="fp32"), ["num_layer", "num_layers"]),
+        (lambda: models.full({"_component_": "torchtune.models.llama3.llama3"}, dtype="fp32"), ["vocab_size"]),
+        (lambda: models.prepare(models.full(component(), dtype="fp32"), max_length=129), ["129", "128 positions"]),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_built_is_told(call, words):
+    with pytest.raises(UserError) as error:
+        call()
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda weights: weights.pop("norm.scale"), ["no weight norm.scale"]),
+        (lambda weights: weights.update(extra=torch.zeros(1)), ["1 weights", "extra"]),
+        (lambda weights: weights.update({"norm.scale": torch.zeros(3)}), ["norm.scale", "[3]", "[64]"]),
+    ],
+)
+def test_weights_of_another_model_are_refused(change, words):
+    weights = tiny_llama().state_dict()
+    change(weights)
+    with pytest.raises(UserError) as error:
+        models.load(models.full(component(), dtype="fp32"), weights, device=CPU)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_bf16_differs_from_float32_by_rounding_only():
+    pairs, scored = random_pairs(3), {}
+    for dtype in models.DTYPES:
+        model = models.full(component(), dtype=dtype)
+        models.prepare(model, max_length=128)
+        models.load(model, tiny_llama().state_dict(), device=CPU)
+        scored[dtype] = scores(model, pairs)
+    assert scored["bf16"].dtype == torch.float32
+    assert not torch.equal(scored["bf16"], scored["fp32"])
+    torch.testing.assert_close(scored["bf16"], scored["fp32"], rtol=0.02, atol=0)

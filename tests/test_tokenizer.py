@@ -1,0 +1,408 @@
+"""Rendering conversations: against transformers, torchtune, and by hand."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from pairtune.errors import UserError
+from pairtune.tokenizer import adapt, common_prefix, hf_tokenizer
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real data in {SHARED}")
+
+TRAINING_TEXT = ["The reviewer wants a seventh ablation.", "user system assistant model", "Ça coûte combien ? 你好 🙂"]
+SPECIAL = ["<s>", "</s>", "<|start|>", "<|head|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
+SPECIAL += ["<start_of_turn>", "<end_of_turn>"]
+
+CHATML = (
+    "{%- if messages[0]['role'] != 'system' -%}<|im_start|>system\nAnswer briefly.<|im_end|>\n{% endif -%}\n"
+    "{% for message in messages -%}\n"
+    "  <|im_start|>{{ message['role'] + '\n' + message['content'] }}<|im_end|>{{ '\n' }}\n"
+    "{%- endfor %}\n"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n\n{% endif %}"
+)
+LLAMA_3 = (
+    "{{ bos_token }}{% for m in messages %}<|start|>{{ m.role }}<|head|>\n\n{{ m.content | trim }}<|eot_id|>"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant<|head|>\n\n' }}{% endif %}"
+)
+LLAMA_2 = (
+    "{{ bos_token }}{% set ns = namespace(system='') %}{% for m in messages %}"
+    "{% if m.role == 'system' %}{% set ns.system = '<<SYS>>' + m.content + '<</SYS>>' %}{% continue %}{% endif %}"
+    "{% if m.role == 'user' %}[INST] {{ ns.system }}{{ m.content }} [/INST]{% set ns.system = '' %}"
+    "{% else %} {{ m.content.strip() }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}"
+    "{% endif %}{% set role = 'model' if m.role == 'assistant' else m.role %}"
+    "<start_of_turn>{{ role }}\n{{ m.content | trim }}<end_of_turn>\n{{ '' }}{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{{ '' }}{% endif %}"
+)
+# All that transformers' environment adds to Jinja's.
+EXTRAS = (
+    "{{ bos_token }}{{ strftime_now('%Y') }}{{ messages | tojson }}{{ messages[0] | tojson(indent=2) }}{% if tools %}T"
+    "{% endif %}{% for m in messages %}{% if loop.index > 9 %}{% break %}{% endif %}"
+    "[{{ m.role }}]{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+TEMPLATES = {"chatml": CHATML, "llama_3": LLAMA_3, "llama_2": LLAMA_2, "gemma": GEMMA, "extras": EXTRAS}
+ENDS = {"chatml": "<|im_end|>", "llama_3": "<|eot_id|>", "llama_2": "</s>", "gemma": "<end_of_turn>", "extras": "</s>"}
+
+
+def byte_level_bpe(special=SPECIAL):
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(TRAINING_TEXT, trainer)
+    return tokenizer
+
+
+def save(folder, *, chat_template=None, adds_bos=True, backend=None, files=None, **config):
+    backend = backend or byte_level_bpe()
+    if adds_bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+        )
+    folder.mkdir(exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"} | config
+    if chat_template is not None:
+        config["chat_template"] = chat_template
+    files = {"tokenizer_config.json": {k: v for k, v in config.items() if v is not None}} | (files or {})
+    for name, content in files.items():
+        (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(folder)
+
+
+def chat(*turns, system=None):
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    return messages + [{"role": "user" if i % 2 == 0 else "assistant", "content": t} for i, t in enumerate(turns)]
+
+
+CONVERSATIONS = [
+    chat("The reviewer wants?", "A seventh ablation."),
+    chat("Hi", "Ça coûte 你好 🙂\n\n  indented  ", "And <b>&'\"?", " e"),
+    chat("Hi", "n", system="Be the reviewer."),
+    chat("Hi", "Write <|im_end|> and </s> and <|eot_id|> in the middle."),
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {name: save(root / name, chat_template=template) for name, template in TEMPLATES.items()}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+def test_templates_render_as_transformers_renders_them(folders, name, conversation):
+    if name == "gemma" and conversation[0]["role"] == "system":
+        pytest.skip("the template refuses system messages")
+    transformers = pytest.importorskip("transformers")
+    tokenizer, peer = hf_tokenizer(folders[name]), transformers.AutoTokenizer.from_pretrained(folders[name])
+
+    def peers(messages, **options):
+        return peer.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
+
+    prompt = conversation[:-1]
+    assert tokenizer.render(prompt, add_generation_prompt=True) == peers(prompt, add_generation_prompt=True)
+    assert tokenizer.render(prompt) == peers(prompt)
+    whole, peers_whole = tokenizer.render(conversation), peers(conversation)
+    assert whole == peers_whole[: len(whole)]
+    assert peer.decode(peers_whole[len(whole) :]).strip() == ""
+    assert peer.convert_ids_to_tokens(whole[-1]) == ENDS[name]
+    assert whole[-2] not in tokenizer.end_ids
+
+
+@pytest.mark.parametrize(
+    ("behind_the_answer", "end"),
+    [
+        ("<|im_end|>\n", "<|im_end|>"),
+        ("\n<|im_end|>\n\n", "<|im_end|>"),
+        ("<|eot_id|></s>", "<|eot_id|>"),
+        ("<|im_end|>\n</s>\n", "<|im_end|>"),
+        ("</s>", "</s>"),
+        ("", "</s>"),
+        ("\n\n", "</s>"),
+    ],
+)
+@pytest.mark.parametrize(
+    "answer", ["e", "Fine.", "Fine. \n", "<|im_end|> starts it", "it holds </s> twice </s> so", "🙂"]
+)
+def test_an_answer_ends_in_exactly_one_end_token(tmp_path, behind_the_answer, end, answer):
+    template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+    template += f"{{% if m.role == 'assistant' %}}{{{{ {behind_the_answer!r} }}}}{{% endif %}}{{% endfor %}}"
+    tokenizer = hf_tokenizer(save(tmp_path, chat_template=template))
+    ids = tokenizer.render(chat("Hi", answer))
+    before_end = behind_the_answer.partition(end)[0]
+    assert tokenizer.decode(ids, skip_special_tokens=False) == f"<s>[user]Hi[assistant]{answer}{before_end}{end}"
+
+
+def test_an_end_token_at_the_end_of_the_answer_is_not_taken_for_the_templates(folders):
+    tokenizer = hf_tokenizer(folders["chatml"])
+    text = tokenizer.decode(tokenizer.render(chat("Which token?", "It is <|im_end|>")), skip_special_tokens=False)
+    assert text.endswith("It is <|im_end|><|im_end|>")
+
+
+def test_bos_is_the_templates_alone(folders, tmp_path):
+    with_bos, tokenizer_adds_it = hf_tokenizer(folders["llama_3"]), hf_tokenizer(folders["chatml"])
+    ids = with_bos.render(chat("Hi", "Ho"))
+    assert ids.count(with_bos.bos_id) == 1 and ids[0] == with_bos.bos_id
+    assert tokenizer_adds_it.bos_id not in tokenizer_adds_it.render(chat("Hi", "Ho"))
+
+
+@pytest.mark.parametrize(
+    ("options", "has_bos"),
+    [
+        ({"adds_bos": True}, True),
+        ({"adds_bos": False}, False),
+        ({"adds_bos": False, "add_bos_token": True}, True),
+        ({"adds_bos": False, "add_bos_token": True, "bos_token": None}, False),
+    ],
+)
+def test_plain_text_has_the_bos_that_the_tokenizer_adds(tmp_path, options, has_bos):
+    tokenizer = hf_tokenizer(save(tmp_path, **options))
+    ids = tokenizer.render_text("Hi", " there")
+    bos = [tokenizer.bos_id] if has_bos else []
+    assert ids == [*bos, *tokenizer.encode("Hi there"), tokenizer.eos_id]
+
+
+def test_plain_text_that_brings_its_own_bos_gets_no_second_one(tmp_path):
+    tokenizer = hf_tokenizer(save(tmp_path))
+    assert tokenizer.render_text("<s>Hi") == tokenizer.render_text("Hi")
+
+
+def test_a_tokenizer_that_adds_only_eos_is_not_mistaken_for_one_that_adds_bos(tmp_path):
+    backend = byte_level_bpe()
+    end = ("</s>", backend.token_to_id("</s>"))
+    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[end])
+    tokenizer = hf_tokenizer(save(tmp_path, backend=backend, adds_bos=False, bos_token="</s>"))
+    assert tokenizer.render_text("Hi", " there").count(tokenizer.eos_id) == 1
+
+
+@needs_shared
+@pytest.mark.parametrize("text", ["Once upon a time", "  two  spaces ", "newline\nand é 🙂", "</s> inside", ""])
+def test_plain_text_is_tokenized_as_transformers_does(text):
+    transformers = pytest.importorskip("transformers")
+    folder = SHARED / "models" / "stories260K-hf"
+    tokenizer, peer = hf_tokenizer(str(folder)), transformers.AutoTokenizer.from_pretrained(str(folder))
+    assert tokenizer.is_plain and tokenizer.style == "plain text: the tokenizer has no chat template"
+    assert tokenizer.vocab_size == len(peer) == 512
+    assert tokenizer.render_text(text) == peer(text)["input_ids"]
+    assert tokenizer.render_text(text, " The end") == [*peer(text + " The end")["input_ids"], peer.eos_token_id]
+    assert tokenizer.encode(text) == peer(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("messages", "prompt", "answer"),
+    [
+        (chat("Hi", "Ho"), "Hi\n", "Ho"),
+        (chat("a", "b", "c", "d"), "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", " d"),
+        (chat("a", "b", system="Be kind."), "Be kind.\n\nHuman: a\n\nAssistant:", " b"),
+    ],
+)
+def test_plain_conversations_are_a_question_or_a_transcript(tmp_path, messages, prompt, answer):
+    tokenizer = hf_tokenizer(save(tmp_path))
+    assert tokenizer.render(messages[:-1], add_generation_prompt=True) == tokenizer.render_text(prompt)
+    assert tokenizer.render(messages) == tokenizer.render_text(prompt, answer)
+    assert tokenizer.decode(tokenizer.render(messages)) == prompt + answer
+
+
+@pytest.mark.parametrize("template", [None, CHATML, LLAMA_2])
+def test_a_pad_token_that_is_eos_changes_nothing(tmp_path, template):
+    plain = hf_tokenizer(save(tmp_path / "plain", chat_template=template, pad_token="<|pad|>"))
+    padded = hf_tokenizer(save(tmp_path / "padded", chat_template=template, pad_token="</s>"))
+    assert padded.pad_id == padded.eos_id != plain.pad_id
+    assert padded.render(CONVERSATIONS[0]) == plain.render(CONVERSATIONS[0])
+
+
+def test_special_tokens_are_found_wherever_a_folder_names_them(tmp_path):
+    as_dict = hf_tokenizer(save(tmp_path / "dict", eos_token={"content": "<|eot_id|>", "lstrip": False}))
+    assert as_dict.decode([as_dict.eos_id], skip_special_tokens=False) == "<|eot_id|>"
+    table = {"special_tokens_map.json": {"eos_token": {"content": "<|im_end|>"}, "bos_token": "<s>"}}
+    old = hf_tokenizer(save(tmp_path / "old", eos_token=None, files=table))
+    assert old.decode([old.eos_id], skip_special_tokens=False) == "<|im_end|>"
+    ids = {"generation_config.json": {"eos_token_id": [6, 4]}, "config.json": {"eos_token_id": 1}}
+    by_id = hf_tokenizer(save(tmp_path / "id", eos_token=None, files=ids))
+    assert (by_id.eos_id, by_id.stop_ids) == (6, [6, 4])
+    assert (by_id.bos_id, by_id.pad_id) == (0, None)
+
+
+def test_generation_stops_at_eos_at_the_models_stop_tokens_and_at_the_templates(tmp_path):
+    files = {"generation_config.json": {"eos_token_id": [1, 4]}}
+    tokenizer = hf_tokenizer(save(tmp_path, chat_template=CHATML, files=files))
+    assert [tokenizer.decode([i], skip_special_tokens=False) for i in tokenizer.stop_ids] == [
+        "</s>",
+        "<|eot_id|>",
+        "<|im_end|>",
+    ]
+
+
+def test_the_folders_template_is_the_jinja_file_then_the_default_of_the_config(tmp_path):
+    named = [{"name": "rag", "template": "R"}, {"name": "default", "template": LLAMA_2}]
+    assert hf_tokenizer(save(tmp_path / "a", chat_template=named)).chat_template == LLAMA_2
+    with_file = save(tmp_path / "b", chat_template=LLAMA_2, files={"chat_template.jinja": GEMMA})
+    assert hf_tokenizer(with_file).chat_template == GEMMA
+    assert not hf_tokenizer(with_file).is_plain
+
+
+def test_a_template_can_be_given_as_plain_as_a_file_and_as_text(folders, tmp_path):
+    file = tmp_path / "mine.jinja"
+    file.write_text(GEMMA)
+    assert hf_tokenizer(folders["chatml"], str(file)).chat_template == GEMMA
+    assert hf_tokenizer(folders["chatml"], LLAMA_2).chat_template == LLAMA_2
+    plain = hf_tokenizer(folders["chatml"], "plain")
+    assert plain.is_plain and plain.style == "plain text: chat_template=plain"
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "message"),
+    [("chatml", "neither null"), ("absent.jinja", "no such file"), ("{% for %}", "not valid Jinja"), ("", "neither")],
+)
+def test_a_wrong_chat_template_is_refused(folders, chat_template, message):
+    with pytest.raises(UserError, match=message):
+        hf_tokenizer(folders["chatml"], chat_template)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eos_token": None}, "eos_token is 'not set'"),
+        ({"eos_token": "<end>"}, "eos_token is '<end>', which is no token"),
+        ({"bos_token": "<begin>"}, "bos_token is '<begin>'"),
+        ({"files": {"tokenizer.json": "{"}}, "tokenizer.json cannot be read"),
+        ({"files": {"generation_config.json": "{'a'}"}}, "generation_config.json is not valid JSON"),
+        ({"chat_template": [{"name": "rag", "template": "R"}]}, r"\(rag\) but none named default"),
+    ],
+)
+def test_a_broken_folder_is_refused_by_file(tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        hf_tokenizer(save(tmp_path, **options))
+
+
+def test_a_folder_without_tokenizer_json_is_refused(tmp_path):
+    with pytest.raises(UserError, match="has no tokenizer.json.*llama2_tokenizer"):
+        hf_tokenizer(str(tmp_path))
+    with pytest.raises(UserError, match="does not exist; `tune download`"):
+        hf_tokenizer(str(tmp_path / "absent"))
+
+
+def test_a_conversation_that_the_template_refuses_is_named_by_its_roles(folders):
+    with pytest.raises(UserError, match=r"\(system, user, assistant\): no system role"):
+        hf_tokenizer(folders["gemma"]).render(chat("Hi", "Ho", system="Be kind."))
+
+
+def test_a_template_that_does_not_write_the_answer_is_refused(folders):
+    with pytest.raises(UserError, match="does not write the last assistant message"):
+        hf_tokenizer(folders["chatml"], "{{ messages[0].content }}").render(chat("Hi", "Ho"))
+
+
+def test_a_truncation_stored_in_the_folder_is_ignored(tmp_path):
+    backend = byte_level_bpe()
+    backend.enable_truncation(4)
+    backend.enable_padding(length=64)
+    tokenizer = hf_tokenizer(save(tmp_path, backend=backend))
+    text = "The reviewer wants a seventh ablation."
+    assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == text
+
+
+def test_common_prefix_is_that_of_a_naive_loop():
+    generator = random.Random(0)
+    for _ in range(500):
+        lists = [[generator.randrange(2) for _ in range(generator.randrange(6))] for _ in range(3)]
+        naive = []
+        for column in zip(*lists, strict=False):
+            if len(set(column)) > 1:
+                break
+            naive.append(column[0])
+        assert common_prefix(*lists) == naive
+
+
+# torchtune's tokenizers
+
+
+def torchtune_tokenizer(name, **options):
+    from torchtune.models import gemma, llama2, llama3, mistral, phi3, qwen2
+
+    files = SHARED / "tokenizers"
+    m_model, v1 = str(files / "torchtune" / "m.model"), str(files / "mistral" / "tokenizer.model.v1")
+    gpt2 = [str(files / "gpt2" / file) for file in ("vocab.json", "merges.txt")]
+    return {
+        "llama3": lambda: llama3.llama3_tokenizer(str(files / "torchtune" / "tiktoken_small.model"), **options),
+        "llama2": lambda: llama2.llama2_tokenizer(m_model, **options),
+        "mistral": lambda: mistral.mistral_tokenizer(v1, **options),
+        "gemma": lambda: gemma.gemma_tokenizer(m_model, **options),
+        "phi3": lambda: phi3.phi3_mini_tokenizer(v1, **options),
+        "qwen2": lambda: qwen2.qwen2_tokenizer(*gpt2, **options),
+    }[name]()
+
+
+TORCHTUNE = ("llama3", "llama2", "mistral", "gemma", "phi3", "qwen2")
+
+
+@needs_shared
+@pytest.mark.parametrize("name", TORCHTUNE)
+@pytest.mark.parametrize("conversation", [chat("Hi", "Ho there"), chat("Hi", "e", "And 你好?", " Fine.\n")])
+def test_torchtunes_tokenizers_render_as_they_do_alone_but_for_one_end_token(name, conversation):
+    from torchtune.data import Message
+
+    theirs = torchtune_tokenizer(name)
+    tokenizer = adapt(theirs)
+    alone = theirs.tokenize_messages([Message(m["role"], m["content"]) for m in conversation])[0]
+    whole = tokenizer.render(conversation)
+    assert whole == alone[: len(whole)] and set(alone[len(whole) :]) <= {
+        theirs.eos_id,
+        *theirs.encode("\n", False, False),
+    }
+    assert whole[-1] in tokenizer.stop_ids and whole[-2] not in tokenizer.end_ids
+    asked = tokenizer.render(conversation[:-1], add_generation_prompt=True)
+    assert asked == whole[: len(asked)]
+    assert tokenizer.decode(whole[len(asked) : -1]).strip() == conversation[-1]["content"].strip()
+
+
+@needs_shared
+def test_llama3s_header_is_the_generation_prompt_and_eot_the_end():
+    theirs = torchtune_tokenizer("llama3")
+    tokenizer = adapt(theirs)
+    asked = tokenizer.render(chat("Hi"), add_generation_prompt=True)
+    assert theirs.decode(asked, truncate_at_eos=False, skip_special_tokens=False) == (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+    assert tokenizer.render(chat("Hi", "Ho"))[-1] == theirs.eot_id
+    assert tokenizer.render_text("Hi", " Ho") == theirs.encode("Hi Ho", add_bos=True, add_eos=True)
+    assert tokenizer.decode(tokenizer.encode("Hi Ho")) == "Hi Ho"
+    assert adapt(tokenizer) is tokenizer
+
+
+@needs_shared
+def test_phi3_stops_at_the_end_token_that_its_template_writes():
+    tokenizer = adapt(torchtune_tokenizer("phi3"))
+    assert tokenizer.render(chat("Hi", "Ho"))[-1] == 32007  # <|end|>, which torchtune's stop_tokens lack
+    assert 32007 in tokenizer.stop_ids
+
+
+@needs_shared
+def test_a_torchtune_tokenizer_that_truncates_is_refused():
+    with pytest.raises(UserError, match="max_seq_len=128"):
+        adapt(torchtune_tokenizer("llama2", max_seq_len=128))
+
+
+@needs_shared
+def test_what_a_torchtune_template_refuses_is_named():
+    with pytest.raises(UserError, match=r"MistralTokenizer refuses the conversation \(system, user, assistant\)"):
+        adapt(torchtune_tokenizer("mistral")).render(chat("Hi", "Ho", system="Be kind."))
+
+
+def test_adapt_keeps_ours_and_refuses_what_cannot_write_conversations(folders):
+    tokenizer = hf_tokenizer(folders["chatml"])
+    assert adapt(tokenizer) is tokenizer
+    with pytest.raises(UserError, match="str cannot write conversations"):
+        adapt("gpt2")
