@@ -114,6 +114,17 @@ def lay_out(pairs, row_length: int | None = None) -> PairBatch:
     )
 
 
+def longest_row(pairs, multiple: int = 128) -> int:
+    """Returns the row length that each of these pairs fits in: the longest's, rounded up to a multiple.
+
+    Rows of one length, several short pairs in one: few shapes for a compiler, little padding for a dense mask.
+    """
+    longest = max(
+        len(p.prompt) + len(p.chosen) + len(p.rejected) - _common_prefix_length(p.chosen, p.rejected) for p in pairs
+    )
+    return -(-longest // multiple) * multiple
+
+
 def _common_prefix_length(a: list[int], b: list[int]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 

@@ -333,12 +333,10 @@ def _check_components(cfg: dict) -> None:
                     f"{', '.join(arguments)}{_nearest(name, arguments)}; remove it with ~{key}.{name}"
                 )
         for name, argument in arguments.items():
-            if name in block and isinstance(argument.default, (bool, int, float, str)):
-                if block[name] is not None and not _has_kind(block[name], argument.default, None):
-                    raise UserError(
-                        f"{key}.{name}={_show(block[name])}: must be {_kind_name(argument.default, None)}, "
-                        f"is {_type_name(block[name])}"
-                    )
+            value, typed = block.get(name), isinstance(argument.default, (bool, int, float, str))
+            if value is not None and typed and not _has_kind(value, argument.default, None):
+                expected = _kind_name(argument.default, None)
+                raise UserError(f"{key}.{name}={_show(value)}: must be {expected}, is {_type_name(value)}")
 
 
 def _check_together(cfg: dict) -> None:
@@ -366,6 +364,13 @@ def _check_together(cfg: dict) -> None:
         raise UserError(
             f"dataset.val_fraction={cfg['dataset']['val_fraction']}: eval_dataset.source is set too; keep one of the "
             "two (dataset.val_fraction=null or eval_dataset.source=null)"
+        )
+    schedule = cfg.get("lr_scheduler") or {}
+    warmup = [schedule.get("num_warmup_steps"), schedule.get("warmup_ratio")]
+    if None not in warmup:
+        raise UserError(
+            f"lr_scheduler.num_warmup_steps={warmup[0]}: warmup_ratio={warmup[1]} says the same in another way; "
+            "remove it with ~lr_scheduler.warmup_ratio"
         )
     if "optimizer" in cfg and "lr" not in cfg["optimizer"]:
         raise UserError(f"optimizer.lr: {cfg['optimizer']['_component_']} needs a learning rate: set optimizer.lr=...")
@@ -427,9 +432,9 @@ def _nearest(name: str, names) -> str:
 
 def _unknown_key(name: str, schema: dict, where: str, prefix: str) -> UserError:
     key = name[len(prefix) :]
-    hint = ELSEWHERE.get(key)
-    if hint:
-        hint = f"; here it is called {hint}"
+    if key in ELSEWHERE:
+        hint = f"; here it is called {ELSEWHERE[key]}"
     else:
         hint = _nearest(key, schema).replace("nearest: ", f"nearest: {prefix}")
-    return UserError(f"{where}: unknown key {name}{hint or '; known: ' + ', '.join(prefix + k for k in schema)}")
+    hint = hint or "; known: " + ", ".join(prefix + known for known in schema)
+    return UserError(f"{where}: unknown key {name}{hint}")

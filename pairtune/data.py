@@ -155,7 +155,7 @@ def tokenize_pairs(
             rows, source=getattr(rows, "source", "rows"), columns=columns, numbers=getattr(rows, "numbers", None)
         )
     if not len(rows):
-        raise UserError(f"{rows.source} has no rows.")
+        raise UserError(f"{rows.source} has no rows in this split.")
     tokenizer = adapt(tokenizer)
     form = detect_format(rows.column_names, list(islice(rows, 10)))
     report = Report(rows.source, form.name, tokenizer.style, len(rows))

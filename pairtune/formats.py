@@ -107,7 +107,8 @@ def _either(message: dict, name: str, other_name: str):
 
 
 def _in_words(kinds: str) -> str:
-    return kinds.replace("text|transcript", "text").replace("|", " or ")
+    words = {"transcript": r"text that starts with \n\nHuman:", "messages": "list of messages"}
+    return " or ".join(words.get(kind, kind) for kind in kinds.replace("text|transcript", "text").split("|"))
 
 
 def _shown(value) -> str:

@@ -32,7 +32,7 @@ def install(model: TransformerDecoder, back_end: str = "segments") -> None:
     can_segment = attention.install(model)
     if back_end == "segments" and not can_segment:
         raise UserError("attention=segments: layers of this model need a dense mask; nearest valid: attention=mask")
-    model.pair_mask = attention.dense_mask if back_end == "mask" or not can_segment else attention.segments
+    model.dense_attention = back_end == "mask" or not can_segment
     model.scored_batch = None
     model.unembed = MethodType(_unembed, model)
 
@@ -42,9 +42,10 @@ def answer_logps(model: TransformerDecoder, batch: PairBatch) -> tuple[Tensor, T
 
     `model` is a decoder that `install` prepared.
     """
+    mask = attention.dense_mask(batch) if model.dense_attention else attention.segments(batch)
     model.scored_batch = batch
     try:
-        token_logps = model(batch.tokens, mask=model.pair_mask(batch), input_pos=batch.input_pos)  # [N]
+        token_logps = model(batch.tokens, mask=mask, input_pos=batch.input_pos)  # [N]
     finally:
         model.scored_batch = None
     # One sum an answer, not index_add: that one adds in any order on a GPU, and policy = reference would not be exact.

@@ -64,10 +64,7 @@ def _with_warmup(
     optimizer, decay: Callable[[float], float], total, num_warmup_steps, warmup_ratio, min_ratio, last_epoch
 ):
     if num_warmup_steps is not None and warmup_ratio is not None:
-        raise UserError(
-            f"lr_scheduler: num_warmup_steps={num_warmup_steps} and warmup_ratio={warmup_ratio} say the same thing; "
-            "keep one (~lr_scheduler.warmup_ratio)"
-        )
+        raise UserError("lr_scheduler: num_warmup_steps and warmup_ratio say the same thing; keep one of them")
     if warmup_ratio is not None and not 0 <= warmup_ratio < 1:
         raise UserError(f"lr_scheduler.warmup_ratio={warmup_ratio}: must be at least 0 and below 1")
     warmup = num_warmup_steps

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from pairtune import checkpoint, config, data, dist, generation, metrics, models
-from pairtune.batch import lay_out
+from pairtune.batch import lay_out, longest_row
 from pairtune.loader import Steps, micro_batches
 from pairtune.logps import answer_logps
 from pairtune.tokenizer import adapt
@@ -104,29 +104,32 @@ def main(cfg):
             return answer_logps(reference, batch)
 
     # 3. Preference pairs
-    def read_pairs(source, title):
+    def read_pairs(source):
         rows = data.read_rows(
             source.source, split=source.split, name=source.name, limit=source.limit, columns=dict(source.columns)
         )
-        pairs, report = data.tokenize_pairs(
+        return data.tokenize_pairs(
             rows,
             tokenizer,
             max_length=cfg.max_length,
             max_prompt_length=cfg.max_prompt_length,
             overlong=source.overlong,
         )
-        print(f"{title}: {report}\n")
-        return pairs
 
-    train, held_out = read_pairs(cfg.dataset, "Training pairs"), []
+    train, report = read_pairs(cfg.dataset)
+    held_out = []
     if cfg.dataset.val_fraction:
         train, held_out = data.split_pairs(train, cfg.dataset.val_fraction)
+        report = report.with_split(train, held_out)
+    print(f"Training pairs: {cfg.dataset.source}\n{report}\n")
     if cfg.eval_dataset.source:
-        held_out = read_pairs(cfg.eval_dataset, "Held-out pairs")
+        held_out, report = read_pairs(cfg.eval_dataset)
+        print(f"Held-out pairs: {cfg.eval_dataset.source}\n{report.with_split(train, held_out)}\n")
     steps = Steps(
         train, pairs_per_step=cfg.pairs_per_step, batch_size=cfg.batch_size, seed=cfg.seed, shuffle=cfg.shuffle
     )
     total_steps = min(cfg.epochs * len(steps), cfg.max_steps or math.inf)
+    row_length = longest_row([*train, *held_out]) if model.dense_attention else None
 
     # 4. Weights, optimizer, schedule, logs
     models.load(model, checkpoint.read_weights(weights), device=world.device)
@@ -165,7 +168,7 @@ def main(cfg):
         model.eval()
         with torch.no_grad():
             for pairs in tqdm(micro_batches(held_out, cfg.batch_size), desc="evaluation", leave=False):
-                pair_losses(lay_out(pairs).to(world.device), meter)
+                pair_losses(lay_out(pairs, row_length).to(world.device), meter)
         model.train()
         results = meter.read("eval/")
         log.write(step, results)
@@ -197,7 +200,7 @@ def main(cfg):
         micro = steps[step - 1]
         num_pairs_in_step = sum(map(len, micro))
         for pairs in micro:
-            batch = lay_out(pairs).to(world.device)
+            batch = lay_out(pairs, row_length).to(world.device)
             losses = pair_losses(batch, meter)
             (losses.sum() / num_pairs_in_step).backward()  # the mean over the step, however it is cut
             num_tokens += batch.num_tokens

@@ -1,11 +1,21 @@
 """What several tests need: small models, random pairs, naive computations."""
 
+import json
 import random
+import runpy
+from pathlib import Path
 from types import SimpleNamespace
 
+import tokenizers
 import torch
+from safetensors.torch import save_file
+from torchtune.models.convert_weights import tune_to_hf
 from torchtune.models.llama3 import llama3
 from torchtune.models.llama3_2._component_builders import llama3_2
+from torchtune.rlhf import get_batch_log_probs
+
+from pairtune import config
+from pairtune.metrics import read_log
 
 SIZES = {
     "vocab_size": 320,
@@ -48,8 +58,6 @@ def tiny_llama(*, seed=0, tied=False, **sizes):
 
 def padded_logps(model, pairs):
     """What torchtune's recipes compute: every conversation alone in a padded row, all logits; chosen then rejected."""
-    from torchtune.rlhf import get_batch_log_probs
-
     conversations = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
     width = max(len(prompt) + len(answer) for prompt, answer in conversations)
     tokens = torch.zeros(len(conversations), width, dtype=torch.long)
@@ -58,3 +66,60 @@ def padded_logps(model, pairs):
         tokens[i, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
         labels[i, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
     return get_batch_log_probs(model(tokens), labels)
+
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared" / "data"  # real weights, pairs and tokenizers; tests that need them skip without
+NF4_SIZES = SIZES | {"embed_dim": 128, "num_kv_heads": 4, "intermediate_dim": 128}  # multiples of 16,384 weights
+
+
+def save_llama(folder, *, sizes=NF4_SIZES, seed=0):
+    """Writes a random Llama in Hugging Face layout with a tokenizer of numbered words: `w7` is token 7."""
+    folder.mkdir(parents=True, exist_ok=True)
+    heads = {"num_heads": sizes["num_heads"], "num_kv_heads": sizes["num_kv_heads"], "dim": sizes["embed_dim"]}
+    weights = tune_to_hf(tiny_llama(seed=seed, **sizes).state_dict(), **heads)
+    save_file({k: v.contiguous() for k, v in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": sizes["vocab_size"],
+        "hidden_size": sizes["embed_dim"],
+        "intermediate_size": sizes["intermediate_dim"],
+        "num_hidden_layers": sizes["num_layers"],
+        "num_attention_heads": sizes["num_heads"],
+        "num_key_value_heads": sizes["num_kv_heads"],
+        "max_position_embeddings": sizes["max_seq_len"],
+        "rope_theta": sizes["rope_base"],
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, sizes["vocab_size"])}}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(special | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+
+
+def save_pairs(path, pairs):
+    """Writes random_pairs as prompt, chosen, rejected strings that the tokenizer above reads back as the same ids."""
+
+    def words(ids):
+        return " ".join(f"w{i}" for i in ids)
+
+    with path.open("w") as file:
+        for pair in pairs:
+            answers = {"chosen": " " + words(pair.chosen[:-1]), "rejected": " " + words(pair.rejected[:-1])}
+            file.write(json.dumps({"prompt": words(pair.prompt[1:]), **answers}) + "\n")
+
+
+def run_recipe(name, *overrides, config_paths=()):
+    """Runs a recipe's main in this process and returns its metrics.jsonl as objects."""
+    recipe = runpy.run_path(str(ROOT / "recipes" / f"{name}.py"))
+    cfg = config.load(recipe["METHOD"], recipe["DEFAULTS"], list(config_paths), list(overrides))
+    recipe["main"](cfg)
+    return read_log(Path(cfg.output_dir) / "metrics.jsonl")

@@ -23,7 +23,7 @@ CHATML = (
     "{% for message in messages -%}\n"
     "  <|im_start|>{{ message['role'] + '\n' + message['content'] }}<|im_end|>{{ '\n' }}\n"
     "{%- endfor %}\n"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n\n{% endif %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 LLAMA_3 = (
     "{{ bos_token }}{% for m in messages %}<|start|>{{ m.role }}<|head|>\n\n{{ m.content | trim }}<|eot_id|>"
