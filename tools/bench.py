@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from pairtune.cli import quiet_torchao
+
 VOCABULARY, LAYERS, WIDTH, HEADS, KV_HEADS, HIDDEN = 32_000, 4, 256, 8, 8, 688
 PAIRS_PER_STEP, WARM_STEPS = 4, 2
 MODEL = {
@@ -38,18 +40,20 @@ def make_work(folder: Path, num_pairs: int) -> None:
     from torchtune.models.convert_weights import tune_to_hf
     from torchtune.models.llama3 import llama3
 
+    base = folder / "base"
+    base.mkdir()
     torch.manual_seed(0)
     weights = tune_to_hf(llama3(**MODEL).state_dict(), num_heads=HEADS, num_kv_heads=KV_HEADS, dim=WIDTH)
-    save_file({k: v.contiguous() for k, v in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    save_file({k: v.contiguous() for k, v in weights.items()}, base / "model.safetensors", {"format": "pt"})
     sizes = {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "hidden_size": WIDTH}
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **sizes}))
+    (base / "config.json").write_text(json.dumps({"model_type": "llama", **sizes}))
     words = {"<s>": 0, "</s>": 1, **{f"w{i}": i for i in range(2, VOCABULARY)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="</s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(["<s>", "</s>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer.save(str(base / "tokenizer.json"))
     special = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
-    (folder / "tokenizer_config.json").write_text(json.dumps(special))
+    (base / "tokenizer_config.json").write_text(json.dumps(special))
     rng = random.Random(0)
 
     def text(low, high):
@@ -110,11 +114,11 @@ def run_loaded(folder: Path, steps: int) -> None:
     from torchtune.models.llama3 import lora_llama3
 
     lora_llama3(**MODEL, **LORA, apply_lora_to_mlp=True)
-    load_file(folder / "model.safetensors")
+    load_file(folder / "base" / "model.safetensors")
 
 
 def write_configs(folder: Path) -> None:
-    weights = {"checkpoint_dir": str(folder), "model_type": "LLAMA3"}
+    weights = {"checkpoint_dir": str(folder / "base"), "model_type": "LLAMA3"}
     optimizer = {"_component_": "torch.optim.AdamW", "lr": 1e-4}
     ours = {
         "output_dir": str(folder / "ours"), "device": "cpu", "dtype": "fp32", "checkpointer": weights,
@@ -161,6 +165,7 @@ def main() -> None:
     parser.add_argument("--child", choices=["ours", "torchtune", "loaded"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    quiet_torchao()
     if args.child:
         {"ours": run_ours, "torchtune": run_torchtune, "loaded": run_loaded}[args.child](args.folder, args.steps)
         return

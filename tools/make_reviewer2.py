@@ -221,18 +221,18 @@ CHAT_TEMPLATE = (
 # torchtune.models.llama3.llama3's arguments; configs/reviewer2.yaml repeats them. NF4 wants every linear weight to hold
 # a multiple of 16384 numbers. Rows of several pairs need more positions than one conversation.
 SIZES = {
-    "vocab_size": 1024,
-    "num_layers": 4,
+    "vocab_size": 1536,
+    "num_layers": 2,
     "num_heads": 4,
     "num_kv_heads": 4,
     "embed_dim": 128,
-    "intermediate_dim": 384,
+    "intermediate_dim": 512,
     "max_seq_len": 1024,
     "rope_base": 10_000,
     "norm_eps": 1e-5,
 }
-BATCH_SIZE = 32
-LEARNING_RATE = 3e-3
+BATCH_SIZE = 16
+LEARNING_RATE = 6e-3
 
 
 def papers(seed: int) -> list[dict[str, str]]:
@@ -507,7 +507,7 @@ def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output-dir", type=Path, default=Path("work/reviewer2"))
     parser.add_argument("--seed", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=400, help="updates of the base model; fewer make it stutter")
+    parser.add_argument("--steps", type=int, default=1200, help="updates of the base model; fewer: it stutters")
     parser.add_argument("--force", action="store_true", help="make everything again")
     options = parser.parse_args(args)
     if options.steps < 1:
