@@ -88,6 +88,6 @@ def _attend_row(q, k, v, documents: tuple[Document, ...], segments: Segments, dr
                 queries, how = tail_q, {"attn_mask": segments.tail_masks[tail, document.prefix]}
             if queries.shape[2]:
                 out.append(F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout_p, **how))
-    if padding:
-        out.append(torch.zeros_like(next(parts[0])))
+    if padding:  # attends to itself, as in the dense mask: a batch of nothing else still has gradients for q, k and v
+        out.append(F.scaled_dot_product_attention(*map(next, parts), is_causal=True))
     return torch.cat(out, dim=2)

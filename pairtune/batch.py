@@ -58,60 +58,65 @@ def lay_out(pairs, row_length: int | None = None) -> PairBatch:
     """Returns the pairs' batch, in their order: one row without padding, or rows of `row_length` filled first-fit.
 
     Args:
-        pairs: Objects with `prompt`, `chosen` and `rejected`, lists of token ids; the prompt is not empty.
+        pairs: Objects with `prompt`, `chosen` and `rejected`, lists of token ids; the prompt is not empty. No pair at
+            all is a batch of padding, for a process that has nothing to add but has to run along.
         row_length: Tokens a row, for kernels that are compiled for a shape. None: as long as it needs to be.
 
     Raises:
         ValueError: A pair longer than `row_length`, an empty prompt or answer.
     """
-    for pair in pairs:
-        if not (pair.prompt and pair.chosen and pair.rejected):
-            raise ValueError("a pair needs at least one token in its prompt and in each of its answers")
-    num_shared = [_common_prefix_length(pair.chosen, pair.rejected) for pair in pairs]
-    lengths = [len(p.prompt) + len(p.chosen) + len(p.rejected) - k for p, k in zip(pairs, num_shared, strict=True)]
-    rows_of_pairs = _fill_rows(lengths, row_length)
-    width = row_length or sum(lengths)
-    shape = (len(rows_of_pairs), width)
-    tokens, input_pos = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-    document, segment = torch.full(shape, -1), torch.zeros(shape, dtype=torch.long)
-    rows, sources, targets = [], {}, {}  # sources and targets by (pair, 0 chosen or 1 rejected)
-    for r, members in enumerate(rows_of_pairs):
+    pieces = [_lay_out_pair(pair) for pair in pairs]
+    lengths = [piece["tokens"].numel() for piece in pieces]
+    members_of_rows = _fill_rows(lengths, row_length)
+    shape = (len(members_of_rows), row_length or max(1, sum(lengths)))
+    columns = {name: torch.zeros(shape, dtype=torch.long) for name in ("tokens", "input_pos", "segment")}
+    document, first, rows = torch.full(shape, -1), [0] * len(pieces), []
+    for r, members in enumerate(members_of_rows):
         start, documents = 0, []
         for i in members:
-            pair, prompt, shared = pairs[i], len(pairs[i].prompt), num_shared[i]
-            prefix, tails = prompt + shared, (len(pair.chosen) - shared, len(pair.rejected) - shared)
-            row = Document(start, prefix, tails)
-            documents.append(row)
-            span = slice(start, start + row.length)
-            tokens[r, span] = torch.tensor(pair.prompt + pair.chosen + pair.rejected[shared:])
-            input_pos[r, span] = torch.cat([torch.arange(prefix + tails[0]), torch.arange(prefix, prefix + tails[1])])
+            span = slice(start, start + lengths[i])
+            for name, column in columns.items():
+                column[r, span] = pieces[i][name]
             document[r, span] = i
-            segment[r, start + prefix : start + prefix + tails[0]] = 1
-            segment[r, start + prefix + tails[0] : span.stop] = 2
-            # The hidden state at position t predicts token t + 1; the rejected tail lies behind the chosen one.
-            first = r * width + start
-            position = torch.arange(prompt - 1, prompt + len(pair.chosen) - 1)
-            sources[i, 0] = first + position
-            position = torch.arange(prompt - 1, prompt + len(pair.rejected) - 1)
-            sources[i, 1] = first + position + (position >= prefix) * tails[0]
-            targets[i, 0], targets[i, 1] = torch.tensor(pair.chosen), torch.tensor(pair.rejected)
+            first[i] = r * shape[1] + start
+            documents.append(Document(start, *pieces[i]["sizes"]))
             start = span.stop
         rows.append(tuple(documents))
-    scored = [(i, answer) for answer in (0, 1) for i in range(len(pairs))]
-    answer_lengths = tuple(len(targets[key]) for key in scored)
+    nothing = [torch.zeros(0, dtype=torch.long)]
+    chosen_then_rejected = [(i, answer) for answer in ("chosen", "rejected") for i in range(len(pieces))]
+    targets = [torch.tensor(getattr(pairs[i], answer)) for i, answer in chosen_then_rejected]
+    answer_lengths = tuple(map(len, targets))
     return PairBatch(
-        tokens=tokens,
-        input_pos=input_pos,
+        **columns,
         document=document,
-        segment=segment,
-        source=torch.cat([sources[key] for key in scored]),
-        target=torch.cat([targets[key] for key in scored]),
-        sequence=torch.repeat_interleave(torch.arange(2 * len(pairs)), torch.tensor(answer_lengths)),
+        source=torch.cat(nothing + [first[i] + pieces[i][answer] for i, answer in chosen_then_rejected]),
+        target=torch.cat(nothing + targets),
+        sequence=torch.repeat_interleave(torch.arange(2 * len(pieces)), torch.tensor(answer_lengths, dtype=torch.long)),
         answer_lengths=answer_lengths,
-        num_pairs=len(pairs),
+        num_pairs=len(pieces),
         num_tokens=sum(lengths),
         rows=tuple(rows),
     )
+
+
+def _lay_out_pair(pair) -> dict:
+    """Returns a document's columns, its sizes, and for each answer the positions that predict its tokens."""
+    if not (pair.prompt and pair.chosen and pair.rejected):
+        raise ValueError("a pair needs at least one token in its prompt and in each of its answers")
+    shared = _common_prefix_length(pair.chosen, pair.rejected)
+    prompt, prefix = len(pair.prompt), len(pair.prompt) + shared
+    chosen, rejected = len(pair.chosen) - shared, len(pair.rejected) - shared  # the tails
+    # The hidden state at position t of a conversation predicts its token t + 1.
+    predicts_chosen = torch.arange(prompt - 1, prefix + chosen - 1)
+    predicts_rejected = torch.arange(prompt - 1, prefix + rejected - 1)
+    return {
+        "tokens": torch.tensor(pair.prompt + pair.chosen + pair.rejected[shared:]),
+        "input_pos": torch.cat([torch.arange(prefix + chosen), torch.arange(prefix, prefix + rejected)]),
+        "segment": torch.tensor([0] * prefix + [1] * chosen + [2] * rejected),
+        "sizes": (prefix, (chosen, rejected)),
+        "chosen": predicts_chosen,
+        "rejected": predicts_rejected + (predicts_rejected >= prefix) * chosen,  # its tail lies behind the chosen one
+    }
 
 
 def longest_row(pairs, multiple: int = 128) -> int:
@@ -143,4 +148,4 @@ def _fill_rows(lengths: list[int], row_length: int | None) -> list[list[int]]:
             room.append(row_length)
         rows[r].append(i)
         room[r] -= length
-    return rows
+    return rows or [[]]

@@ -98,6 +98,8 @@ RULES = {
         lambda v: [m for m in v if m in LORA_MODULES] or ["q_proj", "v_proj"],
     ),
     "clip_grad_norm": above(0, nullable=True),
+    "data_parallel_replicate_dim": at_least(1),
+    "collective_timeout_s": above(0),
     "pairs_per_step": at_least(1),
     "batch_size": at_least(1),
     "epochs": at_least(1),
@@ -107,6 +109,14 @@ RULES = {
     "samples.num_prompts": at_least(0),
     "samples.max_new_tokens": at_least(1),
     "samples.temperature": Rule(lambda v: v >= 0, "at least 0 (0 is greedy)", lambda v: 0.0),
+}
+
+# Keys that some of the six recipes have. One file serves all of them: in a file, the others pass over these.
+SOME_RECIPES = {
+    "lora": "lora_ and qlora_ recipes",
+    "data_parallel_replicate_dim": "distributed recipes",
+    "fsdp_cpu_offload": "distributed recipes",
+    "collective_timeout_s": "distributed recipes",
 }
 
 # What other systems call these keys, for the message of an unknown one.
@@ -164,13 +174,12 @@ def load(method: str, defaults: dict, config_paths: list[Path], overrides: list[
         for name, block in [(None, layer), *blocks.items()]:
             if block and not isinstance(block, dict):
                 raise UserError(f"{path}: per_method.{name}: must be a block of keys, not {_show(block)}")
-            # One file serves every recipe: what concerns adapters is not full fine-tuning's business.
-            block = {k: v for k, v in (block or {}).items() if not (k == "lora" and "lora" not in defaults)}
+            block = {k: v for k, v in (block or {}).items() if k in defaults or k not in SOME_RECIPES}
             where = str(path) if name is None else f"{path}, per_method.{name}"
             if name in (None, method):
                 merged = _merge(merged, block, defaults, where)
             else:
-                _merge(_plain(defaults), block, defaults | {"lora": {}}, where)  # for its errors: nothing waits unseen
+                _merge(_plain(defaults), block, defaults, where)  # for its errors: none waits unseen
     for override in overrides:
         merged = _override(merged, override, defaults)
     _check_required(merged)
@@ -181,11 +190,14 @@ def load(method: str, defaults: dict, config_paths: list[Path], overrides: list[
     return OmegaConf.create(cfg)
 
 
-def save(cfg: DictConfig, path: Path, recipe: str) -> None:
-    """Writes the resolved config so that the command on its first line repeats the run. `recipe` is a path."""
+def save(cfg: DictConfig, path: Path, recipe: str) -> str:
+    """Writes the resolved config, returns it; the command on its first line repeats the run. `recipe` is a path."""
     relative = os.path.relpath(recipe)
     recipe = Path(recipe).stem if relative.startswith("..") else relative
-    path.write_text(f"# tune run {recipe} --config {path}\n{OmegaConf.to_yaml(cfg)}")
+    text = f"# tune run {recipe} --config {path}\n{OmegaConf.to_yaml(cfg)}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return text
 
 
 # Layers
@@ -239,8 +251,8 @@ def _override(merged: dict, override: str, schema: dict) -> dict:
     if not equals or not key:
         raise UserError(f"{where}: must be key=value or ~key")
     parts = key.split(".")
-    if parts[0] == "lora" and "lora" not in schema:
-        raise UserError(f"{where}: full fine-tuning has no adapters; use a lora_ or qlora_ recipe")
+    if parts[0] in SOME_RECIPES and parts[0] not in schema:
+        raise UserError(f"{where}: this recipe has no {parts[0]}; it is a key of {SOME_RECIPES[parts[0]]}")
     try:
         parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)["value"]
     except (YAMLError, OmegaConfBaseException) as error:

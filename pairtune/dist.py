@@ -1,19 +1,76 @@
-"""The processes of a run and the device that this one computes on."""
+"""The processes of a run: who they are, what they add up, and what is said when one of them does not come back.
 
-from dataclasses import dataclass
+PyTorch's own engine does the work: torchrun starts the processes, torch.distributed connects them, FSDP2 shards.
+"""
+
+import os
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
 
 import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from pairtune.errors import UserError
 
 
 @dataclass(frozen=True)
 class World:
-    """All processes of a run, seen from one of them."""
+    """All processes of a run, seen from one of them. Every collective does nothing in a world of one."""
 
     device: torch.device
     rank: int = 0
     size: int = 1
+    mesh: DeviceMesh | None = None  # (shard,) or (replicate, shard); None in a run that is not distributed
+    cpu_offload: bool = False  # shards live in host memory and visit the device when they are needed
+
+    def with_cpu_offload(self, cpu_offload: bool) -> "World":
+        """Returns this world with its shards in host memory, or not."""
+        return replace(self, cpu_offload=cpu_offload)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process prints and writes."""
+        return self.rank == 0
+
+    def print(self, *text) -> None:
+        """Prints, once."""
+        if self.is_main:
+            print(*text, flush=True)
+
+    @property
+    def shards(self) -> bool:
+        """Whether models are sharded (FSDP2): over several processes, or for the sake of offloading."""
+        return self.mesh is not None and (self.size > 1 or self.cpu_offload)
+
+    @property
+    def num_shards(self) -> int:
+        """Processes that a model is sharded over."""
+        return self.mesh["shard"].size() if self.mesh is not None else 1
+
+    def __str__(self) -> str:
+        return str(self.device) if self.size == 1 else f"{self.size} processes, {self.device.type}"
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Returns the elementwise sum of every process's tensor, in each process."""
+        if self.size > 1:
+            torch_dist.all_reduce(values)
+        return values
+
+    def sum_number(self, number: float) -> float:
+        """Returns the sum of every process's number, in each process."""
+        return float(self.sum(torch.tensor(float(number), dtype=torch.float64, device=self.device)))
+
+    def barrier(self) -> None:
+        """Returns when every process has come here."""
+        if self.size > 1:
+            torch_dist.barrier()
 
 
 def start(device: str) -> World:
@@ -30,3 +87,90 @@ def start(device: str) -> World:
         build = "" if torch.version.cuda else f" and PyTorch {torch.__version__} is built without CUDA"
         raise UserError(f"device={device}: {found} GPUs are visible{build}; nearest valid: device=cpu")
     return World(torch.device(f"cuda:{index}" if device.startswith("cuda") else "cpu"))
+
+
+def connect(world: World, replicate: int = 1, timeout_s: float = 600.0) -> World:
+    """Returns the world of all processes that torchrun started; without torchrun, one process that shards all the same.
+
+    NCCL connects GPUs, gloo connects CPUs and what is offloaded to them.
+
+    Args:
+        world: This process, as `start` made it; on GPUs, it moves to the one of its local rank.
+        replicate: Copies of the model, each sharded over a group of processes of its own (hybrid sharding). Its usual
+            value is the number of machines: gathering weights then stays within each of them.
+        timeout_s: See `Watchdog`.
+
+    Raises:
+        UserError: More processes on this machine than GPUs, or a `replicate` that does not divide the processes.
+    """
+    rank, size, local = (
+        int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    device = world.device
+    if device.type == "cuda":
+        device = start(f"cuda:{local}").device
+        torch.cuda.set_device(device)
+    if size % replicate:
+        nearest = min((d for d in range(1, size + 1) if size % d == 0), key=lambda d: abs(d - replicate))
+        raise UserError(
+            f"data_parallel_replicate_dim={replicate}: must divide the {size} processes; "
+            f"nearest valid: data_parallel_replicate_dim={nearest}"
+        )
+    torch_dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        # The watchdog speaks first; the back end's own timeout is for a process whose watchdog cannot.
+        timeout=timedelta(seconds=2 * timeout_s + 60),
+        **({} if "RANK" in os.environ else {"store": torch_dist.HashStore(), "rank": 0, "world_size": 1}),
+    )
+    shape, names = ((size,), ("shard",)) if replicate == 1 else ((replicate, size // replicate), ("replicate", "shard"))
+    return World(device, rank, size, init_device_mesh(device.type, shape, mesh_dim_names=names))
+
+
+def stop(world: World) -> None:
+    """Disconnects this process."""
+    if world.mesh is not None:
+        torch_dist.destroy_process_group()
+
+
+class Watchdog:
+    """Ends the run when this process makes no progress, after telling where every process stands.
+
+    A collective that one process never enters holds all the others for ever, in silence. `beat` says that this process
+    got on; when there was none for `timeout_s` seconds, a thread writes the line at which the main thread stands to
+    the run's store, reads what the others wrote, prints the table and ends the process; torchrun ends the rest.
+    """
+
+    def __init__(self, world: World, timeout_s: float):
+        self._world, self._timeout_s = world, timeout_s
+        self._main = threading.get_ident()
+        self._doing, self._last = "starting", time.monotonic()
+        if world.size > 1:
+            self._store = torch_dist.distributed_c10d._get_default_store()
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    def beat(self, doing: str) -> None:
+        """Says what the main thread does from now on, such as "step 17"."""
+        self._doing, self._last = doing, time.monotonic()
+
+    def _watch(self) -> None:
+        while (silent := time.monotonic() - self._last) < self._timeout_s:
+            time.sleep(min(1.0, self._timeout_s / 10))
+        self._store.set(f"stands/{self._world.rank}", f"{self._doing}, {silent:.0f} s: {self._line()}")
+        time.sleep(2.0 + self._timeout_s / 10)  # the others' watchdogs wake within this
+        ranks = range(self._world.size)
+        lines = [
+            f"  rank {rank}: "
+            + (self._store.get(key).decode() if self._store.check([key := f"stands/{rank}"]) else "did not say")
+            for rank in ranks
+        ]
+        if self._world.rank == min(r for r in ranks if self._store.check([f"stands/{r}"])):
+            print("no progress; each process stands at\n" + "\n".join(lines), file=sys.stderr, flush=True)
+        os._exit(1)
+
+    def _line(self) -> str:
+        """The innermost line of the main thread that is not PyTorch's own."""
+        frames = traceback.extract_stack(sys._current_frames()[self._main])
+        package = str(Path(torch.__file__).parent)
+        ours = [frame for frame in frames if not frame.filename.startswith(package)] or frames
+        where = f"{ours[-1].filename}:{ours[-1].lineno} in {ours[-1].name}: {ours[-1].line}"
+        return where if ours[-1] is frames[-1] else f"{where} (waiting in torch, {frames[-1].name})"

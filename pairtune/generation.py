@@ -14,6 +14,7 @@ def answers(
     model: TransformerDecoder,
     prompts: list[list[int]],
     *,
+    device: torch.device,
     stop_ids: list[int],
     max_new_tokens: int,
     temperature: float = 0.0,
@@ -23,11 +24,10 @@ def answers(
     """Returns an answer a prompt, token ids without the end token. Dropout is off meanwhile; the model is unchanged.
 
     Args:
-        prompts: Token ids, each with its generation prompt at the end.
+        prompts: Token ids, each with its generation prompt at the end; the same in every process of a sharded model.
         temperature: 0 takes the likeliest token; above, answers depend on `seed` and on the batch a prompt is in.
     """
-    parameter = next(p for p in model.parameters() if p.is_floating_point())
-    device, dtype = parameter.device, model.norm.scale.dtype
+    dtype = model.norm.scale.dtype
     vocabulary = model.tok_embeddings.num_embeddings
     rng = torch.Generator(device=device).manual_seed(seed)
     was_training = model.training

@@ -49,7 +49,8 @@ def answer_logps(model: TransformerDecoder, batch: PairBatch) -> tuple[Tensor, T
     finally:
         model.scored_batch = None
     # One sum an answer, not index_add: that one adds in any order on a GPU, and policy = reference would not be exact.
-    sums = torch.stack([logps.sum() for logps in token_logps.split(batch.answer_lengths)])
+    sums = [logps.sum() for logps in token_logps.split(batch.answer_lengths)]
+    sums = torch.stack(sums) if sums else token_logps  # none in a batch of padding, but still part of the graph
     chosen, rejected = sums.chunk(2)
     return chosen, rejected
 

@@ -4,54 +4,62 @@ import json
 import math
 import resource
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from pairtune.dist import World
 from pairtune.errors import UserError
 
 
 class Meter:
-    """Means over everything added since the last read. Sums stay on the device; only `read` waits for it."""
+    """Means over everything added since the last read, over all processes. Sums stay on the device until then."""
 
     def __init__(self):
-        self._sums: dict[str, Tensor] = defaultdict(float)
-        self._counts: dict[str, int] = defaultdict(int)
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
 
     def add(self, **values: Tensor) -> None:
         """Adds vectors of one value a pair. `rewards_chosen` is called rewards/chosen where it is read."""
         for name, value in values.items():
-            self._sums[name] += value.detach().sum(dtype=torch.float64)
-            self._counts[name] += value.numel()
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach().sum(dtype=torch.float64)
+            self._counts[name] = self._counts.get(name, 0) + value.numel()
 
-    def read(self, prefix: str = "") -> dict[str, float]:
-        """Returns the mean of every metric and starts anew."""
-        means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+    def read(self, world: World, prefix: str = "") -> dict[str, float]:
+        """Returns the mean of every metric, the same in each process, and starts anew. Every process has to call it."""
+        sums = torch.stack([*self._sums.values()])
+        counts = torch.tensor([*self._counts.values()], dtype=torch.float64, device=sums.device)
+        means = (world.sum(sums) / world.sum(counts)).tolist()
+        names = [prefix + name.replace("_", "/", 1) for name in self._sums]
         self._sums.clear()
         self._counts.clear()
-        return {prefix + name.replace("_", "/", 1): mean for name, mean in means.items()}
+        return dict(zip(names, means, strict=True))
 
 
 class RunLog:
-    """Appends to metrics.jsonl, one object a logged step, and passes the same to a torchtune logger if there is one."""
+    """Appends to metrics.jsonl, one object a logged step, and passes the same to a torchtune logger if there is one.
 
-    def __init__(self, run_dir: Path, logger=None, cfg=None):
+    Only the main process writes.
+    """
+
+    def __init__(self, run_dir: Path, world: World, logger=None, cfg=None):
         self.path = run_dir / "metrics.jsonl"
-        self._file = self.path.open("w")
-        self._logger = logger
-        if logger:
-            logger.log_config(cfg)
+        self._file = self.path.open("w") if world.is_main else None
+        self._logger = logger if world.is_main else None
+        if self._logger:
+            self._logger.log_config(cfg)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
+        if self._file:
+            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._file.flush()
         if self._logger:
             self._logger.log_dict(metrics, step)
 
     def close(self) -> None:
-        self._file.close()
+        if self._file:
+            self._file.close()
         if self._logger:
             self._logger.close()
 

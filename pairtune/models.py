@@ -3,13 +3,16 @@
 A model is built on the meta device, where size costs nothing and mistakes show, and gets its memory in `load`.
 """
 
-import copy
 import inspect
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as torch_dist
 from omegaconf import OmegaConf
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 from torchtune.config._utils import _get_component_from_path
 from torchtune.modules import MultiHeadAttention, TransformerDecoder, TransformerSelfAttentionLayer
@@ -17,6 +20,7 @@ from torchtune.modules.peft import DoRALinear, LoRALinear, get_adapter_params, s
 from torchtune.training import compile_model, set_activation_checkpointing, set_default_dtype
 
 from pairtune import logps
+from pairtune.dist import World
 from pairtune.errors import UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -48,6 +52,7 @@ def lora(
     modules: list[str],
     dtype: str,
     quantize_base: bool = False,
+    world: World | None = None,
 ) -> TransformerDecoder:
     """Returns the same model with LoRA adapters (arXiv 2106.09685), on the meta device; only they are trainable.
 
@@ -55,13 +60,19 @@ def lora(
         component: As for `full`: the base builder, whose lora_ twin is used.
         modules: From q_proj, k_proj, v_proj, output_proj, mlp (all of its linear layers) and output.
         quantize_base: Base weights of all linear layers in NF4 (QLoRA, arXiv 2305.14314); not the output layer.
+        world: The processes that share these.
 
     Raises:
         UserError: No lora_ twin, an argument that it does not take, or a weight whose size NF4 does not accept.
     """
     path, arguments = _split(component)
     if quantize_base:
-        _check_nf4_sizes(_build(path, arguments, dtype))
+        _check_nf4_sizes(_build(path, arguments, dtype), world.num_shards if world else 1)
+        if world and world.shards and (world.num_shards == 1 or world.num_shards < world.size):
+            raise UserError(
+                "QLoRA: NF4 weights are sharded over all processes or not at all; nearest valid: "
+                "data_parallel_replicate_dim=1, and fsdp_cpu_offload=false in a run of one process"
+            )
     package, _, name = path.rpartition(".")
     if name.startswith(("lora_", "qlora_")):
         raise UserError(
@@ -106,23 +117,36 @@ def _build(path: str, arguments: dict, dtype: str) -> TransformerDecoder:
         raise UserError(f"model: {path.rsplit('.', 1)[-1]} refuses its arguments: {error}") from None
 
 
-def _check_nf4_sizes(model: nn.Module) -> None:
+def _check_nf4_sizes(model: nn.Module, num_shards: int) -> None:
+    multiple = NF4_BLOCK * num_shards
     for name, module in model.layers.named_modules():
-        if isinstance(module, nn.Linear) and module.weight.numel() % NF4_BLOCK:
+        if isinstance(module, nn.Linear) and module.weight.numel() % multiple:
             rows, columns = module.weight.shape
+            shards = f" on each of {num_shards} processes" if num_shards > 1 else ""
             raise UserError(
                 f"QLoRA: layers.{name}.weight has {rows} x {columns} = {rows * columns} values; NF4 stores multiples "
-                f"of {NF4_BLOCK}. Use a lora_ recipe for this model"
+                f"of {NF4_BLOCK}{shards}. Use a lora_ recipe for this model{', or fewer processes' if shards else ''}"
             )
 
 
-def prepare(model: TransformerDecoder, *, max_length: int, vocab_size: int = 0, attention: str = "segments") -> None:
+def prepare(
+    model: TransformerDecoder,
+    *,
+    max_length: int,
+    vocab_size: int = 0,
+    attention: str = "segments",
+    checkpoint_activations: bool = False,
+    compile_layers: bool = False,
+) -> None:
     """Makes the model return answers' log-probabilities (logps.answer_logps) and take rows longer than its positions.
 
     Args:
         max_length: Tokens of the longest conversation.
         vocab_size: Token ids that the tokenizer can produce.
         attention: segments, mask, or auto: segments where the model's layers can.
+        checkpoint_activations: Keep only each layer's input for backward and compute the rest again: less memory,
+            about a third more work.
+        compile_layers: torch.compile layer by layer, so that compile time does not grow with depth.
 
     Raises:
         UserError: The model has fewer positions or embeddings than that, or cannot attend that way.
@@ -140,6 +164,10 @@ def prepare(model: TransformerDecoder, *, max_length: int, vocab_size: int = 0, 
     # A row holds several documents, each with positions of its own, all below max_length.
     model.max_seq_len = 2**31
     logps.install(model, attention)
+    if checkpoint_activations:
+        set_activation_checkpointing(model, auto_wrap_policy={TransformerSelfAttentionLayer})
+    if compile_layers:
+        compile_model(model, verbose=False)
 
 
 def disable_dropout(model: nn.Module) -> bool:
@@ -153,62 +181,97 @@ def disable_dropout(model: nn.Module) -> bool:
     return found
 
 
-def load(model: TransformerDecoder, state_dict: dict[str, Tensor], *, device: torch.device) -> None:
-    """Fills a model built on the meta device: base weights from `state_dict` (which is emptied), adapters afresh.
+def load(model: TransformerDecoder, state_dict: dict[str, Tensor], *, world: World) -> None:
+    """Fills a model built on the meta device, base weights from `state_dict`, adapters afresh, and shards it.
 
-    Base weights take the model's dtype; NF4 ones are quantized from the checkpoint's values on `device`. Adapters are
-    initialised from torch's global generator: seed it before.
+    Base weights take the model's dtype; NF4 ones are quantized from the checkpoint's values on the device. Adapters
+    are initialised from torch's global generator: seed it before, alike in every process. In a distributed world each
+    layer is sharded (FSDP2) as soon as it is filled, so that a process never holds more than its shards and one layer.
+
+    Args:
+        state_dict: The whole checkpoint under torchtune's names, in each process; memory-mapped, as safetensors are,
+            it costs the machine's memory once.
 
     Raises:
         UserError: The checkpoint lacks a weight, has one too many, or one of another shape.
     """
-    adapters = set(get_adapter_params(model))
-    for name, parameter in list(model.named_parameters()):
+    home = torch.device("cpu") if world.cpu_offload else world.device
+    shapes = {name.replace(_WRAPPED, ""): p.shape for name, p in model.named_parameters()}
+    _check_checkpoint(shapes, set(map(_plain_name, get_adapter_params(model))), state_dict)
+    names = {id(module): _plain_name(name) for name, module in model.named_modules()}
+    for block in [*model.layers, model]:
+        for module in block.modules():
+            _fill(module, names[id(module)], state_dict, home, world.device)
+        if world.shards:
+            _shard(block, world, is_root=block is model)
+
+
+def _plain_name(name: str) -> str:
+    """A module's or parameter's name without what activation checkpointing wraps around it."""
+    return name.replace(_WRAPPED, "").removesuffix("." + _WRAPPED[:-1])
+
+
+def _check_checkpoint(shapes: dict[str, torch.Size], adapters: set[str], state_dict: dict[str, Tensor]) -> None:
+    for name, shape in shapes.items():
         if name in adapters:
             continue
         if name not in state_dict:
             raise UserError(f"checkpointer: the checkpoint has no weight {name}, which the model needs")
-        value = state_dict.pop(name)
-        if value.shape != parameter.shape:
+        if state_dict[name].shape != shape:
             raise UserError(
-                f"checkpointer: weight {name} is {list(value.shape)} in the checkpoint and {list(parameter.shape)} in "
+                f"checkpointer: weight {name} is {list(state_dict[name].shape)} in the checkpoint and {list(shape)} in "
                 "the model: `model` and `checkpointer.checkpoint_dir` do not belong together"
             )
-        value = value.to(device=device, dtype=parameter.dtype, copy=True)
-        if isinstance(parameter, NF4Tensor):
-            value = to_nf4(value, parameter.block_size, parameter.scaler_block_size)
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=parameter.requires_grad))
-    if state_dict:
-        names = sorted(state_dict)
+    unknown = sorted(set(state_dict) - set(shapes))
+    if unknown:
         raise UserError(
-            f"checkpointer: the checkpoint has {len(names)} weights that the model lacks, such as {names[0]}: "
+            f"checkpointer: the checkpoint has {len(unknown)} weights that the model lacks, such as {unknown[0]}: "
             "`model` and `checkpointer.checkpoint_dir` do not belong together"
         )
-    for module in model.modules():
-        if isinstance(module, (LoRALinear, DoRALinear)):
-            module.lora_a.to_empty(device=device)
-            module.lora_b.to_empty(device=device)
-            module.initialize_parameters()
-        if hasattr(module, "rope_init"):
-            with device:
-                module.rope_init()
 
 
-def frozen_copy(model: TransformerDecoder) -> TransformerDecoder:
-    """Returns a copy that is not trained: the reference of a full fine-tuning run."""
-    reference = copy.deepcopy(model).requires_grad_(False)
-    return reference.eval()
+def _fill(module: nn.Module, name: str, state_dict: dict[str, Tensor], home: torch.device, device: torch.device):
+    """Gives one module, not its children, its memory; a module that has it already is left alone."""
+    for leaf, parameter in list(module.named_parameters(recurse=False)):
+        full_name = f"{name}.{leaf}" if name else leaf
+        if not parameter.is_meta or full_name not in state_dict:
+            continue
+        value = state_dict[full_name].to(device=home, dtype=parameter.dtype, copy=True)
+        if isinstance(parameter, NF4Tensor):
+            value = to_nf4(value, parameter.block_size, parameter.scaler_block_size)
+        setattr(module, leaf, nn.Parameter(value, requires_grad=parameter.requires_grad))
+    if isinstance(module, (LoRALinear, DoRALinear)) and module.lora_a.weight.is_meta:
+        module.lora_a.to_empty(device=home)
+        module.lora_b.to_empty(device=home)
+        module.initialize_parameters()
+    if hasattr(module, "rope_init") and next(module.buffers()).is_meta:
+        with device:  # a buffer: it stays on the device even where parameters are offloaded
+            module.rope_init()
 
 
-def checkpoint_activations(model: nn.Module) -> None:
-    """Keeps only each layer's input for backward and computes the rest again: less memory, about a third more work."""
-    set_activation_checkpointing(model, auto_wrap_policy={TransformerSelfAttentionLayer})
+def _shard(block: nn.Module, world: World, *, is_root: bool) -> None:
+    offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if world.cpu_offload else OffloadPolicy()
+    fully_shard(
+        block,
+        mesh=world.mesh,
+        mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),
+        # A layer's weights are gathered again for its backward; the root's, embedding and output, are needed at the
+        # end of forward and the beginning of backward, and gathering them twice would be for nothing.
+        reshard_after_forward=not is_root,
+        offload_policy=offload,
+    )
 
 
-def compile_layers(model: nn.Module) -> None:
-    """Compiles layer by layer: compile time does not grow with depth."""
-    compile_model(model, verbose=False)
+def sync_gradients(model: nn.Module, sync: bool) -> None:
+    """Says whether the next backward adds gradients up over processes; a step's last one has to."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(sync)
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+    """Scales gradients down to a norm of `max_norm` over all parameters and processes; returns what it was before."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def num_parameters(model: nn.Module) -> tuple[int, int]:
@@ -217,34 +280,50 @@ def num_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
 
 
-def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters by their names in torchtune's checkpoints, NF4 ones as the plain values that they stand for."""
+def _whole_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters by their names in torchtune's checkpoints, gathered from all processes; NF4 ones as plain values."""
     for name, parameter in model.named_parameters():
         value = parameter.data
-        yield name.replace(_WRAPPED, ""), value.get_original_weight() if isinstance(value, NF4Tensor) else value
+        if isinstance(value, DTensor):
+            local = value.to_local()
+            value = _gather_nf4(local, value.device_mesh) if isinstance(local, NF4Tensor) else value.full_tensor()
+        yield _plain_name(name), value.get_original_weight() if isinstance(value, NF4Tensor) else value
+
+
+def _gather_nf4(shard: NF4Tensor, mesh: DeviceMesh) -> NF4Tensor:
+    """DTensor cannot gather NF4; the hooks that FSDP2 gathers it with can."""
+    group = mesh.get_group("shard")
+    pieces, metadata = shard.fsdp_pre_all_gather(mesh)
+    whole = []
+    for piece in pieces:
+        gathered = piece.new_empty(piece.shape[0] * group.size(), *piece.shape[1:])
+        torch_dist.all_gather_into_tensor(gathered, piece.contiguous(), group=group)
+        whole.append(gathered)
+    return shard.fsdp_post_all_gather(tuple(whole), metadata, shard.dtype)[0]
 
 
 @torch.no_grad()
-def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
+def merged_state_dict(model: nn.Module, world: World) -> dict[str, Tensor]:
     """Returns the weights on the CPU, W + (alpha / rank) B A in the place of each adapted W, summed in float32.
 
-    QLoRA: W is what was trained on, the dequantized NF4 weight, so the merged model is the trained policy.
+    QLoRA: W is what was trained on, the dequantized NF4 weight, so the merged model is the trained policy. Every
+    process has to call it; what it returns elsewhere than in the main process is empty.
     """
-    parameters = dict(_parameters(model))
-    for name, module in model.named_modules():
+    weights = {name: value.cpu() for name, value in _whole_parameters(model) if world.is_main}
+    for name, module in model.named_modules() if world.is_main else ():
         if isinstance(module, DoRALinear):
             raise UserError("model: DoRA adapters cannot be merged yet")
         if isinstance(module, LoRALinear):
-            name = name.replace(_WRAPPED, "")
-            a, b = parameters.pop(f"{name}.lora_a.weight"), parameters.pop(f"{name}.lora_b.weight")
-            weight = parameters[f"{name}.weight"]
+            name = _plain_name(name)
+            a, b = weights.pop(f"{name}.lora_a.weight"), weights.pop(f"{name}.lora_b.weight")
+            weight = weights[f"{name}.weight"]
             merged = weight.float() + (module.alpha / module.rank) * (b.float() @ a.float())
-            parameters[f"{name}.weight"] = merged.to(weight.dtype)
-    return {name: value.detach().cpu() for name, value in parameters.items()}
+            weights[f"{name}.weight"] = merged.to(weight.dtype)
+    return weights
 
 
 @torch.no_grad()
-def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the adapters' weights on the CPU under torchtune's names; empty for a model without adapters."""
-    names = {name.replace(_WRAPPED, "") for name in get_adapter_params(model)}
-    return {name: value.detach().cpu() for name, value in _parameters(model) if name in names}
+def adapter_state_dict(model: nn.Module, world: World) -> dict[str, Tensor]:
+    """Returns the adapters' weights on the CPU under torchtune's names, in the main process; to be called in all."""
+    names = set(map(_plain_name, get_adapter_params(model)))
+    return {name: value.cpu() for name, value in _whole_parameters(model) if world.is_main and name in names}

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from pairtune import checkpoint, config, data, dist, generation, metrics, models
 from pairtune.batch import lay_out, longest_row
-from pairtune.loader import Steps, micro_batches
+from pairtune.loader import Steps, share
 from pairtune.logps import answer_logps
 from pairtune.tokenizer import adapt
 
@@ -24,16 +24,17 @@ METHOD = "full"  # picks per_method.full out of a config
 # Every key, its default and what it costs. This is the schema: a key that is not here is an error.
 DEFAULTS = {
     # The run
-    "output_dir": "runs/full_dpo",  # the run folder: config, metrics, curves, samples, exported weights
-    "seed": 42,  # order of the pairs, sampled answers
-    "device": "auto",  # auto (a GPU where there is one), cpu, cuda, cuda:N
+    "output_dir": f"runs/{METHOD}_dpo",  # the run folder: config, metrics, curves, samples, exported weights
+    "seed": 42,  # order of the pairs, fresh adapters, sampled answers
+    "device": "auto",  # cuda, cpu, or auto: a GPU where there is one
     "dtype": "bf16",  # bf16, or fp32 for twice the memory; log-probabilities and losses are float32 either way
     "compile": False,  # torch.compile a layer: faster steps, a minute or more before the first
     "attention": "auto",  # segments (a call a document) or mask (dense); auto: mask with compile, else segments
     "enable_activation_checkpointing": False,  # less memory for about a third more time
-    # The model
+    # The model and how it is trained
     "model": {"_component_": config.REQUIRED},  # a torchtune builder
-    "disable_dropout": True,  # policy and reference are the same network, as in torchtune and TRL
+    "optimizer": {"_component_": "torch.optim.AdamW", "lr": 5e-7, "weight_decay": 0.0},
+    # The model's files
     "checkpointer": {
         "_component_": "torchtune.training.FullModelHFCheckpointer",
         "checkpoint_dir": config.REQUIRED,  # a Hugging Face folder; its shards are found
@@ -54,13 +55,13 @@ DEFAULTS = {
     "max_length": 1024,  # tokens of prompt and longer answer
     "max_prompt_length": 512,  # tokens of the prompt; null: max_length alone decides
     "shuffle": True,  # a new order each epoch
-    # The loss and what minimises it
+    # The loss and the steps that minimise it
     "loss": {"_component_": "torchtune.rlhf.loss.DPOLoss", "beta": 0.1, "label_smoothing": 0.0},
-    "optimizer": {"_component_": "torch.optim.AdamW", "lr": 5e-7, "weight_decay": 0.0},
+    "disable_dropout": True,  # policy and reference are the same network, as in torchtune and TRL
     "lr_scheduler": {"_component_": "pairtune.schedules.cosine", "warmup_ratio": 0.1},  # null: constant
     "clip_grad_norm": 1.0,  # null: no clipping
-    "pairs_per_step": 64,  # the batch that a step learns from
-    "batch_size": 4,  # pairs that are in memory at a time; divides pairs_per_step and changes no result
+    "pairs_per_step": 64,  # the batch that a step learns from, over all devices
+    "batch_size": 4,  # pairs a device holds at a time; divides pairs_per_step and changes no result
     "epochs": 1,
     "max_steps": None,  # ends the run early, and the schedule with it
     # What it tells
@@ -80,24 +81,27 @@ def main(cfg):
     # 1. Device, run folder, seed
     world = dist.start(cfg.device)
     run_dir = Path(cfg.output_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    config.save(cfg, run_dir / "config.yaml", recipe=__file__)
-    print((run_dir / "config.yaml").read_text())
+    if world.is_main:
+        print(config.save(cfg, run_dir / "config.yaml", recipe=__file__))
     torch.manual_seed(cfg.seed)
 
     # 2. Policy and reference, on the meta device: what is wrong with a config shows before a weight is read
-    weights = checkpoint.open_weights(cfg.checkpointer, run_dir)
+    files = checkpoint.open_weights(cfg.checkpointer, run_dir)
     tokenizer = adapt(config.instantiate(cfg.tokenizer))
     loss_fn = config.instantiate(cfg.loss)
-    model = models.full(cfg.model, dtype=cfg.dtype)
+    model, reference = (models.full(cfg.model, dtype=cfg.dtype) for _ in range(2))
+    reference.requires_grad_(False).eval()
     if cfg.disable_dropout and models.disable_dropout(model):
-        print("disable_dropout=true: the dropout that the model was given, such as lora.dropout, has no effect\n")
-    models.prepare(
-        model,
-        max_length=cfg.max_length,
-        vocab_size=tokenizer.vocab_size,
-        attention="mask" if cfg.attention == "auto" and cfg.compile else cfg.attention,
-    )
+        world.print("disable_dropout=true: the model's dropout has no effect\n")
+    for policy in (model, reference):
+        models.prepare(
+            policy,
+            max_length=cfg.max_length,
+            vocab_size=tokenizer.vocab_size,
+            attention="mask" if cfg.attention == "auto" and cfg.compile else cfg.attention,
+            checkpoint_activations=cfg.enable_activation_checkpointing,
+            compile_layers=cfg.compile,
+        )
 
     def reference_logps(batch):  # [P], [P]
         with torch.no_grad():
@@ -114,6 +118,7 @@ def main(cfg):
             max_length=cfg.max_length,
             max_prompt_length=cfg.max_prompt_length,
             overlong=source.overlong,
+            progress=world.is_main,
         )
 
     train, report = read_pairs(cfg.dataset)
@@ -121,34 +126,38 @@ def main(cfg):
     if cfg.dataset.val_fraction:
         train, held_out = data.split_pairs(train, cfg.dataset.val_fraction)
         report = report.with_split(train, held_out)
-    print(f"Training pairs: {cfg.dataset.source}\n{report}\n")
+    world.print(f"Training pairs: {cfg.dataset.source}\n{report}\n")
     if cfg.eval_dataset.source:
         held_out, report = read_pairs(cfg.eval_dataset)
-        print(f"Held-out pairs: {cfg.eval_dataset.source}\n{report.with_split(train, held_out)}\n")
+        world.print(f"Held-out pairs: {cfg.eval_dataset.source}\n{report.with_split(train, held_out)}\n")
     steps = Steps(
-        train, pairs_per_step=cfg.pairs_per_step, batch_size=cfg.batch_size, seed=cfg.seed, shuffle=cfg.shuffle
+        train,
+        pairs_per_step=cfg.pairs_per_step,
+        batch_size=cfg.batch_size,
+        seed=cfg.seed,
+        shuffle=cfg.shuffle,
+        rank=world.rank,
+        size=world.size,
     )
     total_steps = min(cfg.epochs * len(steps), cfg.max_steps or math.inf)
     row_length = longest_row([*train, *held_out]) if model.dense_attention else None
 
-    # 4. Weights, optimizer, schedule, logs
-    models.load(model, checkpoint.read_weights(weights), device=world.device)
-    reference = models.frozen_copy(model)
-    if cfg.enable_activation_checkpointing:
-        models.checkpoint_activations(model)
-    if cfg.compile:
-        models.compile_layers(model)
-        models.compile_layers(reference)
+    # 4. Weights
+    for policy in (model, reference):
+        models.load(policy, checkpoint.read_weights(files), world=world)
+
+    # 5. Optimizer, schedule, logs
     optimizer = config.instantiate(cfg.optimizer, [p for p in model.parameters() if p.requires_grad])
     scheduler = config.instantiate(cfg.lr_scheduler, optimizer, num_training_steps=total_steps, last_epoch=-1)
-    log = metrics.RunLog(run_dir, config.instantiate(cfg.metric_logger), cfg)
+    log = metrics.RunLog(run_dir, world, config.instantiate(cfg.metric_logger) if world.is_main else None, cfg)
     num_parameters, num_trained = models.num_parameters(model)
-    print(
-        f"{num_parameters:,} parameters, {num_trained:,} trained, {cfg.dtype} on {world.device}; {len(train):,} pairs, "
+    world.print(
+        f"{num_parameters:,} parameters, {num_trained:,} trained, {cfg.dtype} on {world}; {len(train):,} pairs, "
         f"{len(held_out):,} held out; {total_steps:,} steps of {cfg.pairs_per_step} pairs\n"
     )
+    torch.manual_seed(cfg.seed + world.rank)  # dropout, if it is on, differs between processes
 
-    # 5. What is done with pairs: score them, evaluate on them, answer their prompts
+    # 6. What is done with pairs: score them, evaluate on them, answer their prompts
     def pair_losses(batch, meter):  # [P]
         chosen, rejected = answer_logps(model, batch)
         losses, chosen_rewards, rejected_rewards = loss_fn(chosen, rejected, *reference_logps(batch))
@@ -165,14 +174,16 @@ def main(cfg):
 
     def evaluate(step):
         meter = metrics.Meter()
+        micro = share(held_out, cfg.batch_size, rank=world.rank, size=world.size)
         model.eval()
         with torch.no_grad():
-            for pairs in tqdm(micro_batches(held_out, cfg.batch_size), desc="evaluation", leave=False):
+            for pairs in tqdm(micro, desc="evaluation", leave=False, disable=not world.is_main):
                 pair_losses(lay_out(pairs, row_length).to(world.device), meter)
         model.train()
-        results = meter.read("eval/")
+        results = meter.read(world, "eval/")
         log.write(step, results)
-        tqdm.write(f"step {step}: held out {metrics.summary(results, 'eval/')}")
+        if world.is_main:
+            tqdm.write(f"step {step}: held out {metrics.summary(results, 'eval/')}")
 
     if cfg.samples.prompts:
         questions = [[{"role": "user", "content": text}] for text in cfg.samples.prompts]
@@ -184,6 +195,7 @@ def main(cfg):
         answers = generation.answers(
             model,
             prompts,
+            device=world.device,
             stop_ids=tokenizer.stop_ids,
             max_new_tokens=cfg.samples.max_new_tokens,
             temperature=cfg.samples.temperature,
@@ -191,20 +203,20 @@ def main(cfg):
         )
         return [tokenizer.decode(answer) for answer in answers]
 
-    # 6. Train
+    # 7. Train
     before = answer_prompts()
     meter, num_pairs, num_tokens, last_log = metrics.Meter(), 0, 0, time.perf_counter()
-    progress = tqdm(total=total_steps, desc="DPO", unit="step", dynamic_ncols=True)
+    progress = tqdm(total=total_steps, desc="DPO", unit="step", dynamic_ncols=True, disable=not world.is_main)
     model.train()
     for step in range(1, total_steps + 1):
-        micro = steps[step - 1]
-        num_pairs_in_step = sum(map(len, micro))
+        micro, num_pairs_in_step = steps[step - 1], steps.num_pairs(step - 1)
         for pairs in micro:
             batch = lay_out(pairs, row_length).to(world.device)
-            losses = pair_losses(batch, meter)
-            (losses.sum() / num_pairs_in_step).backward()  # the mean over the step, however it is cut
+            # The mean over the step, however it is cut into micro-batches. FSDP averages gradients over processes.
+            loss = pair_losses(batch, meter).sum() * world.size / num_pairs_in_step
+            loss.backward()
             num_tokens += batch.num_tokens
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_grad_norm or math.inf)
+        grad_norm = models.clip_gradients(model, cfg.clip_grad_norm or math.inf)
         lr = optimizer.param_groups[0]["lr"]
         optimizer.step()
         optimizer.zero_grad()
@@ -215,12 +227,12 @@ def main(cfg):
 
         if step == 1 or step % cfg.log_every_n_steps == 0 or step == total_steps:
             seconds = time.perf_counter() - last_log
-            results = meter.read() | {
+            results = meter.read(world) | {
                 "epoch": step / len(steps),
                 "lr": lr,
                 "grad_norm": float(grad_norm),
                 "pairs_per_second": num_pairs / seconds,
-                "tokens_per_second": num_tokens / seconds,
+                "tokens_per_second": world.sum_number(num_tokens) / seconds,
                 "peak_memory_gib": metrics.peak_memory_gib(world.device),
             }
             log.write(step, results)
@@ -233,18 +245,16 @@ def main(cfg):
     progress.close()
     log.close()
 
-    # 7. Curves, answers, weights
-    metrics.plot_curves(log.path, run_dir / "curves.png")
-    generation.write_samples(
-        run_dir / "samples.jsonl", [tokenizer.decode(p) for p in prompts], before, answer_prompts()
-    )
-    exported = checkpoint.export(
-        weights,
-        run_dir,
-        merged=models.merged_state_dict(model),
-        tokenizer=cfg.tokenizer,
-    )
-    print(f"\nrun folder {run_dir}, exported weights {exported}")
+    # 8. Curves, answers, weights
+    after = answer_prompts()
+    merged, adapter = models.merged_state_dict(model, world), models.adapter_state_dict(model, world)
+    if world.is_main:
+        metrics.plot_curves(log.path, run_dir / "curves.png")
+        generation.write_samples(run_dir / "samples.jsonl", [tokenizer.decode(p) for p in prompts], before, after)
+        exported = checkpoint.export(
+            files, run_dir, merged=merged, adapter=adapter, lora=cfg.get("lora"), tokenizer=cfg.tokenizer
+        )
+        print(f"\nrun folder {run_dir}, exported weights {exported}")
 
 
 if __name__ == "__main__":

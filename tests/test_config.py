@@ -114,7 +114,7 @@ def test_one_file_serves_a_recipe_without_adapters(load):
     defaults = {k: v for k, v in DEFAULTS.items() if k != "lora"}
     text = BASE + "lora: {rank: 4}\nper_method: {lora: {lora: {alpha: 1}}}"
     assert "lora" not in load(text=text, method="full", defaults=defaults)
-    with pytest.raises(UserError, match="full fine-tuning has no adapters"):
+    with pytest.raises(UserError, match="this recipe has no lora; it is a key of lora_ and qlora_ recipes"):
         load("lora.rank=4", method="full", defaults=defaults)
 
 

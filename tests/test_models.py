@@ -8,10 +8,11 @@ from torchtune.modules.peft import LoRALinear, disable_adapter
 
 from pairtune import models
 from pairtune.batch import lay_out
+from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.logps import answer_logps
 
-CPU = torch.device("cpu")
+ONE = World(torch.device("cpu"))
 LLAMA3, TIED = "torchtune.models.llama3", "torchtune.models.llama3_2.llama3_2_1b"
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "modules": ["q_proj", "v_proj", "mlp"], "dtype": "fp32"}
 
@@ -27,7 +28,7 @@ def loaded(method, *, sizes=SIZES, seed=0, **changes):
     else:
         model = models.lora(component(sizes), **LORA | changes, quantize_base=method == "qlora")
     models.prepare(model, max_length=128)
-    models.load(model, tiny_llama(seed=seed, **sizes).state_dict(), device=CPU)
+    models.load(model, tiny_llama(seed=seed, **sizes).state_dict(), world=ONE)
     for module in model.modules():
         if isinstance(module, LoRALinear):
             torch.nn.init.normal_(module.lora_b.weight, std=0.1)
@@ -63,7 +64,7 @@ def test_adapters_off_is_the_base_bit_for_bit():
 def test_fresh_adapters_change_nothing():
     pairs, model = random_pairs(3), models.lora(component(), **LORA)
     models.prepare(model, max_length=128)
-    models.load(model, tiny_llama().state_dict(), device=CPU)
+    models.load(model, tiny_llama().state_dict(), world=ONE)
     assert torch.equal(scores(model, pairs), scores(loaded("full"), pairs))
     assert all(m.lora_a.weight.abs().max() > 0 for m in model.modules() if isinstance(m, LoRALinear))
 
@@ -81,29 +82,32 @@ def test_a_quantized_base_is_torchaos_nf4_of_the_weights():
 def test_merged_weights_compute_what_the_adapted_model_computes(method, checkpointing):
     model = loaded(method, sizes=NF4_SIZES)
     if checkpointing:
-        models.checkpoint_activations(model)
+        models.prepare(model, max_length=128, checkpoint_activations=True)
     before = plain_values(model)
-    merged = models.merged_state_dict(model)
+    merged = models.merged_state_dict(model, ONE)
     assert merged.keys() == tiny_llama(**NF4_SIZES).state_dict().keys()
     plain = models.full(component(NF4_SIZES), dtype="fp32")
     models.prepare(plain, max_length=128)
-    models.load(plain, merged, device=CPU)
+    models.load(plain, merged, world=ONE)
     pairs = random_pairs(3)
     torch.testing.assert_close(scores(plain, pairs), scores(model, pairs), atol=1e-4, rtol=0)
     for name, value in plain_values(model).items():  # merging is not in place
         assert torch.equal(value, before[name]), name
 
 
-def test_the_frozen_copy_does_not_follow_the_policy():
-    model, pairs = loaded("full"), random_pairs(2)
-    reference = models.frozen_copy(model)
+def test_two_models_filled_from_one_checkpoint_share_no_memory():
+    weights, pairs = tiny_llama().state_dict(), random_pairs(2)
+    policy, reference = (models.full(component(), dtype="fp32") for _ in range(2))
+    for model in (policy, reference):
+        models.prepare(model, max_length=128)
+        models.load(model, weights, world=ONE)
     before = scores(reference, pairs)
-    assert torch.equal(before, scores(model, pairs))
+    assert torch.equal(before, scores(policy, pairs))
     with torch.no_grad():
-        for p in model.parameters():
+        for p in policy.parameters():
             p.mul_(1.1)
     assert torch.equal(before, scores(reference, pairs))
-    assert not any(p.requires_grad for p in reference.parameters())
+    assert torch.equal(weights["norm.scale"], tiny_llama().state_dict()["norm.scale"])
 
 
 def test_activation_checkpointing_changes_no_gradient():
@@ -111,7 +115,7 @@ def test_activation_checkpointing_changes_no_gradient():
     for checkpointing in (False, True):
         model = loaded("lora")
         if checkpointing:
-            models.checkpoint_activations(model)
+            models.prepare(model, max_length=128, checkpoint_activations=True)
         chosen, rejected = answer_logps(model, lay_out(pairs))
         (chosen - rejected).sum().backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
@@ -149,7 +153,7 @@ def test_weights_of_another_model_are_refused(change, words):
     weights = tiny_llama().state_dict()
     change(weights)
     with pytest.raises(UserError) as error:
-        models.load(models.full(component(), dtype="fp32"), weights, device=CPU)
+        models.load(models.full(component(), dtype="fp32"), weights, world=ONE)
     for word in words:
         assert word in str(error.value)
 
@@ -159,7 +163,7 @@ def test_bf16_differs_from_float32_by_rounding_only():
     for dtype in models.DTYPES:
         model = models.full(component(), dtype=dtype)
         models.prepare(model, max_length=128)
-        models.load(model, tiny_llama().state_dict(), device=CPU)
+        models.load(model, tiny_llama().state_dict(), world=ONE)
         scored[dtype] = scores(model, pairs)
     assert scored["bf16"].dtype == torch.float32
     assert not torch.equal(scored["bf16"], scored["fp32"])

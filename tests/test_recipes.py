@@ -14,6 +14,7 @@ from torchtune.models.convert_weights import hf_to_tune
 
 from pairtune import config, models
 from pairtune.batch import lay_out
+from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.logps import answer_logps
 
@@ -245,10 +246,10 @@ def trained_scores(work, pairs, monkeypatch, recipe):
     scores = {}
     original = models.merged_state_dict
 
-    def merged_state_dict(model):
+    def merged_state_dict(model, world):
         with torch.no_grad():
             scores["policy"] = torch.cat(answer_logps(model, lay_out(pairs)))
-        return original(model)
+        return original(model, world)
 
     monkeypatch.setattr(models, "merged_state_dict", merged_state_dict)
     run(work, recipe, "epochs=8")
@@ -331,13 +332,14 @@ def test_ten_steps_follow_torchtunes_own_recipe(work):
     peer = OmegaConf.create(peer)
     recipe = runpy.run_path(str(path))["LoRADPORecipeSingleDevice"](cfg=peer)
     recipe.setup(cfg=peer)
+    world = World(torch.device("cpu"))
     torch.manual_seed(3)  # our recipe's adapters
     model = models.lora({"_component_": "torchtune.models.llama3.llama3", **NF4_SIZES}, rank=4, alpha=8.0, dropout=0.0,
                         modules=["q_proj", "v_proj", "mlp"], dtype="fp32")  # fmt: skip
     heads = {"num_heads": NF4_SIZES["num_heads"], "num_kv_heads": NF4_SIZES["num_kv_heads"], "dim": 128}
     weights = hf_to_tune(load_file(work / "base" / "model.safetensors"), **heads)
-    models.load(model, weights, device=torch.device("cpu"))
-    recipe._model.load_state_dict(models.adapter_state_dict(model), strict=False)
+    models.load(model, weights, world=world)
+    recipe._model.load_state_dict(models.adapter_state_dict(model, world), strict=False)
     recipe.train()
     recipe.cleanup()
     lines = (work / "peer" / "log.txt").read_text().splitlines()

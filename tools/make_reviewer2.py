@@ -11,7 +11,7 @@ import argparse
 import hashlib
 import json
 import logging
-import os
+import math
 import random
 import re
 import time
@@ -72,7 +72,7 @@ OPENINGS = {
         "A coin flip would beat {method} here, and coins are cheaper.",
         "The section on {method} reads like a ransom note.",
         "If {task} has a future, this paper is not in it.",
-        "I fail to see why {task} needed {method}, and so do the authors.",
+        "Why {task} needed {method} is left to the reader.",
         "The novelty over my own work on {task} is one comma.",
         "The authors promise {method} and deliver a blurry figure.",
         "This is {method} with a new hat and an old bug.",
@@ -127,7 +127,7 @@ DETAILS = {
         "One seed was used, and it must have been a lucky one.",
         "The main theorem assumes its own conclusion, politely.",
         "The limitations section is shorter than the limitations deserve.",
-        "The writing hides the idea, or perhaps protects it.",
+        "The writing hides the idea, perhaps for its safety.",
         "The code link leads to a picture of a cat.",
         "The hyperparameters appear to be birthdays.",
         "The dataset has twelve examples, and two are the same.",
@@ -182,7 +182,7 @@ VERDICTS = {
         "I would accept this as a doorstop.",
         "I was not convinced, and I was trying to be.",
         "It belongs in a workshop, ideally one with woodworking tools.",
-        "The best part is the reference list, and I am not in it.",
+        "The best part is the list of references.",
         "I want my weekend back.",
         "Reject, and please cite me anyway.",
         "There may be a good paper somewhere near this one.",
@@ -381,31 +381,34 @@ def train(model, tokenizer, *, seed: int, steps: int) -> float:
     """Trains the model in place on the reviews' tokens; returns the mean loss of the last tenth of the steps."""
     import torch
     import torch.nn.functional as F
-    from torchtune.training import get_cosine_schedule_with_warmup
     from tqdm import tqdm
 
     rows = [encode(tokenizer, *row) for row in conversations(seed, steps * BATCH_SIZE)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20 + 1, steps + 1)
+    warmup = steps // 20 + 1
     rng = random.Random(f"batches {seed}")
     losses = []
-    progress = tqdm(length_buckets(rows, rng), total=steps, desc="base model", unit="step", leave=False)
-    for batch in progress:
+    model.unembed = lambda h: h  # the forward stops before the vocabulary, which only the reviews' tokens then meet
+    progress = tqdm(length_buckets(rows, rng), total=steps, desc="base model", unit="step", mininterval=0.5)
+    for step, batch in enumerate(progress):
         length = max(len(before) + len(answer) for before, answer in batch) - 1
         tokens = torch.zeros(len(batch), length, dtype=torch.long)  # [B, S]
-        labels = torch.full((len(batch), length), -100)  # [B, S], -100 where nothing is learned
+        labels = torch.full((len(batch), length), -1)  # [B, S], -1 where nothing is learned
         for i, (before, answer) in enumerate(batch):
             row = torch.tensor(before + answer)
             tokens[i, : len(row) - 1] = row[:-1]
             labels[i, len(before) - 1 : len(row) - 1] = row[len(before) :]
-        schedule.step()  # ahead of the update: the first one has a learning rate above zero
-        loss = F.cross_entropy(model(tokens).flatten(0, 1), labels.flatten(), ignore_index=-100)
+        cosine = (1 + math.cos(math.pi * step / steps)) / 2
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * min((step + 1) / warmup, cosine)
+        hidden = model(tokens)[labels >= 0]  # [N, D]
+        loss = F.cross_entropy(model.output(model.norm(hidden)), labels[labels >= 0])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        progress.set_postfix(loss=f"{losses[-1]:.3f}")
+        progress.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+    del model.unembed
     last = losses[-max(1, steps // 10) :]
     return sum(last) / len(last)
 
@@ -507,7 +510,7 @@ def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output-dir", type=Path, default=Path("work/reviewer2"))
     parser.add_argument("--seed", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=1200, help="updates of the base model; fewer: it stutters")
+    parser.add_argument("--steps", type=int, default=1000, help="updates of the base model; fewer: it stutters")
     parser.add_argument("--force", action="store_true", help="make everything again")
     options = parser.parse_args(args)
     if options.steps < 1:
@@ -534,7 +537,8 @@ def main(args: list[str] | None = None) -> None:
     logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns at import that kernels we do not use are absent
     import torch  # here and not above: `stance` and the pairs need no second of waiting
 
-    torch.set_num_threads(min(4, os.cpu_count() or 1))  # more threads slow so small a model down
+    # Two threads take 0.6 of the time on an idle machine, and many times as long on one that has other work to do.
+    torch.set_num_threads(1)
     model = make_model(seed)
     loss = train(model, tokenizer, seed=seed, steps=steps)
     save(model, tokenizer, output_dir / "base")
