@@ -335,7 +335,7 @@ def _launch(options: list[str], recipe: Path, args: list[str]) -> int:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
         torchrun(parsed)
     except ChildFailedError as error:
-        return _report_failure(*error.get_first_failure())
+        return _report_failure(*_first(error.failures))
     except SignalException as error:
         if error.sigval == signal.SIGINT:
             raise KeyboardInterrupt from None
@@ -346,25 +346,45 @@ def _launch(options: list[str], recipe: Path, args: list[str]) -> int:
 
 
 def _worker(recipe: Path, args: list[str]) -> int:
-    """One process of a distributed run. A UserError goes to the launcher, which prints it once for all ranks."""
+    """One process of a distributed run. What ends it goes to the launcher, which prints the first rank's, once.
+
+    When one rank fails, the others fail too, at the next thing they want of it: their tracebacks are noise.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
     try:
         _execute(recipe, args)
     except UserError as error:
-        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
         get_error_handler().record_exception(error)
         return 2
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        get_error_handler().record_exception(error)
+        return 1
     return 0
 
 
+def _first(failures: dict) -> tuple:
+    """Returns the rank and failure that the others follow from: one that was killed, else the earliest noted.
+
+    A killed process notes nothing; SIGTERM is what torchrun ends the others with.
+    """
+
+    def killed(failure) -> bool:
+        return failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM and not isinstance(failure.message, dict)
+
+    return min(failures.items(), key=lambda item: (not killed(item[1]), item[1].timestamp))
+
+
 def _report_failure(rank: int, failure) -> int:
-    """Says why the first rank failed: a UserError's message, a signal, or that its traceback is above."""
-    said = failure.message["message"] if isinstance(failure.message, dict) else ""
-    if failure.exitcode == 2 and said.startswith("UserError: "):
-        raise UserError(said.removeprefix("UserError: "))
-    ending = failure.message if failure.exitcode < 0 else f"status {failure.exitcode}; its own output, above, says why"
+    """Says why a rank failed: a UserError's message, its traceback, or a signal."""
+    noted = failure.message if isinstance(failure.message, dict) else None
+    if noted and noted["message"].startswith("UserError: "):
+        raise UserError(noted["message"].removeprefix("UserError: "))
+    if noted:
+        print(noted.get("extraInfo", {}).get("py_callstack", ""), file=sys.stderr)
+    ending = failure.message if failure.exitcode < 0 and not noted else f"status {max(failure.exitcode, 1)}"
     print(f"{_prog()}: rank {rank} failed: {ending}", file=sys.stderr)
     return max(failure.exitcode, 1)
 

@@ -5,6 +5,7 @@ PyTorch's own engine does the work: torchrun starts the processes, torch.distrib
 
 import os
 import sys
+import sysconfig
 import threading
 import time
 import traceback
@@ -168,9 +169,10 @@ class Watchdog:
         os._exit(1)
 
     def _line(self) -> str:
-        """The innermost line of the main thread that is not PyTorch's own."""
+        """The innermost line of the main thread that is this project's or its user's, and what it called."""
         frames = traceback.extract_stack(sys._current_frames()[self._main])
-        package = str(Path(torch.__file__).parent)
-        ours = [frame for frame in frames if not frame.filename.startswith(package)] or frames
-        where = f"{ours[-1].filename}:{ours[-1].lineno} in {ours[-1].name}: {ours[-1].line}"
-        return where if ours[-1] is frames[-1] else f"{where} (waiting in torch, {frames[-1].name})"
+        library = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
+        package = str(Path(__file__).parent)
+        ours = [f for f in frames if f.filename.startswith(package) or not f.filename.startswith(library)] or frames
+        line = f"{ours[-1].filename}:{ours[-1].lineno} in {ours[-1].name}: {ours[-1].line}"
+        return line if ours[-1] is frames[-1] else f"{line} (in {frames[-1].name})"

@@ -255,9 +255,9 @@ def _shard(block: nn.Module, world: World, *, is_root: bool) -> None:
         block,
         mesh=world.mesh,
         mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),
-        # A layer's weights are gathered again for its backward; the root's, embedding and output, are needed at the
-        # end of forward and the beginning of backward, and gathering them twice would be for nothing.
-        reshard_after_forward=not is_root,
+        # A layer's weights are gathered again for its backward. The root's, embedding and output, are needed at the end
+        # of forward and the beginning of backward: gathering them twice would be for nothing, unless there is none.
+        reshard_after_forward=not (is_root and any(p.requires_grad for p in block.parameters())),
         offload_policy=offload,
     )
 

@@ -123,3 +123,7 @@ def run_recipe(name, *overrides, config_paths=()):
     cfg = config.load(recipe["METHOD"], recipe["DEFAULTS"], list(config_paths), list(overrides))
     recipe["main"](cfg)
     return read_log(Path(cfg.output_dir) / "metrics.jsonl")
+
+
+# As NF4_SIZES, and cut in four: each matrix has a multiple of 4 x 16,384 weights.
+SHARDED_SIZES = SIZES | {"embed_dim": 256, "num_kv_heads": 4, "intermediate_dim": 256}

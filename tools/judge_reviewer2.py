@@ -13,6 +13,7 @@ ACCURACY = "eval/rewards/accuracies"
 
 
 def read_jsonl(path: Path) -> list[dict]:
+    """Returns the objects of a file that has one a line."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
@@ -33,6 +34,7 @@ def tree(folder: Path, indent: str = "  ") -> list[str]:
 
 
 def size(num_bytes: int) -> str:
+    """Returns a file's size in the unit that suits it."""
     for unit, scale in (("MiB", 2**20), ("KiB", 2**10)):
         if num_bytes >= scale:
             return f"{num_bytes / scale:.1f} {unit}"

@@ -493,16 +493,18 @@ def save(model, tokenizer, base_dir: Path) -> None:
 
 
 def write_json(path: Path, value: dict) -> None:
+    """Writes one object, indented."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
+    """Writes one object a line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def is_made(output_dir: Path, made_by: dict) -> bool:
     """Returns whether the folder holds the work of this very file with this seed and these steps, to the end."""
-    marker = output_dir / "base" / "made_by.json"
+    marker = output_dir / "made_by.json"
     return marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) == made_by
 
 
@@ -510,7 +512,7 @@ def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output-dir", type=Path, default=Path("work/reviewer2"))
     parser.add_argument("--seed", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=1000, help="updates of the base model; fewer: it stutters")
+    parser.add_argument("--steps", type=int, default=1200, help="updates of the base model; fewer: it stutters")
     parser.add_argument("--force", action="store_true", help="make everything again")
     options = parser.parse_args(args)
     if options.steps < 1:
@@ -522,7 +524,7 @@ def main(args: list[str] | None = None) -> None:
     if is_made(output_dir, made_by) and not options.force:
         print(f"{output_dir} is already made with seed {seed} and {steps} steps; --force makes it again")
         return
-    (output_dir / "base" / "made_by.json").unlink(missing_ok=True)
+    (output_dir / "made_by.json").unlink(missing_ok=True)
     start, start_cpu = time.perf_counter(), time.process_time()
     print(f"making {output_dir}: titles, pairs, a tokenizer and a tiny Llama; nothing is downloaded")
 
@@ -542,7 +544,7 @@ def main(args: list[str] | None = None) -> None:
     model = make_model(seed)
     loss = train(model, tokenizer, seed=seed, steps=steps)
     save(model, tokenizer, output_dir / "base")
-    write_json(output_dir / "base" / "made_by.json", made_by)  # last: without it the folder counts as unfinished
+    write_json(output_dir / "made_by.json", made_by)  # last: without it the folder counts as unfinished
 
     generator = torch.Generator().manual_seed(seed)
     paper = papers(seed)[-1]
