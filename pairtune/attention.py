@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchtune.modules import MultiHeadAttention
 
 from pairtune.batch import Document, PairBatch
+from pairtune.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -45,16 +46,19 @@ def segments(batch: PairBatch) -> Segments:
     return Segments(batch.rows, masks)
 
 
-def install(model: nn.Module) -> bool:
-    """Lets the model's attention layers take Segments as a mask; returns whether all of them can.
+def install(model: nn.Module) -> None:
+    """Lets the model's attention layers take Segments as a mask.
 
-    Layers with a forward of their own (Gemma 2's soft capping and sliding windows) only take a dense mask.
+    Raises:
+        UserError: A layer has a forward of its own (Gemma 2's sliding windows count rows, not positions).
     """
-    layers = [m for m in model.modules() if hasattr(m, "q_proj") and hasattr(m, "output_proj")]
-    plain = [m for m in layers if isinstance(m, MultiHeadAttention)]
-    for layer in plain:
-        layer._attention_call = attend
-    return len(plain) == len(layers)
+    for name, layer in model.named_modules():
+        if isinstance(layer, MultiHeadAttention):
+            layer._attention_call = attend
+        elif hasattr(layer, "q_proj"):
+            raise UserError(
+                f"model: attention of class {type(layer).__name__} ({name}) cannot see prefix and own tail only"
+            )
 
 
 def attend(

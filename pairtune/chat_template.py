@@ -14,7 +14,15 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pairtune.errors import UserError
 
 MARK = "\ue000"  # private use: stands behind an answer to find what a template writes after it
-SPEAKER = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "tool": "\n\nTool: ", "system": ""}
+SPEAKER = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "tool": "\n\nTool: ", "system": "\n\n"}
+
+
+class Refusal(UserError):
+    """A conversation that a template does not take; `reason` is the first line of what the template says."""
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.reason = reason.strip().partition("\n")[0]
 
 
 class ChatTemplate:
@@ -37,16 +45,17 @@ class ChatTemplate:
         """Returns the conversation's text.
 
         Raises:
-            UserError: The template refuses the conversation: many know no system role, or want roles to alternate.
+            Refusal: The template refuses the conversation: many know no system role, or want roles to alternate.
         """
         values = {**self._special, "messages": messages, "tools": None, "documents": None}
         try:
             return self._template.render(**values, add_generation_prompt=add_generation_prompt)
         except (jinja2.TemplateError, TypeError) as error:
             roles = ", ".join(message["role"] for message in messages)
-            raise UserError(
+            raise Refusal(
                 f"The chat template refuses the conversation ({roles}): {error}. "
-                "Remove such rows, or give a template that takes them: chat_template=FILE.jinja or chat_template=plain."
+                "Remove it, or give a template that takes it: chat_template=FILE.jinja or chat_template=plain.",
+                str(error),
             ) from error
 
     def tail_length(self, messages: list[dict], text: str) -> int:
@@ -74,6 +83,8 @@ def plain_text(messages: list[dict], *, add_generation_prompt: bool = False) -> 
     if [message["role"] for message in messages] == ["user"]:
         return messages[0]["content"] + ("\n" if opened else ""), answer
     prompt = "".join(SPEAKER[message["role"]] + message["content"] for message in messages)
+    if messages and messages[0]["role"] == "system":
+        prompt = prompt.removeprefix(SPEAKER["system"])
     return prompt + ("\n\nAssistant:" if opened else ""), answer if answer is None else f" {answer}"
 
 

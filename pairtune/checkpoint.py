@@ -3,14 +3,22 @@
 import json
 import logging
 import shutil
+import tempfile
+from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 
 from omegaconf import OmegaConf
 from torch import Tensor
 from torchtune import config as torchtune_config
 from torchtune import training
+from torchtune.models import convert_weights
+from torchtune.models.phi3._convert_weights import phi3_hf_to_tune
+from torchtune.models.qwen2._convert_weights import qwen2_hf_to_tune
+from torchtune.training.checkpointing._utils import safe_torch_load
 
 from pairtune.errors import UserError
+from pairtune.model_config import check_model_type
 
 # In the order of preference: an index that names the shards, or one file.
 WEIGHT_FILES = (
@@ -18,6 +26,23 @@ WEIGHT_FILES = (
     "model.safetensors",
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
+)
+
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "chat_template*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+EXPORTED = (
+    "model*.safetensors",
+    "model*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "LICENSE*",
+    *TOKENIZER_FILES,
 )
 
 
@@ -50,15 +75,19 @@ def find_weights(checkpoint_dir: str) -> list[str]:
 
 
 def open_weights(checkpointer, run_dir: Path):
-    """Returns torchtune's checkpointer for the config's `checkpointer` block; nothing is read yet.
+    """Returns torchtune's checkpointer for the config's `checkpointer` block; no weight is read yet.
 
     `checkpoint_files` may be left out: the shards are found. Exports go below `run_dir`.
+
+    Raises:
+        UserError: The folder is not a model, its files are not complete, or `model_type` is not its architecture.
     """
     arguments = OmegaConf.to_container(checkpointer, resolve=True)
     files = arguments.pop("checkpoint_files", None) or find_weights(arguments["checkpoint_dir"])
+    check_model_type(arguments["model_type"], read_config(arguments["checkpoint_dir"]))
     try:
         return torchtune_config.instantiate(
-            OmegaConf.create(arguments), checkpoint_files=files, output_dir=str(run_dir / ".export")
+            OmegaConf.create(arguments), checkpoint_files=list(files), output_dir=str(run_dir)
         )
     except KeyError as error:
         known = ", ".join(t.value.upper() for t in training.ModelType)
@@ -67,9 +96,75 @@ def open_weights(checkpointer, run_dir: Path):
         raise UserError(f"checkpointer: {error}") from None
 
 
-def read_weights(checkpointer) -> dict[str, Tensor]:
-    """Returns the folder's weights under torchtune's names, on the CPU."""
-    return checkpointer.load_checkpoint()[training.MODEL_KEY]
+def read_config(checkpoint_dir: str) -> dict:
+    """Returns the folder's config.json."""
+    path = Path(checkpoint_dir) / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+
+
+def make_room(run_dir: Path) -> None:
+    """Makes the run folder; an earlier run that it holds is kept beside it, as run_dir.1, run_dir.2, ..."""
+    if (run_dir / "metrics.jsonl").exists():
+        kept = next(p for n in count(1) if not (p := run_dir.with_name(f"{run_dir.name}.{n}")).exists())
+        run_dir.rename(kept)
+        print(f"{run_dir} held an earlier run, which is now {kept}\n")
+    run_dir.mkdir(parents=True, exist_ok=True)
+
+
+class Weights(Mapping):
+    """A folder's weights under torchtune's names, on the CPU; each is converted when it is asked for.
+
+    safetensors files are memory-mapped: however many processes read them, the machine holds them once, and may drop
+    what it has no room for. torchtune's own reader converts everything first, which for Llama copies an eighth.
+    """
+
+    def __init__(self, checkpointer):
+        self._checkpointer = checkpointer
+        self._tensors: dict[str, Tensor] = {}
+        checkpointer._weight_map = {}  # which shard a weight goes to when the model is saved: as in load_checkpoint
+        for number, path in enumerate(checkpointer._checkpoint_paths, start=1):
+            try:
+                shard = safe_torch_load(path)
+            except ValueError as error:
+                raise UserError(f"{path}: cannot be read: {error.__cause__}; download it again") from None
+            self._tensors |= shard
+            checkpointer._weight_map |= dict.fromkeys(shard, f"{number:04}")
+        try:  # the names, from a conversion of empty tensors
+            self._sources = {
+                name: key for key, value in self._tensors.items() for name in self._convert(key, value.to("meta"))
+            }
+        except Exception as error:
+            kind = checkpointer._model_type.value.upper()
+            raise UserError(f"checkpointer.model_type={kind}: its weights have other names: {error}") from None
+
+    def _convert(self, key: str, value: Tensor) -> dict[str, Tensor]:
+        config, kind = self._checkpointer._config, self._checkpointer._model_type
+        heads = {
+            "num_heads": config["num_attention_heads"],
+            "num_kv_heads": config["num_key_value_heads"],
+            "dim": config["hidden_size"],
+        }
+        if kind in (training.ModelType.PHI3_MINI, training.ModelType.PHI4):
+            # torchtune's conversion reads a fused matrix as three equal parts unless it is told of fewer key heads.
+            grouped = heads["num_heads"] != heads["num_kv_heads"]
+            return phi3_hf_to_tune({key: value}, **(heads if grouped else dict.fromkeys(heads)))
+        if kind is training.ModelType.QWEN2:
+            tied = config["tie_word_embeddings"]
+            return qwen2_hf_to_tune({key: value}, **heads, tie_word_embeddings=tied)
+        return convert_weights.hf_to_tune({key: value}, **heads, head_dim=config.get("head_dim"))
+
+    def __getitem__(self, name: str) -> Tensor:
+        key = self._sources[name]
+        return self._convert(key, self._tensors[key])[name]
+
+    def __iter__(self):
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
 
 
 def export(
@@ -97,22 +192,46 @@ def export(
     dtype = str(next(iter(merged.values())).dtype).removeprefix("torch.")
     state = {training.MODEL_KEY: merged}
     if adapter:
+        if checkpointer._model_type is training.ModelType.QWEN2:
+            adapter = _undo_rotary_order(adapter, checkpointer._config)
         state |= {training.ADAPTER_KEY: adapter, training.ADAPTER_CONFIG: _adapter_config(lora)}
-    torchtune_log = logging.getLogger("torchtune.utils._logging")  # it names files that are about to move
-    torchtune_log.disabled = True
-    checkpointer.save_checkpoint(state, epoch=0)
-    torchtune_log.disabled = False
-    folder = Path(checkpointer._output_dir) / "epoch_0"
-    _copy_tokenizer(tokenizer or {}, checkpoint_dir, folder)
-    _edit_json(folder / "config.json", torch_dtype=dtype, dtype=dtype)
-    if adapter:
-        _move_adapter(folder, checkpoint_dir)
-    exported = run_dir / "export"
-    if exported.exists():
-        shutil.rmtree(exported)
-    folder.rename(exported)
-    shutil.rmtree(checkpointer._output_dir)
+    with tempfile.TemporaryDirectory(dir=run_dir, prefix=".export-") as name:
+        written, folder = Path(name) / "epoch_0", Path(name) / "export"
+        checkpointer._output_dir = Path(name)
+        torchtune_log = logging.getLogger("torchtune.utils._logging")  # it names files that are about to move
+        torchtune_log.disabled = True
+        checkpointer.save_checkpoint(state, epoch=0)
+        torchtune_log.disabled = False
+        folder.mkdir()
+        # torchtune copies all that lies in the base's folder, an adapter of an earlier run included.
+        for file in [file for pattern in EXPORTED for file in written.glob(pattern) if file.is_file()]:
+            file.rename(folder / file.name)
+        _copy_tokenizer(tokenizer or {}, checkpoint_dir, folder)
+        _edit_json(folder / "config.json", torch_dtype=dtype, dtype=dtype)
+        if adapter:
+            _move_adapter(written, folder, checkpoint_dir)
+        exported = run_dir / "export"
+        if exported.exists():
+            exported.rename(Path(name) / "earlier")
+        folder.rename(exported)
     return exported
+
+
+def _undo_rotary_order(adapter: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
+    """Reorders B of q_proj and k_proj so that torchtune's conversion to PEFT gives back the order it has.
+
+    torchtune reorders them for every architecture, from its own rotary layout to Hugging Face's; Qwen 2's weights
+    never left the latter.
+    """
+    reordered = dict(adapter)
+    for name, value in adapter.items():
+        for projection, key in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
+            if f"{projection}.lora_b" in name:
+                rows, rank = value.shape
+                heads = config[key]
+                halves = value.view(heads, 2, rows // heads // 2, rank)
+                reordered[name] = halves.transpose(1, 2).reshape(rows, rank)
+    return reordered
 
 
 def _adapter_config(lora: dict) -> dict:
@@ -130,18 +249,19 @@ def _adapter_config(lora: dict) -> dict:
     }
 
 
-def _move_adapter(folder: Path, checkpoint_dir: Path) -> None:
+def _move_adapter(written: Path, folder: Path, checkpoint_dir: Path) -> None:
     target = folder / "adapter"
     target.mkdir()
+    if not (written / "adapter_model.safetensors").exists():
+        (written / "adapter_model.pt").rename(target / "adapter_model.pt")
+        print("adapter: torchtune knows no PEFT layout of this architecture; adapter_model.pt has torchtune's names")
+        return
     for name in ("adapter_model.safetensors", "adapter_config.json"):
-        if (folder / name).exists():
-            shutil.move(folder / name, target / name)
-    (folder / "adapter_model.pt").unlink(missing_ok=True)  # torchtune's second copy of the same weights
+        (written / name).rename(target / name)
     for file in _tokenizer_files(folder):
-        shutil.copy2(file, target / file.name)
-    config = target / "adapter_config.json"
-    if config.exists() and "base_model_name_or_path" not in json.loads(config.read_text()):
-        _edit_json(config, base_model_name_or_path=str(checkpoint_dir.resolve()))
+        shutil.copy(file, target / file.name)
+    if "base_model_name_or_path" not in json.loads((target / "adapter_config.json").read_text()):
+        _edit_json(target / "adapter_config.json", base_model_name_or_path=str(checkpoint_dir.resolve()))
 
 
 def _copy_tokenizer(tokenizer: dict, checkpoint_dir: Path, folder: Path) -> None:
@@ -149,18 +269,19 @@ def _copy_tokenizer(tokenizer: dict, checkpoint_dir: Path, folder: Path) -> None
     path, template = tokenizer.get("path"), tokenizer.get("chat_template")
     if path and Path(path).is_dir() and Path(path).resolve() != checkpoint_dir.resolve():
         for file in _tokenizer_files(Path(path)):
-            shutil.copy2(file, folder / file.name)
+            shutil.copy(file, folder / file.name)
     elif path and Path(path).is_file():
-        shutil.copy2(path, folder / Path(path).name)
+        shutil.copy(path, folder / Path(path).name)
     if template and template != "plain":
         text = Path(template).read_text() if "{" not in template else template
         (folder / "chat_template.jinja").write_text(text)
 
 
 def _tokenizer_files(folder: Path) -> list[Path]:
-    names = ("tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
-    return [file for name in names for file in folder.glob(name) if file.is_file()]
+    return [file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()]
 
 
 def _edit_json(path: Path, **values) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | values, indent=2) + "\n")
+    edited = json.dumps(json.loads(path.read_text()) | values, indent=2) + "\n"
+    path.unlink()  # a copy of a read-only file is read-only
+    path.write_text(edited)

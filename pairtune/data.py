@@ -4,18 +4,23 @@ Where rows come from is in rows.py, what a row may look like in formats.py, how 
 tokenizer.py.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 
 from tqdm import tqdm
 
+from pairtune.chat_template import Refusal
 from pairtune.errors import UserError
 from pairtune.formats import Example, Skip, detect_format
 from pairtune.rows import Rows, read_rows
 from pairtune.tokenizer import adapt, common_prefix
 
 __all__ = ["Pair", "Report", "Rows", "count_overlap", "read_rows", "split_pairs", "tokenize_pairs"]
+
+REFUSED = "refused by the chat template"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +50,7 @@ class Report:
     num_kept: int = 0
     dropped: dict[str, list[int]] = field(default_factory=dict)  # reason to rows
     trimmed: list[int] = field(default_factory=list)  # rows whose prompt was cut
+    ends_taken_off: list[int] = field(default_factory=list)  # rows with an answer that was written with an end token
     merges: list[int] = field(default_factory=list)  # rows where a token spans the prompt's end
     # Tokens of every row that was tokenized, before limits: what max_length would have to be
     lengths: dict[str, list[int]] = field(default_factory=lambda: {"prompt": [], "chosen": [], "rejected": []})
@@ -60,6 +66,8 @@ class Report:
         lines = [self._line("rows read", self.num_rows), self._line("kept", self.num_kept)]
         if self.trimmed:
             lines.append(self._line("of these, prompt trimmed", len(self.trimmed), self.trimmed))
+        if self.ends_taken_off:
+            lines.append(self._line("end token's text taken off", len(self.ends_taken_off), self.ends_taken_off))
         for reason, rows in sorted(self.dropped.items(), key=lambda item: -len(item[1])):
             lines.append(self._line(f"dropped: {reason}", len(rows), rows))
         if self.merges:
@@ -92,10 +100,11 @@ class _Limits:
     max_length: int
     max_prompt_length: int
     overlong: str
+    key: str
 
     def __post_init__(self):
         if self.overlong not in ("drop", "trim_prompt", "error"):
-            raise UserError(f"dataset.overlong={self.overlong!r}: must be drop, trim_prompt or error.")
+            raise UserError(f"{self.key}.overlong={self.overlong!r}: must be drop, trim_prompt or error.")
         if self.max_length < 2:
             raise UserError(f"max_length={self.max_length}: must be at least 2, a token of prompt and one of answer.")
         if not 0 < self.max_prompt_length <= self.max_length:
@@ -113,7 +122,7 @@ class _Limits:
             raise UserError(
                 f"a prompt of {len(prompt)} tokens and an answer of {answer_length} do not fit max_length="
                 f"{self.max_length}, max_prompt_length={self.max_prompt_length}. Raise them, or set "
-                "dataset.overlong to drop or trim_prompt."
+                f"{self.key}.overlong to drop or trim_prompt."
             )
         bos = prompt[:1] if prompt[0] == bos_id else []
         if self.overlong == "drop" or room <= len(bos):  # one token of the question must remain
@@ -128,14 +137,16 @@ def tokenize_pairs(
     max_length: int,
     max_prompt_length: int | None = None,
     overlong: str = "drop",
-    columns: dict[str, str] | None = None,
+    columns: dict[str, str | None] | None = None,
     progress: bool = True,
+    key: str = "dataset",
 ) -> tuple[list[Pair], Report]:
     """Returns the rows' pairs in order, and a report of what was dropped, why, and how long the pairs are.
 
     Each of the two conversations is rendered once, whole. The prompt is what they share with each other and with the
     prompt rendered alone, generation prompt included: a token that spans the prompt's end belongs to the answers.
-    Dropped are rows whose prompts differ, with an empty answer, with identical answers, or too long.
+    Dropped are rows whose prompts differ, with an empty answer, with identical answers, with tool calls, too long, or
+    refused by the chat template. From an answer that ends in an end token's text, that text is taken off.
 
     Args:
         rows: From `read_rows`, or a list of dicts.
@@ -145,24 +156,20 @@ def tokenize_pairs(
         overlong: What becomes of a pair over either: drop, trim_prompt (from the left, BOS stays; answers are never
             cut) or error.
         columns: Our names to theirs, for rows that `read_rows` has not renamed.
+        key: Where the config describes the rows, for messages.
 
     Raises:
         UserError: A row is broken (source, row and column are named), its format is unknown, or nothing is left.
     """
-    limits = _Limits(max_length, max_length if max_prompt_length is None else max_prompt_length, overlong)
+    limits = _Limits(max_length, max_length if max_prompt_length is None else max_prompt_length, overlong, key)
     if columns or not isinstance(rows, Rows):
-        rows = Rows(
-            rows, source=getattr(rows, "source", "rows"), columns=columns, numbers=getattr(rows, "numbers", None)
-        )
+        source, numbers = getattr(rows, "source", "rows"), getattr(rows, "numbers", None)
+        rows = Rows(rows, source=source, columns=columns, numbers=numbers, key=key)
     if not len(rows):
-        raise UserError(f"{rows.source} has no rows in this split.")
+        raise UserError(f"{key}: {rows.source} has no rows in this split.")
     tokenizer = adapt(tokenizer)
-    form = detect_format(rows.column_names, list(islice(rows, 10)))
+    form = detect_format(rows.column_names, list(islice(rows, 10)), key=key)
     report = Report(rows.source, form.name, tokenizer.style, len(rows))
-    if max_prompt_length == max_length:
-        report.notes.append(
-            f"max_prompt_length = max_length = {max_length}: a prompt that long leaves no room to answer"
-        )
     pairs = []
     bar = tqdm(rows, desc="tokenize", leave=False, disable=not progress or len(rows) < 500)
     for number, row in zip(rows.numbers, bar, strict=True):
@@ -170,11 +177,14 @@ def tokenize_pairs(
             pairs.append(_tokenize(form.read(row), number, tokenizer, limits=limits, report=report))
         except Skip as skip:
             report.dropped.setdefault(str(skip), []).append(number)
+        except Refusal as refusal:
+            report.dropped.setdefault(f"{REFUSED}: {refusal.reason}", []).append(number)
         except UserError as error:
             raise UserError(f"{rows.source}, row {number} (from 0): {error}") from error
     report.num_kept = len(pairs)
+    report.notes = _notes(report, tokenizer, max_length, max_prompt_length)
     if not pairs:
-        raise UserError(f"There is nothing left of {rows.source} to train on.\n{report}")
+        raise UserError(f"{key}: there is nothing left of {rows.source}.\n{report}")
     return pairs, report
 
 
@@ -202,7 +212,19 @@ def count_overlap(train: list[Pair], held_out: list[Pair]) -> int:
     return sum((tuple(pair.prompt), tuple(pair.chosen)) in seen for pair in held_out)
 
 
+def _notes(report: Report, tokenizer, max_length: int, max_prompt_length: int | None) -> list[str]:
+    notes = []
+    if max_prompt_length == max_length:
+        notes.append(f"max_prompt_length = max_length = {max_length}: a prompt that long leaves no room to answer")
+    if "strftime_now" in (tokenizer.chat_template or ""):
+        notes.append("the chat template writes today's date: a run resumed on another day reads other tokens")
+    if tokenizer.chat_template and any(reason.startswith(REFUSED) for reason in report.dropped):
+        notes.append("rows refused: tokenizer.chat_template=FILE.jinja, or =plain, gives a template that takes them")
+    return notes
+
+
 def _tokenize(example: Example, number: int, tokenizer, *, limits: _Limits, report: Report) -> Pair:
+    whole, example = example, _without_end_texts(example, tokenizer.end_texts)
     if not example.chosen.strip() or not example.rejected.strip():
         raise Skip("empty answer")
     asked, chosen, rejected = _sequences(example, tokenizer)
@@ -216,9 +238,19 @@ def _tokenize(example: Example, number: int, tokenizer, *, limits: _Limits, repo
     fitted = limits.fit(prompt, max(len(chosen), len(rejected)), bos_id=tokenizer.bos_id)
     if len(fitted) < len(prompt):
         report.trimmed.append(number)
+    if example != whole:
+        report.ends_taken_off.append(number)
     if len(prompt) < len(asked):
         report.merges.append(number)
     return Pair(fitted, chosen, rejected, number)
+
+
+def _without_end_texts(example: Example, end_texts: list[str]) -> Example:
+    """Returns the example with answers that do not end in an end token's text: rendering appends the token itself."""
+    ends = "|".join(map(re.escape, end_texts))
+    take_off = partial(re.compile(rf"(?:(?:{ends})\s*)+\Z").sub, "")
+    written = example.written and (example.written[0], *map(take_off, example.written[1:]))
+    return replace(example, chosen=take_off(example.chosen), rejected=take_off(example.rejected), written=written)
 
 
 def _sequences(example: Example, tokenizer) -> list[list[int]]:
@@ -242,4 +274,4 @@ def _check_ends(prompt: list[int], answers: tuple[list[int], list[int]], tokeniz
     for answer in answers:
         assert answer[-1] in tokenizer.end_ids, "render() ends an answer in an end token"
         if len(answer) > 1 and answer[-2] in tokenizer.end_ids:
-            raise Skip("answer ends in an end token's text")
+            raise Skip("answer ends in an end token")  # not written as in the vocabulary, but normalized to it

@@ -108,6 +108,8 @@ def connect(world: World, replicate: int = 1, timeout_s: float = 600.0) -> World
         int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
     device = world.device
+    if device.index:
+        raise UserError(f"device={device}: each process takes a GPU of its own; nearest valid: device=cuda")
     if device.type == "cuda":
         device = start(f"cuda:{local}").device
         torch.cuda.set_device(device)

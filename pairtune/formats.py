@@ -4,7 +4,7 @@ that are recognised without configuration, and what each of their columns must h
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pairtune.errors import UserError
 
@@ -14,6 +14,10 @@ ROLES = {
     **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt", "function_call"), "assistant"),
     **dict.fromkeys(("tool", "observation", "function", "function_response", "ipython"), "tool"),
 }
+TEXT = "text|transcript"
+ANSWER = "text|transcript|message|messages"
+CONTEXT = {"system": TEXT, "history": "pairs"}  # columns that any format may have: what comes before the prompt
+TOOLS = "tools"  # a column of tool descriptions, which are not rendered
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,24 +53,28 @@ class Format:
 
     def read(self, row: dict) -> Example:
         """Returns the row's Example. Raises Skip, or UserError for a column that holds something else."""
-        for column, kinds in {**self.columns, **self.optional}.items():
-            if kind_of(row.get(column)) not in kinds.split("|") and not (
-                column in self.optional and row.get(column) is None
-            ):
+        optional = {column: kinds for column, kinds in (self.optional | CONTEXT).items() if not _is_empty(row, column)}
+        for column, kinds in {**self.columns, **optional}.items():
+            if kind_of(row.get(column)) not in kinds.split("|"):
                 raise UserError(
                     f"column {column!r} holds {_shown(row.get(column))}, expected {_in_words(kinds)} "
                     f"as in the first rows ({self.name}). Mend or remove the row."
                 )
-        return self.example(row)
+        if not _is_empty(row, TOOLS):
+            raise Skip("tool descriptions")
+        return _in_context(self.example(row), row)
 
     def __str__(self) -> str:
         columns = [f"{column} ({_in_words(kinds)})" for column, kinds in self.columns.items()]
-        optional = [f"{column} (optional)" for column in self.optional]
+        optional = [f"{column} (optional)" for column in self.optional | CONTEXT]
         return f"{self.name}: {', '.join(columns + optional)}"
 
 
-def detect_format(column_names: list[str], first_rows: list[dict]) -> Format:
+def detect_format(column_names: list[str], first_rows: list[dict], *, key: str = "dataset") -> Format:
     """Returns the first of FORMATS that fits a row with nothing missing, or else the first row.
+
+    Args:
+        key: Where the config describes the rows, for messages.
 
     Raises:
         UserError: None fits. The message lists the columns found and the formats known.
@@ -82,23 +90,39 @@ def detect_format(column_names: list[str], first_rows: list[dict]) -> Format:
     raise UserError(
         f"No known format of preference pairs. Columns found, and what the first row holds:\n{found}\n"
         f"Formats known:\n{formats}\n"
-        "If a column only has another name, say so: dataset.columns.prompt=THEIR_NAME, and so on."
+        f"If a column only has another name, say so: {key}.columns.prompt=THEIR_NAME, and so on."
     )
 
 
 def kind_of(value) -> str:
-    """Returns what a cell holds: transcript, text, message, messages, or the name of a Python type."""
+    """Returns what a cell holds: transcript, text, message, messages, pairs of texts, or the name of a Python type."""
     if isinstance(value, str):
         return "transcript" if value.startswith("\n\nHuman:") else "text"
     if _is_message(value):
         return "message"
-    if isinstance(value, list) and value and all(map(_is_message, value)):
-        return "messages"
+    if isinstance(value, list) and value:
+        for kind, belongs in (("messages", _is_message), ("pairs", _is_pair)):
+            if all(map(belongs, value)):
+                return kind
     return type(value).__name__
 
 
 def _is_message(value) -> bool:
-    return isinstance(value, dict) and _either(value, "role", "from") and _either(value, "content", "value") is not None
+    if not isinstance(value, dict) or not _either(value, "role", "from"):
+        return False
+    return _calls_tools(value) or _either(value, "content", "value") is not None
+
+
+def _is_pair(value) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(text, str) for text in value)
+
+
+def _calls_tools(message: dict) -> bool:
+    return bool(message.get("tool_calls") or message.get("function_call"))
+
+
+def _is_empty(row: dict, column: str) -> bool:
+    return row.get(column) in (None, "", "[]", [], {})  # JSON in a text, too
 
 
 def _either(message: dict, name: str, other_name: str):
@@ -108,6 +132,7 @@ def _either(message: dict, name: str, other_name: str):
 
 def _in_words(kinds: str) -> str:
     words = {"transcript": r"text that starts with \n\nHuman:", "messages": "list of messages"}
+    words["pairs"] = "list of [question, answer]"
     return " or ".join(words.get(kind, kind) for kind in kinds.replace("text|transcript", "text").split("|"))
 
 
@@ -119,6 +144,8 @@ def _shown(value) -> str:
 
 
 def _message(raw: dict) -> dict:
+    if _calls_tools(raw):  # templates write them in ways of their own; role and content alone would be another turn
+        raise Skip("tool calls")
     role, content = _either(raw, "role", "from"), _either(raw, "content", "value")
     if role not in ROLES:
         raise UserError(f"a message has the role {role!r}; known are {', '.join(ROLES)}. Rename it in the data.")
@@ -127,21 +154,34 @@ def _message(raw: dict) -> dict:
     return {"role": ROLES[role], "content": content}
 
 
-def _user(text: str, system: str | None = None) -> list[dict]:
-    return [*_system(system), {"role": "user", "content": text}]
+def _user(text: str) -> list[dict]:
+    return [{"role": "user", "content": text}]
 
 
-def _system(text: str | None) -> list[dict]:
-    return [{"role": "system", "content": text}] if text else []
+def _system(row: dict) -> list[dict]:
+    return [{"role": "system", "content": row["system"]}] if row.get("system") else []
 
 
-def _answer(cell, prompt: list[dict], column: str) -> str:
+def _in_context(example: Example, row: dict) -> Example:
+    """Returns the example behind the row's system message, which it may bring already, and earlier turns."""
+    context, prompt = _system(row), example.prompt
+    if prompt[:1] == context:
+        prompt = prompt[1:]
+    for question, answer in () if _is_empty(row, "history") else row["history"]:
+        context += [*_user(question), {"role": "assistant", "content": answer}]
+    return replace(example, prompt=context + prompt, written=None) if context else example
+
+
+def _answer(row: dict, column: str, prompt: list[dict]) -> str:
     """Returns the answer's text from a text, a message, or messages that may repeat the prompt."""
+    cell = row[column]
     if isinstance(cell, str):
         return cell
     turns = [_message(raw) for raw in (cell if isinstance(cell, list) else [cell])]
-    if turns[: len(prompt)] == prompt:
-        turns = turns[len(prompt) :]
+    for repeated in (prompt, _system(row) + prompt):
+        if turns[: len(repeated)] == repeated:
+            turns = turns[len(repeated) :]
+            break
     if [turn["role"] for turn in turns] != ["assistant"]:
         roles = ", ".join(turn["role"] for turn in turns)
         raise UserError(f"column {column!r} continues the prompt with ({roles}), expected one assistant message.")
@@ -150,19 +190,17 @@ def _answer(cell, prompt: list[dict], column: str) -> str:
 
 def _from_texts(row: dict) -> Example:
     prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
-    system = row.get("system")
-    written = None if system else (prompt, chosen, rejected)
-    return Example(_user(prompt, system), chosen, rejected, written)
+    return Example(_user(prompt), chosen, rejected, (prompt, chosen, rejected))
 
 
 def _from_instruction(row: dict) -> Example:
     text = "\n".join(part for part in (row["instruction"], row.get("input")) if part)
-    return Example(_user(text, row.get("system")), row["chosen"], row["rejected"])
+    return Example(_user(text), row["chosen"], row["rejected"])
 
 
 def _from_prompt_messages(row: dict, column: str = "prompt") -> Example:
-    prompt = _system(row.get("system")) + [_message(raw) for raw in row[column]]
-    return Example(prompt, *(_answer(row[name], prompt, name) for name in ("chosen", "rejected")))
+    prompt = [_message(raw) for raw in row[column]]
+    return Example(prompt, *(_answer(row, name, prompt) for name in ("chosen", "rejected")))
 
 
 def _from_sharegpt(row: dict) -> Example:
@@ -215,32 +253,24 @@ def _turns(transcript: str) -> list[dict]:
     return messages
 
 
-TEXT = "text|transcript"
-ANSWER = "text|transcript|message|messages"
-
 # The first that fits is taken, so the more particular form stands before the more general one.
 FORMATS = [
     Format("HH transcripts", _from_transcripts, {"chosen": "transcript", "rejected": "transcript"}),
     Format(
         "HH prompt with answers", _from_transcript_prompt, {"prompt": "transcript", "chosen": TEXT, "rejected": TEXT}
     ),
-    Format("prompt with answers", _from_texts, {"prompt": TEXT, "chosen": TEXT, "rejected": TEXT}, {"system": TEXT}),
+    Format("prompt with answers", _from_texts, {"prompt": TEXT, "chosen": TEXT, "rejected": TEXT}),
     Format(
         "prompt messages with answers",
         _from_prompt_messages,
         {"prompt": "messages", "chosen": ANSWER, "rejected": ANSWER},
     ),
-    Format(
-        "ShareGPT",
-        _from_sharegpt,
-        {"conversations": "messages", "chosen": ANSWER, "rejected": ANSWER},
-        {"system": TEXT},
-    ),
+    Format("ShareGPT", _from_sharegpt, {"conversations": "messages", "chosen": ANSWER, "rejected": ANSWER}),
     Format("conversations", _from_conversations, {"chosen": "messages", "rejected": "messages"}, {"prompt": TEXT}),
     Format(
         "instruction with answers",
         _from_instruction,
         {"instruction": TEXT, "chosen": TEXT, "rejected": TEXT},
-        {"input": TEXT, "system": TEXT},
+        {"input": TEXT},
     ),
 ]

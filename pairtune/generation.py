@@ -9,6 +9,8 @@ from torchtune.modules import TransformerDecoder
 from torchtune.modules.common_utils import local_kv_cache
 from tqdm import tqdm
 
+from pairtune.errors import UserError
+
 
 def answers(
     model: TransformerDecoder,
@@ -25,9 +27,10 @@ def answers(
 
     Args:
         prompts: Token ids, each with its generation prompt at the end; the same in every process of a sharded model.
+        max_new_tokens: At most; an answer also ends where the model's positions do.
         temperature: 0 takes the likeliest token; above, answers depend on `seed` and on the batch a prompt is in.
     """
-    dtype = model.norm.scale.dtype
+    dtype = next(p.dtype for p in model.norm.parameters())
     vocabulary = model.tok_embeddings.num_embeddings
     rng = torch.Generator(device=device).manual_seed(seed)
     was_training = model.training
@@ -37,15 +40,20 @@ def answers(
     for start in tqdm(starts, desc="answers", leave=False, disable=len(starts) < 2):
         batch = prompts[start : start + batch_size]
         width = max(map(len, batch))
+        room = min(max_new_tokens, model.num_positions - width)
+        if room < 1:
+            raise UserError(
+                f"samples: a prompt of {width} tokens leaves no room in the model's {model.num_positions} positions"
+            )
         used = set().union(*batch)
         # torchtune tells padding by its id: take one that no prompt holds, so that pad = eos or = bos does no harm.
         pad_id = next(i for i in range(vocabulary) if i not in used)
         tokens = torch.tensor([[pad_id] * (width - len(p)) + p for p in batch], device=device)
         cache = local_kv_cache(model, batch_size=len(batch), device=device, dtype=dtype,
-                               decoder_max_seq_len=width + max_new_tokens)  # fmt: skip
+                               decoder_max_seq_len=width + room)  # fmt: skip
         with cache:
             out, _ = generate(
-                model, tokens, max_generated_tokens=max_new_tokens, pad_id=pad_id, temperature=temperature or 1.0,
+                model, tokens, max_generated_tokens=room, pad_id=pad_id, temperature=temperature or 1.0,
                 top_k=None if temperature else 1, stop_tokens=list(stop_ids), rng=rng,
             )  # fmt: skip
         answered += [_until_stop(row[width:].tolist(), set(stop_ids)) for row in out]

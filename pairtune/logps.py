@@ -15,7 +15,6 @@ from torchtune.modules import TiedLinear, TransformerDecoder
 
 from pairtune import attention
 from pairtune.batch import PairBatch
-from pairtune.errors import UserError
 
 CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**27}  # logits that exist at a time: 16 MiB (near a CPU's cache), 512 MiB
 KEEP_LOGITS_BYTES = 2**30  # a trainable head keeps its logits for backward up to this size, and recomputes above
@@ -26,13 +25,11 @@ def install(model: TransformerDecoder, back_end: str = "segments") -> None:
 
     Without a batch (generation) it is torchtune's own and returns logits.
 
-    Raises:
-        UserError: `back_end` is segments and a layer of the model only takes a dense mask.
+    Args:
+        back_end: segments or mask, see attention.py.
     """
-    can_segment = attention.install(model)
-    if back_end == "segments" and not can_segment:
-        raise UserError("attention=segments: layers of this model need a dense mask; nearest valid: attention=mask")
-    model.dense_attention = back_end == "mask" or not can_segment
+    attention.install(model)
+    model.dense_attention = back_end == "mask"
     model.scored_batch = None
     model.unembed = MethodType(_unembed, model)
 

@@ -12,6 +12,12 @@ from torch import Tensor
 from pairtune.dist import World
 from pairtune.errors import UserError
 
+_SLASHED = {
+    f"{kind}_{which}": f"{kind}/{which}"
+    for kind in ("rewards", "logps")
+    for which in ("chosen", "rejected", "margins", "accuracies")
+}
+
 
 class Meter:
     """Means over everything added since the last read, over all processes. Sums stay on the device until then."""
@@ -31,7 +37,7 @@ class Meter:
         sums = torch.stack([*self._sums.values()])
         counts = torch.tensor([*self._counts.values()], dtype=torch.float64, device=sums.device)
         means = (world.sum(sums) / world.sum(counts)).tolist()
-        names = [prefix + name.replace("_", "/", 1) for name in self._sums]
+        names = [prefix + _SLASHED.get(name, name) for name in self._sums]
         self._sums.clear()
         self._counts.clear()
         return dict(zip(names, means, strict=True))
@@ -52,7 +58,8 @@ class RunLog:
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         if self._file:
-            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}  # JSON has no NaN
+            self._file.write(json.dumps({"step": step, **finite}) + "\n")
             self._file.flush()
         if self._logger:
             self._logger.log_dict(metrics, step)
@@ -76,7 +83,7 @@ def summary(results: dict[str, float], prefix: str = "") -> str:
 
 
 def check(step: int, results: dict[str, float], *, rows: list[int]) -> None:
-    """Refuses to go on with numbers that cannot be right. `rows` are the step's, for the message.
+    """Refuses to go on with numbers that cannot be right. `rows` are those since the last check, for the message.
 
     Raises:
         UserError: A loss or gradient that is not finite; at step 1, a policy that is not the reference.
@@ -84,8 +91,8 @@ def check(step: int, results: dict[str, float], *, rows: list[int]) -> None:
     broken = [key for key in ("loss", "grad_norm") if not math.isfinite(results[key])]
     if broken:
         raise UserError(
-            f"step {step}: {broken[0]} is {results[broken[0]]}; the step's rows: {sorted(rows)}. Look at these rows, "
-            "lower optimizer.lr, or use dtype=fp32"
+            f"step {step}: {broken[0]} is {results[broken[0]]}; rows since the last logged step: {sorted(rows)}. "
+            "Look at these rows, lower optimizer.lr, or use dtype=fp32"
         )
     if step == 1 and abs(results["rewards/margins"]) > 0.01:
         raise UserError(

@@ -4,7 +4,8 @@ A model is built on the meta device, where size costs nothing and mistakes show,
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as torch_dist
@@ -16,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 from torchtune.config._utils import _get_component_from_path
 from torchtune.modules import MultiHeadAttention, TransformerDecoder, TransformerSelfAttentionLayer
-from torchtune.modules.peft import DoRALinear, LoRALinear, get_adapter_params, set_trainable_params
+from torchtune.modules.peft import DoRALinear, LoRALinear, disable_adapter, get_adapter_params, set_trainable_params
 from torchtune.training import compile_model, set_activation_checkpointing, set_default_dtype
 
 from pairtune import logps
@@ -26,6 +27,7 @@ from pairtune.errors import UserError
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 NF4_BLOCK = 64 * 256  # torchao quantizes scales of 256 blocks of 64 weights together
 _WRAPPED = "_checkpoint_wrapped_module."
+_STRANGERS = "`model` and `checkpointer.checkpoint_dir` do not belong together"
 
 
 def full(component: dict, *, dtype: str) -> TransformerDecoder:
@@ -134,7 +136,7 @@ def prepare(
     *,
     max_length: int,
     vocab_size: int = 0,
-    attention: str = "segments",
+    attention: str = "auto",
     checkpoint_activations: bool = False,
     compile_layers: bool = False,
 ) -> None:
@@ -143,7 +145,7 @@ def prepare(
     Args:
         max_length: Tokens of the longest conversation.
         vocab_size: Token ids that the tokenizer can produce.
-        attention: segments, mask, or auto: segments where the model's layers can.
+        attention: segments, mask, or auto: mask with `compile_layers`, which wants few shapes, else segments.
         checkpoint_activations: Keep only each layer's input for backward and compute the rest again: less memory,
             about a third more work.
         compile_layers: torch.compile layer by layer, so that compile time does not grow with depth.
@@ -161,9 +163,13 @@ def prepare(
             f"tokenizer: has {vocab_size} token ids, the model embeds {model.tok_embeddings.num_embeddings}: "
             "`tokenizer` and `model` do not belong together"
         )
+    if compile_layers and attention == "segments":
+        raise UserError(
+            "attention=segments: compile=true would compile anew for each batch; nearest valid: attention=auto"
+        )
     # A row holds several documents, each with positions of its own, all below max_length.
-    model.max_seq_len = 2**31
-    logps.install(model, attention)
+    model.num_positions, model.max_seq_len = model.max_seq_len, 2**31
+    logps.install(model, "mask" if attention == "mask" or compile_layers else "segments")
     if checkpoint_activations:
         set_activation_checkpointing(model, auto_wrap_policy={TransformerSelfAttentionLayer})
     if compile_layers:
@@ -181,7 +187,7 @@ def disable_dropout(model: nn.Module) -> bool:
     return found
 
 
-def load(model: TransformerDecoder, state_dict: dict[str, Tensor], *, world: World) -> None:
+def load(model: TransformerDecoder, state_dict: Mapping[str, Tensor], *, world: World) -> None:
     """Fills a model built on the meta device, base weights from `state_dict`, adapters afresh, and shards it.
 
     Base weights take the model's dtype; NF4 ones are quantized from the checkpoint's values on the device. Adapters
@@ -189,15 +195,15 @@ def load(model: TransformerDecoder, state_dict: dict[str, Tensor], *, world: Wor
     layer is sharded (FSDP2) as soon as it is filled, so that a process never holds more than its shards and one layer.
 
     Args:
-        state_dict: The whole checkpoint under torchtune's names, in each process; memory-mapped, as safetensors are,
-            it costs the machine's memory once.
+        state_dict: The whole checkpoint under torchtune's names, in each process: checkpoint.Weights.
 
     Raises:
         UserError: The checkpoint lacks a weight, has one too many, or one of another shape.
     """
     home = torch.device("cpu") if world.cpu_offload else world.device
-    shapes = {name.replace(_WRAPPED, ""): p.shape for name, p in model.named_parameters()}
-    _check_checkpoint(shapes, set(map(_plain_name, get_adapter_params(model))), state_dict)
+    expected = {_plain_name(name) for name, _ in model.named_parameters()}
+    adapters = set(map(_plain_name, get_adapter_params(model)))
+    _check_names(expected - adapters, set(state_dict))
     names = {id(module): _plain_name(name) for name, module in model.named_modules()}
     for block in [*model.layers, model]:
         for module in block.modules():
@@ -211,32 +217,26 @@ def _plain_name(name: str) -> str:
     return name.replace(_WRAPPED, "").removesuffix("." + _WRAPPED[:-1])
 
 
-def _check_checkpoint(shapes: dict[str, torch.Size], adapters: set[str], state_dict: dict[str, Tensor]) -> None:
-    for name, shape in shapes.items():
-        if name in adapters:
-            continue
-        if name not in state_dict:
-            raise UserError(f"checkpointer: the checkpoint has no weight {name}, which the model needs")
-        if state_dict[name].shape != shape:
-            raise UserError(
-                f"checkpointer: weight {name} is {list(state_dict[name].shape)} in the checkpoint and {list(shape)} in "
-                "the model: `model` and `checkpointer.checkpoint_dir` do not belong together"
-            )
-    unknown = sorted(set(state_dict) - set(shapes))
-    if unknown:
-        raise UserError(
-            f"checkpointer: the checkpoint has {len(unknown)} weights that the model lacks, such as {unknown[0]}: "
-            "`model` and `checkpointer.checkpoint_dir` do not belong together"
-        )
+def _check_names(expected: set[str], found: set[str]) -> None:
+    for names, what in (
+        (expected - found, "of the model are not in the checkpoint"),
+        (found - expected, "of the checkpoint are not in the model"),
+    ):
+        if names:
+            raise UserError(f"checkpointer: {len(names)} weights {what}, such as {min(names)}: {_STRANGERS}")
 
 
-def _fill(module: nn.Module, name: str, state_dict: dict[str, Tensor], home: torch.device, device: torch.device):
+def _fill(module: nn.Module, name: str, state_dict: Mapping[str, Tensor], home: torch.device, device: torch.device):
     """Gives one module, not its children, its memory; a module that has it already is left alone."""
     for leaf, parameter in list(module.named_parameters(recurse=False)):
         full_name = f"{name}.{leaf}" if name else leaf
         if not parameter.is_meta or full_name not in state_dict:
             continue
-        value = state_dict[full_name].to(device=home, dtype=parameter.dtype, copy=True)
+        value = state_dict[full_name]
+        if value.shape != parameter.shape:
+            found, expected = list(value.shape), list(parameter.shape)
+            raise UserError(f"checkpointer: {full_name} is {found} there and {expected} in the model: {_STRANGERS}")
+        value = value.to(device=home, dtype=parameter.dtype, copy=True)
         if isinstance(parameter, NF4Tensor):
             value = to_nf4(value, parameter.block_size, parameter.scaler_block_size)
         setattr(module, leaf, nn.Parameter(value, requires_grad=parameter.requires_grad))
@@ -244,8 +244,9 @@ def _fill(module: nn.Module, name: str, state_dict: dict[str, Tensor], home: tor
         module.lora_a.to_empty(device=home)
         module.lora_b.to_empty(device=home)
         module.initialize_parameters()
-    if hasattr(module, "rope_init") and next(module.buffers()).is_meta:
-        with device:  # a buffer: it stays on the device even where parameters are offloaded
+    # A rope of Llama 3.1 and later leaves its buffers out on the meta device. They stay on the device when offloading.
+    if hasattr(module, "rope_init") and all(buffer.is_meta for buffer in module.buffers()):
+        with device:
             module.rope_init()
 
 
@@ -260,6 +261,16 @@ def _shard(block: nn.Module, world: World, *, is_root: bool) -> None:
         reshard_after_forward=not (is_root and any(p.requires_grad for p in block.parameters())),
         offload_policy=offload,
     )
+
+
+@contextmanager
+def reference_of(model: nn.Module):
+    """Makes a LoRA model the model that it started from: adapters off, no dropout, no gradients."""
+    training = model.training
+    model.eval()
+    with torch.no_grad(), disable_adapter(model):
+        yield model
+    model.train(training)
 
 
 def sync_gradients(model: nn.Module, sync: bool) -> None:

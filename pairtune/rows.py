@@ -12,17 +12,17 @@ import json
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from itertools import chain, count, islice
 from pathlib import Path
 
 import datasets
 import pyarrow.parquet
 
 from pairtune.errors import UserError
-from pairtune.formats import FORMATS
+from pairtune.formats import CONTEXT, FORMATS, TOOLS
 
 FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet")
-OUR_COLUMNS = list(dict.fromkeys(name for form in FORMATS for name in [*form.columns, *form.optional]))
+OUR_COLUMNS = [*dict.fromkeys(name for form in FORMATS for name in [*form.columns, *form.optional]), *CONTEXT, TOOLS]
 
 
 class Rows(Sequence):
@@ -30,18 +30,19 @@ class Rows(Sequence):
 
     Args:
         data: A datasets.Dataset or a list of dicts.
-        columns: Our names to theirs, for columns that have another name.
+        columns: Our names to theirs, for columns that have another name; None leaves a column out.
         numbers: Index in the source of each row, where it is not its index in `data`.
+        key: Where the config describes the rows, for messages.
     """
 
-    def __init__(self, data, *, source: str = "rows", columns: dict[str, str] | None = None, numbers=None):
+    def __init__(self, data, *, source: str = "rows", columns: dict | None = None, numbers=None, key: str = "dataset"):
         self.source = source
         self.numbers = range(len(data)) if numbers is None else numbers
         self._data = data
-        self._theirs = dict(columns or {})
         found = getattr(data, "column_names", None) or list(dict.fromkeys(chain.from_iterable(data)))
-        _check_columns(self._theirs, found, source)
-        self._taken = {*self._theirs, *self._theirs.values()}
+        _check_columns(columns or {}, found, source, key)
+        self._theirs = {ours: theirs for ours, theirs in (columns or {}).items() if theirs is not None}
+        self._taken = {*(columns or {}), *self._theirs.values()}
         self.column_names = [*self._theirs, *(name for name in found if name not in self._taken)]
 
     def __len__(self) -> int:
@@ -54,7 +55,7 @@ class Rows(Sequence):
         return map(self._renamed, self._data)
 
     def _renamed(self, row: dict) -> dict:
-        if not self._theirs:
+        if not self._taken:
             return row
         ours = {ours: row.get(theirs) for ours, theirs in self._theirs.items()}
         return ours | {name: value for name, value in row.items() if name not in self._taken}
@@ -66,9 +67,9 @@ def read_rows(
     split: str = "train",
     name: str | None = None,
     limit: int | None = None,
-    columns: dict[str, str] | None = None,
+    columns: dict[str, str | None] | None = None,
     revision: str | None = None,
-    field: str | None = None,
+    key: str = "dataset",
 ) -> Rows:
     """Returns the rows of a file, a folder or a Hub dataset. Nothing of a local source is cached.
 
@@ -78,43 +79,40 @@ def read_rows(
         split: As in `datasets`, slices included: train[:90%]. A single file is all "train".
         name, revision: Configuration and version of a Hub dataset.
         limit: The first so many rows, after the split.
-        columns: Our names to theirs, such as {"prompt": "question"}.
-        field: The key of a .json object that holds the list of rows.
+        columns: Our names to theirs, such as {"prompt": "question"}; None leaves a column out.
+        key: Where the config describes these rows, for messages.
 
     Raises:
         UserError: There is no such source, split or column, or a row cannot be read: file and line are named.
     """
     path = Path(source).expanduser()
     if not path.exists() and _looks_like_path(source):
-        raise _missing_file(path)
+        raise _missing_file(path, key)
     if limit is not None and limit < 1:
-        raise UserError(f"dataset.limit={limit}: must be at least 1, or null for all rows.")
-    _check_effect(source, "name", name, not path.is_file())
-    _check_effect(source, "revision", revision, not path.exists())
-    _check_effect(source, "field", field, path.is_file() and path.name.removesuffix(".gz").endswith(".json"))
+        raise UserError(f"{key}.limit={limit}: must be at least 1, or null for all rows.")
+    if name is not None and path.is_file():
+        raise UserError(f"{key}.name={name} has no effect on {source}. Remove it.")
+    if revision is not None and path.exists():
+        raise UserError(f"{key}.revision={revision} has no effect on {source}. Remove it.")
     if path.is_file():
-        splits = {"train": _read_file(path, field)}
+        splits = {"train": _read_file(path, key)}
     else:
-        splits = _read_folder(path, name) if path.is_dir() else _read_hub(source, name, revision)
-    data, numbers = _slice(splits, split, source)
+        splits = _read_folder(path, name, key) if path.is_dir() else _read_hub(source, name, revision, key)
+    data, numbers = _slice(splits, split, source, key)
     if limit is not None:
         data, numbers = _part(data, 0, min(limit, len(data))), numbers[:limit]
-    return Rows(data, source=source, columns=columns, numbers=numbers)
+    return Rows(data, source=source, columns=columns, numbers=numbers, key=key)
 
 
-def _check_effect(source: str, key: str, value: str | None, applies: bool) -> None:
-    if value is not None and not applies:
-        raise UserError(f"dataset.{key}={value} has no effect on {source}. Remove it.")
-
-
-def _check_columns(columns: dict[str, str], found: list[str], source: str) -> None:
+def _check_columns(columns: dict[str, str | None], found: list[str], source: str, key: str) -> None:
     for ours, theirs in columns.items():
         if ours not in OUR_COLUMNS:
             known = ", ".join(OUR_COLUMNS)
-            raise UserError(f"dataset.columns.{ours}: no column of ours. {_nearest(ours, OUR_COLUMNS)} Known: {known}.")
+            raise UserError(f"{key}.columns.{ours}: no column of ours. {_nearest(ours, OUR_COLUMNS)} Known: {known}.")
+        theirs = ours if theirs is None else theirs
         if theirs not in found:
             raise UserError(
-                f"dataset.columns.{ours}={theirs}: {source} has no such column. {_nearest(str(theirs), found)} "
+                f"{key}.columns.{ours}={theirs}: {source} has no such column. {_nearest(str(theirs), found)} "
                 f"Columns found: {', '.join(found)}."
             )
 
@@ -131,25 +129,25 @@ def _looks_like_path(source: str) -> bool:
     return not re.fullmatch(r"[\w-]+", source)
 
 
-def _missing_file(path: Path) -> UserError:
+def _missing_file(path: Path, key: str) -> UserError:
     if not path.parent.is_dir():
-        return UserError(f"dataset.source={path}: there is no folder {path.parent}.")
+        return UserError(f"{key}.source={path}: there is no folder {path.parent}.")
     names = sorted(entry.name for entry in path.parent.iterdir())
     shown = difflib.get_close_matches(path.name, names, n=5, cutoff=0.3) or names[:5]
     return UserError(
-        f"dataset.source={path}: there is no such file. Nearest in {path.parent.resolve()}: "
+        f"{key}.source={path}: there is no such file. Nearest in {path.parent.resolve()}: "
         f"{', '.join(shown) or 'nothing, the folder is empty'}."
     )
 
 
-def _slice(splits: dict[str, Sequence], split: str, source: str) -> tuple[Sequence, list[int]]:
+def _slice(splits: dict[str, Sequence], split: str, source: str, key: str) -> tuple[Sequence, list[int]]:
     """Returns a split's rows and their numbers in the source."""
     try:
         spec = datasets.ReadInstruction.from_spec(split)
         parts = spec.to_absolute({name: len(data) for name, data in splits.items()})
     except (ValueError, AssertionError) as error:
         sizes = ", ".join(f"{name} ({len(data):,} rows)" for name, data in splits.items())
-        raise UserError(f"dataset.split={split!r} does not fit {source}, which has {sizes}: {error}") from error
+        raise UserError(f"{key}.split={split!r} does not fit {source}, which has {sizes}: {error}") from error
     pieces = [_part(splits[part.splitname], part.from_, part.to) for part in parts]
     numbers = [number for part in parts for number in range(part.from_, part.to)]
     if isinstance(pieces[0], list):
@@ -161,21 +159,21 @@ def _part(data, start: int, stop: int):
     return data[start:stop] if isinstance(data, list) else data.select(range(start, stop))
 
 
-def _read_file(path: Path, field: str | None):
+def _read_file(path: Path, key: str):
     kind = Path(path.name.removesuffix(".gz")).suffix
     if kind not in FILE_TYPES or path.name.endswith(".parquet.gz"):
         types = ", ".join(FILE_TYPES)
-        raise UserError(f"dataset.source={path}: of files, {types} are read, all but the last also as .gz.")
+        raise UserError(f"{key}.source={path}: of files, {types} are read, all but the last also as .gz.")
     try:
         if kind == ".parquet":
             return datasets.Dataset(pyarrow.parquet.read_table(path, partitioning=None))
         data = path.read_bytes()
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
     except (OSError, EOFError, ValueError) as error:  # arrow's, gzip's and UTF-8's errors are of these types
-        raise UserError(f"dataset.source={path} cannot be read: {error}") from error
+        raise UserError(f"{key}.source={path} cannot be read: {error}") from error
     if kind == ".csv":
         return _csv_rows(text, path)
-    return _json_lines(text, path) if kind == ".jsonl" or _is_lines(text) else _json_list(text, path, field)
+    return _json_lines(text, path) if kind == ".jsonl" or _is_lines(text) else _json_list(text, path)
 
 
 def _is_lines(text: str) -> bool:
@@ -193,29 +191,43 @@ def _json_lines(text: str, path: Path) -> list[dict]:
     return [_object(_parse(line, path, number), f"{path}, line {number}") for number, line in lines]
 
 
-def _json_list(text: str, path: Path, field: str | None) -> list[dict]:
+def _json_list(text: str, path: Path) -> list[dict]:
     content = _parse(text, path, 1)
     if isinstance(content, dict):
         lists = [key for key, value in content.items() if isinstance(value, list)]
-        if field not in lists:
-            raise UserError(
-                f"{path} is one object, not a list of rows; its keys that hold a list: {', '.join(lists) or 'none'}. "
-                "Name the one with the rows: dataset.field=KEY."
-            )
-        content = content[field]
-    elif not isinstance(content, list):
+        raise UserError(
+            f"{path} is one object, not a list of rows; its keys that hold a list: {', '.join(lists) or 'none'}. "
+            "Keep just the list of rows in the file."
+        )
+    if not isinstance(content, list):
         raise UserError(f"{path} holds {type(content).__name__}, expected a list of objects.")
-    elif field is not None:
-        raise UserError(f"dataset.field={field} has no effect: {path} is a list of rows. Remove it.")
     return [_object(row, f"{path}, row {number} (from 0)") for number, row in enumerate(content)]
 
 
 def _parse(text: str, path: Path, first_line: int):
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique_keys(text))
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise UserError(f"{path}, line {line}: invalid JSON, {error.msg} (column {error.colno}).") from error
+
+
+def _unique_keys(text: str):
+    """Returns a hook that makes dicts of a text's objects and refuses one with a key twice: a dict keeps the last."""
+    order = count()  # objects are handed over in the order in which they end
+
+    def to_dict(pairs: list[tuple]) -> dict:
+        number, row = next(order), dict(pairs)
+        if len(row) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            ends = (match.start() for match in re.finditer(r'"(?:[^"\\]|\\.)*"|}', text) if match[0] == "}")
+            raise json.JSONDecodeError(
+                f"the key {twice!r} stands twice in one object", text, next(islice(ends, number, None))
+            )
+        return row
+
+    return to_dict
 
 
 def _object(row, where: str) -> dict:
@@ -229,6 +241,7 @@ def _csv_rows(text: str, path: Path) -> list[dict]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     rows = []
     try:
+        _check_header(reader.fieldnames or [], path)
         for row in reader:
             if None in row or None in row.values():
                 raise UserError(f"{path}, line {reader.line_num}: not as many cells as the first line has columns.")
@@ -238,7 +251,15 @@ def _csv_rows(text: str, path: Path) -> list[dict]:
     return rows
 
 
-def _read_folder(path: Path, name: str | None) -> dict[str, datasets.Dataset]:
+def _check_header(header: Sequence[str], path: Path) -> None:
+    if twice := sorted({name for name in header if name and header.count(name) > 1}):
+        raise UserError(f"{path}, line 1: columns of one name, {', '.join(twice)}. Rename or remove one of each.")
+
+
+def _read_folder(path: Path, name: str | None, key: str) -> dict[str, datasets.Dataset]:
+    for file in path.rglob("*.csv"):  # pandas would rename the second column
+        with file.open(newline="", encoding="utf-8-sig", errors="replace") as text:
+            _check_header(next(csv.reader(text), []), file)
     try:
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             data = datasets.load_from_disk(str(path))
@@ -247,17 +268,17 @@ def _read_folder(path: Path, name: str | None) -> dict[str, datasets.Dataset]:
             return datasets.load_dataset(str(path), name, cache_dir=cache, keep_in_memory=True)
     except Exception as error:  # boundary: builders raise whatever their readers raise
         raise UserError(
-            f"dataset.source={path}: the folder cannot be read as a dataset: {_cause(error)}. "
+            f"{key}.source={path}: the folder cannot be read as a dataset: {_cause(error)}. "
             f"It should hold {', '.join(FILE_TYPES)} files of one form; or name one file."
         ) from error
 
 
-def _read_hub(source: str, name: str | None, revision: str | None) -> dict[str, datasets.Dataset]:
+def _read_hub(source: str, name: str | None, revision: str | None, key: str) -> dict[str, datasets.Dataset]:
     try:
         return datasets.load_dataset(source, name, revision=revision)
     except Exception as error:  # boundary: errors of network, permission and builders have no common type
         raise UserError(
-            f"dataset.source={source}, name={name}, revision={revision}: not on this disk, and the Hugging Face Hub "
+            f"{key}.source={source}, name={name}, revision={revision}: not on this disk, and the Hugging Face Hub "
             f"does not give it: {_cause(error)}\n"
             "Check the spelling of id and name on huggingface.co/datasets. If the dataset is gated, accept its terms "
             "there and run `hf auth login`. Without network, download it elsewhere and give its folder."

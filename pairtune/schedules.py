@@ -66,17 +66,20 @@ def _with_warmup(
     if num_warmup_steps is not None and warmup_ratio is not None:
         raise UserError("lr_scheduler: num_warmup_steps and warmup_ratio say the same thing; keep one of them")
     if warmup_ratio is not None and not 0 <= warmup_ratio < 1:
-        raise UserError(f"lr_scheduler.warmup_ratio={warmup_ratio}: must be at least 0 and below 1")
+        raise UserError(f"lr_scheduler.warmup_ratio={warmup_ratio}: must be at least 0 and below 1, such as 0.1")
     warmup = num_warmup_steps
     if warmup is None:
         warmup = min(math.ceil((warmup_ratio or 0.0) * total), total - 1)
     if not 0 <= warmup < total:
         raise UserError(
             f"lr_scheduler.num_warmup_steps={warmup}: must be at least 0 and below the run's {total} steps; "
-            f"nearest valid: {max(0, min(warmup, total - 1))}"
+            f"nearest valid: lr_scheduler.num_warmup_steps={max(0, min(warmup, total - 1))}"
         )
     if not 0 <= min_ratio <= 1:
-        raise UserError(f"lr_scheduler.min_ratio={min_ratio}: must be between 0 and 1")
+        raise UserError(
+            f"lr_scheduler.min_ratio={min_ratio}: must be between 0 and 1; "
+            f"nearest valid: lr_scheduler.min_ratio={0 if min_ratio < 0 else 1}"
+        )
 
     def share_of_lr(step: int) -> float:
         if step < warmup:

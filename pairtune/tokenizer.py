@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tokenizers
 
-from pairtune.chat_template import ChatTemplate, choose_template, plain_text
+from pairtune.chat_template import ChatTemplate, Refusal, choose_template, plain_text
 from pairtune.errors import UserError
 
 # Special tokens that end a turn in one family of models or another; a folder names only some of them as its eos.
@@ -28,18 +28,20 @@ class HFTokenizer:
     Attributes:
         bos_id, pad_id: None where the folder names none.
         stop_ids: Where generation stops: eos first, then what generation_config.json and the template add.
-        end_ids: stop_ids and every other token known to end a turn.
+        end_ids: stop_ids and every other token known to end a turn; end_texts: how they are written.
+        vocab_size: The largest id plus one: ids may have gaps.
         chat_template: Jinja text, None for plain text.
         style: How conversations are written, in words.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, special: dict[str, str], *, stop_ids, add_bos, template, style):
-        self.vocab_size = backend.get_vocab_size()
+        self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
         self.bos_id, self.eos_id, self.pad_id = (backend.token_to_id(special.get(k, "")) for k in SPECIAL_KEYS[:3])
         turn_ends = {name: backend.token_to_id(name) for name in END_OF_TURN if backend.token_to_id(name) is not None}
         written = [token for name, token in turn_ends.items() if template and name in template]
         self.stop_ids = _distinct([self.eos_id, *stop_ids, *written])
         self.end_ids = frozenset([*self.stop_ids, *turn_ends.values()])
+        self.end_texts = [text for text in map(backend.id_to_token, sorted(self.end_ids)) if text]
         self.chat_template, self.style, self.is_plain = template, style, template is None
         self._template = None if template is None else ChatTemplate(template, special)
         self._backend, self._add_bos = backend, add_bos
@@ -82,6 +84,7 @@ class TorchtuneTokenizer:
 
     is_plain, chat_template = False, None
     _PROBES = ("Yes", "No", "0")  # answers that share no token at either end
+    _SENTENCEPIECE_ENDS = ("</s>", "<eos>")  # Llama 2's and Mistral's, Gemma's
 
     def __init__(self, tokenizer):
         kind = type(tokenizer).__name__
@@ -93,10 +96,12 @@ class TorchtuneTokenizer:
         special = getattr(tokenizer, "special_tokens", None) or {}
         self.style = f"torchtune's {kind}"
         self.bos_id, self.eos_id, self.pad_id = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
-        self.vocab_size = getattr(tokenizer, "vocab_size", None) or 1 + max(special.values())  # Qwen2's has none
+        # Qwen2's counts nothing, Phi3's not its special tokens, and what is counted may have gaps
+        self.vocab_size = max(getattr(tokenizer, "vocab_size", None) or 0, 1 + max(special.values(), default=0))
         self.end_ids = frozenset(
             [*tokenizer.stop_tokens, self.eos_id, *(special[name] for name in END_OF_TURN if name in special)]
         )
+        self.end_texts = [name for name, i in special.items() if i in self.end_ids] or list(self._SENTENCEPIECE_ENDS)
         self._tokenizer = tokenizer
         # Messages are encoded one by one, so what follows an answer does not depend on it.
         backwards = [ids[::-1] for ids in self._probe([{"role": "user", "content": "Hello"}])]
@@ -143,7 +148,8 @@ class TorchtuneTokenizer:
             return self._tokenizer.tokenize_messages(conversation)[0]
         except Exception as error:  # its templates raise what Python raises: KeyError, UnboundLocalError, ...
             roles = ", ".join(message["role"] for message in messages)
-            raise UserError(f"{self.style} refuses the conversation ({roles}): {error!r}. Remove such rows.") from error
+            message = f"{self.style} refuses the conversation ({roles}): {error!r}. Remove it."
+            raise Refusal(message, repr(error)) from error
 
 
 def hf_tokenizer(path: str, chat_template: str | None = None) -> HFTokenizer:

@@ -11,13 +11,13 @@ import time
 from pathlib import Path
 
 import torch
-from torchtune.modules.peft import disable_adapter
 from tqdm import tqdm
 
 from pairtune import checkpoint, config, data, dist, generation, metrics, models
 from pairtune.batch import lay_out, longest_row
 from pairtune.loader import Steps, share
 from pairtune.logps import answer_logps
+from pairtune.model_config import check_model
 from pairtune.tokenizer import adapt
 
 METHOD = "qlora"  # picks per_method.qlora out of a config
@@ -48,20 +48,29 @@ DEFAULTS = {
     "checkpointer": {
         "_component_": "torchtune.training.FullModelHFCheckpointer",
         "checkpoint_dir": config.REQUIRED,  # a Hugging Face folder; its shards are found
-        "model_type": config.REQUIRED,  # LLAMA2, LLAMA3, MISTRAL, GEMMA2, QWEN2, ...
+        "model_type": config.REQUIRED,  # LLAMA2, LLAMA3, MISTRAL, GEMMA, QWEN2, ...
     },
     "tokenizer": {"_component_": "pairtune.tokenizer.hf_tokenizer", "path": "${checkpointer.checkpoint_dir}"},
     # The pairs
     "dataset": {
         "source": config.REQUIRED,  # a .json, .jsonl(.gz), .csv or .parquet file, a folder of them, or a Hub id
         "name": None,  # which configuration, for a Hub data set that has several
+        "revision": None,  # which commit, branch or tag of it
         "split": "train",  # slices work: train[:90%]
         "limit": None,  # the first N rows only
         "columns": {},  # ours: theirs, where a column has another name
         "overlong": "drop",  # a pair over the budget: drop, trim_prompt (from the left) or error
         "val_fraction": None,  # hold out the last part for evaluation, such as 0.1
     },
-    "eval_dataset": {"source": None, "name": None, "split": "train", "limit": None, "columns": {}, "overlong": "drop"},
+    "eval_dataset": {
+        "source": None,  # as above; null: val_fraction, or no evaluation
+        "name": None,
+        "revision": None,
+        "split": "train",
+        "limit": None,
+        "columns": {},
+        "overlong": "drop",
+    },
     "max_length": 1024,  # tokens of prompt and longer answer
     "max_prompt_length": 512,  # tokens of the prompt; null: max_length alone decides
     "shuffle": True,  # a new order each epoch
@@ -94,8 +103,6 @@ def main(cfg):
     world = world.with_cpu_offload(cfg.fsdp_cpu_offload)  # distributed only
     watchdog = dist.Watchdog(world, cfg.collective_timeout_s)  # distributed only
     run_dir = Path(cfg.output_dir)
-    if world.is_main:
-        print(config.save(cfg, run_dir / "config.yaml", recipe=__file__))
     torch.manual_seed(cfg.seed)
 
     # 2. Policy and reference, on the meta device: what is wrong with a config shows before a weight is read
@@ -109,19 +116,27 @@ def main(cfg):
         model,
         max_length=cfg.max_length,
         vocab_size=tokenizer.vocab_size,
-        attention="mask" if cfg.attention == "auto" and cfg.compile else cfg.attention,
+        attention=cfg.attention,
         checkpoint_activations=cfg.enable_activation_checkpointing,
         compile_layers=cfg.compile,
     )
+    check_model(model, checkpoint.read_config(cfg.checkpointer.checkpoint_dir))
 
     def reference_logps(batch):  # [P], [P]
-        with torch.no_grad(), disable_adapter(model):
-            return answer_logps(model, batch)
+        with models.reference_of(model) as reference:
+            return answer_logps(reference, batch)
 
     # 3. Preference pairs
-    def read_pairs(source):
+    def read_pairs(key):
+        source = cfg[key]
         rows = data.read_rows(
-            source.source, split=source.split, name=source.name, limit=source.limit, columns=dict(source.columns)
+            source.source,
+            split=source.split,
+            name=source.name,
+            revision=source.revision,
+            limit=source.limit,
+            columns=dict(source.columns),
+            key=key,
         )
         return data.tokenize_pairs(
             rows,
@@ -130,16 +145,17 @@ def main(cfg):
             max_prompt_length=cfg.max_prompt_length,
             overlong=source.overlong,
             progress=world.is_main,
+            key=key,
         )
 
-    train, report = read_pairs(cfg.dataset)
+    train, report = read_pairs("dataset")
     held_out = []
     if cfg.dataset.val_fraction:
         train, held_out = data.split_pairs(train, cfg.dataset.val_fraction)
         report = report.with_split(train, held_out)
     world.print(f"Training pairs: {cfg.dataset.source}\n{report}\n")
     if cfg.eval_dataset.source:
-        held_out, report = read_pairs(cfg.eval_dataset)
+        held_out, report = read_pairs("eval_dataset")
         world.print(f"Held-out pairs: {cfg.eval_dataset.source}\n{report.with_split(train, held_out)}\n")
     steps = Steps(
         train,
@@ -152,9 +168,13 @@ def main(cfg):
     )
     total_steps = min(cfg.epochs * len(steps), cfg.max_steps or math.inf)
     row_length = longest_row([*train, *held_out]) if model.dense_attention else None
+    config.rehearse(cfg.optimizer, cfg.lr_scheduler, cfg.loss, num_training_steps=total_steps)
+    if world.is_main:
+        checkpoint.make_room(run_dir)
+        print(config.save(cfg, run_dir / "config.yaml", recipe=__file__))
 
     # 4. Weights
-    models.load(model, checkpoint.read_weights(files), world=world)
+    models.load(model, checkpoint.Weights(files), world=world)
 
     # 5. Optimizer, schedule, logs
     optimizer = config.instantiate(cfg.optimizer, [p for p in model.parameters() if p.requires_grad])
@@ -217,7 +237,7 @@ def main(cfg):
 
     # 7. Train
     before = answer_prompts()
-    meter, num_pairs, num_tokens, last_log = metrics.Meter(), 0, 0, time.perf_counter()
+    meter, rows, num_tokens, last_log = metrics.Meter(), [], 0, time.perf_counter()
     progress = tqdm(total=total_steps, desc="DPO", unit="step", dynamic_ncols=True, disable=not world.is_main)
     model.train()
     for step in range(1, total_steps + 1):
@@ -229,14 +249,15 @@ def main(cfg):
             # The mean over the step, however it is cut into micro-batches. FSDP averages gradients over processes.
             loss = pair_losses(batch, meter).sum() * world.size / num_pairs_in_step
             loss.backward()
+            rows += [pair.row for pair in pairs]
             num_tokens += batch.num_tokens
         grad_norm = models.clip_gradients(model, cfg.clip_grad_norm or math.inf)
+        meter.add(grad_norm=grad_norm[None])
         lr = optimizer.param_groups[0]["lr"]
         optimizer.step()
         optimizer.zero_grad()
         if scheduler:
             scheduler.step()
-        num_pairs += num_pairs_in_step
         progress.update()
 
         if step == 1 or step % cfg.log_every_n_steps == 0 or step == total_steps:
@@ -244,15 +265,14 @@ def main(cfg):
             results = meter.read(world) | {
                 "epoch": step / len(steps),
                 "lr": lr,
-                "grad_norm": float(grad_norm),
-                "pairs_per_second": num_pairs / seconds,
+                "pairs_per_second": world.sum_number(len(rows)) / seconds,
                 "tokens_per_second": world.sum_number(num_tokens) / seconds,
                 "peak_memory_gib": metrics.peak_memory_gib(world.device),
             }
             log.write(step, results)
-            metrics.check(step, results, rows=[pair.row for pairs in micro for pair in pairs])
+            metrics.check(step, results, rows=rows)
             progress.set_postfix_str(f"{metrics.summary(results)}, {results['pairs_per_second']:.1f} pairs/s")
-            num_pairs, num_tokens, last_log = 0, 0, time.perf_counter()
+            rows, num_tokens, last_log = [], 0, time.perf_counter()
         if held_out and (step == total_steps or step % (cfg.eval_every_n_steps or total_steps) == 0):
             evaluate(step)
             last_log = time.perf_counter()

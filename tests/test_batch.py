@@ -45,7 +45,7 @@ def test_each_row_of_the_mask_is_the_conversation_up_to_that_token():
 def test_every_answer_token_is_scored_once_by_the_token_before_it():
     pairs = random_pairs(5)
     batch = lay_out(pairs, 128)
-    tokens, mask = batch.tokens.flatten(), dense_mask(batch)
+    mask = dense_mask(batch)
     width = batch.tokens.shape[1]
     for sequence in range(10):
         pair = pairs[sequence % 5]
@@ -55,7 +55,7 @@ def test_every_answer_token_is_scored_once_by_the_token_before_it():
         for n, source in enumerate(batch.source[mine].tolist()):
             r, column = divmod(source, width)
             assert batch.tokens[r][mask[r, column]].tolist() == pair.prompt + answer[:n]
-    assert tokens.shape == (batch.tokens.numel(),)
+    assert len(batch.source) == sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
 
 
 def test_rows_are_filled_and_nothing_is_lost():
@@ -72,6 +72,13 @@ def test_what_cannot_be_laid_out_is_refused():
         lay_out([PAIR], 8)
     with pytest.raises(ValueError, match="at least one token"):
         lay_out([SimpleNamespace(prompt=[], chosen=[1], rejected=[2])])
+
+
+def test_no_pair_at_all_is_a_batch_of_padding():
+    for row_length in (None, 128):
+        batch = lay_out([], row_length)
+        assert batch.num_pairs == batch.num_tokens == len(batch.source) == 0
+        assert (batch.document == -1).all() and dense_mask(batch).any(-1).all()
 
 
 def test_moving_to_a_device_moves_every_tensor():

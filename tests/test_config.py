@@ -1,7 +1,11 @@
 """A config says what a run does, and a mistake in it is told before anything is loaded."""
 
+import shlex
+
 import pytest
+import torch
 import yaml
+from omegaconf import OmegaConf
 
 from pairtune import config
 from pairtune.errors import UserError
@@ -32,6 +36,8 @@ DEFAULTS = {
     "epochs": 1,
     "max_steps": None,
     "eval_every_n_steps": None,
+    "samples": {"prompts": [], "num_prompts": 3},
+    "metric_logger": None,
 }
 BASE = """
 model: {_component_: torchtune.models.llama3.llama3_8b}
@@ -98,16 +104,104 @@ def test_a_value_may_hold_equals_signs_and_yaml(load):
 
 def test_a_tilde_removes(load):
     cfg = load("~lr_scheduler.warmup_ratio", "~clip_grad_norm")
-    assert cfg.lr_scheduler == {"_component_": "pairtune.schedules.cosine"}
+    assert cfg.lr_scheduler == {"_component_": "pairtune.schedules.cosine", "warmup_ratio": None}
     assert cfg.clip_grad_norm is None
     assert load("~lr_scheduler").lr_scheduler is None
 
 
-def test_the_saved_config_is_the_run(load, tmp_path):
-    cfg = load("lora.rank=4", "loss=torchtune.rlhf.loss.RSOLoss", "~clip_grad_norm")
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["lora.rank=4", "loss=torchtune.rlhf.loss.RSOLoss", "~clip_grad_norm"],
+        ["~lr_scheduler.warmup_ratio"],
+        ["~lr_scheduler"],
+        ["~loss.beta", "~loss.label_smoothing"],
+        ["optimizer=torch.optim.SGD", "optimizer=torch.optim.AdamW", "optimizer.lr=1e-4"],  # without weight_decay
+        ["lr_scheduler.num_warmup_steps=2"],
+        ["metric_logger=torchtune.training.metric_logging.DiskLogger", "metric_logger.log_dir=/x"],
+        [r"output_dir=\${HOME}/a \\\${b}", "dataset.columns.chosen=good", "dataset.columns.rejected=bad"],
+    ],
+)
+def test_the_saved_config_is_the_run(load, tmp_path, overrides):
+    defaults = DEFAULTS | {"optimizer": {**DEFAULTS["optimizer"], "weight_decay": 0.3}}
+    cfg = load(*overrides, text=BASE.replace("/weights", r"'/\${weights}'"), defaults=defaults)
     config.save(cfg, tmp_path / "saved.yaml", "lora_dpo_single_device")
-    assert config.load("lora", DEFAULTS, [tmp_path / "saved.yaml"], []) == cfg
-    assert yaml.safe_load((tmp_path / "saved.yaml").read_text())["lora"]["rank"] == 4
+    again = config.load("lora", defaults, [tmp_path / "saved.yaml"], [])
+    assert OmegaConf.to_container(again, resolve=True) == OmegaConf.to_container(cfg, resolve=True)
+    assert yaml.safe_load((tmp_path / "saved.yaml").read_text())["lora"]["rank"] == cfg.lora.rank
+    assert again.checkpointer.checkpoint_dir == "/${weights}"
+
+
+def test_the_saved_command_can_be_pasted(load, tmp_path):
+    path = tmp_path / "a run's" / "config.yaml"
+    command = config.save(load(), path, tmp_path / "my rec.py").splitlines()[0]
+    assert shlex.split(command.removeprefix("# ")) == ["tune", "run", "my rec", "--config", str(path)]
+
+
+def test_a_folder_that_cannot_be_made_is_named(load, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"output_dir=.*/file/run: cannot be written: Not a directory; name another"):
+        config.save(load(), tmp_path / "file" / "run" / "config.yaml", "lora_dpo_single_device")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("num_warmup_steps: 2", {"num_warmup_steps": 2, "warmup_ratio": None}),
+        ("num_warmup_steps: 2, warmup_ratio: null", {"num_warmup_steps": 2, "warmup_ratio": None}),
+        ("warmup_ratio: null", {"warmup_ratio": None}),
+        ("num_warmup_steps: null", {"warmup_ratio": 0.1}),
+    ],
+)
+def test_a_file_chooses_how_warm_up_is_told(load, text, expected):
+    cfg = load(text=BASE + f"lr_scheduler: {{{text}}}")
+    assert cfg.lr_scheduler == {"_component_": "pairtune.schedules.cosine", **expected}
+
+
+def test_two_warm_ups_that_a_user_wrote_are_refused(load):
+    with pytest.raises(UserError, match="says the same in another way; keep one of them"):
+        load("lr_scheduler.num_warmup_steps=2", text=BASE + "lr_scheduler: {warmup_ratio: 0.1}")
+
+
+def test_null_is_an_argument_that_is_not_passed():
+    block = OmegaConf.create({"_component_": "torch.optim.AdamW", "lr": 0.5, "weight_decay": None})
+    optimizer = config.instantiate(block, [torch.nn.Parameter(torch.zeros(1))])
+    assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (0.5, 0.01)  # torch's own default
+    assert config.instantiate(None) is None
+
+
+def test_a_component_is_built_with_the_text_of_an_escaped_reference():
+    block = OmegaConf.create({"_component_": "pathlib.PurePath", "x": None})
+    assert str(config.instantiate(block, r"${a}")) == "${a}"
+    block = OmegaConf.create({"_component_": "builtins.dict", "path": r"/\${a}"})
+    assert config.instantiate(block) == {"path": "/${a}"}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["optimizer=torch.optim.SGD", "optimizer.lr=0.1", "optimizer.momentum=0.9"],  # its default is 0, a number
+        ["optimizer=torch.optim.Adafactor", "optimizer.lr=0.1", "optimizer.eps=[null,0.001]"],
+        ["metric_logger=torchtune.training.metric_logging.TensorBoardLogger", "metric_logger.log_dir=x"],
+        ["checkpointer.recipe_checkpoint=null", "checkpointer.checkpoint_files=[a.safetensors]"],
+        ["samples.prompts=[Why?,'1']"],
+        ["optimizer.fused=true", "optimizer.capturable=true"],  # for a GPU, and rehearsed without one
+    ],
+)
+def test_these_are_right(load, overrides):
+    cfg = load(*overrides)
+    config.rehearse(cfg.optimizer, cfg.lr_scheduler, cfg.loss, num_training_steps=10)
+
+
+def test_a_component_that_is_null_by_default_is_a_block(load):
+    cfg = load("metric_logger=torchtune.training.metric_logging.StdoutLogger")
+    assert cfg.metric_logger == {"_component_": "torchtune.training.metric_logging.StdoutLogger"}
+    assert type(config.instantiate(cfg.metric_logger)).__name__ == "StdoutLogger"
+
+
+def test_a_block_of_the_users_own_keys_is_filled_one_by_one(load):
+    cfg = load("dataset.columns.chosen=a", "dataset.columns.rejected=b")
+    assert cfg.dataset.columns == {"chosen": "a", "rejected": "b"}
 
 
 def test_one_file_serves_a_recipe_without_adapters(load):
@@ -148,7 +242,54 @@ def test_one_file_serves_a_recipe_without_adapters(load):
         ("~nothing", ["no such key"]),
         ("seed", ["must be key=value"]),
         ("seed=[", ["not valid YAML"]),
-        ("tokenizer.path=${nowhere}", ["nowhere"]),
+        ("tokenizer.path=${nowhere}", ["tokenizer.path", "nowhere"]),
+        ("metric_logger.log_dir=x", ["metric_logger.log_dir=x", "no metric_logger", "metric_logger=torchtune."]),
+        (
+            "metric_logger=torchtune.training.metric_logging.DiskLogger",
+            ["metric_logger.log_dir", "DiskLogger needs it"],
+        ),
+        ("metric_logger=5", ["metric_logger=5", "a component, named by its import path"]),
+        ("optimizer=null", ["optimizer=null", "a component", "optimizer=torch.optim.AdamW"]),
+        ("checkpointer.output_dir=/x", ["checkpointer.output_dir=/x", "recipe decides it", "remove it"]),
+        ("checkpointer.recipe_checkpoint=foo", ["checkpointer.recipe_checkpoint=foo", "recipe decides it"]),
+        ("checkpointer.should_load_recipe_state=true", ["should_load_recipe_state=true", "recipe decides it"]),
+        ("checkpointer.safe_serialization=false", ["safe_serialization=false", "recipe decides it"]),
+        ("lr_scheduler.num_training_steps=5", ["num_training_steps=5", "recipe decides it"]),
+        ("optimizer.params=[]", ["optimizer.params", "no such argument"]),
+        ("optimizer.fused=maybe", ["optimizer.fused=maybe", "true or false", "is text"]),
+        ("optimizer.betas=[a,b]", ["optimizer.betas=[a,b]", "a list of 2, each a number"]),
+        ("optimizer.betas=[0.9]", ["optimizer.betas=[0.9]", "a list of 2, each a number"]),
+        ("optimizer.betas=0.9", ["optimizer.betas=0.9", "a list of 2, each a number, is a number"]),
+        ("lr_scheduler.num_warmup_steps=1.5", ["num_warmup_steps=1.5", "a whole number"]),
+        ("lr_scheduler.num_warmup_steps=abc", ["num_warmup_steps=abc", "a whole number"]),
+        ("lr_scheduler.warmup_ratio=1.5", ["warmup_ratio=1.5", "below 1", "e.g. lr_scheduler.warmup_ratio=0.1"]),
+        ("loss.beta=.inf", ["loss.beta=inf", "finite number"]),
+        ("clip_grad_norm=.inf", ["clip_grad_norm=inf", "finite", "clip_grad_norm=null"]),
+        ("lora.modules=[mlp]", ["lora.modules=[mlp]", "nearest valid: lora.modules=[q_proj,v_proj,mlp]"]),
+        ("lora.modules=[[q_proj]]", ["lora.modules=[[q_proj]]", "a list from"]),
+        ("lora.dropout=1.0", ["lora.dropout=1.0", "below 1", "e.g. lora.dropout=0.0"]),
+        ("optimizer.lr=-1", ["optimizer.lr=-1", "e.g. optimizer.lr=5e-06"]),
+        ("~tokenizer.path", ["tokenizer.path", "llama3_tokenizer needs it", "set tokenizer.path="]),
+        ("~checkpointer.model_type", ["checkpointer.model_type", "needs it"]),
+        ("tokenizer=torchtune.models.qwen2.qwen2_tokenizer", ["tokenizer.path", "qwen2_tokenizer needs it"]),
+        ("lr_scheduler=torchtune.training.get_cosine_schedule_with_warmup", ["num_warmup_steps", "needs it"]),
+        (
+            "lr_scheduler=torch.optim.lr_scheduler.StepLR",
+            ["lr_scheduler._component_=torch.optim.lr_scheduler.StepLR", "no num_training_steps", "schedules.cosine"],
+        ),
+        ("dataset.source=[a,b]", ["dataset.source=[a,b]", "text", "is a list"]),
+        ("dataset.source=null", ["dataset.source=null", "text"]),
+        ("seed=99999999999999999999", ["seed=99999999999999999999", "below 4294967296", "e.g. seed=42"]),
+        ("samples.prompts=[1,2]", ["samples.prompts=[1,2]", "a list of text, numbers in quotes"]),
+        ("checkpointer._component_=torchtune.training.FullModelMetaCheckpointer", ["Hugging Face folders"]),
+        ("checkpointer.checkpoint_dir=123", ["checkpointer.checkpoint_dir=123", "text", "checkpoint_dir='\"123\"'"]),
+        ("lr_scheduler=cosine", ["lr_scheduler._component_=cosine", "nearest: lr_scheduler=pairtune.schedules.cosine"]),
+        ("optimizer=adamw", ["optimizer._component_=adamw", "nearest: optimizer=torch.optim.AdamW"]),
+        ("loss=dpo", ["loss._component_=dpo", "nearest: loss=torchtune.rlhf.loss.DPOLoss"]),
+        ("loss=cheese", ["loss._component_=cheese", "torchtune.rlhf.loss has DPOLoss, RSOLoss"]),
+        ("model=llama3_8b", ["model._component_=llama3_8b", "full import path", "torchtune.models.llama3.llama3_8b"]),
+        ("optimizer=torch.optim", ["optimizer._component_=torch.optim", "not a class or function"]),
+        ("tokenizer.chat_template={{ x }}", ["not valid YAML", "quotes", ".jinja file"]),
     ],
 )
 def test_a_mistake_is_named_with_its_rule_and_a_way_out(load, override, words):
@@ -168,11 +309,16 @@ def test_a_mistake_is_named_with_its_rule_and_a_way_out(load, override, words):
         ),
         (BASE + "per_method: {dora: {seed: 1}}", ["per_method.dora", "full, lora, qlora"]),
         (BASE + "per_method: {full: {sede: 1}}", ["per_method.full", "sede", "seed"]),
+        (BASE + "per_method: {qlora: {epochs: lots}}", ["per_method.qlora", "epochs=lots", "a whole number"]),
+        (BASE + "per_method: {qlora: {lora: {rank: 0}}}", ["per_method.qlora", "lora.rank=0", "at least 1"]),
+        (BASE + "per_method: [lora]", ["config.yaml", "per_method=[lora]", "full, lora, qlora"]),
+        (BASE + "per_method: {lora: 5}", ["per_method.lora", "block of keys"]),
+        (BASE + "1: 2", ["unknown key 1"]),
         (BASE + "a: [", ["not valid YAML"]),
         ("- 1", ["must hold keys"]),
     ],
 )
-def test_a_mistake_in_a_file_names_the_file(load, text, words):
+def test_a_mistake_in_a_file_names_its_place(load, text, words):
     with pytest.raises(UserError) as error:
         load(text=text)
     for word in words:
@@ -182,3 +328,57 @@ def test_a_mistake_in_a_file_names_the_file(load, text, words):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.yaml: no such file"):
         config.load("lora", DEFAULTS, [tmp_path / "nowhere.yaml"], [])
+
+
+def test_another_methods_components_need_not_be_installed_here(load):
+    load(text=BASE + "per_method: {qlora: {optimizer: {_component_: bitsandbytes.optim.PagedAdamW, lr: 1.0e-4}}}")
+
+
+def test_an_argument_does_not_get_lost_behind_its_component(load):
+    with pytest.raises(UserError, match=r"optimizer=torch.optim.SGD: must stand before optimizer.momentum=0.9"):
+        load("optimizer.momentum=0.9", "optimizer=torch.optim.SGD")
+    with pytest.raises(UserError, match="there is no lr_scheduler that could take it; name one first: lr_scheduler="):
+        load("lr_scheduler=null", "lr_scheduler.warmup_ratio=0.2")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["optimizer.weight_decay=-1"], ["optimizer.weight_decay=-1", "Invalid weight_decay", "another value"]),
+        (["optimizer.betas=[0.9,1.5]"], ["optimizer.betas=[0.9,1.5]", "Invalid beta"]),
+        (["optimizer.fused=true", "optimizer.foreach=true"], ["optimizer.fused=true optimizer.foreach=true"]),
+        (["optimizer=torch.optim.LBFGS", "optimizer.lr=1"], ["optimizer._component_=torch.optim.LBFGS", "closure"]),
+        (["optimizer=torch.optim.SparseAdam", "optimizer.lr=1"], ["torch.optim.SparseAdam", "dense gradients"]),
+        (["lr_scheduler.num_warmup_steps=10"], ["10 steps", "nearest valid: lr_scheduler.num_warmup_steps=9"]),
+        (["lr_scheduler.min_ratio=1.5"], ["lr_scheduler.min_ratio=1.5", "nearest valid: lr_scheduler.min_ratio=1"]),
+        (["loss=torchtune.rlhf.loss.PPOLoss"], ["loss._component_=torchtune.rlhf.loss.PPOLoss", "DPOLoss"]),
+        (["loss=torch.nn.CrossEntropyLoss"], ["loss._component_=torch.nn.CrossEntropyLoss", "policy chosen"]),
+        (["loss=test_config.OneNumber"], ["loss._component_=test_config.OneNumber", "it returns [2], [], [2]"]),
+        (["loss=test_config.Bare"], ["loss._component_=test_config.Bare", "it returns a Tensor"]),
+    ],
+)
+def test_a_rehearsal_tells_what_signatures_cannot(load, overrides, words):
+    cfg = load(*overrides)
+    with pytest.raises(UserError) as error:
+        config.rehearse(cfg.optimizer, cfg.lr_scheduler, cfg.loss, num_training_steps=10)
+    for word in words:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_rehearsal_leaves_no_trace():
+    state = torch.get_rng_state()
+    optimizer = {"_component_": "torch.optim.AdamW", "lr": 0.1}
+    config.rehearse(optimizer, None, {"_component_": "torchtune.rlhf.loss.DPOLoss"}, num_training_steps=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert optimizer == {"_component_": "torch.optim.AdamW", "lr": 0.1}
+
+
+class OneNumber(torch.nn.Module):
+    def forward(self, chosen, rejected, reference_chosen, reference_rejected):
+        return chosen, chosen.mean(), rejected
+
+
+class Bare(torch.nn.Module):
+    def forward(self, chosen, rejected, reference_chosen, reference_rejected):
+        return chosen

@@ -145,15 +145,6 @@ def test_a_folder_of_save_to_disk_is_read(tmp_path):
     assert list(read_rows(str(tmp_path / "several"), split="test")) == [ROWS[3]]
 
 
-def test_a_json_object_needs_the_field_that_holds_the_rows(tmp_path):
-    path = tmp_path / "a.json"
-    path.write_text(json.dumps({"version": 1, "data": ROWS, "tags": []}, indent=1))
-    assert list(read_rows(str(path), field="data")) == ROWS
-    for field in (None, "dta"):
-        with pytest.raises(UserError, match="one object.*data, tags.*dataset.field=KEY"):
-            read_rows(str(path), field=field)
-
-
 def test_columns_that_are_not_needed_may_hold_anything(tmp_path, chatml):
     rows = [{**row, "meta": i if i % 2 else {"score": [i]}} for i, row in enumerate(ROWS)]
     rows[7]["note"] = "only here"
@@ -211,6 +202,11 @@ except ValueError as error:
         ("list.jsonl", "list.jsonl, line 1: holds list, expected an object"),
         ("number.json", r"number.json, row 1 \(from 0\): holds int"),
         ("text.json", "holds str, expected a list of objects"),
+        ("object.json", "one object.*: data, tags. Keep just the list of rows in the file"),
+        ("twice.jsonl", r"twice.jsonl, line 2: .*the key 'chosen' stands twice in one object \(column 29\)"),
+        ("twice.json", r"twice.json, line 3: .*the key 'content' stands twice"),
+        ("twice.csv", "twice.csv, line 1: columns of one name, chosen"),
+        ("folder", "train.csv, line 1: columns of one name, chosen"),
         ("broken.csv", "broken.csv, line 3: not as many cells"),
         ("broken.jsonl.gz", "broken.jsonl.gz cannot be read"),
         ("broken.parquet", "broken.parquet cannot be read"),
@@ -226,6 +222,14 @@ def test_a_source_that_cannot_be_read_is_refused_by_file_and_line(tmp_path, sour
     (tmp_path / "list.jsonl").write_text("[1]\n")
     (tmp_path / "number.json").write_text("[{}, 2]")
     (tmp_path / "text.json").write_text('"rows"')
+    write_json(tmp_path / "object.json", {"version": 1, "data": ROWS, "tags": []})
+    (tmp_path / "twice.jsonl").write_text('{"chosen": "}"}\n{"chosen": "", "chosen": "}"}\n')
+    (tmp_path / "twice.json").write_text(
+        '[{"chosen": {}, "rejected": "\\\\\\"}"},\n{},\n{"chosen": [{"content": "B", "content": ""}]},\n{}]'
+    )
+    (tmp_path / "twice.csv").write_text("prompt,chosen,chosen\na,b,c\n")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/train.csv").write_text("prompt,chosen,chosen\na,b,c\n")
     (tmp_path / "broken.csv").write_text("prompt,chosen\na,b\nc\n")
     (tmp_path / "broken.jsonl.gz").write_bytes(gzip.compress(b"{}")[:-3])
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
@@ -243,24 +247,52 @@ def test_a_source_that_cannot_be_read_is_refused_by_file_and_line(tmp_path, sour
         ({"limit": 0}, "limit=0: must be at least 1"),
         ({"name": "main"}, "dataset.name=main has no effect"),
         ({"revision": "v1"}, "dataset.revision=v1 has no effect"),
-        ({"field": "data"}, "dataset.field=data has no effect"),
         ({"columns": {"promt": "prompt"}}, "dataset.columns.promt: no column of ours. Did you mean prompt"),
         (
             {"columns": {"prompt": "promtp"}},
             "has no such column. Did you mean prompt.* found: prompt, chosen, rejected",
         ),
+        ({"columns": {"system": None}}, "dataset.columns.system=system: .* has no such column"),
     ],
 )
 def test_a_setting_that_does_not_fit_the_source_is_refused(tmp_path, options, message):
     write_jsonl(tmp_path / "a.jsonl", ROWS)
     with pytest.raises(UserError, match=message):
         read_rows(str(tmp_path / "a.jsonl"), **options)
+    with pytest.raises(UserError, match=message.replace("dataset", "eval_dataset")):
+        read_rows(str(tmp_path / "a.jsonl"), key="eval_dataset", **options)
+
+
+@pytest.mark.parametrize("source", ["piars.jsonl", "absent/a.jsonl", "a.txt", "broken.parquet", "empty"])
+def test_a_source_that_cannot_be_read_is_named_by_its_key(tmp_path, source):
+    (tmp_path / "a.txt").write_text("hello")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"^eval_dataset\.source="):
+        read_rows(str(tmp_path / source), key="eval_dataset")
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ([], {}, "eval_dataset: rows has no rows"),
+        ([{"a": 1}], {}, "say so: eval_dataset.columns.prompt="),
+        (ROWS, {"columns": {"promt": "prompt"}}, "eval_dataset.columns.promt"),
+        (ROWS, {"overlong": "cut"}, "eval_dataset.overlong='cut'"),
+        (ROWS, {"overlong": "error", "max_length": 9}, "eval_dataset.overlong to drop"),
+        (ROWS, {"max_length": 9}, "eval_dataset: there is nothing left of rows"),
+    ],
+)
+def test_errors_of_pairs_name_the_key_of_their_rows(chatml, rows, options, message):
+    with pytest.raises(UserError, match=message):
+        tokenize(rows, chatml, key="eval_dataset", **options)
 
 
 # Formats
 
 USER = {"role": "user", "content": "Q"}
 BETTER, WORSE = ({"role": "assistant", "content": text} for text in "BW")
+CONVERSATIONS = {"chosen": [USER, BETTER], "rejected": [USER, WORSE]}
 MULTI = chat("a", "b", "Q", system="S")
 SHAREGPT = [
     {"from": "system", "value": "S"},
@@ -285,6 +317,18 @@ EXAMPLES = {
         {"prompt": "Q", "chosen": "B", "rejected": "W", "system": "S"},
         (chat("Q", system="S"), "B", "W"),
     ),
+    "HH transcripts, system": (
+        {"chosen": "\n\nHuman: Q\n\nAssistant: B", "rejected": "\n\nHuman: Q\n\nAssistant: W", "system": "S"},
+        (chat("Q", system="S"), "B", "W"),
+    ),
+    "prompt with answers, history": (
+        {"prompt": "Q", "chosen": "B", "rejected": "W", "history": [["a", "b"]]},
+        (chat("a", "b", "Q"), "B", "W"),
+    ),
+    "prompt messages with answers, system repeated": (
+        {"prompt": [USER], "chosen": [*chat("Q", system="S"), BETTER], "rejected": [USER, WORSE], "system": "S"},
+        (chat("Q", system="S"), "B", "W"),
+    ),
     "prompt messages with answers": (
         {"prompt": MULTI, "chosen": [BETTER], "rejected": WORSE},
         (MULTI, "B", "W"),
@@ -305,6 +349,15 @@ EXAMPLES = {
         },
         ([USER], "B", "W"),
     ),
+    "conversations, system": ({**CONVERSATIONS, "system": "S"}, (chat("Q", system="S"), "B", "W")),
+    "conversations, the same system": (
+        {"system": "S", "chosen": [*MULTI, BETTER], "rejected": [*MULTI, WORSE]},
+        (MULTI, "B", "W"),
+    ),
+    "conversations, history": (
+        {**CONVERSATIONS, "system": "S", "history": [["a", "b"]]},
+        (chat("a", "b", "Q", system="S"), "B", "W"),
+    ),
     "conversations, answers only": ({"prompt": "Q", "chosen": [BETTER], "rejected": [WORSE]}, ([USER], "B", "W")),
     "ShareGPT": (
         {"conversations": SHAREGPT, "chosen": {"from": "gpt", "value": "B"}, "rejected": {"from": "gpt", "value": "W"}},
@@ -317,6 +370,21 @@ EXAMPLES = {
     "instruction with answers, input": (
         {"instruction": "Q", "input": "i", "chosen": "B", "rejected": "W", "system": "S"},
         (chat("Q\ni", system="S"), "B", "W"),
+    ),
+    "instruction with answers, history": (
+        {
+            "instruction": "Q",
+            "input": "i",
+            "chosen": "B",
+            "rejected": "W",
+            "history": [["a", "b"], ["c", "d"]],
+            "system": "S",
+        },
+        (chat("a", "b", "c", "d", "Q\ni", system="S"), "B", "W"),
+    ),
+    "instruction with answers, no history": (
+        {"instruction": "Q", "chosen": "B", "rejected": "W", "history": [], "system": "", "tools": "[]"},
+        ([USER], "B", "W"),
     ),
 }
 
@@ -369,6 +437,11 @@ def test_an_unknown_format_is_refused_with_the_columns_found_and_the_formats_kno
         (ROWS[0], {"prompt": "Q", "chosen": 7, "rejected": "W"}, "column 'chosen' holds int, 7, expected text"),
         (ROWS[0], {"prompt": "Q", "chosen": "B"}, r"column 'rejected' holds nothing \(null\)"),
         (ROWS[0], {**ROWS[0], "system": 5}, "column 'system' holds int"),
+        (
+            ROWS[0],
+            {**ROWS[0], "history": "a"},
+            r"column 'history' holds text, 'a', expected list of \[question, answer\]",
+        ),
         (ROWS[0], {**ROWS[0], "prompt": [USER]}, "column 'prompt' holds messages"),
         (
             {"chosen": [USER, BETTER], "rejected": [USER, WORSE]},
@@ -417,6 +490,13 @@ def test_columns_of_other_names_are_mapped(chatml):
     assert text(chatml, pairs[9].chosen) == raw[9]["response_j"] + "<|im_end|>"
     assert text(chatml, pairs[9].prompt).endswith(raw[9]["question"] + "<|im_end|>\n<|im_start|>assistant\n")
     assert tokenize(raw, chatml, columns=columns)[0] == pairs
+
+
+def test_a_column_mapped_to_nothing_is_left_out(tmp_path):
+    row = {**ROWS[0], "history": "of the row"}
+    write_json(tmp_path / "a.json", [row])
+    rows = read_rows(str(tmp_path / "a.json"), columns={"history": None})
+    assert list(rows) == ROWS[:1] and rows.column_names == list(ROWS[0])
 
 
 def test_a_mapped_column_wins_over_one_that_has_our_name():
@@ -473,6 +553,7 @@ def test_plain_texts_are_joined_as_they_are(plain):
         ("prompt with answers, system", "S\n\nHuman: Q\n\nAssistant:", " B"),
         ("instruction with answers, input", "S\n\nHuman: Q\ni\n\nAssistant:", " B"),
         ("instruction with answers", "Q\n", "B"),
+        ("prompt with answers, history", "\n\nHuman: a\n\nAssistant: b\n\nHuman: Q\n\nAssistant:", " B"),
         ("conversations", "S\n\nHuman: a\n\nAssistant: b\n\nHuman: Q\n\nAssistant:", " B"),
         ("HH prompt with answers", "\n\nHuman: a\n\nHuman: Q\n\nAssistant:", " B"),
         ("HH transcripts", "\n\nHuman: a \n\nAssistant: b\n\nHuman: Q\n\nAssistant:", " B\n\nmore "),
@@ -498,7 +579,8 @@ def test_a_doubled_bos_is_refused(tmp_path):
 
 # Rows that are dropped
 
-KEPT = {"chosen": [USER, BETTER], "rejected": [USER, WORSE]}
+KEPT = CONVERSATIONS
+CALL = [USER, {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}]
 
 
 @pytest.mark.parametrize(
@@ -510,7 +592,12 @@ KEPT = {"chosen": [USER, BETTER], "rejected": [USER, WORSE]}
         ({"chosen": [USER, BETTER], "rejected": [*chat("Other"), WORSE]}, "prompts differ"),
         ({"chosen": [USER, BETTER, USER], "rejected": [USER, WORSE]}, "no answer at the end"),
         ({"chosen": [USER, {**BETTER, "content": "B" * 99}], "rejected": [USER, WORSE]}, "too long"),
-        ({"chosen": [USER, {**BETTER, "content": "B</s>"}], "rejected": [USER, WORSE]}, "end token's text"),
+        ({"chosen": [USER, {**BETTER, "content": "</s>"}], "rejected": [USER, WORSE]}, "empty answer"),
+        ({"chosen": [USER, {**BETTER, "content": "W</s>"}], "rejected": [USER, WORSE]}, "identical answers"),
+        ({"chosen": [*CALL, BETTER], "rejected": [*CALL, WORSE]}, "tool calls"),
+        ({"chosen": [USER, BETTER], "rejected": CALL}, "tool calls"),
+        ({"chosen": [USER, BETTER], "rejected": [USER, {**WORSE, "function_call": {"name": "f"}}]}, "tool calls"),
+        ({**CONVERSATIONS, "tools": '[{"name": "f"}]'}, "tool descriptions"),
     ],
 )
 def test_a_row_that_cannot_be_used_is_dropped_and_counted_by_reason(llama_3, row, reason):
@@ -519,7 +606,9 @@ def test_a_row_that_cannot_be_used_is_dropped_and_counted_by_reason(llama_3, row
     ((counted, rows),) = report.dropped.items()
     assert reason in counted and rows == [1, 3, 4, 5]
     assert re.search(rf"dropped: .*{reason} +4 +57.1 %   row 1, 3, 4, \.\.\.", str(report))
-    with pytest.raises(UserError, match=rf"nothing left of rows to train on(.|\n)*dropped: .*{reason} +1 +100.0 %"):
+    with pytest.raises(
+        UserError, match=rf"dataset: there is nothing left of rows(.|\n)*dropped: .*{reason} +1 +100.0 %"
+    ):
         tokenize([row], llama_3, max_length=80)
 
 
@@ -530,10 +619,60 @@ def test_hh_rows_without_a_last_answer_or_with_another_prompt_are_dropped(chatml
     assert report.dropped == {"prompts differ": [1], "no answer at the end": [2]}
 
 
-def test_a_refusal_of_the_template_names_the_row(tmp_path):
-    tokenizer = hf_tokenizer(save(tmp_path, chat_template=GEMMA))
-    with pytest.raises(UserError, match=r"rows, row 1 \(from 0\): .*\(system, user\): no system role"):
-        tokenize([ROWS[0], {**ROWS[1], "system": "S"}], tokenizer)
+def test_rows_that_the_template_refuses_are_dropped_by_its_first_line(tmp_path):
+    tokenizer = hf_tokenizer(save(tmp_path, chat_template=GEMMA.replace("no system role", "no system role\\nsorry")))
+    refused = {**ROWS[1], "system": "S"}
+    pairs, report = tokenize([ROWS[0], refused, ROWS[2], refused], tokenizer)
+    assert [pair.row for pair in pairs] == [0, 2]
+    assert report.dropped == {"refused by the chat template: no system role": [1, 3]}
+    assert "rows refused: tokenizer.chat_template=FILE.jinja" in str(report)
+    with pytest.raises(UserError, match=r"nothing left of rows(.|\n)*dropped: refused by the chat template: no system"):
+        tokenize([refused], tokenizer)
+
+
+@needs_shared
+def test_rows_that_torchtunes_template_refuses_are_dropped():
+    from torchtune.models.mistral import mistral_tokenizer
+
+    theirs = mistral_tokenizer(str(SHARED / "tokenizers/mistral/tokenizer.model.v1"))
+    pairs, report = tokenize([ROWS[0], {**ROWS[1], "system": "S"}], theirs)
+    ((reason, rows),) = report.dropped.items()
+    assert len(pairs) == 1 and rows == [1] and reason.startswith("refused by the chat template: ValueError('System")
+
+
+@pytest.mark.parametrize("name", ["plain", "chatml", "llama_3"])
+@pytest.mark.parametrize("end", ["</s>", "<|im_end|>", "<|eot_id|>\n", "</s></s>", "<|im_end|>\n</s>"])
+def test_an_end_tokens_text_is_taken_off_an_answer_and_counted(request, name, end):
+    tokenizer = request.getfixturevalue(name)
+    clean = {"prompt": "Q", "chosen": "Write </s> to end", "rejected": "W"}
+    ended = {**clean, "chosen": clean["chosen"] + end}
+    (first, second, third), report = tokenize([clean, ended, {**ended, "rejected": "W" + end}], tokenizer)
+    assert (first.prompt, first.chosen, first.rejected) == (second.prompt, second.chosen, second.rejected)
+    assert (first.prompt, first.chosen, first.rejected) == (third.prompt, third.chosen, third.rejected)
+    assert first.rejected[-1] in tokenizer.end_ids and first.rejected[-2] not in tokenizer.end_ids
+    assert report.ends_taken_off == [1, 2] and not report.dropped
+    assert re.search(r"end token's text taken off +2 +66.7 %   row 1, 2\n", str(report))
+
+
+def test_an_end_tokens_text_is_taken_off_a_transcript_alone(plain):
+    row = EXAMPLES["HH transcripts"][0]
+    (clean, ended), report = tokenize([row, {name: text + "</s>" for name, text in row.items()}], plain)
+    assert (clean.prompt, clean.chosen, clean.rejected) == (ended.prompt, ended.chosen, ended.rejected)
+    assert report.ends_taken_off == [1]
+
+
+@needs_shared
+def test_an_end_tokens_text_is_taken_off_with_torchtunes_tokenizers():
+    from torchtune.models.llama2 import llama2_tokenizer
+    from torchtune.models.llama3 import llama3_tokenizer
+
+    files = SHARED / "tokenizers/torchtune"
+    for theirs, end in (
+        (llama2_tokenizer(str(files / "m.model")), "</s>"),
+        (llama3_tokenizer(str(files / "tiktoken_small.model")), "<|eot_id|>"),
+    ):
+        (clean, ended), report = tokenize([ROWS[0], {**ROWS[0], "chosen": ROWS[0]["chosen"] + end}], theirs)
+        assert clean.chosen == ended.chosen and report.ends_taken_off == [1]
 
 
 def test_no_rows_are_refused(chatml):
@@ -619,6 +758,12 @@ def test_a_prompt_budget_that_takes_all_is_reported(chatml):
 
 
 # The report and the split
+
+
+def test_a_template_that_writes_the_date_is_noted(chatml, tmp_path):
+    dated = hf_tokenizer(save(tmp_path, chat_template="{{ strftime_now('%d %b %Y') }}" + CHATML))
+    assert "the chat template writes today's date" in str(tokenize(ROWS, dated)[1])
+    assert "today's date" not in str(tokenize(ROWS, chatml)[1])
 
 
 def test_the_report_gives_lengths_as_numpy_counts_them(plain):

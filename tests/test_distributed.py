@@ -6,6 +6,7 @@ Processes are real: torchrun starts them, gloo connects them, on the CPU.
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, SHARDED_SIZES, random_pairs, run_recipe, save_llama, save_pairs
+from helpers import ROOT, SHARDED_SIZES, random_pairs, run_recipe, save_llama, save_pairs, tiny_llama
 from safetensors.torch import load_file
 
 from pairtune.loader import Steps, share
@@ -218,6 +219,18 @@ def test_gradients_are_reduced_in_float32_and_only_those_that_are_trained(measur
     for method in METHODS:
         _, num_bytes = measured(method, 2)["cached"]["reduce_scatter"]
         assert num_bytes == measured(method, 1)["optimizer"] / 2
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_plan_on_paper_counts_the_bytes_that_are_sent(measured, method):
+    """tools/plan.py's formulas, on this model in float32, against what a step gathered and reduced."""
+    paper = runpy.run_path(str(ROOT / "tools" / "plan.py"))
+    sizes = paper["sizes"](tiny_llama(**SHARDED_SIZES), rank=4)
+    result = measured(method, 2)
+    for kind, micro_batches, reference in (("cached", 1, False), ("live", 1, True), ("accumulated", 2, False)):
+        expected = paper["gathered_bytes"](sizes, method, micro_batches, reference, item=4)
+        assert result[kind]["all_gather"][1] == expected
+        assert result[kind]["reduce_scatter"][1] == paper["reduced_bytes"](sizes, method)
 
 
 # Who gets which pair

@@ -85,6 +85,16 @@ def test_an_answer_that_continues_the_other_one_is_scored_whole():
         torch.testing.assert_close(ours(model, pairs, back_end=back_end), expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("back_end", BACK_ENDS)
+def test_a_batch_of_padding_has_gradients_of_zero_for_every_parameter(model, back_end):
+    """A process without pairs runs along: FSDP reduces gradients of all processes, and they have to be there."""
+    models.prepare(model, max_length=128)
+    values = ours(model, [], back_end=back_end)
+    assert values.shape == (0,)
+    values.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
 def naive_token_logps(hidden, weight, target):
     return (hidden.double() @ weight.double().T).log_softmax(-1)[torch.arange(len(target)), target]
 

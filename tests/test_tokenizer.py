@@ -206,6 +206,11 @@ def test_plain_text_is_tokenized_as_transformers_does(text):
         (chat("Hi", "Ho"), "Hi\n", "Ho"),
         (chat("a", "b", "c", "d"), "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", " d"),
         (chat("a", "b", system="Be kind."), "Be kind.\n\nHuman: a\n\nAssistant:", " b"),
+        (
+            [{"role": "system", "content": "Be rude."}, *chat("a", "b", system="Be kind.")],
+            "Be rude.\n\nBe kind.\n\nHuman: a\n\nAssistant:",
+            " b",
+        ),
     ],
 )
 def test_plain_conversations_are_a_question_or_a_transcript(tmp_path, messages, prompt, answer):
@@ -313,6 +318,16 @@ def test_a_truncation_stored_in_the_folder_is_ignored(tmp_path):
     assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == text
 
 
+@pytest.mark.parametrize(("last", "largest"), [(2, 3), (90, 90)])
+def test_vocab_size_is_the_largest_id_plus_one_with_gaps_and_added_tokens(tmp_path, last, largest):
+    backend = tokenizers.Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "far": last}, unk_token="<s>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_tokens(["<added>"])  # becomes token 3
+    tokenizer = hf_tokenizer(save(tmp_path, backend=backend))
+    assert max(tokenizer.encode("far <added>")) == largest
+    assert tokenizer.vocab_size == largest + 1
+
+
 def test_common_prefix_is_that_of_a_naive_loop():
     generator = random.Random(0)
     for _ in range(500):
@@ -387,6 +402,7 @@ def test_phi3_stops_at_the_end_token_that_its_template_writes():
     tokenizer = adapt(torchtune_tokenizer("phi3"))
     assert tokenizer.render(chat("Hi", "Ho"))[-1] == 32007  # <|end|>, which torchtune's stop_tokens lack
     assert 32007 in tokenizer.stop_ids
+    assert tokenizer.vocab_size == 1 + max(tokenizer._tokenizer.special_tokens.values())  # torchtune says 32,000
 
 
 @needs_shared

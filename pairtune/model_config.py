@@ -1,0 +1,93 @@
+"""Whether the model that a config builds is the one whose weights it names, as far as the folder's config.json tells.
+
+Weights of equal shapes load into the wrong architecture without a word, and train: loss starts at ln 2 all the same.
+"""
+
+from torchtune.modules import RMSNorm, TiedLinear, TransformerDecoder
+
+from pairtune.errors import UserError
+
+# config.json's model_type to torchtune's names for checkpointers.
+MODEL_TYPES = {
+    "llama": ("LLAMA2", "LLAMA3", "LLAMA3_2"),
+    "mistral": ("MISTRAL",),
+    "gemma": ("GEMMA",),
+    "qwen2": ("QWEN2",),
+    "phi3": ("PHI3_MINI", "PHI4"),
+}
+
+
+def check_model_type(model_type: str, config: dict) -> None:
+    """Refuses a `checkpointer.model_type` that converts another architecture's weights, or that is known to be wrong.
+
+    Raises:
+        UserError: As said; `config` is the folder's config.json.
+    """
+    if model_type == "GEMMA2":
+        raise UserError(
+            "checkpointer.model_type=GEMMA2: torchtune 0.6.1 swaps two of Gemma 2's norms when it converts weights and "
+            "caps hidden states in the place of logits, so the model would not be Gemma 2; no config mends this"
+        )
+    expected = MODEL_TYPES.get(config.get("model_type"))
+    if expected and model_type not in expected:
+        raise UserError(
+            f"checkpointer.model_type={model_type}: the folder's config.json says model_type={config['model_type']}, "
+            f"which is {' or '.join(expected)} here"
+        )
+
+
+def check_model(model: TransformerDecoder, config: dict) -> None:
+    """Compares a built model with the folder's config.json; what config.json does not say is not compared.
+
+    Raises:
+        UserError: They differ. The message names every difference.
+    """
+    built, expected = describe(model), describe_config(config)
+    different = [
+        f"{name} is {built[name]} in `model` and {value} in config.json"
+        for name, value in expected.items()
+        if value is not None and name in built and built[name] != value
+    ]
+    if different:
+        raise UserError(
+            f"model: {'; '.join(different)}. `model` and `checkpointer.checkpoint_dir` do not belong together: choose "
+            "the builder and the arguments that fit the folder"
+        )
+
+
+def describe(model: TransformerDecoder) -> dict:
+    """Returns what a model is, under config.json's names."""
+    attention = model.layers[0].attn
+    rope = attention.pos_embeddings
+    description = {
+        "num_hidden_layers": len(model.layers),
+        "hidden_size": model.tok_embeddings.embedding_dim,
+        "num_attention_heads": attention.num_heads,
+        "num_key_value_heads": attention.num_kv_heads,
+        "head_dim": attention.head_dim,
+        "tie_word_embeddings": isinstance(model.output, TiedLinear),
+        "rope_theta": float(rope.base),
+        "rope_scaling.factor": float(getattr(rope, "scale_factor", 1.0)),
+    }
+    if isinstance(model.norm, RMSNorm):
+        description["rms_norm_eps"] = model.norm.eps
+    return description
+
+
+def describe_config(config: dict) -> dict:
+    """Returns the same from a config.json of transformers 4 or 5; None where it does not say."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    heads, width = config.get("num_attention_heads"), config.get("hidden_size")
+    theta = rope.get("rope_theta", config.get("rope_theta"))
+    llama = config.get("model_type") == "llama"  # where scaling is known to mean what torchtune's scale_factor does
+    return {
+        "num_hidden_layers": config.get("num_hidden_layers"),
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "num_key_value_heads": config.get("num_key_value_heads"),
+        "head_dim": config.get("head_dim") or (width // heads if heads and width else None),
+        "tie_word_embeddings": config.get("tie_word_embeddings"),
+        "rope_theta": float(theta) if theta is not None else None,
+        "rope_scaling.factor": float(rope.get("factor", 1.0)) if llama and theta is not None else None,
+        "rms_norm_eps": config.get("rms_norm_eps"),
+    }

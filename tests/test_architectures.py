@@ -1,0 +1,275 @@
+"""Every architecture that the recipes take has the log-probabilities, answers and exports that its peers compute."""
+
+import json
+
+import pytest
+import torch
+from helpers import padded_logps, random_pairs
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+from torchtune.config._utils import _get_component_from_path
+from torchtune.modules.peft import LoRALinear
+
+from pairtune import checkpoint, generation, models
+from pairtune.batch import lay_out
+from pairtune.dist import World
+from pairtune.errors import UserError
+from pairtune.logps import answer_logps
+from pairtune.model_config import check_model, check_model_type
+
+ONE = World(torch.device("cpu"))
+SIZES = {
+    "vocab_size": 320,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "embed_dim": 128,
+    "intermediate_dim": 128,
+    "max_seq_len": 128,
+}
+BUILDERS = {
+    "llama2": ("torchtune.models.llama2.llama2", SIZES),
+    "llama3_1": ("torchtune.models.llama3_1._component_builders.llama3_1", SIZES),
+    "llama3_2": ("torchtune.models.llama3_2._component_builders.llama3_2", SIZES),
+    "mistral": ("torchtune.models.mistral.mistral", SIZES),
+    "phi3": ("torchtune.models.phi3.phi3", SIZES),
+    "gemma": ("torchtune.models.gemma.gemma", SIZES | {"head_dim": 32}),
+    "qwen2": ("torchtune.models.qwen2.qwen2", SIZES),
+    "qwen2_tied": ("torchtune.models.qwen2.qwen2", SIZES | {"tie_word_embeddings": True}),
+}
+LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "modules": ["q_proj", "k_proj", "v_proj", "mlp"], "dtype": "fp32"}
+
+
+def random_model(name):
+    """torchtune's own model with random weights everywhere, biases and norms too."""
+    path, arguments = BUILDERS[name]
+    torch.manual_seed(0)
+    model = _get_component_from_path(path)(**arguments)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "scale" in parameter_name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            else:
+                parameter.normal_(std=0.1 if "tok_embeddings" in parameter_name else 0.08)
+    return model
+
+
+def prepared(name, weights, *, lora=False):
+    path, arguments = BUILDERS[name]
+    component = {"_component_": path, **arguments}
+    model = models.lora(component, **LORA) if lora else models.full(component, dtype="fp32")
+    models.prepare(model, max_length=128)
+    models.load(model, weights, world=ONE)
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            torch.nn.init.normal_(module.lora_b.weight, std=0.05)
+    return model
+
+
+def scores(model, pairs):
+    with torch.no_grad():
+        return torch.cat(answer_logps(model, lay_out(pairs)))
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_log_probabilities_and_gradients_equal_the_padded_forward(name):
+    peer, pairs, upstream = random_model(name), random_pairs(4), torch.randn(8)
+    expected = padded_logps(peer, pairs)
+    (expected * upstream).sum().backward()
+    model = prepared(name, peer.state_dict())
+    values = torch.cat(answer_logps(model, lay_out(pairs)))
+    (values * upstream).sum().backward()
+    torch.testing.assert_close(values, expected, atol=1e-4, rtol=0)
+    for (parameter_name, parameter), wanted in zip(model.named_parameters(), peer.parameters(), strict=True):
+        error = (parameter.grad - wanted.grad).norm() / wanted.grad.norm()
+        assert error < 1e-5, parameter_name
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_merged_adapters_compute_what_the_adapted_model_computes(name):
+    weights, pairs = random_model(name).state_dict(), random_pairs(4)
+    adapted = prepared(name, weights, lora=True)
+    merged = prepared(name, models.merged_state_dict(adapted, ONE))
+    torch.testing.assert_close(scores(merged, pairs), scores(adapted, pairs), atol=1e-3, rtol=0)
+    assert (scores(adapted, pairs) - scores(prepared(name, weights), pairs)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_answers_are_the_greedy_ones_whatever_prompts_share_a_batch(name):
+    model = prepared(name, random_model(name).state_dict())
+    prompts = [pair.prompt for pair in random_pairs(4)]
+    expected = []
+    for prompt in prompts:
+        tokens = list(prompt)
+        while len(tokens) < len(prompt) + 8 and (tokens[-1] != 2 or len(tokens) == len(prompt)):
+            with torch.no_grad():
+                tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+        expected.append([t for t in tokens[len(prompt) :] if t != 2])
+    options = {"device": ONE.device, "stop_ids": [2]}
+    assert generation.answers(model, prompts, **options, max_new_tokens=8) == expected
+    # An answer ends where the positions do; it does not crash there.
+    long = generation.answers(model, prompts[:1], **options, max_new_tokens=1000)
+    assert len(long[0]) <= 128 - len(prompts[0])
+
+
+def test_qwen2_exports_are_the_policy_in_transformers_and_peft(tmp_path):
+    """Qwen 2 has biases, and its rotary layout is Hugging Face's own: its adapters must not be reordered."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=320, hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, rope_theta=1_000_000.0, rms_norm_eps=1e-5,
+        tie_word_embeddings=False, initializer_range=0.08,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "base")
+    cfg = {
+        "_component_": "torchtune.training.FullModelHFCheckpointer",
+        "checkpoint_dir": str(tmp_path / "base"),
+        "model_type": "QWEN2",
+    }
+    files = checkpoint.open_weights(OmegaConf.create(cfg), tmp_path / "run")
+    path, arguments = BUILDERS["qwen2"]
+    component = {"_component_": path, **arguments, "norm_eps": 1e-5, "rope_base": 1_000_000.0}
+    model = models.lora(component, **LORA)
+    models.prepare(model, max_length=128)
+    check_model(model, checkpoint.read_config(cfg["checkpoint_dir"]))
+    models.load(model, checkpoint.Weights(files), world=ONE)
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            torch.nn.init.normal_(module.lora_b.weight, std=0.1)
+    merged, adapter = models.merged_state_dict(model, ONE), models.adapter_state_dict(model, ONE)
+    exported = checkpoint.export(files, tmp_path / "run", merged=merged, adapter=adapter, lora=LORA)
+    tokens = torch.randint(3, 320, (2, 30))
+    peers = {"merged": AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)}
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    peers["adapter"] = PeftModel.from_pretrained(base, exported / "adapter")
+    with torch.no_grad():
+        expected = model(tokens)
+        for name, peer in peers.items():
+            torch.testing.assert_close(peer(tokens).logits, expected, atol=1e-3, rtol=1e-4, msg=name)
+        with models.reference_of(model):
+            assert (model(tokens) - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("kind", "model_type"), [("Llama", "LLAMA3"), ("Mistral", "MISTRAL"), ("Qwen2", "QWEN2"), ("Phi3", "PHI3_MINI")]
+)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_weights_are_read_as_torchtune_reads_them(tmp_path, kind, model_type, sharded):
+    import transformers
+
+    sizes = {
+        "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "tie_word_embeddings": False, "pad_token_id": 0, "max_position_embeddings": 128,
+    }  # fmt: skip
+    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**sizes))
+    model.save_pretrained(tmp_path / "base", max_shard_size="100KB" if sharded else "1GB")
+    cfg = {"checkpoint_dir": str(tmp_path / "base"), "model_type": model_type}
+    cfg = OmegaConf.create({"_component_": "torchtune.training.FullModelHFCheckpointer", **cfg})
+    weights = checkpoint.Weights(checkpoint.open_weights(cfg, tmp_path / "run"))
+    expected = checkpoint.open_weights(cfg, tmp_path / "run").load_checkpoint()["model"]
+    assert set(weights) == set(expected) and len(weights) == len(expected) > 15
+    for name in weights:
+        assert torch.equal(weights[name], expected[name]), name
+
+
+LLAMA = {
+    "model_type": "llama",
+    "num_hidden_layers": 2,
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rope_theta": 500_000.0,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rope_theta": 10_000.0}, ["rope_theta", "500000.0", "10000.0"]),
+        ({"rope_parameters": {"rope_theta": 10_000.0}}, ["rope_theta"]),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["rope_scaling.factor"]),
+        ({"num_attention_heads": 8}, ["num_attention_heads", "head_dim"]),
+        ({"num_key_value_heads": 4}, ["num_key_value_heads"]),
+        ({"num_hidden_layers": 3}, ["num_hidden_layers"]),
+        ({"hidden_size": 64}, ["hidden_size"]),
+        ({"rms_norm_eps": 0.01}, ["rms_norm_eps"]),
+        ({"tie_word_embeddings": True}, ["tie_word_embeddings"]),
+    ],
+)
+def test_a_model_that_is_not_the_folders_is_refused(change, words):
+    model = models.full({"_component_": "torchtune.models.llama3.llama3", **SIZES}, dtype="fp32")
+    check_model(model, LLAMA)
+    with pytest.raises(UserError) as error:
+        check_model(model, LLAMA | change)
+    for word in [*words, "do not belong together"]:
+        assert word in str(error.value)
+
+
+def test_llama_3_1s_scaled_rope_is_told_from_llama_3s():
+    model = models.full({"_component_": BUILDERS["llama3_1"][0], **SIZES}, dtype="fp32")
+    check_model(model, LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}})
+    with pytest.raises(UserError, match="rope_scaling.factor is 8.0 in `model` and 1.0 in config.json"):
+        check_model(model, LLAMA)
+
+
+def test_a_model_type_of_another_architecture_is_refused():
+    check_model_type("LLAMA3", {"model_type": "llama"})
+    check_model_type("LLAMA3", {})
+    with pytest.raises(UserError, match="model_type=QWEN2.*which is LLAMA2 or LLAMA3 or LLAMA3_2 here"):
+        check_model_type("QWEN2", {"model_type": "llama"})
+    with pytest.raises(UserError, match="GEMMA2.*swaps two of Gemma 2's norms"):
+        check_model_type("GEMMA2", {"model_type": "gemma2"})
+
+
+def test_attention_that_cannot_see_prefix_and_own_tail_is_refused():
+    model = models.full({"_component_": "torchtune.models.gemma2.gemma2", **SIZES, "head_dim": 32}, dtype="fp32")
+    with pytest.raises(UserError, match="Gemma2Attention"):
+        models.prepare(model, max_length=128)
+
+
+def test_an_export_takes_only_what_belongs_to_a_model_and_keeps_the_earlier_one_until_it_is_done(tmp_path):
+    """The base is the export of an earlier LoRA run, read-only, with an adapter and other things beside its weights."""
+    from torchtune.models.convert_weights import tune_to_hf
+
+    base = tmp_path / "base"
+    (base / "adapter").mkdir(parents=True)
+    peer = random_model("mistral")
+    heads = {"num_heads": 4, "num_kv_heads": 2, "dim": 128}
+    weights = {k: v.contiguous() for k, v in tune_to_hf(peer.state_dict(), **heads).items()}
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    (base / "config.json").write_text(json.dumps(LLAMA | {"model_type": "mistral"}))
+    for name in ("tokenizer.json", "README.md", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"):
+        (base / name).write_text("{}")
+    for file in base.rglob("*.json"):
+        file.chmod(0o444)
+    cfg = {
+        "checkpoint_dir": str(base),
+        "model_type": "MISTRAL",
+        "_component_": "torchtune.training.FullModelHFCheckpointer",
+    }
+    for _ in range(2):  # the second replaces the first
+        files = checkpoint.open_weights(OmegaConf.create(cfg), tmp_path / "run")
+        model = prepared("mistral", checkpoint.Weights(files), lora=True)
+        merged, adapter = models.merged_state_dict(model, ONE), models.adapter_state_dict(model, ONE)
+        exported = checkpoint.export(files, tmp_path / "run", merged=merged, adapter=adapter, lora=LORA)
+        names = {str(p.relative_to(exported)) for p in exported.rglob("*") if p.is_file()}
+        assert names == {
+            "config.json", "tokenizer.json", "model-00001-of-00001.safetensors", "model.safetensors.index.json",
+            "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/tokenizer.json",
+        }  # fmt: skip
+        assert json.loads((exported / "adapter" / "adapter_config.json").read_text())["r"] == 4
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["export"]
+
+
+def test_an_earlier_run_in_the_folder_is_kept_beside_it(tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    for number in range(3):
+        checkpoint.make_room(run_dir)
+        (run_dir / "metrics.jsonl").write_text(str(number))
+    assert [(tmp_path / n / "metrics.jsonl").read_text() for n in ("run.1", "run.2", "run")] == ["0", "1", "2"]
+    assert "is now" in capsys.readouterr().out
