@@ -130,8 +130,9 @@ def connect(world: World, replicate: int = 1, timeout_s: float = 600.0) -> World
 
 
 def stop(world: World) -> None:
-    """Disconnects this process."""
+    """Disconnects this process, when all have come here: nobody's last collective loses its peer."""
     if world.mesh is not None:
+        world.barrier()
         torch_dist.destroy_process_group()
 
 

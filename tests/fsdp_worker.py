@@ -1,4 +1,4 @@
-"""Run by torchrun in test_distributed.py: what a rank holds and sends, written as JSON to argv[2]."""
+"""Run by torchrun in test_distributed.py: what a rank holds and sends, by method, written as JSON to argv[1]."""
 
 import json
 import os
@@ -45,8 +45,7 @@ def num_bytes(tensor):
     return local.numel() * local.element_size()
 
 
-def main(method, path):
-    world = dist.connect(dist.start("cpu"))
+def measure(method, world):
     component = {"_component_": "torchtune.models.llama3.llama3", **SHARDED_SIZES}
     lora = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "modules": ["q_proj", "k_proj", "v_proj", "output_proj", "mlp"]}
     if method == "full":
@@ -85,9 +84,15 @@ def main(method, path):
         with CountCollectives() as mode:
             step(*arguments)
         result[name] = mode.counts
+    return result
+
+
+def main(path, *methods):
+    world = dist.connect(dist.start("cpu"))
+    results = {method: measure(method, world) for method in methods}
     if world.is_main:
         with open(path, "w") as file:
-            json.dump(result, file)
+            json.dump(results, file)
     dist.stop(world)
 
 
