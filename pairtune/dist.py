@@ -148,6 +148,7 @@ class Watchdog:
         self._world, self._timeout_s = world, timeout_s
         self._main = threading.get_ident()
         self._doing, self._last = "starting", time.monotonic()
+        self._ended = threading.Event()
         if world.size > 1:
             self._store = torch_dist.distributed_c10d._get_default_store()
             threading.Thread(target=self._watch, daemon=True).start()
@@ -156,9 +157,14 @@ class Watchdog:
         """Says what the main thread does from now on, such as "step 17"."""
         self._doing, self._last = doing, time.monotonic()
 
+    def end(self) -> None:
+        """Stops watching: from here on processes no longer wait for each other."""
+        self._ended.set()
+
     def _watch(self) -> None:
         while (silent := time.monotonic() - self._last) < self._timeout_s:
-            time.sleep(min(1.0, self._timeout_s / 10))
+            if self._ended.wait(min(1.0, self._timeout_s / 10)):
+                return
         self._store.set(f"stands/{self._world.rank}", f"{self._doing}, {silent:.0f} s: {self._line()}")
         time.sleep(2.0 + self._timeout_s / 10)  # the others' watchdogs wake within this
         ranks = range(self._world.size)

@@ -21,9 +21,7 @@ class Rule:
 
     holds: Callable[[Any], bool]
     says: str  # completes "must be ..."
-    nearest: Callable[[Any], Any] | None = (
-        None  # a wrong value -> the closest right one; without it, the default is shown
-    )
+    nearest: Callable[[Any], Any] | None = None  # a wrong value -> the closest right one; else the default is shown
     kind: type | None = None  # the type when the default, being None, does not tell
     nullable: bool = False
 

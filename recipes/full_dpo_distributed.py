@@ -52,7 +52,7 @@ DEFAULTS = {
         "revision": None,  # which commit, branch or tag of it
         "split": "train",  # slices work: train[:90%]
         "limit": None,  # the first N rows only
-        "columns": {},  # ours: theirs, where a column has another name
+        "columns": {},  # ours: theirs, where a column has another name; null leaves an optional one out
         "overlong": "drop",  # a pair over the budget: drop, trim_prompt (from the left) or error
         "val_fraction": None,  # hold out the last part for evaluation, such as 0.1
     },
@@ -86,7 +86,7 @@ DEFAULTS = {
         "max_new_tokens": 128,
         "temperature": 0.0,  # 0 takes the likeliest token
     },
-    "metric_logger": None,  # such as torchtune.training.metric_logging.TensorBoardLogger
+    "metric_logger": None,  # {_component_: torchtune.training.metric_logging.TensorBoardLogger, log_dir: ...}
 }
 
 
@@ -95,7 +95,6 @@ def main(cfg):
     world = dist.start(cfg.device)
     world = dist.connect(world, cfg.data_parallel_replicate_dim, cfg.collective_timeout_s)  # distributed only
     world = world.with_cpu_offload(cfg.fsdp_cpu_offload)  # distributed only
-    watchdog = dist.Watchdog(world, cfg.collective_timeout_s)  # distributed only
     run_dir = Path(cfg.output_dir)
     torch.manual_seed(cfg.seed)
 
@@ -174,6 +173,7 @@ def main(cfg):
         models.load(policy, checkpoint.Weights(files), world=world)
 
     # 5. Optimizer, schedule, logs
+    watchdog = dist.Watchdog(world, cfg.collective_timeout_s)  # distributed only
     optimizer = config.instantiate(cfg.optimizer, [p for p in model.parameters() if p.requires_grad])
     scheduler = config.instantiate(cfg.lr_scheduler, optimizer, num_training_steps=total_steps, last_epoch=-1)
     log = metrics.RunLog(run_dir, world, config.instantiate(cfg.metric_logger) if world.is_main else None, cfg)
@@ -278,8 +278,10 @@ def main(cfg):
 
     # 8. Curves, answers, weights
     after = answer_prompts()
-    watchdog.beat("export")  # distributed only
+    watchdog.beat("gathering weights")  # distributed only
     merged, adapter = models.merged_state_dict(model, world), models.adapter_state_dict(model, world)
+    watchdog.end()  # distributed only
+    dist.stop(world)  # distributed only
     if world.is_main:
         metrics.plot_curves(log.path, run_dir / "curves.png")
         generation.write_samples(run_dir / "samples.jsonl", [tokenizer.decode(p) for p in prompts], before, after)
@@ -287,7 +289,6 @@ def main(cfg):
             files, run_dir, merged=merged, adapter=adapter, lora=cfg.get("lora"), tokenizer=cfg.tokenizer
         )
         print(f"\nrun folder {run_dir}, exported weights {exported}")
-    dist.stop(world)  # distributed only
 
 
 if __name__ == "__main__":

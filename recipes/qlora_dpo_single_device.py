@@ -55,7 +55,7 @@ DEFAULTS = {
         "revision": None,  # which commit, branch or tag of it
         "split": "train",  # slices work: train[:90%]
         "limit": None,  # the first N rows only
-        "columns": {},  # ours: theirs, where a column has another name
+        "columns": {},  # ours: theirs, where a column has another name; null leaves an optional one out
         "overlong": "drop",  # a pair over the budget: drop, trim_prompt (from the left) or error
         "val_fraction": None,  # hold out the last part for evaluation, such as 0.1
     },
@@ -89,7 +89,7 @@ DEFAULTS = {
         "max_new_tokens": 128,
         "temperature": 0.0,  # 0 takes the likeliest token
     },
-    "metric_logger": None,  # such as torchtune.training.metric_logging.TensorBoardLogger
+    "metric_logger": None,  # {_component_: torchtune.training.metric_logging.TensorBoardLogger, log_dir: ...}
 }
 
 
