@@ -174,6 +174,24 @@ def test_the_tensorboard_logger_gets_what_metrics_jsonl_gets(work):
     assert "eval/rewards/accuracies" in events.Tags()["tensors"]
 
 
+def test_the_wandb_logger_gets_what_metrics_jsonl_gets(work, monkeypatch):
+    """Offline: nothing leaves the machine. Its own summary holds the last value of each metric, its config ours."""
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    seen = {}
+    monkeypatch.setattr(wandb, "finish", lambda finish=wandb.finish: (seen.update(read_wandb()), finish()))
+
+    def read_wandb():
+        return {"loss": wandb.run.summary["loss"], "step": wandb.run.step, "pairs": wandb.run.config["pairs_per_step"]}
+
+    component = "torchtune.training.metric_logging.WandBLogger"
+    log = run(work, "lora_dpo_single_device", f"metric_logger={{_component_: {component}, log_dir: {work / 'wandb'}}}")
+    assert seen["loss"] == losses(log)[-1] and seen["pairs"] == 8 and seen["step"] >= 3
+    assert list((work / "wandb").rglob("*.wandb"))
+
+
 def test_dropout_that_has_no_effect_is_said_and_without_it_it_has_one(work, capsys):
     plain = run(work, "lora_dpo_single_device", "epochs=2")
     capsys.readouterr()
