@@ -82,8 +82,12 @@ def summary(results: dict[str, float], prefix: str = "") -> str:
     return f"loss {loss:.4f}, accuracy {accuracy:.3f}, margin {margin:+.3f}"
 
 
-def check(step: int, results: dict[str, float], *, rows: list[int]) -> None:
-    """Refuses to go on with numbers that cannot be right. `rows` are those since the last check, for the message.
+def check(step: int, results: dict[str, float], *, rows: list[int], same_at_start: bool) -> None:
+    """Refuses to go on with numbers that cannot be right.
+
+    Args:
+        rows: Those since the last check, for the message.
+        same_at_start: Policy and reference compute the same before the first update: always, but for dropout.
 
     Raises:
         UserError: A loss or gradient that is not finite; at step 1, a policy that is not the reference.
@@ -94,7 +98,7 @@ def check(step: int, results: dict[str, float], *, rows: list[int]) -> None:
             f"step {step}: {broken[0]} is {results[broken[0]]}; rows since the last logged step: {sorted(rows)}. "
             "Look at these rows, lower optimizer.lr, or use dtype=fp32"
         )
-    if step == 1 and abs(results["rewards/margins"]) > 0.01:
+    if same_at_start and step == 1 and abs(results["rewards/margins"]) > 0.01:
         raise UserError(
             f"step 1: the mean margin is {results['rewards/margins']:+.4f} and must be 0: before the first update the "
             "policy is the reference. The two are not the same model"

@@ -257,7 +257,7 @@ def main(cfg):
                 "peak_memory_gib": metrics.peak_memory_gib(world.device),
             }
             log.write(step, results)
-            metrics.check(step, results, rows=rows)
+            metrics.check(step, results, rows=rows, same_at_start=cfg.disable_dropout)
             progress.set_postfix_str(f"{metrics.summary(results)}, {results['pairs_per_second']:.1f} pairs/s")
             rows, num_tokens, last_log = [], 0, time.perf_counter()
         if held_out and (step == total_steps or step % (cfg.eval_every_n_steps or total_steps) == 0):
