@@ -69,6 +69,34 @@ def test_fresh_adapters_change_nothing():
     assert all(m.lora_a.weight.abs().max() > 0 for m in model.modules() if isinstance(m, LoRALinear))
 
 
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_reference_values_kept_from_before_training_equal_live_ones_after_it(method):
+    """What a cache would hold, one pair at a time, against the reference of the trained model, all pairs in one row."""
+    model, pairs = loaded(method, sizes=NF4_SIZES), random_pairs(4)
+    with models.reference_of(model):
+        kept = torch.stack([scores(model, [pair]) for pair in pairs]).T.flatten()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    for _ in range(3):
+        chosen, rejected = answer_logps(model, lay_out(pairs))
+        (rejected - chosen).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with models.reference_of(model):
+        live = scores(model, pairs)
+    torch.testing.assert_close(live, kept, atol=1e-4, rtol=0)
+    assert (scores(model, pairs) - live).abs().max() > 1  # the policy moved
+
+
+def test_the_reference_has_no_dropout_and_no_gradients():
+    model, pairs = loaded("lora", dropout=0.5).train(), random_pairs(2)
+    with models.reference_of(model):
+        chosen, _ = answer_logps(model, lay_out(pairs))
+        assert not chosen.requires_grad
+        assert torch.equal(scores(model, pairs), scores(loaded("full"), pairs))
+    assert model.training
+    assert not torch.equal(scores(model, pairs), scores(model, pairs))
+
+
 def test_a_quantized_base_is_torchaos_nf4_of_the_weights():
     model, weights = loaded("qlora", sizes=NF4_SIZES), tiny_llama(**NF4_SIZES).state_dict()
     quantized = {n: p.data for n, p in model.named_parameters() if isinstance(p.data, NF4Tensor)}
