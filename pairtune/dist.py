@@ -30,6 +30,7 @@ class World:
     size: int = 1
     mesh: DeviceMesh | None = None  # (shard,) or (replicate, shard); None in a run that is not distributed
     cpu_offload: bool = False  # shards live in host memory and visit the device when they are needed
+    watchdog: "Watchdog | None" = None
 
     def with_cpu_offload(self, cpu_offload: bool) -> "World":
         """Returns this world with its shards in host memory, or not."""
@@ -57,6 +58,26 @@ class World:
 
     def __str__(self) -> str:
         return str(self.device) if self.size == 1 else f"{self.size} processes, {self.device.type}"
+
+    def beat(self, doing: str) -> None:
+        """Says that this process got on, and what it does next; see Watchdog."""
+        if self.watchdog:
+            self.watchdog.beat(doing)
+
+    def from_main(self, values: Tensor) -> Tensor:
+        """Returns the main process's tensor, in each process."""
+        if self.size > 1:
+            values = values.contiguous()
+            torch_dist.broadcast(values, src=0)
+        return values
+
+    def gather(self, items: list) -> list:
+        """Returns every process's items in one list, in each process."""
+        if self.size == 1:
+            return items
+        parts = [None] * self.size
+        torch_dist.all_gather_object(parts, items)
+        return [item for part in parts for item in part]
 
     def sum(self, values: Tensor) -> Tensor:
         """Returns the elementwise sum of every process's tensor, in each process."""
@@ -124,15 +145,18 @@ def connect(world: World, replicate: int = 1, timeout_s: float = 600.0) -> World
         # The watchdog speaks first; the back end's own timeout is for a process whose watchdog cannot.
         timeout=timedelta(seconds=2 * timeout_s + 60),
         **({} if "RANK" in os.environ else {"store": torch_dist.HashStore(), "rank": 0, "world_size": 1}),
+        **({"device_id": device} if device.type == "cuda" else {}),
     )
     shape, names = ((size,), ("shard",)) if replicate == 1 else ((replicate, size // replicate), ("replicate", "shard"))
-    return World(device, rank, size, init_device_mesh(device.type, shape, mesh_dim_names=names))
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    return World(device, rank, size, mesh, watchdog=Watchdog(rank, size, timeout_s))
 
 
 def stop(world: World) -> None:
     """Disconnects this process, when all have come here: nobody's last collective loses its peer."""
     if world.mesh is not None:
         world.barrier()
+        world.watchdog.end()
         torch_dist.destroy_process_group()
 
 
@@ -144,13 +168,14 @@ class Watchdog:
     the run's store, reads what the others wrote, prints the table and ends the process; torchrun ends the rest.
     """
 
-    def __init__(self, world: World, timeout_s: float):
-        self._world, self._timeout_s = world, timeout_s
+    def __init__(self, rank: int, size: int, timeout_s: float):
+        self._rank, self._size, self._timeout_s = rank, size, timeout_s
         self._main = threading.get_ident()
         self._doing, self._last = "starting", time.monotonic()
         self._ended = threading.Event()
-        if world.size > 1:
-            self._store = torch_dist.distributed_c10d._get_default_store()
+        if size > 1:
+            # A connection of its own: the other may be held by the very call that does not come back.
+            self._store = torch_dist.distributed_c10d._get_default_store().clone()
             threading.Thread(target=self._watch, daemon=True).start()
 
     def beat(self, doing: str) -> None:
@@ -165,17 +190,21 @@ class Watchdog:
         while (silent := time.monotonic() - self._last) < self._timeout_s:
             if self._ended.wait(min(1.0, self._timeout_s / 10)):
                 return
-        self._store.set(f"stands/{self._world.rank}", f"{self._doing}, {silent:.0f} s: {self._line()}")
+        self._store.set(f"stands/{self._rank}", f"{self._doing}, {silent:.0f} s: {self._line()}")
         time.sleep(2.0 + self._timeout_s / 10)  # the others' watchdogs wake within this
-        ranks = range(self._world.size)
-        lines = [
-            f"  rank {rank}: "
-            + (self._store.get(key).decode() if self._store.check([key := f"stands/{rank}"]) else "did not say")
-            for rank in ranks
-        ]
-        if self._world.rank == min(r for r in ranks if self._store.check([f"stands/{r}"])):
-            print("no progress; each process stands at\n" + "\n".join(lines), file=sys.stderr, flush=True)
+        if self._store.add("teller", 1) == 1:  # one tells, and the others wait until it has: who exits ends them all
+            print("no progress; each process stands at\n" + "\n".join(map(self._told, range(self._size))),
+                  file=sys.stderr, flush=True)  # fmt: skip
+            self._store.set("told", "yes")
+        for _ in range(100):
+            if self._store.check(["told"]):
+                break
+            time.sleep(0.1)
         os._exit(1)
+
+    def _told(self, rank: int) -> str:
+        key = f"stands/{rank}"
+        return f"  rank {rank}: {self._store.get(key).decode() if self._store.check([key]) else 'did not say'}"
 
     def _line(self) -> str:
         """The innermost line of the main thread that is this project's or its user's, and what it called."""

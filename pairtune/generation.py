@@ -9,6 +9,7 @@ from torchtune.modules import TransformerDecoder
 from torchtune.modules.common_utils import local_kv_cache
 from tqdm import tqdm
 
+from pairtune.dist import World
 from pairtune.errors import UserError
 
 
@@ -16,7 +17,7 @@ def answers(
     model: TransformerDecoder,
     prompts: list[list[int]],
     *,
-    device: torch.device,
+    world: World,
     stop_ids: list[int],
     max_new_tokens: int,
     temperature: float = 0.0,
@@ -30,14 +31,14 @@ def answers(
         max_new_tokens: At most; an answer also ends where the model's positions do.
         temperature: 0 takes the likeliest token; above, answers depend on `seed` and on the batch a prompt is in.
     """
-    dtype = next(p.dtype for p in model.norm.parameters())
+    device, dtype = world.device, next(p.dtype for p in model.norm.parameters())
     vocabulary = model.tok_embeddings.num_embeddings
     rng = torch.Generator(device=device).manual_seed(seed)
     was_training = model.training
     model.eval()
     answered = []
     starts = range(0, len(prompts), batch_size)
-    for start in tqdm(starts, desc="answers", leave=False, disable=len(starts) < 2):
+    for start in tqdm(starts, desc="answers", leave=False, disable=len(starts) < 2 or not world.is_main):
         batch = prompts[start : start + batch_size]
         width = max(map(len, batch))
         room = min(max_new_tokens, model.num_positions - width)
@@ -59,6 +60,24 @@ def answers(
         answered += [_until_stop(row[width:].tolist(), set(stop_ids)) for row in out]
     model.train(was_training)
     return answered
+
+
+class _Alike:
+    """A model whose next-token logits are the main process's everywhere.
+
+    Each process samples for itself; a token that differed on one would end its forwards early and leave the others
+    waiting for its shards.
+    """
+
+    def __init__(self, model: TransformerDecoder, world: World):
+        self._model, self._world = model, world
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+    def __call__(self, *args, **kwargs):
+        self._world.beat("answering prompts")
+        return self._world.from_main(self._model(*args, **kwargs)[:, -1:])  # torchtune looks at the last position only
 
 
 def _until_stop(tokens: list[int], stop_ids: set[int]) -> list[int]:

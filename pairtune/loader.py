@@ -3,7 +3,6 @@
 import torch
 
 from pairtune.data import Pair
-from pairtune.errors import UserError
 
 
 class Steps:
@@ -11,9 +10,6 @@ class Steps:
 
     `len(steps)` is the number of steps in an epoch; `steps[n]`, n from 0 over all epochs, is what `rank` does in that
     step: micro-batches, see `share`. `num_pairs(n)` counts the step's pairs over all processes.
-
-    Raises:
-        UserError: `pairs_per_step` cannot be cut into `batch_size` pairs a process.
     """
 
     def __init__(
@@ -27,12 +23,6 @@ class Steps:
         rank: int = 0,
         size: int = 1,
     ):
-        if pairs_per_step % (batch_size * size):
-            multiple = batch_size * size
-            raise UserError(
-                f"pairs_per_step={pairs_per_step}: must be a multiple of batch_size={batch_size} times {size} "
-                f"processes; nearest valid: pairs_per_step={max(1, round(pairs_per_step / multiple)) * multiple}"
-            )
         self._pairs = pairs
         self._pairs_per_step = pairs_per_step
         self._batch_size = batch_size

@@ -82,11 +82,11 @@ def summary(results: dict[str, float], prefix: str = "") -> str:
     return f"loss {loss:.4f}, accuracy {accuracy:.3f}, margin {margin:+.3f}"
 
 
-def check(step: int, results: dict[str, float], *, rows: list[int], same_at_start: bool) -> None:
+def check(step: int, results: dict[str, float], world: World, *, rows: list[int], same_at_start: bool) -> None:
     """Refuses to go on with numbers that cannot be right.
 
     Args:
-        rows: Those since the last check, for the message.
+        rows: This process's since the last check, for the message.
         same_at_start: Policy and reference compute the same before the first update: always, but for dropout.
 
     Raises:
@@ -94,8 +94,9 @@ def check(step: int, results: dict[str, float], *, rows: list[int], same_at_star
     """
     broken = [key for key in ("loss", "grad_norm") if not math.isfinite(results[key])]
     if broken:
+        rows = sorted(world.gather(rows))
         raise UserError(
-            f"step {step}: {broken[0]} is {results[broken[0]]}; rows since the last logged step: {sorted(rows)}. "
+            f"step {step}: {broken[0]} is {results[broken[0]]}; rows since the last logged step: {rows}. "
             "Look at these rows, lower optimizer.lr, or use dtype=fp32"
         )
     if same_at_start and step == 1 and abs(results["rewards/margins"]) > 0.01:

@@ -206,6 +206,7 @@ def load(model: TransformerDecoder, state_dict: Mapping[str, Tensor], *, world: 
     _check_names(expected - adapters, set(state_dict))
     names = {id(module): _plain_name(name) for name, module in model.named_modules()}
     for block in [*model.layers, model]:
+        world.beat("loading weights")
         for module in block.modules():
             _fill(module, names[id(module)], state_dict, home, world.device)
         if world.shards:
@@ -314,14 +315,27 @@ def _gather_nf4(shard: NF4Tensor, mesh: DeviceMesh) -> NF4Tensor:
 
 
 @torch.no_grad()
-def merged_state_dict(model: nn.Module, world: World) -> dict[str, Tensor]:
-    """Returns the weights on the CPU, W + (alpha / rank) B A in the place of each adapted W, summed in float32.
+def gather_weights(model: nn.Module, world: World) -> dict[str, Tensor]:
+    """Returns the whole parameters on the CPU, in the main process; elsewhere nothing. Every process has to call it.
 
-    QLoRA: W is what was trained on, the dequantized NF4 weight, so the merged model is the trained policy. Every
-    process has to call it; what it returns elsewhere than in the main process is empty.
+    NF4 weights come back dequantized: as what was trained on.
     """
-    weights = {name: value.cpu() for name, value in _whole_parameters(model) if world.is_main}
-    for name, module in model.named_modules() if world.is_main else ():
+    weights = {}
+    for name, value in _whole_parameters(model):
+        world.beat("gathering weights")
+        if world.is_main:
+            weights[name] = value.cpu()
+    return weights
+
+
+@torch.no_grad()
+def merge_adapters(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns gathered weights with W + (alpha / rank) B A in the place of each adapted W, summed in float32.
+
+    QLoRA: W is what was trained on, so the merged model is the trained policy. `model` tells alpha and rank only.
+    """
+    weights = dict(weights)
+    for name, module in model.named_modules():
         if isinstance(module, DoRALinear):
             raise UserError("model: DoRA adapters cannot be merged yet")
         if isinstance(module, LoRALinear):
@@ -333,8 +347,7 @@ def merged_state_dict(model: nn.Module, world: World) -> dict[str, Tensor]:
     return weights
 
 
-@torch.no_grad()
-def adapter_state_dict(model: nn.Module, world: World) -> dict[str, Tensor]:
-    """Returns the adapters' weights on the CPU under torchtune's names, in the main process; to be called in all."""
+def only_adapters(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the adapters among gathered weights, under torchtune's names; none for a model without."""
     names = set(map(_plain_name, get_adapter_params(model)))
-    return {name: value.cpu() for name, value in _whole_parameters(model) if world.is_main and name in names}
+    return {name: value for name, value in weights.items() if name in names}

@@ -176,7 +176,6 @@ def main(cfg):
     models.load(model, checkpoint.Weights(files), world=world)
 
     # 5. Optimizer, schedule, logs
-    watchdog = dist.Watchdog(world, cfg.collective_timeout_s)  # distributed only
     optimizer = config.instantiate(cfg.optimizer, [p for p in model.parameters() if p.requires_grad])
     scheduler = config.instantiate(cfg.lr_scheduler, optimizer, num_training_steps=total_steps, last_epoch=-1)
     log = metrics.RunLog(run_dir, world, config.instantiate(cfg.metric_logger) if world.is_main else None, cfg)
@@ -208,7 +207,7 @@ def main(cfg):
         model.eval()
         with torch.no_grad():
             for pairs in tqdm(micro, desc="evaluation", leave=False, disable=not world.is_main):
-                watchdog.beat("evaluation")  # distributed only
+                world.beat("evaluation")
                 pair_losses(lay_out(pairs, row_length).to(world.device), meter)
         model.train()
         results = meter.read(world, "eval/")
@@ -223,11 +222,10 @@ def main(cfg):
         prompts = [pair.prompt for pair in (held_out or train)[: cfg.samples.num_prompts]]
 
     def answer_prompts():
-        watchdog.beat("answering prompts")  # distributed only
         answers = generation.answers(
             model,
             prompts,
-            device=world.device,
+            world=world,
             stop_ids=tokenizer.stop_ids,
             max_new_tokens=cfg.samples.max_new_tokens,
             temperature=cfg.samples.temperature,
@@ -241,9 +239,9 @@ def main(cfg):
     progress = tqdm(total=total_steps, desc="DPO", unit="step", dynamic_ncols=True, disable=not world.is_main)
     model.train()
     for step in range(1, total_steps + 1):
-        watchdog.beat(f"step {step}")  # distributed only
         micro, num_pairs_in_step = steps[step - 1], steps.num_pairs(step - 1)
         for pairs in micro:
+            world.beat(f"step {step}")
             models.sync_gradients(model, pairs is micro[-1])  # distributed only
             batch = lay_out(pairs, row_length).to(world.device)
             # The mean over the step, however it is cut into micro-batches. FSDP averages gradients over processes.
@@ -252,7 +250,7 @@ def main(cfg):
             rows += [pair.row for pair in pairs]
             num_tokens += batch.num_tokens
         grad_norm = models.clip_gradients(model, cfg.clip_grad_norm or math.inf)
-        meter.add(grad_norm=grad_norm[None])
+        meter.add(grad_norm=grad_norm[None].to(world.device))  # on the CPU when offloading
         lr = optimizer.param_groups[0]["lr"]
         optimizer.step()
         optimizer.zero_grad()
@@ -270,7 +268,7 @@ def main(cfg):
                 "peak_memory_gib": metrics.peak_memory_gib(world.device),
             }
             log.write(step, results)
-            metrics.check(step, results, rows=rows, same_at_start=cfg.disable_dropout)
+            metrics.check(step, results, world, rows=rows, same_at_start=cfg.disable_dropout)
             progress.set_postfix_str(f"{metrics.summary(results)}, {results['pairs_per_second']:.1f} pairs/s")
             rows, num_tokens, last_log = [], 0, time.perf_counter()
         if held_out and (step == total_steps or step % (cfg.eval_every_n_steps or total_steps) == 0):
@@ -281,15 +279,18 @@ def main(cfg):
 
     # 8. Curves, answers, weights
     after = answer_prompts()
-    watchdog.beat("gathering weights")  # distributed only
-    merged, adapter = models.merged_state_dict(model, world), models.adapter_state_dict(model, world)
-    watchdog.end()  # distributed only
+    gathered = models.gather_weights(model, world)
     dist.stop(world)  # distributed only
     if world.is_main:
         metrics.plot_curves(log.path, run_dir / "curves.png")
         generation.write_samples(run_dir / "samples.jsonl", [tokenizer.decode(p) for p in prompts], before, after)
         exported = checkpoint.export(
-            files, run_dir, merged=merged, adapter=adapter, lora=cfg.get("lora"), tokenizer=cfg.tokenizer
+            files,
+            run_dir,
+            merged=models.merge_adapters(model, gathered),
+            adapter=models.only_adapters(model, gathered),
+            lora=cfg.get("lora"),
+            tokenizer=cfg.tokenizer,
         )
         print(f"\nrun folder {run_dir}, exported weights {exported}")
 

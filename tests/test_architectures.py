@@ -66,6 +66,11 @@ def prepared(name, weights, *, lora=False):
     return model
 
 
+def merged_and_adapter(model):
+    weights = models.gather_weights(model, ONE)
+    return models.merge_adapters(model, weights), models.only_adapters(model, weights)
+
+
 def scores(model, pairs):
     with torch.no_grad():
         return torch.cat(answer_logps(model, lay_out(pairs)))
@@ -89,7 +94,7 @@ def test_log_probabilities_and_gradients_equal_the_padded_forward(name):
 def test_merged_adapters_compute_what_the_adapted_model_computes(name):
     weights, pairs = random_model(name).state_dict(), random_pairs(4)
     adapted = prepared(name, weights, lora=True)
-    merged = prepared(name, models.merged_state_dict(adapted, ONE))
+    merged = prepared(name, models.merge_adapters(adapted, models.gather_weights(adapted, ONE)))
     torch.testing.assert_close(scores(merged, pairs), scores(adapted, pairs), atol=1e-3, rtol=0)
     assert (scores(adapted, pairs) - scores(prepared(name, weights), pairs)).abs().max() > 0.1
 
@@ -105,7 +110,7 @@ def test_answers_are_the_greedy_ones_whatever_prompts_share_a_batch(name):
             with torch.no_grad():
                 tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
         expected.append([t for t in tokens[len(prompt) :] if t != 2])
-    options = {"device": ONE.device, "stop_ids": [2]}
+    options = {"world": ONE, "stop_ids": [2]}
     assert generation.answers(model, prompts, **options, max_new_tokens=8) == expected
     # An answer ends where the positions do; it does not crash there.
     long = generation.answers(model, prompts[:1], **options, max_new_tokens=1000)
@@ -139,7 +144,7 @@ def test_qwen2_exports_are_the_policy_in_transformers_and_peft(tmp_path):
     for module in model.modules():
         if isinstance(module, LoRALinear):
             torch.nn.init.normal_(module.lora_b.weight, std=0.1)
-    merged, adapter = models.merged_state_dict(model, ONE), models.adapter_state_dict(model, ONE)
+    merged, adapter = merged_and_adapter(model)
     exported = checkpoint.export(files, tmp_path / "run", merged=merged, adapter=adapter, lora=LORA)
     tokens = torch.randint(3, 320, (2, 30))
     peers = {"merged": AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)}
@@ -255,7 +260,7 @@ def test_an_export_takes_only_what_belongs_to_a_model_and_keeps_the_earlier_one_
     for _ in range(2):  # the second replaces the first
         files = checkpoint.open_weights(OmegaConf.create(cfg), tmp_path / "run")
         model = prepared("mistral", checkpoint.Weights(files), lora=True)
-        merged, adapter = models.merged_state_dict(model, ONE), models.adapter_state_dict(model, ONE)
+        merged, adapter = merged_and_adapter(model)
         exported = checkpoint.export(files, tmp_path / "run", merged=merged, adapter=adapter, lora=LORA)
         names = {str(p.relative_to(exported)) for p in exported.rglob("*") if p.is_file()}
         assert names == {

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import time
@@ -136,6 +137,7 @@ def test_an_export_of_many_processes_loads_in_transformers_and_peft(work, single
 @pytest.mark.parametrize(
     ("method", "num_processes", "setting"),
     [
+        ("lora", 2, "pairs_per_step=8 batch_size=8"),  # more than a process has: nothing has to divide
         ("full", 4, "data_parallel_replicate_dim=2"),
         ("lora", 4, "data_parallel_replicate_dim=2"),
         ("lora", 2, "fsdp_cpu_offload=true"),
@@ -162,7 +164,10 @@ def test_two_nodes_meet_by_rendezvous_and_give_the_same_numbers(work, single):
     folder = work / "nodes"
     command = tune_run(work, 1, "lora", folder, "data_parallel_replicate_dim=2")
     at = command.index("--nproc_per_node")
-    rendezvous = ["--nnodes", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:29611", "--rdzv_id", "7"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    rendezvous = ["--nnodes", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", address, "--rdzv_id", "7"]
     command = [*command[:at], *rendezvous, *command[at:]]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     agents = [subprocess.Popen(command, env=ENVIRONMENT, **pipes) for _ in range(2)]
@@ -279,7 +284,10 @@ class Loss(DPOLoss):
         self.calls += 1
         if os.environ["RANK"] == "1" and self.calls == 5:
             if self.end == "killed":
+                open("killed_at", "w").write(str(time.time()))
                 os.kill(os.getpid(), signal.SIGKILL)
+            if self.end == "nan":
+                return tuple(x * float("nan") for x in super().forward(*logps))
             if self.end == "stuck":
                 threading.Event().wait()
             raise RuntimeError("the fifth loss of rank 1")
@@ -296,10 +304,9 @@ def run_with_peer(work, *overrides):
     folder = work / "peer"
     folder.mkdir(exist_ok=True)
     (folder / "peer.py").write_text(PEER)
-    start = time.monotonic()
     overrides = [override.replace("WORK", str(work)) for override in overrides]
     status, output = run(tune_run(work, 2, "lora", folder / "run", *overrides), cwd=folder)
-    return status, output, time.monotonic() - start
+    return status, output, time.time()
 
 
 @pytest.mark.parametrize(
@@ -311,13 +318,14 @@ def run_with_peer(work, *overrides):
     ],
 )
 def test_a_process_that_dies_ends_the_run_with_its_message(work, overrides, words):
-    status, output, seconds = run_with_peer(work, *overrides)
+    status, output, ended = run_with_peer(work, *overrides)
     assert status != 0
     last = "\n".join(output.strip().splitlines()[-25:])
     for word in words:
         assert word in last
     assert output.count(words[-1]) == 1
-    assert seconds < 90  # start-up included; the processes themselves end within seconds
+    if "killed" in overrides[0]:
+        assert ended - float((work / "peer" / "killed_at").read_text()) < 30
 
 
 def test_a_process_that_stands_still_is_named_with_its_line(work):
@@ -332,10 +340,15 @@ def test_a_process_that_stands_still_is_named_with_its_line(work):
 
 
 def test_a_config_mistake_is_told_once_for_all_processes(work):
-    status, output, _ = run_with_peer(work, "pairs_per_step=9", "batch_size=3")
+    status, output, _ = run_with_peer(work, "data_parallel_replicate_dim=3")
     assert status == 2
-    assert output.count("pairs_per_step=9: must be a multiple of batch_size=3 times 2 processes") == 1
-    assert "nearest valid: pairs_per_step=12" in output or "nearest valid: pairs_per_step=6" in output
+    assert output.count("data_parallel_replicate_dim=3: must divide the 2 processes; nearest valid") == 1
+
+
+def test_a_loss_that_is_not_finite_on_one_process_names_the_rows_of_all(work):
+    status, output, _ = run_with_peer(work, "loss={_component_: peer.Loss, end: nan}", "shuffle=false")
+    assert status == 2
+    assert "step 2: loss is nan; rows since the last logged step: [8, 9, 10, 11, 12, 13, 14, 15]" in output
 
 
 def test_a_missing_shard_is_told_once_for_all_processes(work, tmp_path):

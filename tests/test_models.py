@@ -112,7 +112,7 @@ def test_merged_weights_compute_what_the_adapted_model_computes(method, checkpoi
     if checkpointing:
         models.prepare(model, max_length=128, checkpoint_activations=True)
     before = plain_values(model)
-    merged = models.merged_state_dict(model, ONE)
+    merged = models.merge_adapters(model, models.gather_weights(model, ONE))
     assert merged.keys() == tiny_llama(**NF4_SIZES).state_dict().keys()
     plain = models.full(component(NF4_SIZES), dtype="fp32")
     models.prepare(plain, max_length=128)

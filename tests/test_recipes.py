@@ -265,14 +265,14 @@ def scores_in_transformers(model, pairs):
 def trained_scores(work, pairs, monkeypatch, recipe):
     """Runs a recipe and returns what its trained policy, adapters on, gives these pairs."""
     scores = {}
-    original = models.merged_state_dict
+    original = models.gather_weights
 
-    def merged_state_dict(model, world):
+    def gather_weights(model, world):
         with torch.no_grad():
             scores["policy"] = torch.cat(answer_logps(model, lay_out(pairs)))
         return original(model, world)
 
-    monkeypatch.setattr(models, "merged_state_dict", merged_state_dict)
+    monkeypatch.setattr(models, "gather_weights", gather_weights)
     run(work, recipe, "epochs=8")
     return scores["policy"]
 
@@ -360,7 +360,7 @@ def test_ten_steps_follow_torchtunes_own_recipe(work):
     heads = {"num_heads": NF4_SIZES["num_heads"], "num_kv_heads": NF4_SIZES["num_kv_heads"], "dim": 128}
     weights = hf_to_tune(load_file(work / "base" / "model.safetensors"), **heads)
     models.load(model, weights, world=world)
-    recipe._model.load_state_dict(models.adapter_state_dict(model, world), strict=False)
+    recipe._model.load_state_dict(models.only_adapters(model, models.gather_weights(model, world)), strict=False)
     recipe.train()
     recipe.cleanup()
     lines = (work / "peer" / "log.txt").read_text().splitlines()
