@@ -329,6 +329,8 @@ def _launch(options: list[str], recipe: Path, args: list[str]) -> int:
     addressed = any(getattr(parsed, key) != parser.get_default(key) for key in ("master_addr", "master_port"))
     if parsed.nnodes in ("1", "1:1") and not parsed.rdzv_endpoint and not addressed:
         parsed.standalone = True  # a free port of its own: several runs fit on one machine
+    # It reports a failed process by number, just before we report why it failed.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
         # Shared out: torchrun would give each process one thread, and say so in five lines.
         threads = torch.get_num_threads() // determine_local_world_size(parsed.nproc_per_node)

@@ -151,6 +151,14 @@ def test_how_it_is_sharded_changes_no_number(work, single, method, num_processes
     assert_same_numbers(read_log(folder / "metrics.jsonl"), single(method)[1])
 
 
+def test_compiled_layers_are_sharded_and_give_the_same_losses(work, single):
+    folder = work / "compiled"
+    status, output = run(tune_run(work, 2, "lora", folder, "compile=true", "max_steps=2", "samples.num_prompts=0"))
+    assert status == 0, output[-3000:]
+    losses = [row["loss"] for row in read_log(folder / "metrics.jsonl") if "loss" in row]
+    assert losses == pytest.approx([row["loss"] for row in single("lora")[1] if "loss" in row][:2], abs=1e-5)
+
+
 def test_without_torchrun_options_a_machine_without_gpus_runs_one_process(work, single):
     command = tune_run(work, 1, "lora", work / "plain")
     at = command.index("--nproc_per_node")
