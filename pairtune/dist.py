@@ -112,7 +112,7 @@ def start(device: str) -> World:
 
 
 def connect(world: World, replicate: int = 1, timeout_s: float = 600.0) -> World:
-    """Returns the world of all processes that torchrun started; without torchrun, one process that shards all the same.
+    """Returns the world of all processes that torchrun started; without torchrun, that is this one.
 
     NCCL connects GPUs, gloo connects CPUs and what is offloaded to them.
 
