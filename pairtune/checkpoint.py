@@ -182,8 +182,8 @@ def export(
     when it is complete.
 
     Args:
-        merged: models.merged_state_dict(model).
-        adapter: models.adapter_state_dict(model).
+        merged: models.merge_adapters of the gathered weights.
+        adapter: models.only_adapters of the same; empty without adapters.
         lora: rank, alpha, dropout and modules, with an adapter.
         tokenizer: The config's `tokenizer` block: its `path`, if a folder, is where the tokenizer's files are, and its
             `chat_template` is the one that goes with them.
