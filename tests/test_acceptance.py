@@ -16,8 +16,8 @@ pytestmark = pytest.mark.skipif(not MODEL.exists(), reason=f"{MODEL} is not ther
 
 
 @pytest.mark.parametrize(("recipe", "lr"), [("full_dpo_single_device", "5e-4"), ("lora_dpo_single_device", "5e-3")])
-def test_three_epochs_reach_what_trl_reaches(tmp_path, recipe, lr):
-    """TRL 1.16 on the same weights, pairs and settings reaches 0.90 held-out accuracy in both cases."""
+def test_three_epochs_learn_the_preference_of_held_out_pairs(tmp_path, recipe, lr):
+    """985 pairs in steps of 8, a cosine without warm-up: at least 0.88 of 109 held-out pairs are ranked rightly."""
     log = run_recipe(
         recipe,
         f"output_dir={tmp_path / 'run'}",
