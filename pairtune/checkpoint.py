@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
 
+import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 from torchtune import config as torchtune_config
@@ -18,7 +19,8 @@ from torchtune.models.qwen2._convert_weights import qwen2_hf_to_tune
 from torchtune.training.checkpointing._utils import safe_torch_load
 
 from pairtune.errors import UserError
-from pairtune.model_config import check_model_type
+from pairtune.model_config import check_config, check_model_type
+from pairtune.rules import one_line
 
 # In the order of preference: an index that names the shards, or one file.
 WEIGHT_FILES = (
@@ -27,6 +29,8 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 )
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # others are quantized: they need their scales
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -63,7 +67,7 @@ def find_weights(checkpoint_dir: str) -> list[str]:
             continue
         if not name.endswith(".index.json"):
             return [name]
-        shards = sorted(set(json.loads((folder / name).read_text())["weight_map"].values()))
+        shards = sorted(set(_read_index(folder / name).values()))
         missing = [shard for shard in shards if not (folder / shard).is_file()]
         if missing:
             raise UserError(
@@ -72,6 +76,18 @@ def find_weights(checkpoint_dir: str) -> list[str]:
             )
         return shards
     raise UserError(f"{key}: holds no weights; looked for {', '.join(WEIGHT_FILES)}")
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Returns which shard each weight is in, by their names, as an index.json says."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read: {error}; download it again") from None
+    shards = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
+        raise UserError(f"{path}: has no weight_map, the shard of each weight; download it again")
+    return shards
 
 
 def open_weights(checkpointer, run_dir: Path):
@@ -97,21 +113,33 @@ def open_weights(checkpointer, run_dir: Path):
 
 
 def read_config(checkpoint_dir: str) -> dict:
-    """Returns the folder's config.json."""
+    """Returns the folder's config.json; what is read of it is of its kind (model_config.check_config)."""
     path = Path(checkpoint_dir) / "config.json"
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read: {error}; download it again") from None
+    check_config(content, path)
+    return content
 
 
-def make_room(run_dir: Path) -> None:
-    """Makes the run folder; an earlier run that it holds is kept beside it, as run_dir.1, run_dir.2, ..."""
-    if (run_dir / "metrics.jsonl").exists():
+def make_room(run_dir: Path, resumed: Path | None = None) -> None:
+    """Makes the run folder; an earlier run that it holds is kept beside it, as run_dir.1, run_dir.2, ...
+
+    Args:
+        resumed: The checkpoint that the run goes on from. If it is of this folder, the folder stays; if of another one,
+            what that run has logged and answered is copied.
+    """
+    continues = resumed is not None and resumed.resolve().parent.parent == run_dir.resolve()
+    if (run_dir / "metrics.jsonl").exists() and not continues:
         kept = next(p for n in count(1) if not (p := run_dir.with_name(f"{run_dir.name}.{n}")).exists())
         run_dir.rename(kept)
         print(f"{run_dir} held an earlier run, which is now {kept}\n")
     run_dir.mkdir(parents=True, exist_ok=True)
+    for name in ("metrics.jsonl", "samples.jsonl") if resumed and not continues else ():
+        source = resumed.parent.parent / name
+        if source.exists():
+            shutil.copy(source, run_dir / name)
 
 
 class Weights(Mapping):
@@ -119,26 +147,43 @@ class Weights(Mapping):
 
     safetensors files are memory-mapped: however many processes read them, the machine holds them once, and may drop
     what it has no room for. torchtune's own reader converts everything first, which for Llama copies an eighth.
+
+    `empty` holds the same weights on the meta device: their names and shapes, for which no value is read.
+
+    Raises:
+        UserError: A file is damaged, or lacks a weight that the index says it has; a weight is in two files, is
+            quantized, is none of this architecture's, or, when it is asked for, has a value that is not finite.
     """
 
     def __init__(self, checkpointer):
         self._checkpointer = checkpointer
         self._tensors: dict[str, Tensor] = {}
+        self._files: dict[str, Path] = {}  # which file a tensor is in
         checkpointer._weight_map = {}  # which shard a weight goes to when the model is saved: as in load_checkpoint
         for number, path in enumerate(checkpointer._checkpoint_paths, start=1):
-            try:
-                shard = safe_torch_load(path)
-            except ValueError as error:
-                raise UserError(f"{path}: cannot be read: {error.__cause__}; download it again") from None
+            shard = _read_shard(path)
+            for key in shard.keys() & self._files.keys():
+                raise UserError(f"{path}: {key} is there twice, also in {self._files[key].name}; remove one file")
             self._tensors |= shard
+            self._files |= dict.fromkeys(shard, path)
             checkpointer._weight_map |= dict.fromkeys(shard, f"{number:04}")
-        try:  # the names, from a conversion of empty tensors
-            self._sources = {
-                name: key for key, value in self._tensors.items() for name in self._convert(key, value.to("meta"))
-            }
-        except Exception as error:
-            kind = checkpointer._model_type.value.upper()
-            raise UserError(f"checkpointer.model_type={kind}: its weights have other names: {error}") from None
+        _check_index(checkpointer._checkpoint_dir, self._files)
+        self.empty: dict[str, Tensor] = {}
+        self._sources: dict[str, str] = {}
+        for key, value in self._tensors.items():
+            converted = self._convert_empty(key, value)
+            self.empty |= converted
+            self._sources |= dict.fromkeys(converted, key)
+
+    def _convert_empty(self, key: str, value: Tensor) -> dict[str, Tensor]:
+        try:
+            return self._convert(key, value.to("meta"))
+        except Exception as error:  # torchtune's conversions raise what Python raises
+            kind = self._checkpointer._model_type.value.upper()
+            raise UserError(
+                f"{self._files[key]}: {key} {list(value.shape)} is no weight of checkpointer.model_type={kind}, or not "
+                f"of the sizes in config.json: {one_line(error)}"
+            ) from None
 
     def _convert(self, key: str, value: Tensor) -> dict[str, Tensor]:
         config, kind = self._checkpointer._config, self._checkpointer._model_type
@@ -158,13 +203,54 @@ class Weights(Mapping):
 
     def __getitem__(self, name: str) -> Tensor:
         key = self._sources[name]
-        return self._convert(key, self._tensors[key])[name]
+        value = self._tensors[key]
+        # The sum of finite numbers may overflow: only then is every number looked at, which takes several passes.
+        if not value.sum(dtype=torch.float32).isfinite() and not value.isfinite().all():
+            raise UserError(
+                f"{self._files[key]}: {key} holds NaN or infinite values: the file is damaged, or the run that saved it "
+                "had diverged; download it again, or take an earlier checkpoint"
+            )
+        return self._convert(key, value)[name]
 
     def __iter__(self):
         return iter(self._sources)
 
     def __len__(self) -> int:
         return len(self._sources)
+
+
+def _read_shard(path: Path) -> dict[str, Tensor]:
+    """Returns a file's tensors by name, memory-mapped. A pickle may hold tensors only: none of its code is run."""
+    try:
+        shard = safe_torch_load(path)
+    except ValueError as error:
+        reason = one_line(error.__cause__).partition(". ")[0]
+        raise UserError(
+            f"{path}: cannot be read: {reason}; it is damaged, or holds more than weights, which a pickle may and "
+            "nothing here runs: download it again, as safetensors where there are any"
+        ) from error
+    if not isinstance(shard, dict):
+        raise UserError(f"{path}: holds a {type(shard).__name__}, not weights by name; save the model's state_dict")
+    for key, value in shard.items():
+        if not isinstance(value, Tensor):
+            raise UserError(f"{path}: {key} is a {type(value).__name__}: not weights by name; save the state_dict")
+        if value.dtype not in FLOATS:
+            dtype = str(value.dtype).removeprefix("torch.")
+            raise UserError(f"{path}: {key} is {dtype}: quantized; take the model that it was made from")
+    return shard
+
+
+def _check_index(folder: Path, files: dict[str, Path]) -> None:
+    """Every weight that an index names is in the file that it names, as far as that file is read."""
+    read = {path.name for path in files.values()}
+    for index in (folder / name for name in WEIGHT_FILES if name.endswith(".index.json")):
+        shards = _read_index(index) if index.is_file() else {}
+        absent = [key for key, shard in shards.items() if shard in read and getattr(files.get(key), "name", "") != shard]
+        if absent:
+            raise UserError(
+                f"{index}: {len(absent)} weights are not in the file it names, such as {absent[0]} in "
+                f"{shards[absent[0]]}; download the folder again"
+            )
 
 
 def export(

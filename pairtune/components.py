@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from torchtune.config._errors import InstantiationError
 from torchtune.config._utils import _get_component_from_path
+from torchtune.modules import TransformerDecoder
 
 from pairtune import schedules
 from pairtune.errors import UserError
@@ -45,6 +46,7 @@ def check_components(cfg: dict) -> None:
     for key, block in cfg.items():
         if is_component(block):
             parameters = _parameters(key, import_component(key, block["_component_"]))
+            _check_made(key, block["_component_"], import_component(key, block["_component_"]))
             _check_names(key, block, parameters)
             _check_needed(key, block, parameters)
             _check_kinds(key, block, parameters)
@@ -106,6 +108,15 @@ def _parameters(key: str, component: Callable) -> dict[str, inspect.Parameter]:
     if key in FIRST_FROM_RECIPE and first and first.kind in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD):
         del parameters[first.name]
     return parameters
+
+
+def _check_made(key: str, path: str, component: Callable) -> None:
+    """What the component makes, as far as its class or annotation tells, is what its key is for."""
+    made = component if inspect.isclass(component) else getattr(component, "__annotations__", {}).get("return")
+    for kind, its_key in ((TransformerDecoder, "model"), (torch.optim.Optimizer, "optimizer")):
+        if inspect.isclass(made) and issubclass(made, kind) != (key == its_key):
+            what = f"makes a {made.__name__}, which is for {its_key}" if key != its_key else f"makes no {its_key}"
+            raise UserError(f"{key}._component_={path}: {what}{_meant(key, path)}")
 
 
 def _takes_any(parameters: dict[str, inspect.Parameter]) -> bool:
@@ -227,9 +238,15 @@ def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:
 
 def _rehearse_schedule(block: dict, optimizer: torch.optim.Optimizer, num_training_steps: int) -> None:
     try:
-        instantiate(block, optimizer, num_training_steps=num_training_steps, last_epoch=-1).step()
+        schedule = instantiate(block, optimizer, num_training_steps=num_training_steps, last_epoch=-1)
+        for _ in range(num_training_steps):
+            trains = optimizer.param_groups[0]["lr"] > 0
+            schedule.step()
+            if trains:
+                return
     except Exception as error:
         raise _refusal("lr_scheduler", block, error) from None
+    raise UserError(f"lr_scheduler: the learning rate is 0 in all {num_training_steps} steps; nothing would be trained")
 
 
 def _rehearse_loss(block: dict) -> None:
@@ -247,6 +264,8 @@ def _rehearse_loss(block: dict) -> None:
     if len(result) != 3 or not all(isinstance(r, Tensor) and r.shape == (2,) for r in result):
         shapes = ", ".join(str(list(r.shape)) if isinstance(r, Tensor) else type(r).__name__ for r in result)
         raise _not_a_pair_loss(block, f"for two pairs it returns {shapes}")
+    if not result[0].requires_grad:
+        raise _not_a_pair_loss(block, "its losses do not depend on the policy")
 
 
 def _not_a_pair_loss(block: dict, reason: str) -> UserError:

@@ -4,6 +4,7 @@ PyTorch's own engine does the work: torchrun starts the processes, torch.distrib
 """
 
 import os
+import signal
 import sys
 import sysconfig
 import threading
@@ -79,6 +80,14 @@ class World:
         torch_dist.all_gather_object(parts, items)
         return [item for part in parts for item in part]
 
+    def agree(self, value):
+        """Returns the main process's value, in each process."""
+        if self.size == 1:
+            return value
+        values = [value]
+        torch_dist.broadcast_object_list(values, src=0)
+        return values[0]
+
     def sum(self, values: Tensor) -> Tensor:
         """Returns the elementwise sum of every process's tensor, in each process."""
         if self.size > 1:
@@ -88,6 +97,14 @@ class World:
     def sum_number(self, number: float) -> float:
         """Returns the sum of every process's number, in each process."""
         return float(self.sum(torch.tensor(float(number), dtype=torch.float64, device=self.device)))
+
+    def max_number(self, number: int) -> int:
+        """Returns the largest of every process's number, in each process; on the CPU: no GPU waits for it."""
+        if self.size == 1:
+            return number
+        largest = torch.tensor(number)
+        torch_dist.all_reduce(largest, op=torch_dist.ReduceOp.MAX)
+        return int(largest)
 
     def barrier(self) -> None:
         """Returns when every process has come here."""
@@ -160,36 +177,86 @@ def stop(world: World) -> None:
         torch_dist.destroy_process_group()
 
 
+class Interruption:
+    """SIGTERM and SIGINT as a question between steps, in place of an end within one.
+
+    The first signal is noted, and `requested` tells every process of it. A second Ctrl-C ends this one at once.
+    """
+
+    def __init__(self, world: World):
+        self._world, self._signal, self._since = world, 0, 0.0
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def _note(self, number: int, frame) -> None:
+        if not self._signal:
+            self._signal, self._since = number, time.monotonic()
+            if self._world.is_main:  # os.write: print may be what was interrupted
+                os.write(2, f"\n{signal.Signals(number).name}: this step is finished and saved first\n".encode())
+        elif number == signal.SIGINT and time.monotonic() - self._since > 1.0:  # torchrun sends a Ctrl-C on
+            raise KeyboardInterrupt
+
+    def requested(self) -> bool:
+        """Returns whether any process was asked to stop. Every process has to call it."""
+        self._signal = self._world.max_number(self._signal)
+        return self._signal != 0
+
+    @property
+    def status(self) -> int:
+        """The exit status by which shells and schedulers know the signal."""
+        return 128 + self._signal
+
+    def end(self) -> None:
+        """Lets signals do what they did before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
 class Watchdog:
     """Ends the run when this process makes no progress, after telling where every process stands.
 
     A collective that one process never enters holds all the others for ever, in silence. `beat` says that this process
     got on; when there was none for `timeout_s` seconds, a thread writes the line at which the main thread stands to
     the run's store, reads what the others wrote, prints the table and ends the process; torchrun ends the rest.
+
+    It also ends a process that was told to stop and cannot hear it, because it waits for another one that is no more.
     """
 
     def __init__(self, rank: int, size: int, timeout_s: float):
         self._rank, self._size, self._timeout_s = rank, size, timeout_s
         self._main = threading.get_ident()
-        self._doing, self._last = "starting", time.monotonic()
+        self._doing, self._last, self._longest = "starting", time.monotonic(), 0.0
         self._ended = threading.Event()
+        self._signals, heard = os.pipe()  # a byte a signal, written even while the main thread is not in Python
+        os.set_blocking(self._signals, False)
+        os.set_blocking(heard, False)
         if size > 1:
+            signal.set_wakeup_fd(heard, warn_on_full_buffer=False)
             # A connection of its own: the other may be held by the very call that does not come back.
             self._store = torch_dist.distributed_c10d._get_default_store().clone()
             threading.Thread(target=self._watch, daemon=True).start()
 
     def beat(self, doing: str) -> None:
         """Says what the main thread does from now on, such as "step 17"."""
-        self._doing, self._last = doing, time.monotonic()
+        now = time.monotonic()
+        self._longest = max(self._longest, now - self._last)
+        self._doing, self._last = doing, now
 
     def end(self) -> None:
         """Stops watching: from here on processes no longer wait for each other."""
         self._ended.set()
+        if self._size > 1:
+            signal.set_wakeup_fd(-1)
 
     def _watch(self) -> None:
+        told_to_stop = None
         while (silent := time.monotonic() - self._last) < self._timeout_s:
             if self._ended.wait(min(1.0, self._timeout_s / 10)):
                 return
+            if told_to_stop is None and self._heard_signal():
+                told_to_stop = time.monotonic()
+            patience = max(10.0, 2 * self._longest)  # a step in flight gets on within this
+            if told_to_stop and time.monotonic() - max(told_to_stop, self._last) > patience:
+                os._exit(128 + signal.SIGTERM)
         self._store.set(f"stands/{self._rank}", f"{self._doing}, {silent:.0f} s: {self._line()}")
         time.sleep(2.0 + self._timeout_s / 10)  # the others' watchdogs wake within this
         if self._store.add("teller", 1) == 1:  # one tells, and the others wait until it has: who exits ends them all
@@ -201,6 +268,12 @@ class Watchdog:
                 break
             time.sleep(0.1)
         os._exit(1)
+
+    def _heard_signal(self) -> bool:
+        try:
+            return bool(os.read(self._signals, 64))
+        except BlockingIOError:
+            return False
 
     def _told(self, rank: int) -> str:
         key = f"stands/{rank}"

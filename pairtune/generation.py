@@ -36,6 +36,7 @@ def answers(
     rng = torch.Generator(device=device).manual_seed(seed)
     was_training = model.training
     model.eval()
+    alike = _Alike(model, world) if world.size > 1 else model
     answered = []
     starts = range(0, len(prompts), batch_size)
     for start in tqdm(starts, desc="answers", leave=False, disable=len(starts) < 2 or not world.is_main):
@@ -54,7 +55,7 @@ def answers(
                                decoder_max_seq_len=width + room)  # fmt: skip
         with cache:
             out, _ = generate(
-                model, tokens, max_generated_tokens=room, pad_id=pad_id, temperature=temperature or 1.0,
+                alike, tokens, max_generated_tokens=room, pad_id=pad_id, temperature=temperature or 1.0,
                 top_k=None if temperature else 1, stop_tokens=list(stop_ids), rng=rng,
             )  # fmt: skip
         answered += [_until_stop(row[width:].tolist(), set(stop_ids)) for row in out]
@@ -85,13 +86,26 @@ def _until_stop(tokens: list[int], stop_ids: set[int]) -> list[int]:
     return tokens[:end]
 
 
-def write_samples(path: Path, prompts: list[str], before: list[str], after: list[str]) -> None:
-    """Writes one JSON object a prompt: prompt, before, after; prints the first three and how many answers changed."""
-    samples = [
-        {"prompt": prompt, "before": old, "after": new} for prompt, old, new in zip(prompts, before, after, strict=True)
-    ]
-    path.write_text("".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
-    for sample in samples[:3]:
-        print("\n" + "\n".join(f"{name + ':':<8}{text.strip()}" for name, text in sample.items()))
+def write_samples(path: Path, prompts: list[str], before: list[str | None], after: list[str] | None = None) -> None:
+    """Writes one JSON object a prompt: prompt, before, and after, once there is one."""
+    columns = {"prompt": prompts, "before": before} | ({} if after is None else {"after": after})
+    samples = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    temporary = path.with_name(f".{path.name}")  # a kill leaves the old file or the new one
+    temporary.write_text("".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
+    temporary.replace(path)
+
+
+def answers_before(path: Path, prompts: list[str]) -> list[str | None]:
+    """Returns what a samples.jsonl says of these prompts before training; None where it does not have one."""
+    samples = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    known = {sample["prompt"]: sample["before"] for sample in samples}
+    return [known.get(prompt) for prompt in prompts]
+
+
+def show_samples(path: Path, count: int = 3) -> None:
+    """Prints the first samples of a run that has ended, and how many answers it changed."""
+    samples = [json.loads(line) for line in path.read_text().splitlines()]
+    for sample in samples[:count]:
+        print("\n" + "\n".join(f"{name + ':':<8}{str(text).strip()}" for name, text in sample.items()))
     changed = sum(sample["before"] != sample["after"] for sample in samples)
     print(f"\n{changed} of {len(samples)} answers changed")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import resource
 import sys
 from pathlib import Path
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor
 
 from pairtune.dist import World
-from pairtune.errors import UserError
 
 _SLASHED = {
     f"{kind}_{which}": f"{kind}/{which}"
@@ -32,6 +32,17 @@ class Meter:
             self._sums[name] = self._sums.get(name, 0.0) + value.detach().sum(dtype=torch.float64)
             self._counts[name] = self._counts.get(name, 0) + value.numel()
 
+    def state(self) -> tuple[list[str], Tensor]:
+        """Returns the metrics' names, and their sums and counts so far, [2, names] on the CPU."""
+        names = list(self._sums)
+        table = [[float(self._sums[n]) for n in names], [float(self._counts[n]) for n in names]]
+        return names, torch.tensor(table, dtype=torch.float64)
+
+    def load_state(self, names: list[str], sums: Tensor, device: torch.device) -> None:
+        """Takes up sums and counts as `state` returned them."""
+        for name, total, count in zip(names, *sums, strict=True):
+            self._sums[name], self._counts[name] = total.to(device), int(count)
+
     def read(self, world: World, prefix: str = "") -> dict[str, float]:
         """Returns the mean of every metric, the same in each process, and starts anew. Every process has to call it."""
         sums = torch.stack([*self._sums.values()])
@@ -46,12 +57,14 @@ class Meter:
 class RunLog:
     """Appends to metrics.jsonl, one object a logged step, and passes the same to a torchtune logger if there is one.
 
-    Only the main process writes.
+    Only the main process writes. A run that goes on from `step` keeps what was logged up to there.
     """
 
-    def __init__(self, run_dir: Path, world: World, logger=None, cfg=None):
+    def __init__(self, run_dir: Path, world: World, logger=None, cfg=None, step: int = 0):
         self.path = run_dir / "metrics.jsonl"
-        self._file = self.path.open("w") if world.is_main else None
+        if world.is_main:
+            _keep_lines(self.path, step)
+        self._file = self.path.open("a") if world.is_main else None
         self._logger = logger if world.is_main else None
         if self._logger:
             self._logger.log_config(cfg)
@@ -64,11 +77,28 @@ class RunLog:
         if self._logger:
             self._logger.log_dict(metrics, step)
 
+    def sync(self) -> None:
+        """Returns when all that was logged is on the disk."""
+        if self._file:
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         if self._file:
             self._file.close()
         if self._logger:
             self._logger.close()
+
+
+def _keep_lines(path: Path, step: int) -> None:
+    """Leaves what was logged up to a step; a line that a kill has cut is behind it."""
+    kept = []
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+        if not line.endswith("\n") or json.loads(line)["step"] > step:
+            break
+        kept.append(line)
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text("".join(kept))
+    temporary.replace(path)
 
 
 def read_log(path: Path) -> list[dict]:
@@ -80,30 +110,6 @@ def summary(results: dict[str, float], prefix: str = "") -> str:
     """Returns loss, accuracy and margin in words."""
     loss, accuracy, margin = (results[prefix + key] for key in ("loss", "rewards/accuracies", "rewards/margins"))
     return f"loss {loss:.4f}, accuracy {accuracy:.3f}, margin {margin:+.3f}"
-
-
-def check(step: int, results: dict[str, float], world: World, *, rows: list[int], same_at_start: bool) -> None:
-    """Refuses to go on with numbers that cannot be right.
-
-    Args:
-        rows: This process's since the last check, for the message.
-        same_at_start: Policy and reference compute the same before the first update: always, but for dropout.
-
-    Raises:
-        UserError: A loss or gradient that is not finite; at step 1, a policy that is not the reference.
-    """
-    broken = [key for key in ("loss", "grad_norm") if not math.isfinite(results[key])]
-    if broken:
-        rows = sorted(world.gather(rows))
-        raise UserError(
-            f"step {step}: {broken[0]} is {results[broken[0]]}; rows since the last logged step: {rows}. "
-            "Look at these rows, lower optimizer.lr, or use dtype=fp32"
-        )
-    if same_at_start and step == 1 and abs(results["rewards/margins"]) > 0.01:
-        raise UserError(
-            f"step 1: the mean margin is {results['rewards/margins']:+.4f} and must be 0: before the first update the "
-            "policy is the reference. The two are not the same model"
-        )
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -201,10 +201,10 @@ def load(model: TransformerDecoder, state_dict: Mapping[str, Tensor], *, world: 
         UserError: The checkpoint lacks a weight, has one too many, or one of another shape.
     """
     home = torch.device("cpu") if world.cpu_offload else world.device
-    expected = {_plain_name(name) for name, _ in model.named_parameters()}
-    adapters = set(map(_plain_name, get_adapter_params(model)))
+    expected = {plain_name(name) for name, _ in model.named_parameters()}
+    adapters = set(map(plain_name, get_adapter_params(model)))
     _check_names(expected - adapters, set(state_dict))
-    names = {id(module): _plain_name(name) for name, module in model.named_modules()}
+    names = {id(module): plain_name(name) for name, module in model.named_modules()}
     for block in [*model.layers, model]:
         world.beat("loading weights")
         for module in block.modules():
@@ -213,8 +213,8 @@ def load(model: TransformerDecoder, state_dict: Mapping[str, Tensor], *, world: 
             _shard(block, world, is_root=block is model)
 
 
-def _plain_name(name: str) -> str:
-    """A module's or parameter's name without what activation checkpointing wraps around it."""
+def plain_name(name: str) -> str:
+    """Returns a module's or parameter's name without what activation checkpointing wraps around it."""
     return name.replace(_WRAPPED, "").removesuffix("." + _WRAPPED[:-1])
 
 
@@ -299,7 +299,7 @@ def _whole_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if isinstance(value, DTensor):
             local = value.to_local()
             value = _gather_nf4(local, value.device_mesh) if isinstance(local, NF4Tensor) else value.full_tensor()
-        yield _plain_name(name), value.get_original_weight() if isinstance(value, NF4Tensor) else value
+        yield plain_name(name), value.get_original_weight() if isinstance(value, NF4Tensor) else value
 
 
 def _gather_nf4(shard: NF4Tensor, mesh: DeviceMesh) -> NF4Tensor:
@@ -339,7 +339,7 @@ def merge_adapters(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Te
         if isinstance(module, DoRALinear):
             raise UserError("model: DoRA adapters cannot be merged yet")
         if isinstance(module, LoRALinear):
-            name = _plain_name(name)
+            name = plain_name(name)
             a, b = weights.pop(f"{name}.lora_a.weight"), weights.pop(f"{name}.lora_b.weight")
             weight = weights[f"{name}.weight"]
             merged = weight.float() + (module.alpha / module.rank) * (b.float() @ a.float())
@@ -349,5 +349,5 @@ def merge_adapters(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Te
 
 def only_adapters(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns the adapters among gathered weights, under torchtune's names; none for a model without."""
-    names = set(map(_plain_name, get_adapter_params(model)))
+    names = set(map(plain_name, get_adapter_params(model)))
     return {name: value for name, value in weights.items() if name in names}

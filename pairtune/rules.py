@@ -46,12 +46,19 @@ def one_of(*choices):
     return Rule(lambda v: v in choices, "one of " + ", ".join(choices), nearest, str)
 
 
+def from_to(low, high):
+    return Rule(lambda v: low <= v <= high, f"at least {low} and at most {high:,}", None, int)
+
+
 def text(nullable=True):
-    return Rule(lambda v: True, "text", None, str, nullable)
+    return Rule(lambda v: nullable or v.strip(), "text, and not empty", None, str, nullable)
 
 
 LORA_MODULES = ("q_proj", "k_proj", "v_proj", "output_proj", "mlp", "output")
 ATTENTION_MODULES = LORA_MODULES[:4]
+
+
+BEST_METRICS = ("loss", "rewards/accuracies", "rewards/margins")
 
 
 def _nearest_lora_modules(modules: list) -> list:
@@ -60,9 +67,10 @@ def _nearest_lora_modules(modules: list) -> list:
 
 
 RULES = {
+    "output_dir": text(nullable=False),
     "seed": between(0, 2**32, int),
     "device": Rule(
-        lambda v: v in ("auto", "cpu", "cuda") or v.startswith("cuda:") and v[5:].isdigit(),
+        lambda v: v in ("auto", "cpu", "cuda") or v.startswith("cuda:") and v[5:].isdecimal(),
         "auto, cpu, cuda or cuda:N",
     ),
     "dtype": one_of("bf16", "fp32"),
@@ -91,7 +99,7 @@ RULES = {
     "loss.label_smoothing": between(0, 0.5),
     "optimizer.lr": above(0),
     "lr_scheduler.warmup_ratio": between(0, 1),
-    "lora.rank": at_least(1),
+    "lora.rank": from_to(1, 65_536),
     "lora.alpha": above(0),
     "lora.dropout": between(0, 1),
     "lora.modules": Rule(
@@ -101,13 +109,20 @@ RULES = {
     ),
     "clip_grad_norm": above(0, nullable=True),
     "data_parallel_replicate_dim": at_least(1),
-    "collective_timeout_s": above(0),
-    "pairs_per_step": at_least(1),
+    "collective_timeout_s": Rule(lambda v: 0 < v <= 10**6, "above 0 and at most 1000000, 12 days"),
+    "pairs_per_step": from_to(1, 1_000_000),
     "batch_size": at_least(1),
     "epochs": at_least(1),
     "max_steps": at_least(1, nullable=True),
     "log_every_n_steps": at_least(1),
     "eval_every_n_steps": at_least(1, nullable=True),
+    "save_every_n_steps": at_least(1, nullable=True),
+    "keep_last_n": at_least(0),
+    "keep_best": Rule(
+        lambda v: v in BEST_METRICS, f"one of {', '.join(BEST_METRICS)}, or null", lambda v: BEST_METRICS[0], str, True
+    ),
+    "on_save_failure": one_of("stop", "continue"),
+    "resume": Rule(lambda v: v != "", "true, false, auto, or the path of a checkpoint", None, bool | str),
     "samples.prompts": Rule(
         lambda v: all(isinstance(prompt, str) for prompt in v), 'a list of text, numbers in quotes: ["1","2"]'
     ),
@@ -153,6 +168,11 @@ ELSEWHERE = {
     "lora_attn_modules": "lora.modules",
     "checkpoint_dir": "checkpointer.checkpoint_dir",
     "eval_steps": "eval_every_n_steps",
+    "save_steps": "save_every_n_steps",
+    "save_total_limit": "keep_last_n",
+    "metric_for_best_model": "keep_best",
+    "load_best_model_at_end": "export_best",
+    "resume_from_checkpoint": "resume",
     "bf16": "dtype",
 }
 
@@ -276,6 +296,18 @@ def check_together(cfg: dict) -> None:
         raise UserError(
             f"dataset.val_fraction={cfg['dataset']['val_fraction']}: eval_dataset.source is set too; keep one of the "
             "two (dataset.val_fraction=null or eval_dataset.source=null)"
+        )
+    if cfg.get("keep_best") and not has_eval:
+        raise UserError(
+            f"keep_best={cfg['keep_best']}: there is nothing to evaluate on; "
+            "set eval_dataset.source or dataset.val_fraction, or keep_best=null"
+        )
+    if cfg.get("export_best") and not cfg.get("keep_best"):
+        raise UserError("export_best=true: set keep_best, which says by what metric, such as keep_best=loss")
+    if cfg.get("keep_last_n") == 0 and (cfg.get("keep_best") or cfg.get("resume")):
+        key = "keep_best" if cfg.get("keep_best") else "resume"
+        raise UserError(
+            f"keep_last_n=0: writes no checkpoint, which {key}={show(cfg[key])} needs; nearest valid: keep_last_n=1"
         )
     schedule = cfg.get("lr_scheduler") or {}
     steps, ratio = schedule.get("num_warmup_steps"), schedule.get("warmup_ratio")

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from pairtune import checkpoint, config, data, dist, generation, metrics, models
+from pairtune import checkpoint, config, contract, data, dist, generation, metrics, models, train_state
 from pairtune.batch import lay_out, longest_row
+from pairtune.fingerprint import check_same, fingerprint
 from pairtune.loader import Steps, share
 from pairtune.logps import answer_logps
 from pairtune.model_config import check_model
@@ -80,6 +81,13 @@ DEFAULTS = {
     "batch_size": 4,  # pairs a device holds at a time; divides pairs_per_step and changes no result
     "epochs": 1,
     "max_steps": None,  # ends the run early, and the schedule with it
+    # What it keeps
+    "save_every_n_steps": 100,  # a checkpoint to resume from; null: at the end, on SIGTERM and on Ctrl-C only
+    "keep_last_n": 1,  # so many stay on the disk; 0: none is written
+    "keep_best": None,  # and the best by the held-out loss, rewards/accuracies or rewards/margins
+    "export_best": False,  # export the best one's weights in place of the last one's
+    "on_save_failure": "stop",  # a disk that is full stops the run; continue: train on with the earlier checkpoints
+    "resume": False,  # true: the newest checkpoint of output_dir; auto: if there is one; or a path
     # What it tells
     "log_every_n_steps": 1,
     "eval_every_n_steps": None,  # null: at the end only
@@ -97,6 +105,7 @@ def main(cfg):
     # 1. Device, run folder, seed
     world = dist.start(cfg.device)
     run_dir = Path(cfg.output_dir)
+    resumed = world.agree(train_state.find(cfg.resume, run_dir) if world.is_main else None)
     torch.manual_seed(cfg.seed)
 
     # 2. Policy and reference, on the meta device: what is wrong with a config shows before a weight is read
@@ -162,24 +171,38 @@ def main(cfg):
     )
     total_steps = min(cfg.epochs * len(steps), cfg.max_steps or math.inf)
     row_length = longest_row([*train, *held_out]) if model.dense_attention else None
+    contract.check_pairs([*train, *held_out], tokenizer)
     config.rehearse(cfg.optimizer, cfg.lr_scheduler, cfg.loss, num_training_steps=total_steps)
+    identity = fingerprint(cfg, train, held_out, files)
+    if resumed:
+        changes = check_same(train_state.read_values(resumed)["fingerprint"], identity, resumed)
+        world.print("\n".join([f"resuming from {resumed}", *(f"  changed: {line}" for line in changes)]), "\n")
     if world.is_main:
-        checkpoint.make_room(run_dir)
+        checkpoint.make_room(run_dir, resumed)
         print(config.save(cfg, run_dir / "config.yaml", recipe=__file__))
 
     # 4. Weights
     models.load(model, checkpoint.Weights(files), world=world)
 
-    # 5. Optimizer, schedule, logs
+    # 5. Optimizer, schedule, and what is resumed: all of it is in `state`
     optimizer = config.instantiate(cfg.optimizer, [p for p in model.parameters() if p.requires_grad])
     scheduler = config.instantiate(cfg.lr_scheduler, optimizer, num_training_steps=total_steps, last_epoch=-1)
-    log = metrics.RunLog(run_dir, world, config.instantiate(cfg.metric_logger) if world.is_main else None, cfg)
+    contract.check_trained(model, optimizer)
+    torch.manual_seed(cfg.seed + world.rank)  # dropout, if it is on, differs between processes
+    meter = metrics.Meter()
+    state = train_state.TrainState(model, optimizer, scheduler, meter, world=world, fingerprint=identity)
+    if resumed:
+        state.load(resumed)
+    checkpoints = train_state.Checkpoints(
+        run_dir, world, keep_last_n=cfg.keep_last_n, on_save_failure=cfg.on_save_failure
+    )
+    logger = config.instantiate(cfg.metric_logger) if world.is_main else None
+    log = metrics.RunLog(run_dir, world, logger, cfg, step=state.step)
     num_parameters, num_trained = models.num_parameters(model)
     world.print(
         f"{num_parameters:,} parameters, {num_trained:,} trained, {cfg.dtype} on {world}; {len(train):,} pairs, "
         f"{len(held_out):,} held out; {total_steps:,} steps of {cfg.pairs_per_step} pairs\n"
     )
-    torch.manual_seed(cfg.seed + world.rank)  # dropout, if it is on, differs between processes
 
     # 6. What is done with pairs: score them, evaluate on them, answer their prompts
     def pair_losses(batch, meter):  # [P]
@@ -196,7 +219,7 @@ def main(cfg):
         )
         return losses
 
-    def evaluate(step):
+    def evaluate():
         meter = metrics.Meter()
         micro = share(held_out, cfg.batch_size, rank=world.rank, size=world.size)
         model.eval()
@@ -204,11 +227,18 @@ def main(cfg):
             for pairs in tqdm(micro, desc="evaluation", leave=False, disable=not world.is_main):
                 world.beat("evaluation")
                 pair_losses(lay_out(pairs, row_length).to(world.device), meter)
+                if interruption.requested():
+                    break
         model.train()
+        if interruption.requested():  # made up for after resuming
+            return
         results = meter.read(world, "eval/")
-        log.write(step, results)
+        log.write(state.step, results)
+        state.evaluated = state.step
         if world.is_main:
-            tqdm.write(f"step {step}: held out {metrics.summary(results, 'eval/')}")
+            tqdm.write(f"step {state.step}: held out {metrics.summary(results, 'eval/')}")
+        if cfg.keep_best and train_state.is_better(results[f"eval/{cfg.keep_best}"], state.best, cfg.keep_best):
+            state.best = {"step": state.step, "metric": cfg.keep_best, "value": results[f"eval/{cfg.keep_best}"]}
 
     if cfg.samples.prompts:
         questions = [[{"role": "user", "content": text}] for text in cfg.samples.prompts]
@@ -228,28 +258,55 @@ def main(cfg):
         )
         return [tokenizer.decode(answer) for answer in answers]
 
-    # 7. Train
-    before = answer_prompts()
-    meter, rows, num_tokens, last_log = metrics.Meter(), [], 0, time.perf_counter()
-    progress = tqdm(total=total_steps, desc="DPO", unit="step", dynamic_ncols=True, disable=not world.is_main)
+    def is_due(interval):
+        return state.step == total_steps or (interval and state.step % interval == 0)
+
+    # 7. Before the first step: the longest pairs go forward and backward, and what must hold is checked
+    interruption = dist.Interruption(world)
+    pairs = contract.longest(train, cfg.batch_size * world.size)[world.rank :: world.size]
+    with contract.rehearsal(model, optimizer, pairs, world):
+        rehearsed = metrics.Meter()
+        losses = pair_losses(lay_out(pairs, row_length).to(world.device), rehearsed)
+        losses.sum().backward()
+        if not resumed:
+            grad_norm = models.clip_gradients(model, math.inf)
+            is_reference = cfg.disable_dropout
+            contract.check_start(losses, rehearsed.read(world), grad_norm, loss_fn=loss_fn, is_reference=is_reference)
+    questions = [tokenizer.decode(prompt) for prompt in prompts]
+    samples = run_dir / "samples.jsonl"
+    before = generation.answers_before(samples, questions) if resumed else answer_prompts()
+    if world.is_main:
+        generation.write_samples(samples, questions, before)
+
+    # 8. Train
+    stop, num_pairs, num_tokens, last_log = False, 0, 0, time.perf_counter()
+    progress = tqdm(
+        total=total_steps, initial=state.step, desc="DPO", unit="step", dynamic_ncols=True, disable=not world.is_main
+    )
     model.train()
-    for step in range(1, total_steps + 1):
+    if held_out and resumed and state.step and is_due(cfg.eval_every_n_steps) and state.evaluated < state.step:
+        evaluate()
+    for step in range(state.step + 1, total_steps + 1):
         micro, num_pairs_in_step = steps[step - 1], steps.num_pairs(step - 1)
+        losses, rows_in_step = [], []
         for pairs in micro:
             world.beat(f"step {step}")
             batch = lay_out(pairs, row_length).to(world.device)
+            losses.append(pair_losses(batch, meter))
             # The mean over the step, however it is cut into micro-batches. FSDP averages gradients over processes.
-            loss = pair_losses(batch, meter).sum() * world.size / num_pairs_in_step
-            loss.backward()
-            rows += [pair.row for pair in pairs]
+            (losses[-1].sum() * world.size / num_pairs_in_step).backward()
+            rows_in_step += [pair.row for pair in pairs]
             num_tokens += batch.num_tokens
+        num_pairs += len(rows_in_step)
         grad_norm = models.clip_gradients(model, cfg.clip_grad_norm or math.inf)
+        contract.check_step(step, torch.cat(losses), grad_norm, rows_in_step, world)
         meter.add(grad_norm=grad_norm[None].to(world.device))  # on the CPU when offloading
         lr = optimizer.param_groups[0]["lr"]
         optimizer.step()
         optimizer.zero_grad()
         if scheduler:
             scheduler.step()
+        state.step = step
         progress.update()
 
         if step == 1 or step % cfg.log_every_n_steps == 0 or step == total_steps:
@@ -257,26 +314,43 @@ def main(cfg):
             results = meter.read(world) | {
                 "epoch": step / len(steps),
                 "lr": lr,
-                "pairs_per_second": world.sum_number(len(rows)) / seconds,
+                "pairs_per_second": world.sum_number(num_pairs) / seconds,
                 "tokens_per_second": world.sum_number(num_tokens) / seconds,
                 "peak_memory_gib": metrics.peak_memory_gib(world.device),
             }
             log.write(step, results)
-            metrics.check(step, results, world, rows=rows, same_at_start=cfg.disable_dropout)
             progress.set_postfix_str(f"{metrics.summary(results)}, {results['pairs_per_second']:.1f} pairs/s")
-            rows, num_tokens, last_log = [], 0, time.perf_counter()
-        if held_out and (step == total_steps or step % (cfg.eval_every_n_steps or total_steps) == 0):
-            evaluate(step)
+            num_pairs, num_tokens, last_log = 0, 0, time.perf_counter()
+        if held_out and is_due(cfg.eval_every_n_steps) and not interruption.requested():
+            evaluate()
             last_log = time.perf_counter()
+        stop = interruption.requested()
+        is_best = state.best is not None and state.best["step"] == step
+        if stop or is_best or is_due(cfg.save_every_n_steps):
+            log.sync()
+            checkpoints.save(state)
+        if step == 1:
+            checkpoints.check_room(state)
+        if stop:
+            break
     progress.close()
+    checkpoints.close()
     log.close()
+    interruption.end()
+    if stop:
+        world.print(f"\nstopped after step {state.step} of {total_steps}; {checkpoints}")
+        raise SystemExit(interruption.status)
 
-    # 8. Curves, answers, weights
+    # 9. Curves, answers, weights
+    if cfg.export_best:
+        state.load_weights(checkpoints.folder(state.best["step"]))
+        world.print(f"\nthe best checkpoint's weights are exported: {state.best}")
     after = answer_prompts()
     gathered = models.gather_weights(model, world)
     if world.is_main:
         metrics.plot_curves(log.path, run_dir / "curves.png")
-        generation.write_samples(run_dir / "samples.jsonl", [tokenizer.decode(p) for p in prompts], before, after)
+        generation.write_samples(samples, questions, before, after)
+        generation.show_samples(samples)
         exported = checkpoint.export(
             files,
             run_dir,

@@ -240,11 +240,11 @@ def test_a_missing_shard_is_named(work):
         run(work, "lora_dpo_single_device")
 
 
-def test_a_gradient_that_is_not_finite_ends_the_run_with_the_rows(work):
+def test_weights_that_are_not_numbers_are_told_before_the_first_update(work):
     weights = load_file(work / "base" / "model.safetensors")
     weights["model.norm.weight"][0] = float("nan")
     save_file(weights, work / "base" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"step 1: loss is nan; rows since the last logged step: \["):
+    with pytest.raises(UserError, match=r"before the first update the gradient's norm is nan; weights that are not"):
         run(work, "lora_dpo_single_device", "samples.num_prompts=0")
 
 

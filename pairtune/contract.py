@@ -1,0 +1,179 @@
+"""What must hold before the first update and at every one, so that no run trains on nonsense.
+
+Each failure names its cause and a way out.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pairtune.data import Pair
+from pairtune.dist import World
+from pairtune.errors import UserError
+
+TOLERANCE = 0.01  # of losses and margins that are exact but for rounding, bf16 included
+
+
+def check_pairs(pairs: list[Pair], tokenizer, *, key: str = "dataset") -> None:
+    """Refuses pairs that a model would learn nonsense from.
+
+    Args:
+        tokenizer: From tokenizer.adapt: knows `bos_id` and `end_ids`.
+
+    Raises:
+        UserError: A BOS that is doubled or that some prompts lack; an answer without tokens, or that does not end in
+            exactly one end token. Rows are named.
+    """
+    begun = [pair.prompt[:1] == [tokenizer.bos_id] for pair in pairs]
+    for pair, has_bos in zip(pairs, begun, strict=True):
+        if pair.prompt[:2] == [tokenizer.bos_id] * 2:
+            raise UserError(
+                f"{key}, row {pair.row}: begins with two BOS tokens; take one out of the text or the template"
+            )
+        if has_bos != begun[0]:
+            some, other = (pairs[begun.index(value)].row for value in (True, False))
+            raise UserError(
+                f"{key}: row {some} begins with BOS, row {other} does not; a template that writes it for every "
+                "conversation goes into tokenizer.chat_template"
+            )
+        for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+            if not answer:
+                raise UserError(f"{key}, row {pair.row}: no token of {name} is scored; remove the row")
+            ends = [token in tokenizer.end_ids for token in answer[-2:]]
+            if not ends[-1] or ends[:-1] == [True]:
+                raise UserError(
+                    f"{key}, row {pair.row}: {name} must end in exactly one end token, which is trained; its last "
+                    f"tokens are {answer[-2:]}, end tokens are {sorted(tokenizer.end_ids)}. Look at the chat template"
+                )
+
+
+def check_trained(model: nn.Module, optimizer: Optimizer) -> None:
+    """Refuses a run that trains nothing.
+
+    Raises:
+        UserError: No trainable parameter, or one that the optimizer does not have.
+    """
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    if not trained:
+        raise UserError("model: has no trainable parameter; in a LoRA recipe, lora.modules says where adapters go")
+    missing = trained - {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if missing:
+        raise UserError(f"optimizer: does not have {len(missing)} of {len(trained)} trainable parameters")
+
+
+def longest(pairs: list[Pair], count: int) -> list[Pair]:
+    """Returns the `count` pairs with most tokens, longest first."""
+    return sorted(pairs, key=_length, reverse=True)[:count]
+
+
+def _length(pair: Pair) -> int:
+    return len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
+
+
+@contextmanager
+def rehearsal(model: nn.Module, optimizer: Optimizer, pairs: list[Pair], world: World) -> Iterator[None]:
+    """Around a forward and backward that update nothing: gradients, optimizer state and generators are as before.
+
+    The optimizer's state is there meanwhile, as it is in every later step, so that memory is, too.
+
+    Raises:
+        UserError: Out of memory; the pairs' rows and lengths are named.
+    """
+    made = not optimizer.state
+    generators = [world.device] if world.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=generators):
+            if made:
+                _make_state(optimizer)
+            yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        lengths = ", ".join(f"{_length(p):,}" for p in pairs)
+        raise UserError(
+            f"out of memory with the longest pairs (rows {', '.join(str(p.row) for p in pairs)}; tokens {lengths}). "
+            f"Lower batch_size (it changes no result), set enable_activation_checkpointing=true, lower max_length, or "
+            f"use a lora_ or qlora_ recipe; `tune plan` computes what fits. {str(error).splitlines()[0]}"
+        ) from None
+    finally:
+        optimizer.zero_grad()
+        if made:
+            optimizer.state.clear()
+
+
+def _make_state(optimizer: Optimizer) -> None:
+    """A step of no gradient at no learning rate: it moves nothing and allocates what steps need."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def check_start(
+    losses: Tensor, means: dict[str, float], grad_norm: Tensor, *, loss_fn: Callable, is_reference: bool
+) -> None:
+    """Refuses a first forward and backward that cannot be right.
+
+    Args:
+        losses: [P], of this process's pairs, before any update.
+        means: Metrics over all processes, from metrics.Meter.
+        grad_norm: Scalar, over all processes.
+        loss_fn: In torchtune's calling convention.
+        is_reference: Policy and reference compute the same now: before the first update, but for dropout.
+
+    Raises:
+        UserError: Policy and reference differ; the loss is not that of zero margins, which for DPO is ln 2; a gradient
+            that is zero or not finite.
+    """
+    if not math.isfinite(float(grad_norm)):
+        raise UserError(
+            f"before the first update the gradient's norm is {float(grad_norm)}; weights that are not numbers, or a "
+            "dtype that is too narrow: look at the checkpoint, and use dtype=fp32"
+        )
+    if is_reference:
+        zeros = torch.zeros(1, device=losses.device)
+        expected, margin = float(loss_fn(zeros, zeros, zeros, zeros)[0]), means["rewards/margins"]
+        off = [loss for loss in losses.tolist() if not abs(loss - expected) <= TOLERANCE]
+        if off or not abs(margin) <= TOLERANCE:
+            raise UserError(
+                f"before the first update the loss of a pair is {(off or losses.tolist())[0]:.4f} and the mean margin "
+                f"{margin:+.4f}; they must be {expected:.4f} and 0, since the policy is the reference. The two are not "
+                "the same model: look at how they are built and loaded, and for dropout that is on"
+            )
+    if float(grad_norm) == 0:
+        raise UserError(
+            "before the first update the gradient is zero: nothing would be learned. A loss that does not depend on "
+            "the policy, or trained parameters that the answers do not depend on: look at loss and lora.modules"
+        )
+
+
+def check_step(step: int, losses: Tensor, grad_norm: Tensor, rows: list[int], world: World) -> None:
+    """Refuses to update from numbers that are not finite. Every process has to call it.
+
+    Args:
+        losses: [P], this process's in this step.
+        rows: Theirs.
+
+    Raises:
+        UserError: A loss or the gradient's norm is NaN or infinite; the step's rows are named, those that are to blame
+            if it can be told.
+    """
+    total = world.sum(losses.detach().sum())
+    if math.isfinite(float(total)) and math.isfinite(float(grad_norm)):
+        return
+    bad = [row for row, loss in zip(rows, losses.tolist(), strict=True) if not math.isfinite(loss)]
+    bad, rows = sorted(world.gather(bad)), sorted(world.gather(rows))
+    what = f"the loss of rows {bad}" if bad else f"the gradient's norm (rows of this step: {rows})"
+    raise UserError(
+        f"step {step}: {what} is not a finite number; no update was made, and the last checkpoint is as it was. Look "
+        "at these rows, lower optimizer.lr, or use dtype=fp32; resume=true goes on from the last checkpoint"
+    )

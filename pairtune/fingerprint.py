@@ -1,0 +1,121 @@
+"""What a run is, so that a checkpoint is continued by the same run only: its config, pairs and base weights."""
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from pairtune.data import Pair
+from pairtune.errors import UserError
+from pairtune.rules import show
+
+# Keys that change where a run computes, how long and what it tells, not what a step computes but for rounding.
+HARMLESS = (
+    "output_dir", "resume", "device", "data_parallel_replicate_dim", "fsdp_cpu_offload", "collective_timeout_s",
+    "compile", "attention", "enable_activation_checkpointing", "batch_size", "epochs", "max_steps",
+    "log_every_n_steps", "eval_every_n_steps", "save_every_n_steps", "keep_last_n", "keep_best", "export_best",
+    "on_save_failure", "samples", "metric_logger", "eval_dataset",
+)  # fmt: skip
+# Keys that say where pairs and weights come from: what came of them is compared instead.
+JUDGED_BY_RESULT = ("dataset", "tokenizer", "max_length", "max_prompt_length", "checkpointer.checkpoint_dir")
+BLOCKS = 256  # of pairs, each with a digest of its own, to tell where data differ
+SAMPLES, SAMPLE_BYTES = 64, 2**16  # of a weight file
+
+
+def fingerprint(cfg: DictConfig, train: list[Pair], held_out: list[Pair], checkpointer) -> dict:
+    """Returns what identifies a run: `config`, `pairs`, `held_out` and `weights`, as JSON can hold it.
+
+    Args:
+        checkpointer: From checkpoint.open_weights.
+    """
+    return {
+        "config": OmegaConf.to_container(cfg, resolve=True),
+        "pairs": digest_pairs(train),
+        "held_out": digest_pairs(held_out),
+        "weights": digest_files(checkpointer._checkpoint_paths),
+    }
+
+
+def digest_pairs(pairs: list[Pair]) -> dict:
+    """Returns the number of pairs and a digest of every block of them: tokens, rows and order."""
+    size = max(1, -(-len(pairs) // BLOCKS))
+    blocks = [pairs[i : i + size] for i in range(0, len(pairs), size)]
+    return {"num": len(pairs), "first_rows": [b[0].row for b in blocks], "digests": [_digest_block(b) for b in blocks]}
+
+
+def _digest_block(pairs: list[Pair]) -> str:
+    hashed = hashlib.sha256()
+    for pair in pairs:
+        for tokens in ([pair.row], pair.prompt, pair.chosen, pair.rejected):
+            hashed.update(array("q", [len(tokens), *tokens]).tobytes())
+    return hashed.hexdigest()[:16]
+
+
+def digest_files(paths: Sequence[Path]) -> dict[str, str]:
+    """Returns a digest a file, by name: of its size and 64 samples of 64 KiB, the first and last bytes included."""
+    return {Path(path).name: _digest_samples(Path(path)) for path in paths}
+
+
+def _digest_samples(path: Path) -> str:
+    size = path.stat().st_size
+    hashed = hashlib.sha256(str(size).encode())
+    last = max(0, size - SAMPLE_BYTES)
+    with path.open("rb") as file:
+        for start in sorted({last * i // (SAMPLES - 1) for i in range(SAMPLES)}):
+            file.seek(start)
+            hashed.update(file.read(SAMPLE_BYTES))
+    return hashed.hexdigest()[:16]
+
+
+def check_same(saved: dict, now: dict, where: Path) -> list[str]:
+    """Returns the differences that do no harm, a line each.
+
+    Args:
+        saved, now: From `fingerprint`, of the run that wrote the checkpoint and of this one.
+        where: The checkpoint, for the message.
+
+    Raises:
+        UserError: Anything differs that makes this another run; every difference is listed.
+    """
+    refused, allowed = [], []
+    for key, before, after in _differences(saved["config"], now["config"]):
+        line = f"{key}: {show(before)} then, {show(after)} now"
+        harmless = any(key == name or key.startswith(f"{name}.") for name in (*HARMLESS, *JUDGED_BY_RESULT))
+        (allowed if harmless else refused).append(line)
+    refused += _pair_differences(saved["pairs"], now["pairs"])
+    if saved["weights"] != now["weights"]:
+        names = sorted(
+            n for n in {**saved["weights"], **now["weights"]} if saved["weights"].get(n) != now["weights"].get(n)
+        )
+        refused.append(f"base weights: not the same in {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}")
+    if refused:
+        changed = [line for line in allowed if line.startswith(JUDGED_BY_RESULT)]  # what the above may come from
+        raise UserError(
+            f"resume: {where} belongs to another run:\n  " + "\n  ".join([*refused, *changed]) + "\nGo on with the "
+            "config that the checkpoint was written with (config.yaml beside its folder), or start anew: resume=false"
+        )
+    if saved["held_out"] != now["held_out"]:
+        allowed.append("held-out pairs: not the same; the best checkpoint so far is forgotten")
+    return allowed
+
+
+def _pair_differences(saved: dict, now: dict) -> list[str]:
+    if saved == now:
+        return []
+    if saved["num"] != now["num"]:
+        return [f"training pairs: {saved['num']:,} then, {now['num']:,} now"]
+    block = next(i for i, digest in enumerate(saved["digests"]) if digest != now["digests"][i])
+    return [f"training pairs: as many, but not the same or not so tokenized; first from row {now['first_rows'][block]}"]
+
+
+def _differences(saved: dict, now: dict, prefix: str = "") -> list[tuple]:
+    found = []
+    for key in {**saved, **now}:
+        before, after = saved.get(key), now.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += _differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append((f"{prefix}{key}", before, after))
+    return found
