@@ -19,7 +19,7 @@ import torch
 import torch.distributed as torch_dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -124,7 +124,7 @@ class TrainState:
         try:
             wanted = templates(reader.read_metadata().state_dict_metadata)
             dcp.load(wanted, storage_reader=reader, no_dist=self._world.mesh is None)
-        except Exception as error:  # DCP and safetensors raise their own, of many kinds
+        except (Exception, CheckpointException) as error:  # the latter is no Exception; safetensors has its own
             raise UserError(f"resume: {folder} cannot be read: {_reason(error)}; resume=PATH takes another") from None
         return wanted
 
@@ -258,7 +258,7 @@ class Checkpoints:
                 self._world.beat("writing a checkpoint")
             if pending:
                 pending.result()
-        except Exception as error:
+        except (Exception, CheckpointException) as error:
             self._fail(f"no checkpoint: {_reason(error)}")
 
     def close(self) -> None:
@@ -294,7 +294,7 @@ class Checkpoints:
                 _sync_folder(self._dir)
                 _write(folder / MARKER, json.dumps(sizes))
                 self._prune(values["best"])
-        except Exception:
+        except (Exception, CheckpointException):
             if self._world.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -11,6 +12,9 @@ import torch
 from helpers import NF4_SIZES, ROOT, SHARDED_SIZES, random_pairs, run_recipe, save_llama, save_pairs
 from safetensors.torch import load_file
 
+from pairtune import train_state
+from pairtune.dist import Interruption, World
+from pairtune.errors import UserError
 from pairtune.metrics import read_log
 
 METHODS = ("full", "lora", "qlora")
@@ -182,3 +186,186 @@ def test_a_single_device_recipe_goes_on_from_a_checkpoint_of_two_processes(two_p
         [r["loss"] for r in rows if "loss" in r] for rows in (log, read_log(folder / "straight" / "metrics.jsonl"))
     )
     assert losses == pytest.approx(expected, abs=1e-6)
+
+
+# What is kept, and what is refused
+
+
+def checkpoints(work, name="run"):
+    return sorted(p.name for p in (work / name / "checkpoints").iterdir())
+
+
+def test_the_newest_and_the_best_are_kept_and_the_best_can_be_exported(work):
+    """Held-out pairs are turned round: the more a run learns, the worse it gets on them."""
+    held_out = [json.loads(line) for line in (work / "held_out.jsonl").read_text().splitlines()]
+    turned = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in held_out]
+    (work / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in turned))
+    settings = ("keep_best=loss", "export_best=true", "save_every_n_steps=2", "keep_last_n=2")
+    log = run(work, "lora_dpo_single_device", "eval_every_n_steps=1", *settings, "disable_dropout=true")
+    evaluations = {row["step"]: row["eval/loss"] for row in log if "eval/loss" in row}
+    best = min(evaluations, key=evaluations.get)
+    assert best < 10
+    assert set(checkpoints(work)) == {f"step_{best}", "step_10", "step_12"}
+    again = run(
+        work, "lora_dpo_single_device", f"output_dir={work / 'best'}", f"max_steps={best}", *settings,
+        "disable_dropout=true", f"resume={work / 'run' / 'checkpoints' / f'step_{best}'}", "export_best=false",
+    )  # fmt: skip
+    assert again[-1]["step"] == best
+    one, other = exported(work / "run"), exported(work / "best")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_run_that_has_ended_goes_on_for_more_epochs(work):
+    run(work, "full_dpo_single_device")
+    log = run(work, "full_dpo_single_device", "resume=true", "epochs=4")
+    assert log[-1]["step"] == 16
+    schedule = [row["lr"] for row in log if row["step"] > 12 and "lr" in row]
+    straight = run(work, "full_dpo_single_device", f"output_dir={work / 'straight'}", "epochs=4")
+    assert schedule == [row["lr"] for row in straight if row["step"] > 12 and "lr" in row]
+
+
+def test_a_checkpoint_holds_safetensors_and_json_and_nothing_is_pickled(work):
+    interrupted(work, "lora_dpo_single_device", 4)
+    (folder,) = (work / "run" / "checkpoints").iterdir()
+    names = sorted(p.name for p in folder.iterdir())
+    assert names == ["COMPLETE", "shard-00001-model-00001-of-00001.safetensors", "state.json"]
+    json.loads((folder / "COMPLETE").read_text()), json.loads((folder / "state.json").read_text())
+    saved = load_file(folder / names[1])
+    trained = {name.removeprefix("model.") for name in saved if name.startswith("model.")}
+    assert trained and all("lora_" in name for name in trained)
+    assert {f"optimizer.{name}.{key}" for name in trained for key in ("step", "exp_avg", "exp_avg_sq")} <= saved.keys()
+
+
+def test_a_half_written_checkpoint_is_never_taken(work):
+    run(work, "lora_dpo_single_device", "save_every_n_steps=4", "keep_last_n=3")
+    folder = work / "run" / "checkpoints"
+    (folder / "step_12" / "COMPLETE").unlink()
+    shard = next((folder / "step_8").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    (folder / ".step_16").mkdir()
+    assert train_state.find(True, work / "run").name == "step_4"
+    run(work, "lora_dpo_single_device", "resume=true", "save_every_n_steps=4", "keep_last_n=3")
+    assert checkpoints(work) == ["step_12", "step_4", "step_8"]
+
+
+def test_resume_true_needs_a_checkpoint_and_auto_does_not(work):
+    with pytest.raises(
+        UserError, match="resume=true: .*run/checkpoints holds no complete one; resume=auto starts anew"
+    ):
+        run(work, "lora_dpo_single_device", "resume=true")
+    log = run(work, "lora_dpo_single_device", "resume=auto", "max_steps=2")
+    assert log[-1]["step"] == 2
+
+
+def test_going_back_in_a_run_that_went_on_is_refused(work):
+    run(work, "lora_dpo_single_device", "save_every_n_steps=4", "keep_last_n=3")
+    with pytest.raises(UserError, match="this run went on to step_12, which would be overwritten; resume=true goes on"):
+        run(work, "lora_dpo_single_device", f"resume={work / 'run' / 'checkpoints' / 'step_4'}")
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("loss.beta=0.2", "loss.beta: 0.1 then, 0.2 now"),
+        ("optimizer.lr=0.5", "optimizer.lr: 0.002 then, 0.5 now"),
+        ("seed=7", "seed: 42 then, 7 now"),
+        ("lora.rank=8", "lora.rank: 4 then, 8 now"),
+        ("lr_scheduler=null", "lr_scheduler: {_component_: pairtune.schedules.cosine, warmup_ratio: 0.1} then, null"),
+        ("dataset.limit=20", "training pairs: 28 then, 20 now\n  dataset.limit: null then, 20 now"),
+        ("tokenizer.chat_template='{{ bos_token }}{% for m in messages %}{{ m.content }} w9 {% endfor %}'",
+         "training pairs: as many, but not the same or not so tokenized; first from row 0"),
+    ],
+)  # fmt: skip
+def test_another_run_is_refused_with_the_difference(work, setting, words):
+    interrupted(work, "lora_dpo_single_device", 4)
+    with pytest.raises(UserError) as refusal:
+        run(work, "lora_dpo_single_device", "resume=true", setting)
+    assert words in str(refusal.value) and "belongs to another run" in str(refusal.value)
+    assert run(work, "lora_dpo_single_device", "resume=true")[-1]["step"] == 12  # nothing was spoiled
+
+
+def test_changed_pairs_and_base_weights_are_refused(work):
+    interrupted(work, "lora_dpo_single_device", 4)
+    train = work / "train.jsonl"
+    lines = train.read_text().splitlines()
+    train.write_text("\n".join([*lines[:20], lines[20].replace('" w', '" w9 w', 1), *lines[21:]]) + "\n")
+    with pytest.raises(UserError, match="not the same or not so tokenized; first from row 20"):
+        run(work, "lora_dpo_single_device", "resume=true")
+    train.write_text("\n".join(lines) + "\n")
+    save_llama(work / "base", seed=1)
+    with pytest.raises(UserError, match="base weights: not the same in model.safetensors"):
+        run(work, "lora_dpo_single_device", "resume=true")
+
+
+def test_harmless_changes_are_allowed_and_listed(work, capsys):
+    interrupted(work, "lora_dpo_single_device", 4)
+    shutil.move(work / "train.jsonl", work / "moved.jsonl")
+    capsys.readouterr()
+    changes = ("log_every_n_steps=1", "epochs=4", "batch_size=4", f"dataset.source={work / 'moved.jsonl'}")
+    assert run(work, "lora_dpo_single_device", "resume=true", *changes)[-1]["step"] == 16
+    told = capsys.readouterr().out
+    for line in (
+        "log_every_n_steps: 2 then, 1 now",
+        "epochs: 3 then, 4 now",
+        "batch_size: 2 then, 4 now",
+        "dataset.source",
+    ):
+        assert f"  changed: {line}" in told
+
+
+# The disk
+
+
+def test_a_disk_without_room_is_told_after_the_first_step_with_what_is_missing(work, monkeypatch):
+    usage = shutil.disk_usage(work)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(UserError, match=r"has 0.00 GiB less than 2 checkpoints take \(keep_last_n=1, and one while"):
+        run(work, "lora_dpo_single_device")
+    assert len(read_log(work / "run" / "metrics.jsonl")) == 1
+
+
+def test_a_save_that_fails_leaves_the_earlier_ones_and_training_goes_on_if_asked(work):
+    """No file may be longer than a limit that metrics fit in and weights do not: the disk says so, half-way through."""
+    interrupted(work, "lora_dpo_single_device", 4)
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
+        "from pairtune.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    recipe = str(ROOT / "recipes" / "lora_dpo_single_device.py")
+    command = [sys.executable, "-c", code, "run", recipe, "--config", str(work / "config.yaml"), "resume=true"]
+    limited = {"text": True, "capture_output": True, "timeout": 200}
+    stopped = subprocess.run([*command, "save_every_n_steps=2"], **limited)
+    assert stopped.returncode == 2
+    assert "no checkpoint: OSError: [Errno 27] File too large" in stopped.stderr
+    assert checkpoints(work) == ["step_4"] and train_state.is_complete(work / "run" / "checkpoints" / "step_4")
+    went_on = subprocess.run([*command, "on_save_failure=continue", "max_steps=8"], **limited)
+    assert "Training goes on (on_save_failure=continue)" in went_on.stdout
+    assert read_log(work / "run" / "metrics.jsonl")[-1]["step"] == 8  # and then the export is too long for the limit
+    assert checkpoints(work) == ["step_4"]
+
+
+def test_a_second_ctrl_c_ends_at_once(work):
+    """SIGINT is noted first; another, more than a second later, is the interrupt that Python knows."""
+    world = World(torch.device("cpu"))
+    interruption = Interruption(world)
+    try:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # torchrun's, of the same Ctrl-C
+        assert interruption.requested() and interruption.status == 130
+        interruption._since -= 2
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        interruption.end()
+
+
+# Killed
+
+
+@pytest.mark.parametrize(("processes", "kills"), [(1, 4), (2, 3)])
+def test_runs_that_are_killed_at_random_end_as_if_they_had_been_left_alone(processes, kills):
+    script = str(ROOT / "tests" / "kill_runs.py")
+    command = [sys.executable, script, "--kills", str(kills), "--processes", str(processes)]
+    done = subprocess.run(command, text=True, capture_output=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{kills} kills" in done.stdout and "0 losses" in done.stdout
