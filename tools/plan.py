@@ -1,4 +1,4 @@
-"""What a distributed run needs, on paper: memory a GPU, bytes a step, and how far the links keep up.
+"""What a distributed run needs, on paper: memory a GPU, bytes sent a step, and how far the links keep up.
 
     python tools/plan.py                                    # the table of docs/distributed.md
     python tools/plan.py llama3_1.llama3_1_8b --gpus 8 --method lora --pairs 2
@@ -6,9 +6,8 @@
 Everything follows from the model's sizes, which torchtune's builder gives on the meta device, and from these formulas.
 With N GPUs, weights in bf16, gradients reduced in float32, activations checkpointed layer by layer:
 
-  resident     (weights + trained weights' gradients + two AdamW moments, all bf16, + full DPO's second model) / N
-  gathered     two layers (the next is fetched while one computes) and the root: embedding, norm, output
-  activations  a layer's input a token and layer, one layer's inner tensors, one chunk of float32 logits
+  GiB          as `tune plan` counts it (pairtune/memory.py) at a step's fullest moment: weights, AdamW's state and
+               full DPO's second model, sharded; gradients; weights on their way; activations and logits
   sent         a step: (N - 1) / N of what is gathered (a layer for forward, for backward and for the reference's
                forward, the root once, for each micro-batch; in full DPO the reference's root too) and of the float32
                gradients, which are reduced once. With hybrid sharding N is the GPUs that share a copy, and the
@@ -33,11 +32,18 @@ PEAK_FLOPS, KERNELS = 989e12, 0.5  # bf16 on an H100, and the share of it that m
 NVLINK, NETWORK = 450e9, 50e9  # bytes a second a GPU, one direction: within eight GPUs, and beyond (400 Gb/s a GPU)
 GPUS_A_NODE = 8
 PROMPT, ANSWER = 512, 128  # tokens of a prompt and of each answer
-LOGITS_CHUNK = 4 * 2**27  # bytes of float32 logits that exist at a time
 LORA_RANK = 16
-CASES = (  # builder, GPUs, copies, pairs a GPU a micro-batch, micro-batches a step
-    ("llama3_1.llama3_1_8b", 8, 1, 4, 2),
-    ("llama3_1.llama3_1_70b", 8, 1, 2, 4),
+LORA_MODULES = ["q_proj", "k_proj", "v_proj", "output_proj", "mlp"]
+COLUMNS = {  # of the table, and the parts of pairtune.memory in it
+    "resident": ("weights", "reference", "optimizer state", "optimizer scratch"),
+    "gradients": ("gradients", "whole gradients"),
+    "gathered": ("gathered weights",),
+    "activations": ("activations", "logits"),
+}
+# Builder, GPUs, copies, pairs a GPU a micro-batch, micro-batches a step: one, as several keep whole gradients.
+CASES = (
+    ("llama3_1.llama3_1_8b", 8, 1, 8, 1),
+    ("llama3_1.llama3_1_70b", 8, 1, 8, 1),
     ("llama3_1.llama3_1_70b", 64, 1, 4, 1),
     ("llama3_1.llama3_1_70b", 64, 8, 4, 1),
     ("llama3_1.llama3_1_405b", 128, 1, 2, 1),
@@ -54,7 +60,6 @@ class Sizes:
     root: int
     vocabulary: int
     width: int
-    hidden: int  # of the feed-forward part
     adapter: int = 0
 
     @property
@@ -73,7 +78,6 @@ def sizes(model: nn.Module, rank: int = LORA_RANK) -> Sizes:
         root=sum(p.numel() for p in model.parameters()) - in_layers,
         vocabulary=model.tok_embeddings.num_embeddings,
         width=model.tok_embeddings.embedding_dim,
-        hidden=max(rows for rows, _ in linears),
         adapter=sum(rank * (rows + columns) for rows, columns in linears),
     )
 
@@ -93,19 +97,25 @@ def reduced_bytes(s: Sizes, method: str) -> int:
     return 4 * (s.body + s.root if method == "full" else s.layers * s.adapter)
 
 
-def memory_bytes(s: Sizes, method: str, shards: int, pairs: int) -> dict[str, float]:
-    """Returns bytes a GPU, by part."""
-    tokens, full = pairs * (PROMPT + 2 * ANSWER), method == "full"
-    weights = s.body + s.root + (0 if full else s.layers * s.adapter)
-    trained = s.body + s.root if full else s.layers * s.adapter
-    resident = 2 * (weights + 3 * trained + (weights if full else 0)) / shards
-    gathered = 2 * (2 * s.layer + s.root) + (4 * s.root if full else 0)  # and the root's gradient on its way
-    inner = tokens * 2 * (8 * s.width + 4 * s.hidden)
-    return {
-        "resident": resident,
-        "gathered": gathered,
-        "activations": 2 * tokens * s.width * s.layers + inner + LOGITS_CHUNK,
-    }
+def memory_bytes(builder: str, method: str, shards: int, pairs: int, micro_batches: int = 1) -> dict[str, int]:
+    """Returns bytes a GPU, by column of the table."""
+    from pairtune import memory, plan
+
+    setting = memory.Setting("cuda", shards, micro_batches)
+    policy, reference = plan.build(
+        method,
+        {"_component_": f"torchtune.models.{builder}"},
+        lora={"rank": LORA_RANK, "alpha": 2.0 * LORA_RANK, "dropout": 0.0, "modules": LORA_MODULES},
+        dtype="bf16",
+        max_length=PROMPT + ANSWER,
+        checkpoint_activations=True,
+        setting=setting,
+        num_processes=shards,
+    )
+    batch = memory.uniform_batch(pairs, PROMPT, ANSWER)
+    optimizer = {"_component_": "torch.optim.AdamW", "lr": 1e-5, "fused": True}
+    parts = memory.step_memory(policy, reference, batch, optimizer, setting).parts
+    return {column: sum(parts.get(name, 0) for name in names) for column, names in COLUMNS.items()}
 
 
 def flops(s: Sizes, method: str, pairs: int) -> float:
@@ -124,7 +134,7 @@ def plan(builder: str, gpus: int, copies: int, pairs: int, micro_batches: int, m
     with torch.device("meta"):
         s = sizes(getattr(import_module(module), name)())
     shards = gpus // copies
-    memory = memory_bytes(s, method, shards, pairs)
+    memory = memory_bytes(builder, method, shards, pairs, micro_batches)
     reduced = reduced_bytes(s, method)
     sent = (shards - 1) / shards * (gathered_bytes(s, method, micro_batches) + reduced)
     between_copies = 2 * (copies - 1) / copies * reduced / shards
