@@ -144,9 +144,9 @@ def check_start(
         expected, margin = float(loss_fn(zeros, zeros, zeros, zeros)[0]), means["rewards/margins"]
         off = [loss for loss in losses.tolist() if not abs(loss - expected) <= TOLERANCE]
         if off or not abs(margin) <= TOLERANCE:
+            found = [*off, *losses.tolist(), expected][0]
             raise UserError(
-                f"before the first update the loss of a pair is {(off or losses.tolist())[0]:.4f} and the mean margin "
-                f"{margin:+.4f}; they must be {expected:.4f} and 0, since the policy is the reference. The two are not "
+                f"before the first update the loss of a pair is {found:.4f} and the mean margin {margin:+.4f}; they must be {expected:.4f} and 0, since the policy is the reference. The two are not "
                 "the same model: look at how they are built and loaded, and for dropout that is on"
             )
     if float(grad_norm) == 0:

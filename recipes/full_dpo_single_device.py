@@ -190,9 +190,8 @@ def main(cfg):
     state = train_state.TrainState(model, optimizer, scheduler, meter, world=world, fingerprint=identity)
     if resumed:
         state.load(resumed)
-    checkpoints = train_state.Checkpoints(
-        run_dir, world, keep_last_n=cfg.keep_last_n, on_save_failure=cfg.on_save_failure
-    )
+    keeping = {key: cfg[key] for key in ("keep_last_n", "on_save_failure")}
+    checkpoints = train_state.Checkpoints(run_dir, world, **keeping)
     logger = config.instantiate(cfg.metric_logger) if world.is_main else None
     log = metrics.RunLog(run_dir, world, logger, cfg, step=state.step)
     num_parameters, num_trained = models.num_parameters(model)
@@ -237,22 +236,15 @@ def main(cfg):
         if cfg.keep_best and train_state.is_better(results[f"eval/{cfg.keep_best}"], state.best, cfg.keep_best):
             state.best = {"step": state.step, "metric": cfg.keep_best, "value": results[f"eval/{cfg.keep_best}"]}
 
-    if cfg.samples.prompts:
-        questions = [[{"role": "user", "content": text}] for text in cfg.samples.prompts]
-        prompts = [tokenizer.render(question, add_generation_prompt=True) for question in questions]
-    else:
-        prompts = [pair.prompt for pair in (held_out or train)[: cfg.samples.num_prompts]]
+    asked = [[{"role": "user", "content": text}] for text in cfg.samples.prompts]
+    prompts = [tokenizer.render(question, add_generation_prompt=True) for question in asked]
+    prompts = prompts or [pair.prompt for pair in (held_out or train)[: cfg.samples.num_prompts]]
+    questions = [tokenizer.decode(prompt) for prompt in prompts]
 
     def answer_prompts():
-        answers = generation.answers(
-            model,
-            prompts,
-            world=world,
-            stop_ids=tokenizer.stop_ids,
-            max_new_tokens=cfg.samples.max_new_tokens,
-            temperature=cfg.samples.temperature,
-            seed=cfg.seed,
-        )
+        options = {key: cfg.samples[key] for key in ("max_new_tokens", "temperature")}
+        stop_ids = tokenizer.stop_ids
+        answers = generation.answers(model, prompts, world=world, stop_ids=stop_ids, seed=cfg.seed, **options)
         return [tokenizer.decode(answer) for answer in answers]
 
     def is_due(interval):
@@ -269,7 +261,6 @@ def main(cfg):
             grad_norm = models.clip_gradients(model, math.inf)
             is_reference = cfg.disable_dropout
             contract.check_start(losses, rehearsed.read(world), grad_norm, loss_fn=loss_fn, is_reference=is_reference)
-    questions = [tokenizer.decode(prompt) for prompt in prompts]
     samples = run_dir / "samples.jsonl"
     before = generation.answers_before(samples, questions) if resumed else answer_prompts()
     if world.is_main:
@@ -289,9 +280,10 @@ def main(cfg):
         for pairs in micro:
             world.beat(f"step {step}")
             batch = lay_out(pairs, row_length).to(world.device)
-            losses.append(pair_losses(batch, meter))
+            loss = pair_losses(batch, meter)
             # The mean over the step, however it is cut into micro-batches. FSDP averages gradients over processes.
-            (losses[-1].sum() * world.size / num_pairs_in_step).backward()
+            (loss.sum() * world.size / num_pairs_in_step).backward()
+            losses.append(loss.detach())
             rows_in_step += [pair.row for pair in pairs]
             num_tokens += batch.num_tokens
         num_pairs += len(rows_in_step)
@@ -341,7 +333,7 @@ def main(cfg):
     # 9. Curves, answers, weights
     if cfg.export_best:
         state.load_weights(checkpoints.folder(state.best["step"]))
-        world.print(f"\nthe best checkpoint's weights are exported: {state.best}")
+        world.print("\nexported are the weights of step {step}, {metric} {value:.4f}".format_map(state.best))
     after = answer_prompts()
     gathered = models.gather_weights(model, world)
     if world.is_main:
