@@ -146,8 +146,9 @@ def check_start(
         if off or not abs(margin) <= TOLERANCE:
             found = [*off, *losses.tolist(), expected][0]
             raise UserError(
-                f"before the first update the loss of a pair is {found:.4f} and the mean margin {margin:+.4f}; they must be {expected:.4f} and 0, since the policy is the reference. The two are not "
-                "the same model: look at how they are built and loaded, and for dropout that is on"
+                f"before the first update the loss of a pair is {found:.4f} and the mean margin {margin:+.4f}; "
+                f"they must be {expected:.4f} and 0, since the policy is the reference. They are not one model: "
+                "look at how they are built and loaded, and for dropout that is on"
             )
     if float(grad_norm) == 0:
         raise UserError(
