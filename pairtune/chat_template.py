@@ -4,16 +4,18 @@ A conversation is a list of messages, `{"role", "content"}`. What becomes of the
 """
 
 import json
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
 import jinja2
 from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
 
 from pairtune.errors import UserError
 
 MARK = "\ue000"  # private use: stands behind an answer to find what a template writes after it
+MOST_STEPS = 1_000_000  # of a template's counting loops, in one conversation
 SPEAKER = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "tool": "\n\nTool: ", "system": "\n\n"}
 
 
@@ -30,16 +32,20 @@ class ChatTemplate:
 
     def __init__(self, source: str, special: dict[str, str]):
         self.source, self._special = source, special
-        environment = ImmutableSandboxedEnvironment(
+        environment = _Sandbox(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"]
         )
         environment.filters["tojson"] = _tojson
+        environment.globals["range"] = self._range
+        self._steps = 0
         # One date for the whole run, or pairs tokenized after midnight would differ from those before.
         environment.globals.update(raise_exception=_raise, strftime_now=datetime.now().strftime)
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"The chat template is not valid Jinja (line {error.lineno}): {error.message}") from error
+        except (SyntaxError, RecursionError) as error:  # of the Python that it becomes: nested too deep
+            raise UserError(f"The chat template is not valid Jinja: {error}") from error
 
     def render(self, messages: list[dict], *, add_generation_prompt: bool = False) -> str:
         """Returns the conversation's text.
@@ -48,15 +54,27 @@ class ChatTemplate:
             Refusal: The template refuses the conversation: many know no system role, or want roles to alternate.
         """
         values = {**self._special, "messages": messages, "tools": None, "documents": None}
+        self._steps = 0
         try:
             return self._template.render(**values, add_generation_prompt=add_generation_prompt)
-        except (jinja2.TemplateError, TypeError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # what a template may raise: its own refusals, and all that Python raises
             roles = ", ".join(message["role"] for message in messages)
             raise Refusal(
                 f"The chat template refuses the conversation ({roles}): {error}. "
                 "Remove it, or give a template that takes it: chat_template=FILE.jinja or chat_template=plain.",
                 str(error),
             ) from error
+
+    def _range(self, *bounds: int) -> "_CountedRange":
+        return _CountedRange(safe_range(*bounds), self)
+
+    def count_step(self) -> None:
+        """Ends a template that would count for ever, as a loop in a loop in a loop can."""
+        self._steps += 1
+        if self._steps > MOST_STEPS:
+            raise UserError(f"The chat template counts more than {MOST_STEPS:,} steps; give another one.")
 
     def tail_length(self, messages: list[dict], text: str) -> int:
         """Returns how many characters of `text`, the rendered messages, stand behind the last message's content.
@@ -106,20 +124,30 @@ def choose_template(folder: Path, config: dict, wanted: str | None) -> tuple[str
         file = Path(wanted).expanduser()
         if not file.is_file():
             raise UserError(f"chat_template={wanted}: there is no such file.")
-        return file.read_text(encoding="utf-8"), f"the chat template {file}"
+        return _read(file), f"the chat template {file}"
     raise UserError(
         f"chat_template={wanted!r} is neither null (the folder's own), 'plain', a .jinja file, nor a Jinja text."
     )
 
 
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the chat template {file} cannot be read: {error}. It must be text in UTF-8.") from error
+
+
 def _own_template(folder: Path, config: dict) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():  # newer folders; it wins, as in transformers
-        return file.read_text(encoding="utf-8")
+        return _read(file)
     own = config.get("chat_template")
-    if not isinstance(own, list):
+    if own is None or isinstance(own, str):
         return own
-    named = {entry["name"]: entry["template"] for entry in own}
+    entries = own if isinstance(own, list) else [own]
+    if not all(isinstance(entry, dict) and {"name", "template"} <= entry.keys() for entry in entries):
+        raise UserError(f"{folder}/tokenizer_config.json: chat_template must be text, or a list of name and template.")
+    named = {entry["name"]: entry["template"] for entry in entries}
     if "default" not in named:
         names = ", ".join(named)
         raise UserError(
@@ -127,6 +155,27 @@ def _own_template(folder: Path, config: dict) -> str | None:
             "give chat_template=FILE.jinja."
         )
     return named["default"]
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's own writes nothing where a template reaches for Python's inside, such as ''.__class__; here it ends."""
+
+    def unsafe_undefined(self, obj, attribute: str):
+        raise jinja2.sandbox.SecurityError(f"access to attribute {attribute!r} of a {type(obj).__name__} is unsafe")
+
+
+class _CountedRange(Sequence):
+    """A template's range(...), which counts what is taken from it."""
+
+    def __init__(self, numbers: range, template: ChatTemplate):
+        self._numbers, self._template = numbers, template
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index):
+        self._template.count_step()
+        return self._numbers[index]
 
 
 class _GenerationTag(Extension):

@@ -207,8 +207,8 @@ class Weights(Mapping):
         # The sum of finite numbers may overflow: only then is every number looked at, which takes several passes.
         if not value.sum(dtype=torch.float32).isfinite() and not value.isfinite().all():
             raise UserError(
-                f"{self._files[key]}: {key} holds NaN or infinite values: the file is damaged, or the run that saved it "
-                "had diverged; download it again, or take an earlier checkpoint"
+                f"{self._files[key]}: {key} holds NaN or infinite values: the file is damaged, or the run that saved "
+                "it had diverged; download it again, or take an earlier checkpoint"
             )
         return self._convert(key, value)[name]
 
@@ -225,9 +225,9 @@ def _read_shard(path: Path) -> dict[str, Tensor]:
         shard = safe_torch_load(path)
     except ValueError as error:
         reason = one_line(error.__cause__).partition(". ")[0]
+        more = "" if path.suffix == ".safetensors" else ", or a pickle that holds more than weights, which nothing runs"
         raise UserError(
-            f"{path}: cannot be read: {reason}; it is damaged, or holds more than weights, which a pickle may and "
-            "nothing here runs: download it again, as safetensors where there are any"
+            f"{path}: cannot be read: {reason}; it is damaged{more}; download it again, as safetensors if there are any"
         ) from error
     if not isinstance(shard, dict):
         raise UserError(f"{path}: holds a {type(shard).__name__}, not weights by name; save the model's state_dict")
@@ -245,7 +245,8 @@ def _check_index(folder: Path, files: dict[str, Path]) -> None:
     read = {path.name for path in files.values()}
     for index in (folder / name for name in WEIGHT_FILES if name.endswith(".index.json")):
         shards = _read_index(index) if index.is_file() else {}
-        absent = [key for key, shard in shards.items() if shard in read and getattr(files.get(key), "name", "") != shard]
+        elsewhere = (key for key, shard in shards.items() if key not in files or files[key].name != shard)
+        absent = [key for key in elsewhere if shards[key] in read]
         if absent:
             raise UserError(
                 f"{index}: {len(absent)} weights are not in the file it names, such as {absent[0]} in "

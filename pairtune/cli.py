@@ -121,30 +121,57 @@ def cat(argv: list[str]) -> int:
 
 
 def validate(argv: list[str]) -> int:
-    """Check a config, with overrides, against every recipe of ours or the one named; status 1 if any refuses it."""
+    """Check a config with its model's files and its pairs, for every recipe of ours or the one named.
+
+    Loads no weights. What is not on this machine is not checked, and named. Status 1 if anything is refused.
+    """
     parser = _parser(validate)
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("overrides", metavar="key=value", nargs="*")
-    parser.add_argument("--recipe", help="check against this one only")
+    parser.add_argument("--recipe", help="check for this one only")
+    parser.add_argument("--all", action="store_true", help="tokenize all rows; default: the first 100")
     parser.add_argument("--torchtune", action="store_true", help="the config is for a recipe of torchtune's")
     args = parser.parse_intermixed_args(argv)
     path = find("config", args.config)
     if args.torchtune or _is_torchtunes(path):
         return _validate_torchtunes(path, args.overrides)
-    from pairtune.config import load
+    recipes = {name: _read_recipe(name) for name in ([args.recipe] if args.recipe else own("recipe"))}
+    from pairtune.validate import Validation, alike, table
 
-    refusals = 0
-    for recipe in [find("recipe", args.recipe)] if args.recipe else own("recipe").values():
-        names = runpy.run_path(str(recipe), run_name="pairtune_recipe")  # a recipe runs only as __main__
-        if not {"METHOD", "DEFAULTS"} <= set(names):
-            raise UserError(f"{recipe.stem}: sets no METHOD and DEFAULTS; a config of torchtune's takes --torchtune")
-        try:
-            load(names["METHOD"], names["DEFAULTS"], [path], args.overrides)
-            print(f"{recipe.stem}: ok")
-        except UserError as error:
-            print(f"{recipe.stem}: {error}")
-            refusals += 1
-    return 1 if refusals else 0
+    may_be_absent = path in own("config").values()  # ours name files that not every machine has
+    validation = Validation(path, args.overrides, None if args.all else 100, may_be_absent)
+    answers = {name: validation.check(*recipe) for name, recipe in recipes.items()}
+    for names in alike(answers):
+        print(table(names, answers[names[0]]))
+    return 1 if any(answer.refused for found in answers.values() for answer in found.values()) else 0
+
+
+def plan(argv: list[str]) -> int:
+    """Tell what a run takes: memory, steps, disk; and whether it fits. Loads nothing. Status 1 if it does not fit.
+
+    Without --recipe: lora_dpo_distributed on several GPUs, else lora_dpo_single_device.
+    """
+    parser = _parser(plan)
+    parser.add_argument("config", metavar="CONFIG")
+    parser.add_argument("overrides", metavar="key=value", nargs="*")
+    parser.add_argument("--recipe", help="a name of `tune ls`, or a file")
+    parser.add_argument("--gpus", type=int, metavar="N", help="default: those that are visible, or one")
+    parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="of each; default: that of the visible ones")
+    args = parser.parse_intermixed_args(argv)
+    for option, value in (("--gpus", args.gpus), ("--gpu-memory", args.gpu_memory)):
+        if value is not None and value <= 0:
+            raise UserError(f"{option} {value}: must be above 0")
+    from pairtune import plan as plans
+
+    recipe = args.recipe or f"lora_dpo_{'distributed' if (args.gpus or 1) > 1 else 'single_device'}"
+    run = plans.Run(recipe, (find("config", args.config),), tuple(args.overrides))
+    run = plans.on_devices(run, _read_recipe, gpus=args.gpus, gpu_memory=args.gpu_memory)
+    planned = plans.plan(run, _read_recipe)
+    print(planned)
+    if planned.fits is not False:
+        return 0
+    print(plans.advice(plans.smallest_change(run, _read_recipe)))
+    return 1
 
 
 def download(argv: list[str]) -> int:
@@ -174,7 +201,7 @@ def download(argv: list[str]) -> int:
     return 0
 
 
-COMMANDS = {command.__name__: command for command in (download, ls, cp, cat, validate, run)}
+COMMANDS = {command.__name__: command for command in (download, ls, cp, cat, validate, plan, run)}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -331,6 +358,9 @@ def _launch(options: list[str], recipe: Path, args: list[str]) -> int:
         parsed.standalone = True  # a free port of its own: several runs fit on one machine
     # It reports a failed process by number, just before we report why it failed.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    # After a signal a step in flight is finished and saved: longer than the 30 s that torchrun waits by default. What
+    # hangs is ended before that, by its watchdog.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     try:
         # Shared out: torchrun would give each process one thread, and say so in five lines.
         threads = torch.get_num_threads() // determine_local_world_size(parsed.nproc_per_node)
@@ -428,6 +458,14 @@ def _first_line(path: Path) -> str:
     if path.suffix == ".py":
         text = ast.get_docstring(ast.parse(text)) or ""
     return text.partition("\n")[0].lstrip("# ")
+
+
+def _read_recipe(name: str) -> tuple[str, dict]:
+    """Returns a recipe's METHOD and DEFAULTS without running it."""
+    names = runpy.run_path(str(find("recipe", name)), run_name="pairtune_recipe")  # a recipe runs only as __main__
+    if not {"METHOD", "DEFAULTS"} <= set(names):
+        raise UserError(f"{name}: sets no METHOD and DEFAULTS")
+    return names["METHOD"], names["DEFAULTS"]
 
 
 def _show_recipe(recipe: Path) -> int:

@@ -180,12 +180,27 @@ def instantiate(node: Any, *args, **kwargs) -> Any:
     """Returns what a component's block builds, None for None. An argument that is null is not passed.
 
     torchtune's own would pass null, and would resolve an escaped \\${...} a second time.
+
+    Raises:
+        UserError: The component raises anything: a file that it does not find, a package that it lacks.
     """
     if node is None:
         return None
-    arguments = _plain(node)
-    component = _get_component_from_path(arguments.pop("_component_"))
-    return component(*args, **{k: v for k, v in arguments.items() if v is not None} | kwargs)
+    block = _plain(node)
+    try:
+        return _build(block, *args, **kwargs)
+    except UserError:
+        raise
+    except Exception as error:
+        values = ", ".join(f"{name}={show(value)}" for name, value in block.items() if name != "_component_")
+        raise UserError(
+            f"{block['_component_']}({values}): cannot be made: {type(error).__name__}: {one_line(error)}"
+        ) from error
+
+
+def _build(block: dict, *args, **kwargs) -> Any:
+    arguments = {name: value for name, value in block.items() if name != "_component_" and value is not None}
+    return _get_component_from_path(block["_component_"])(*args, **arguments | kwargs)
 
 
 def _plain(node: Any) -> dict:
@@ -217,14 +232,14 @@ def rehearse(optimizer: dict, lr_scheduler: dict | None, loss: dict, *, num_trai
 
 def _rehearse_optimizer(block: dict, parameter: torch.nn.Parameter) -> torch.optim.Optimizer:
     try:
-        optimizer = instantiate(block, [parameter])
+        optimizer = _build(block, [parameter])
         if _needs_closure(optimizer):
             raise UserError(
                 f"optimizer._component_={block['_component_']}: computes the loss again within a step (needs a "
                 "closure), which recipes do not do; use another, such as torch.optim.AdamW"
             )
         if type(optimizer).__module__.startswith("torch."):  # others may step on a GPU only
-            optimizer = instantiate({k: v for k, v in block.items() if k not in GPU_ONLY}, [parameter])
+            optimizer = _build({k: v for k, v in block.items() if k not in GPU_ONLY}, [parameter])
             optimizer.step()
     except Exception as error:
         raise _refusal("optimizer", block, error) from None
@@ -238,7 +253,7 @@ def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:
 
 def _rehearse_schedule(block: dict, optimizer: torch.optim.Optimizer, num_training_steps: int) -> None:
     try:
-        schedule = instantiate(block, optimizer, num_training_steps=num_training_steps, last_epoch=-1)
+        schedule = _build(block, optimizer, num_training_steps=num_training_steps, last_epoch=-1)
         for _ in range(num_training_steps):
             trains = optimizer.param_groups[0]["lr"] > 0
             schedule.step()
@@ -252,7 +267,7 @@ def _rehearse_schedule(block: dict, optimizer: torch.optim.Optimizer, num_traini
 def _rehearse_loss(block: dict) -> None:
     logps = [torch.zeros(2, requires_grad=True) for _ in range(4)]
     try:
-        loss = instantiate(block)
+        loss = _build(block)
     except Exception as error:
         raise _refusal("loss", block, error) from None
     try:

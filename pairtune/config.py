@@ -32,6 +32,7 @@ from pairtune.rules import (
     show,
     unknown_key,
 )
+from pairtune.secrets import check_secrets
 
 METHODS = ("full", "lora", "qlora")
 
@@ -57,9 +58,12 @@ def load(method: str, defaults: dict, config_paths: list[Path], overrides: list[
     """Returns the resolved config; later wins: defaults < each file, then its per_method block < overrides.
 
     Raises:
-        UserError: an unreadable file, an unknown key, a wrong type, an impossible value or combination.
+        UserError: an unreadable file, an unknown key, a wrong type, a secret, an impossible value or combination.
     """
     layers = [layer for path in config_paths for layer in _read_layers(path, defaults)]
+    for override in overrides:  # first of all: other messages show what was written
+        key, _, written = override.partition("=")
+        check_secrets({key: written}, "command line")
     merged = _stack(method, layers, overrides, defaults)
     check_values(_without_references(merged), defaults)  # a wrong value is told at its own key, not where it is used
     _check_required(merged)
@@ -102,6 +106,7 @@ class _Layer:
 def _read_layers(path: Path, schema: dict) -> list[_Layer]:
     """The file's keys, then its per_method blocks, without the keys that only other recipes have."""
     content = _read(path)
+    check_secrets(content, str(path))
     blocks = content.pop("per_method", None) or {}
     if not isinstance(blocks, dict):
         raise UserError(f"{path}: per_method={show(blocks)}: must hold a block of keys a method: {', '.join(METHODS)}")
@@ -139,6 +144,7 @@ def _stack(method: str, layers: list[_Layer], overrides: list[str], schema: dict
         merged = _merge(merged, layer.values, schema, layer.where)
     for i, override in enumerate(overrides):
         layer = _override(override, overrides[:i], merged, schema)
+        check_secrets(layer.values, "command line")
         merged = _merge(merged, layer.values, schema, layer.where)
         given.append(layer)
     return _without_default_warmup(merged, given)

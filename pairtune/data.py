@@ -21,6 +21,9 @@ from pairtune.tokenizer import adapt, common_prefix
 __all__ = ["Pair", "Report", "Rows", "count_overlap", "read_rows", "split_pairs", "tokenize_pairs"]
 
 REFUSED = "refused by the chat template"
+CHARACTERS_A_TOKEN = 256  # no tokenizer known has a longer token
+# Initials of a prompt's roles, as most templates and models know them: system, user, assistant, tools' results.
+USUAL_ORDER = re.compile(r"s*u(at*u|at+)*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,7 @@ class Report:
     num_kept: int = 0
     dropped: dict[str, list[int]] = field(default_factory=dict)  # reason to rows
     trimmed: list[int] = field(default_factory=list)  # rows whose prompt was cut
+    unordered: list[int] = field(default_factory=list)  # rows whose prompt does not go system, user, assistant, user
     ends_taken_off: list[int] = field(default_factory=list)  # rows with an answer that was written with an end token
     merges: list[int] = field(default_factory=list)  # rows where a token spans the prompt's end
     # Tokens of every row that was tokenized, before limits: what max_length would have to be
@@ -66,6 +70,8 @@ class Report:
         lines = [self._line("rows read", self.num_rows), self._line("kept", self.num_kept)]
         if self.trimmed:
             lines.append(self._line("of these, prompt trimmed", len(self.trimmed), self.trimmed))
+        if self.unordered:
+            lines.append(self._line("of these, roles out of order", len(self.unordered), self.unordered))
         if self.ends_taken_off:
             lines.append(self._line("end token's text taken off", len(self.ends_taken_off), self.ends_taken_off))
         for reason, rows in sorted(self.dropped.items(), key=lambda item: -len(item[1])):
@@ -113,6 +119,18 @@ class _Limits:
                 f"{self.max_length}, which counts prompt and answer together. Lower it, or raise max_length."
             )
 
+    def check_texts(self, prompt: int, answer: int) -> None:
+        """Raises Skip or UserError for so many characters that tokenizing, which takes gigabytes, is for nothing."""
+        most = CHARACTERS_A_TOKEN * self.max_length
+        if answer <= most and (prompt <= most or self.overlong == "trim_prompt"):
+            return
+        if self.overlong == "error":
+            raise UserError(
+                f"a prompt of {prompt:,} characters and an answer of {answer:,} do not fit max_length="
+                f"{self.max_length}. Set {self.key}.overlong to drop, or remove the row."
+            )
+        raise Skip("too long")
+
     def fit(self, prompt: list[int], answer_length: int, *, bos_id: int | None) -> list[int]:
         """Returns the prompt, cut from the left if the policy says so. Raises Skip or UserError if it does not fit."""
         room = min(self.max_prompt_length, self.max_length - answer_length)
@@ -145,8 +163,9 @@ def tokenize_pairs(
 
     Each of the two conversations is rendered once, whole. The prompt is what they share with each other and with the
     prompt rendered alone, generation prompt included: a token that spans the prompt's end belongs to the answers.
-    Dropped are rows whose prompts differ, with an empty answer, with identical answers, with tool calls, too long, or
-    refused by the chat template. From an answer that ends in an end token's text, that text is taken off.
+    Dropped are rows whose prompts differ, end with an answer, or are empty; with an empty answer, identical answers or
+    tool calls; too long; or refused by the chat template. From an answer that ends in an end token's text, that text is
+    taken off.
 
     Args:
         rows: From `read_rows`, or a list of dicts.
@@ -168,7 +187,7 @@ def tokenize_pairs(
     if not len(rows):
         raise UserError(f"{key}: {rows.source} has no rows in this split.")
     tokenizer = adapt(tokenizer)
-    form = detect_format(rows.column_names, list(islice(rows, 10)), key=key)
+    form = detect_format(rows.column_names, list(islice(rows, 10)), source=rows.source, key=key)
     report = Report(rows.source, form.name, tokenizer.style, len(rows))
     pairs = []
     bar = tqdm(rows, desc="tokenize", leave=False, disable=not progress or len(rows) < 500)
@@ -227,6 +246,10 @@ def _tokenize(example: Example, number: int, tokenizer, *, limits: _Limits, repo
     whole, example = example, _without_end_texts(example, tokenizer.end_texts)
     if not example.chosen.strip() or not example.rejected.strip():
         raise Skip("empty answer")
+    _check_prompt(example.prompt)
+    limits.check_texts(
+        sum(len(message["content"]) for message in example.prompt), max(len(example.chosen), len(example.rejected))
+    )
     asked, chosen, rejected = _sequences(example, tokenizer)
     if chosen == rejected:  # also texts that differ in nothing but what the template strips
         raise Skip("identical answers")
@@ -238,11 +261,20 @@ def _tokenize(example: Example, number: int, tokenizer, *, limits: _Limits, repo
     fitted = limits.fit(prompt, max(len(chosen), len(rejected)), bos_id=tokenizer.bos_id)
     if len(fitted) < len(prompt):
         report.trimmed.append(number)
+    if not USUAL_ORDER.fullmatch("".join(message["role"][0] for message in example.prompt)):
+        report.unordered.append(number)
     if example != whole:
         report.ends_taken_off.append(number)
     if len(prompt) < len(asked):
         report.merges.append(number)
     return Pair(fitted, chosen, rejected, number)
+
+
+def _check_prompt(messages: list[dict]) -> None:
+    if messages[-1]["role"] == "assistant":
+        raise Skip("the prompt ends with an answer")
+    if messages[-1]["role"] != "tool" and not messages[-1]["content"].strip():  # a tool may have nothing to say
+        raise Skip("empty prompt")
 
 
 def _without_end_texts(example: Example, end_texts: list[str]) -> Example:

@@ -17,6 +17,7 @@ ROLES = {
 TEXT = "text|transcript"
 ANSWER = "text|transcript|message|messages"
 CONTEXT = {"system": TEXT, "history": "pairs"}  # columns that any format may have: what comes before the prompt
+_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can write "\ud83d", half of an emoji; UTF-8 cannot
 TOOLS = "tools"  # a column of tool descriptions, which are not rendered
 
 
@@ -62,7 +63,7 @@ class Format:
                 )
         if not _is_empty(row, TOOLS):
             raise Skip("tool descriptions")
-        return _in_context(self.example(row), row)
+        return _writable(_in_context(self.example(row), row))
 
     def __str__(self) -> str:
         columns = [f"{column} ({_in_words(kinds)})" for column, kinds in self.columns.items()]
@@ -70,11 +71,13 @@ class Format:
         return f"{self.name}: {', '.join(columns + optional)}"
 
 
-def detect_format(column_names: list[str], first_rows: list[dict], *, key: str = "dataset") -> Format:
+def detect_format(
+    column_names: list[str], first_rows: list[dict], *, source: str = "rows", key: str = "dataset"
+) -> Format:
     """Returns the first of FORMATS that fits a row with nothing missing, or else the first row.
 
     Args:
-        key: Where the config describes the rows, for messages.
+        source, key: Where the rows come from, and where the config describes them, for messages.
 
     Raises:
         UserError: None fits. The message lists the columns found and the formats known.
@@ -88,7 +91,7 @@ def detect_format(column_names: list[str], first_rows: list[dict], *, key: str =
     found = "\n".join(f"  {name}: {_shown(row.get(name))}" for name in column_names)
     formats = "\n".join(f"  {form}" for form in FORMATS)
     raise UserError(
-        f"No known format of preference pairs. Columns found, and what the first row holds:\n{found}\n"
+        f"{source}: no known format of preference pairs. Columns found, and what the first row holds:\n{found}\n"
         f"Formats known:\n{formats}\n"
         f"If a column only has another name, say so: {key}.columns.prompt=THEIR_NAME, and so on."
     )
@@ -147,7 +150,7 @@ def _message(raw: dict) -> dict:
     if _calls_tools(raw):  # templates write them in ways of their own; role and content alone would be another turn
         raise Skip("tool calls")
     role, content = _either(raw, "role", "from"), _either(raw, "content", "value")
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise UserError(f"a message has the role {role!r}; known are {', '.join(ROLES)}. Rename it in the data.")
     if not isinstance(content, str):
         raise UserError(f"a message's content is {type(content).__name__}, expected text. Mend or remove the row.")
@@ -170,6 +173,17 @@ def _in_context(example: Example, row: dict) -> Example:
     for question, answer in () if _is_empty(row, "history") else row["history"]:
         context += [*_user(question), {"role": "assistant", "content": answer}]
     return replace(example, prompt=context + prompt, written=None) if context else example
+
+
+def _writable(example: Example) -> Example:
+    """Returns the example. Raises Skip where a text holds what tokenizers cannot take, or what ends texts in C."""
+    texts = [("prompt", message["content"]) for message in example.prompt]
+    for name, text in (*texts, ("chosen", example.chosen), ("rejected", example.rejected)):
+        if "\0" in text:
+            raise Skip(f"{name} holds a NUL character")
+        if _SURROGATE.search(text):
+            raise Skip(f"{name} holds half a surrogate pair")
+    return example
 
 
 def _answer(row: dict, column: str, prompt: list[dict]) -> str:

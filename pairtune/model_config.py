@@ -3,9 +3,13 @@
 Weights of equal shapes load into the wrong architecture without a word, and train: loss starts at ln 2 all the same.
 """
 
+import math
+from pathlib import Path
+
 from torchtune.modules import RMSNorm, TiedLinear, TransformerDecoder
 
 from pairtune.errors import UserError
+from pairtune.rules import fits, kind_words, show
 
 # config.json's model_type to torchtune's names for checkpointers.
 MODEL_TYPES = {
@@ -15,6 +19,51 @@ MODEL_TYPES = {
     "qwen2": ("QWEN2",),
     "phi3": ("PHI3_MINI", "PHI4"),
 }
+
+
+# What is read of config.json, here and in the conversion of weights.
+NEEDED = {"model_type": str, "hidden_size": int, "num_attention_heads": int, "num_key_value_heads": int}
+READ = NEEDED | {
+    "num_hidden_layers": int,
+    "vocab_size": int,
+    "head_dim": int,
+    "rope_theta": float,
+    "rms_norm_eps": float,
+    "tie_word_embeddings": bool,
+    "rope_scaling": dict,
+    "rope_parameters": dict,
+}
+
+
+def check_config(config, path: Path) -> None:
+    """Checks the kinds of what is read of a config.json.
+
+    Raises:
+        UserError: It is no object, lacks a key, has one of the wrong kind, or is of a quantized model.
+    """
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: must hold keys and values, holds {show(config)}")
+    for key, kind in READ.items():
+        if config.get(key) is not None:
+            _check_kind(path, key, config[key], kind)
+        elif key in NEEDED:
+            raise UserError(f"{path}: {key}: is missing; download the file again, or set it as the model's authors say")
+    for block in ("rope_scaling", "rope_parameters"):
+        for key in ("factor", "rope_theta"):
+            if (config.get(block) or {}).get(key) is not None:
+                _check_kind(path, f"{block}.{key}", config[block][key], float)
+    if config.get("quantization_config"):
+        raise UserError(
+            f"{path}: quantization_config={show(config['quantization_config'])}: the weights are quantized, which "
+            "training cannot undo; take the model that they were made from, with a qlora_ recipe if memory is short"
+        )
+
+
+def _check_kind(path: Path, key: str, value, kind: type) -> None:
+    if not fits(value, kind):
+        raise UserError(f"{path}: {key}={value!r}: must be {kind_words(kind)}")
+    if kind in (int, float) and not 0 < value < math.inf:
+        raise UserError(f"{path}: {key}={value}: must be above 0 and finite")
 
 
 def check_model_type(model_type: str, config: dict) -> None:
@@ -28,12 +77,20 @@ def check_model_type(model_type: str, config: dict) -> None:
             "checkpointer.model_type=GEMMA2: torchtune 0.6.1 swaps two of Gemma 2's norms when it converts weights and "
             "caps hidden states in the place of logits, so the model would not be Gemma 2; no config mends this"
         )
-    expected = MODEL_TYPES.get(config.get("model_type"))
+    theirs = config.get("model_type")
+    expected = MODEL_TYPES.get(theirs)
+    if theirs is not None and expected is None:
+        raise UserError(
+            f"config.json: model_type={theirs}: is none of {', '.join(MODEL_TYPES)}, which torchtune "
+            "0.6.1 has; another architecture may have the same weights and compute something else with them"
+        )
     if expected and model_type not in expected:
         raise UserError(
-            f"checkpointer.model_type={model_type}: the folder's config.json says model_type={config['model_type']}, "
+            f"checkpointer.model_type={model_type}: the folder's config.json says model_type={theirs}, "
             f"which is {' or '.join(expected)} here"
         )
+    if model_type == "QWEN2" and config.get("tie_word_embeddings") is None:
+        raise UserError("config.json: tie_word_embeddings: is missing; set it to true or false, as the model has it")
 
 
 def check_model(model: TransformerDecoder, config: dict) -> None:
@@ -61,6 +118,7 @@ def describe(model: TransformerDecoder) -> dict:
     rope = attention.pos_embeddings
     description = {
         "num_hidden_layers": len(model.layers),
+        "vocab_size": model.tok_embeddings.num_embeddings,
         "hidden_size": model.tok_embeddings.embedding_dim,
         "num_attention_heads": attention.num_heads,
         "num_key_value_heads": attention.num_kv_heads,
@@ -82,6 +140,7 @@ def describe_config(config: dict) -> dict:
     llama = config.get("model_type") == "llama"  # where scaling is known to mean what torchtune's scale_factor does
     return {
         "num_hidden_layers": config.get("num_hidden_layers"),
+        "vocab_size": config.get("vocab_size"),
         "hidden_size": width,
         "num_attention_heads": heads,
         "num_key_value_heads": config.get("num_key_value_heads"),

@@ -11,6 +11,7 @@ import io
 import json
 import re
 import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from itertools import chain, count, islice
 from pathlib import Path
@@ -86,7 +87,7 @@ def read_rows(
         UserError: There is no such source, split or column, or a row cannot be read: file and line are named.
     """
     path = Path(source).expanduser()
-    if not path.exists() and _looks_like_path(source):
+    if not _exists(path, key) and looks_like_path(source):
         raise _missing_file(path, key)
     if limit is not None and limit < 1:
         raise UserError(f"{key}.limit={limit}: must be at least 1, or null for all rows.")
@@ -104,6 +105,16 @@ def read_rows(
     return Rows(data, source=source, columns=columns, numbers=numbers, key=key)
 
 
+def _exists(path: Path, key: str) -> bool:
+    try:
+        exists = path.exists()
+    except OSError as error:  # a folder that may not be entered, a name too long
+        raise UserError(f"{key}.source={path}: cannot be read: {error.strerror}.") from error
+    if exists and not (path.is_file() or path.is_dir()):
+        raise UserError(f"{key}.source={path}: is neither a file nor a folder.")
+    return exists
+
+
 def _check_columns(columns: dict[str, str | None], found: list[str], source: str, key: str) -> None:
     for ours, theirs in columns.items():
         if ours not in OUR_COLUMNS:
@@ -112,18 +123,18 @@ def _check_columns(columns: dict[str, str | None], found: list[str], source: str
         theirs = ours if theirs is None else theirs
         if theirs not in found:
             raise UserError(
-                f"{key}.columns.{ours}={theirs}: {source} has no such column. {_nearest(str(theirs), found)} "
+                f"{key}.columns.{ours}={theirs}: {source} has no such column. {_nearest(theirs, found)} "
                 f"Columns found: {', '.join(found)}."
             )
 
 
-def _nearest(word: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+def _nearest(word, known: list[str]) -> str:
+    near = difflib.get_close_matches(str(word), known, n=3, cutoff=0.5)
     return f"Did you mean {' or '.join(near)}?" if near else "No name is near it."
 
 
-def _looks_like_path(source: str) -> bool:
-    """A Hub id is ORG/NAME, or a bare name without a suffix."""
+def looks_like_path(source: str) -> bool:
+    """Returns whether a source is no Hub id, which is ORG/NAME or a bare name without a suffix."""
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
         return Path(source.removesuffix(".gz")).suffix in FILE_TYPES
     return not re.fullmatch(r"[\w-]+", source)
@@ -166,10 +177,17 @@ def _read_file(path: Path, key: str):
         raise UserError(f"{key}.source={path}: of files, {types} are read, all but the last also as .gz.")
     try:
         if kind == ".parquet":
-            return datasets.Dataset(pyarrow.parquet.read_table(path, partitioning=None))
+            _check_names(pyarrow.parquet.read_schema(path).names, str(path))
+            table = pyarrow.parquet.read_table(path, partitioning=None)
+            table.validate(full=True)  # text that is not UTF-8 would show row by row
+            return datasets.Dataset(table)
         data = path.read_bytes()
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
-    except (OSError, EOFError, ValueError) as error:  # arrow's, gzip's and UTF-8's errors are of these types
+    except UnicodeDecodeError as error:
+        raise UserError(f"{key}.source={path} cannot be read: {error}. Mend that, or save it as UTF-8.") from error
+    except UserError:
+        raise
+    except (OSError, EOFError, ValueError, zlib.error) as error:  # arrow's errors are of these types, too
         raise UserError(f"{key}.source={path} cannot be read: {error}") from error
     if kind == ".csv":
         return _csv_rows(text, path)
@@ -181,11 +199,13 @@ def _is_lines(text: str) -> bool:
     first, _, rest = text.lstrip().partition("\n")
     try:
         return bool(rest.strip()) and isinstance(json.loads(first), dict)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return False
 
 
 def _json_lines(text: str, path: Path) -> list[dict]:
+    if text.lstrip()[:1] == "[":  # perhaps over many lines
+        _object([], f"{path}, line 1")
     # Not splitlines: a JSON string may hold U+2028 and its like as they are.
     lines = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
     return [_object(_parse(line, path, number), f"{path}, line {number}") for number, line in lines]
@@ -210,6 +230,8 @@ def _parse(text: str, path: Path, first_line: int):
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise UserError(f"{path}, line {line}: invalid JSON, {error.msg} (column {error.colno}).") from error
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, lists nested 1,000 deep
+        raise UserError(f"{path}, line {first_line}: invalid JSON, {error}.") from error
 
 
 def _unique_keys(text: str):
@@ -232,7 +254,8 @@ def _unique_keys(text: str):
 
 def _object(row, where: str) -> dict:
     if not isinstance(row, dict):
-        raise UserError(f"{where}: holds {type(row).__name__}, expected an object with columns.")
+        hint = " One list of all rows belongs in a .json file." if isinstance(row, list) else ""
+        raise UserError(f"{where}: holds {type(row).__name__}, expected an object with columns.{hint}")
     return row
 
 
@@ -241,25 +264,28 @@ def _csv_rows(text: str, path: Path) -> list[dict]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     rows = []
     try:
-        _check_header(reader.fieldnames or [], path)
+        _check_names(reader.fieldnames or [], f"{path}, line 1")
         for row in reader:
             if None in row or None in row.values():
                 raise UserError(f"{path}, line {reader.line_num}: not as many cells as the first line has columns.")
             rows.append(row)
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: invalid CSV, {error}.") from error
+    except csv.Error as error:  # the row begins behind the last one that was whole
+        raise UserError(f"{path}, line {reader.line_num + 1}: invalid CSV, {error}.") from error
     return rows
 
 
-def _check_header(header: Sequence[str], path: Path) -> None:
-    if twice := sorted({name for name in header if name and header.count(name) > 1}):
-        raise UserError(f"{path}, line 1: columns of one name, {', '.join(twice)}. Rename or remove one of each.")
+def _check_names(names: Sequence[str], where: str) -> None:
+    if twice := sorted({name for name in names if name and names.count(name) > 1}):
+        raise UserError(f"{where}: columns of one name, {', '.join(twice)}. Rename or remove one of each.")
 
 
 def _read_folder(path: Path, name: str | None, key: str) -> dict[str, datasets.Dataset]:
     for file in path.rglob("*.csv"):  # pandas would rename the second column
-        with file.open(newline="", encoding="utf-8-sig", errors="replace") as text:
-            _check_header(next(csv.reader(text), []), file)
+        try:
+            with file.open(newline="", encoding="utf-8-sig", errors="replace") as text:
+                _check_names(next(csv.reader(text), []), f"{file}, line 1")
+        except (OSError, csv.Error) as error:
+            raise UserError(f"{key}.source={path}: {file} cannot be read: {error}.") from error
     try:
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             data = datasets.load_from_disk(str(path))

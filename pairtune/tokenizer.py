@@ -48,7 +48,7 @@ class HFTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Returns the text's tokens; none is added, special tokens written in the text are recognised."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        return self._encode(text).ids
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """Returns the tokens' text."""
@@ -63,7 +63,7 @@ class HFTokenizer:
         if self.is_plain:
             return self.render_text(*plain_text(messages, add_generation_prompt=add_generation_prompt))
         text = self._template.render(messages, add_generation_prompt=add_generation_prompt)
-        encoding = self._backend.encode(text, add_special_tokens=False)
+        encoding = self._encode(text)
         if add_generation_prompt or messages[-1]["role"] != "assistant":
             return encoding.ids
         answer_stop = len(text) - self._template.tail_length(messages, text)
@@ -77,6 +77,12 @@ class HFTokenizer:
         if self._add_bos and ids[:1] != [self.bos_id]:  # the text may bring its own BOS
             ids = [self.bos_id, *ids]
         return ids if answer is None else [*ids, self.eos_id]
+
+    def _encode(self, text: str) -> tokenizers.Encoding:
+        try:
+            return self._backend.encode(text, add_special_tokens=False)
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"tokenizer.json cannot write this text as tokens: {error}") from error
 
 
 class TorchtuneTokenizer:
@@ -168,16 +174,21 @@ def hf_tokenizer(path: str, chat_template: str | None = None) -> HFTokenizer:
     special = _special_tokens(folder, config)
     stop_ids = _model_stop_ids(folder)
     if "eos_token" not in special and stop_ids:
-        special["eos_token"] = backend.id_to_token(stop_ids[0])
+        special["eos_token"] = backend.id_to_token(stop_ids[0]) or f"token {stop_ids[0]}"
     for key in ("bos_token", "eos_token"):
-        if backend.token_to_id(special.get(key, "")) is None and (key in special or key == "eos_token"):
+        text = special.get(key, "")
+        known = isinstance(text, str) and backend.token_to_id(text) is not None
+        if not known and (key in special or key == "eos_token"):
             raise UserError(
                 f"{folder}: {key} is {special.get(key, 'not set')!r}, which is no token of tokenizer.json. "
                 f"Set {key} in tokenizer_config.json."
             )
     template, style = choose_template(folder, config, chat_template)
     add_bos = _adds_bos(backend, config, special)
-    return HFTokenizer(backend, special, stop_ids=stop_ids, add_bos=add_bos, template=template, style=style)
+    try:
+        return HFTokenizer(backend, special, stop_ids=stop_ids, add_bos=add_bos, template=template, style=style)
+    except UserError as error:
+        raise UserError(f"tokenizer.path={path}: {error}") from error
 
 
 def adapt(tokenizer) -> HFTokenizer | TorchtuneTokenizer:
@@ -231,9 +242,12 @@ def _backend(folder: Path) -> tokenizers.Tokenizer:
 
 def _json(file: Path) -> dict:
     try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} must hold keys and values, holds a {type(content).__name__}.")
+    return content
 
 
 def _special_tokens(folder: Path, config: dict) -> dict[str, str]:
@@ -241,7 +255,7 @@ def _special_tokens(folder: Path, config: dict) -> dict[str, str]:
     table = _json(folder / "special_tokens_map.json")
     merged = {**table, **config} if "added_tokens_decoder" in config else {**config, **table}
     values = {key: merged.get(key) for key in SPECIAL_KEYS}
-    texts = {key: value["content"] if isinstance(value, dict) else value for key, value in values.items()}
+    texts = {key: value.get("content", value) if isinstance(value, dict) else value for key, value in values.items()}
     return {key: text for key, text in texts.items() if text is not None}
 
 
@@ -250,7 +264,10 @@ def _model_stop_ids(folder: Path) -> list[int]:
     for file in ("generation_config.json", "config.json"):
         ids = _json(folder / file).get("eos_token_id")
         if ids is not None:
-            return ids if isinstance(ids, list) else [ids]
+            ids = ids if isinstance(ids, list) else [ids]
+            if not all(type(i) is int and 0 <= i < 2**32 for i in ids):
+                raise UserError(f"{folder / file}: eos_token_id={ids}: must be a token's number, or a list of them.")
+            return ids
     return []
 
 
