@@ -18,7 +18,7 @@ from pairtune.formats import Example, Skip, detect_format
 from pairtune.rows import Rows, read_rows
 from pairtune.tokenizer import adapt, common_prefix
 
-__all__ = ["Pair", "Report", "Rows", "count_overlap", "read_rows", "split_pairs", "tokenize_pairs"]
+__all__ = ["Pair", "Report", "Rows", "count_overlap", "read_pairs", "read_rows", "split_pairs", "tokenize_pairs"]
 
 REFUSED = "refused by the chat template"
 CHARACTERS_A_TOKEN = 256  # no tokenizer known has a longer token
@@ -146,6 +146,26 @@ class _Limits:
         if self.overlong == "drop" or room <= len(bos):  # one token of the question must remain
             raise Skip("too long")
         return bos + prompt[len(prompt) - room + len(bos) :]
+
+
+def read_pairs(
+    block: dict,
+    tokenizer,
+    *,
+    max_length: int,
+    max_prompt_length: int | None = None,
+    progress: bool = True,
+    key: str = "dataset",
+) -> tuple[list[Pair], Report]:
+    """Returns read_rows and then tokenize_pairs of a config's `dataset` or `eval_dataset` block, all but its split.
+
+    Args:
+        key: The block's name, for messages.
+    """
+    where = {name: block[name] for name in ("split", "name", "revision", "limit")}
+    rows = read_rows(block["source"], **where, columns=dict(block["columns"]), key=key)
+    limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "overlong": block["overlong"]}
+    return tokenize_pairs(rows, tokenizer, **limits, progress=progress, key=key)
 
 
 def tokenize_pairs(

@@ -115,10 +115,8 @@ class Validation:
         if not Path(source.source).expanduser().exists() and not looks_like_path(source.source):
             raise NotHere(f"{source.source} is a data set of the Hugging Face Hub")
         self._must_be_here(source.source, f"{key}.source")
-        rows = data.read_rows(
-            source.source, split=source.split, name=source.name, revision=source.revision, limit=source.limit,
-            columns=dict(source.columns), key=key,
-        )  # fmt: skip
+        where = {name: source[name] for name in ("split", "name", "revision", "limit")}
+        rows = data.read_rows(source.source, **where, columns=dict(source.columns), key=key)
         if tokenizer is None:
             form = detect_format(rows.column_names, list(islice(rows, 10)), source=rows.source, key=key)
             return f"{len(rows):,} rows, {form.name}; not tokenized, for want of a tokenizer", len(rows)

@@ -131,25 +131,8 @@ def main(cfg):
 
     # 3. Preference pairs
     def read_pairs(key):
-        source = cfg[key]
-        rows = data.read_rows(
-            source.source,
-            split=source.split,
-            name=source.name,
-            revision=source.revision,
-            limit=source.limit,
-            columns=dict(source.columns),
-            key=key,
-        )
-        return data.tokenize_pairs(
-            rows,
-            tokenizer,
-            max_length=cfg.max_length,
-            max_prompt_length=cfg.max_prompt_length,
-            overlong=source.overlong,
-            progress=world.is_main,
-            key=key,
-        )
+        limits = {name: cfg[name] for name in ("max_length", "max_prompt_length")}
+        return data.read_pairs(cfg[key], tokenizer, **limits, progress=world.is_main, key=key)
 
     train, report = read_pairs("dataset")
     held_out = []
@@ -160,15 +143,8 @@ def main(cfg):
     if cfg.eval_dataset.source:
         held_out, report = read_pairs("eval_dataset")
         world.print(f"Held-out pairs: {cfg.eval_dataset.source}\n{report.with_split(train, held_out)}\n")
-    steps = Steps(
-        train,
-        pairs_per_step=cfg.pairs_per_step,
-        batch_size=cfg.batch_size,
-        seed=cfg.seed,
-        shuffle=cfg.shuffle,
-        rank=world.rank,
-        size=world.size,
-    )
+    order = {name: cfg[name] for name in ("pairs_per_step", "batch_size", "seed", "shuffle")}
+    steps = Steps(train, **order, rank=world.rank, size=world.size)
     total_steps = min(cfg.epochs * len(steps), cfg.max_steps or math.inf)
     row_length = longest_row([*train, *held_out]) if model.dense_attention else None
     contract.check_pairs([*train, *held_out], tokenizer)
