@@ -19,6 +19,7 @@ from torchtune.models.qwen2._convert_weights import qwen2_hf_to_tune
 from torchtune.training.checkpointing._utils import safe_torch_load
 
 from pairtune.errors import UserError
+from pairtune.metrics import lock
 from pairtune.model_config import check_config, check_model_type
 from pairtune.rules import one_line
 
@@ -131,11 +132,20 @@ def make_room(run_dir: Path, resumed: Path | None = None) -> None:
             what that run has logged and answered is copied.
     """
     continues = resumed is not None and resumed.resolve().parent.parent == run_dir.resolve()
-    if (run_dir / "metrics.jsonl").exists() and not continues:
+    log = run_dir / "metrics.jsonl"
+    if log.exists():
+        with log.open("a") as file:
+            if not lock(file):
+                raise UserError(
+                    f"output_dir={run_dir}: another run is writing there; wait for it, or name another folder"
+                )
+    if (log.exists() or (run_dir / "checkpoints").exists()) and not continues:
         kept = next(p for n in count(1) if not (p := run_dir.with_name(f"{run_dir.name}.{n}")).exists())
         run_dir.rename(kept)
         print(f"{run_dir} held an earlier run, which is now {kept}\n")
     run_dir.mkdir(parents=True, exist_ok=True)
+    for left in run_dir.glob(".export-*"):  # by a kill
+        shutil.rmtree(left, ignore_errors=True)
     for name in ("metrics.jsonl", "samples.jsonl") if resumed and not continues else ():
         source = resumed.parent.parent / name
         if source.exists():

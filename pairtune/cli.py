@@ -201,7 +201,32 @@ def download(argv: list[str]) -> int:
     return 0
 
 
-COMMANDS = {command.__name__: command for command in (download, ls, cp, cat, validate, plan, run)}
+def cache(argv: list[str]) -> int:
+    """List or remove what references said of pairs: tune cache ls; tune cache rm KEY, or --all.
+
+    Runs with the same reference weights and pairs share it; what is removed is computed again when it is needed.
+    """
+    parser = _parser(cache)
+    parser.add_argument("action", choices=["ls", "rm"])
+    parser.add_argument("keys", metavar="KEY", nargs="*", help="for rm: as ls shows them")
+    parser.add_argument("--all", action="store_true", help="for rm: every entry")
+    parser.add_argument("--cache-dir", type=Path, metavar="DIR", help="default: ~/.cache/pairtune/reference")
+    args = parser.parse_args(argv)
+    if args.action == "ls" and (args.keys or args.all):
+        raise UserError("cache ls: takes no key and no --all; it lists every entry")
+    if args.action == "rm" and bool(args.keys) == args.all:
+        raise UserError("cache rm: takes keys, or --all; `tune cache ls` lists them")
+    from pairtune import reference_cache
+
+    folder = reference_cache.find_folder(args.cache_dir)
+    if args.action == "ls":
+        print(reference_cache.table(folder))
+    else:
+        print("\n".join(f"Removed {key}" for key in reference_cache.remove(folder, args.keys)))
+    return 0
+
+
+COMMANDS = {command.__name__: command for command in (download, ls, cp, cat, validate, plan, run, cache)}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -384,6 +409,8 @@ def _worker(recipe: Path, args: list[str]) -> int:
     """
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+    # Until processes are connected, a Ctrl-C has to end one that waits for the others in C, where Python hears nothing.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         _execute(recipe, args)
     except UserError as error:

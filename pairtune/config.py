@@ -87,7 +87,9 @@ def save(cfg: DictConfig, path: Path, recipe: str) -> str:
     text = f"# {command}\n{OmegaConf.to_yaml(cfg)}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        temporary = path.with_name(f".{path.name}")  # a full disk or a kill leaves the file that was there
+        temporary.write_text(text)
+        temporary.replace(path)
     except OSError as error:
         raise UserError(f"output_dir={path.parent}: cannot be written: {error.strerror}; name another folder") from None
     return text

@@ -3,6 +3,7 @@
 Each failure names its cause and a way out.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -83,7 +84,7 @@ def rehearsal(model: nn.Module, optimizer: Optimizer, pairs: list[Pair], world: 
     Raises:
         UserError: Out of memory; the pairs' rows and lengths are named.
     """
-    made = not optimizer.state
+    made, groups = not optimizer.state, [_without_params(group) for group in optimizer.param_groups]
     generators = [world.device] if world.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=generators):
@@ -103,19 +104,22 @@ def rehearsal(model: nn.Module, optimizer: Optimizer, pairs: list[Pair], world: 
         optimizer.zero_grad()
         if made:
             optimizer.state.clear()
+        for group, before in zip(optimizer.param_groups, groups, strict=True):
+            group.update(before)  # some optimizers count steps there
 
 
 def _make_state(optimizer: Optimizer) -> None:
     """A step of no gradient at no learning rate: it moves nothing and allocates what steps need."""
-    rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+
+
+def _without_params(group: dict) -> dict:
+    return {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
 
 
 def check_start(

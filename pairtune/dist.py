@@ -60,10 +60,10 @@ class World:
     def __str__(self) -> str:
         return str(self.device) if self.size == 1 else f"{self.size} processes, {self.device.type}"
 
-    def beat(self, doing: str) -> None:
+    def beat(self, doing: str, *, patient: bool = False) -> None:
         """Says that this process got on, and what it does next; see Watchdog."""
         if self.watchdog:
-            self.watchdog.beat(doing)
+            self.watchdog.beat(doing, patient=patient)
 
     def from_main(self, values: Tensor) -> Tensor:
         """Returns the main process's tensor, in each process."""
@@ -172,6 +172,7 @@ def connect(world: World, replicate: int = 1, timeout_s: float = 600.0) -> World
 def stop(world: World) -> None:
     """Disconnects this process, when all have come here: nobody's last collective loses its peer."""
     if world.mesh is not None:
+        world.beat("waiting for the others at the end", patient=True)
         world.barrier()
         world.watchdog.end()
         torch_dist.destroy_process_group()
@@ -197,8 +198,9 @@ class Interruption:
 
     def requested(self) -> bool:
         """Returns whether any process was asked to stop. Every process has to call it."""
-        self._signal = self._world.max_number(self._signal)
-        return self._signal != 0
+        agreed = self._world.max_number(self._signal)
+        self._signal = self._signal or agreed  # a signal that came meanwhile is for the next call
+        return agreed != 0
 
     @property
     def status(self) -> int:
@@ -226,17 +228,18 @@ class Watchdog:
         self._main = threading.get_ident()
         self._doing, self._last, self._longest = "starting", time.monotonic(), 0.0
         self._ended = threading.Event()
-        self._signals, heard = os.pipe()  # a byte a signal, written even while the main thread is not in Python
-        os.set_blocking(self._signals, False)
-        os.set_blocking(heard, False)
+        self._patient = False
         if size > 1:
-            signal.set_wakeup_fd(heard, warn_on_full_buffer=False)
+            # A byte a signal, written even while the main thread is not in Python.
+            self._heard, written = os.pipe2(os.O_NONBLOCK)
+            signal.set_wakeup_fd(written, warn_on_full_buffer=False)
             # A connection of its own: the other may be held by the very call that does not come back.
             self._store = torch_dist.distributed_c10d._get_default_store().clone()
             threading.Thread(target=self._watch, daemon=True).start()
 
-    def beat(self, doing: str) -> None:
-        """Says what the main thread does from now on, such as "step 17"."""
+    def beat(self, doing: str, *, patient: bool = False) -> None:
+        """Says what the main thread does from now on, such as "step 17"; `patient` if SIGTERM may not cut it short."""
+        self._patient = patient
         now = time.monotonic()
         self._longest = max(self._longest, now - self._last)
         self._doing, self._last = doing, now
@@ -254,7 +257,8 @@ class Watchdog:
                 return
             if told_to_stop is None and self._heard_signal():
                 told_to_stop = time.monotonic()
-            patience = max(10.0, 2 * self._longest)  # a step in flight gets on within this
+            # A step in flight gets on within this.
+            patience = self._timeout_s if self._patient else max(10.0, 2 * self._longest)
             if told_to_stop and time.monotonic() - max(told_to_stop, self._last) > patience:
                 os._exit(128 + signal.SIGTERM)
         self._store.set(f"stands/{self._rank}", f"{self._doing}, {silent:.0f} s: {self._line()}")
@@ -271,7 +275,7 @@ class Watchdog:
 
     def _heard_signal(self) -> bool:
         try:
-            return bool(os.read(self._signals, 64))
+            return any(number in (signal.SIGTERM, signal.SIGINT) for number in os.read(self._heard, 64))
         except BlockingIOError:
             return False
 

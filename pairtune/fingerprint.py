@@ -5,6 +5,7 @@ from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from pairtune.data import Pair
@@ -69,21 +70,33 @@ def _digest_samples(path: Path) -> str:
     return hashed.hexdigest()[:16]
 
 
-def check_same(saved: dict, now: dict, where: Path) -> list[str]:
+def check_same(values: dict, now: dict, where: Path, *, total_steps: int) -> list[str]:
     """Returns the differences that do no harm, a line each.
 
     Args:
-        saved, now: From `fingerprint`, of the run that wrote the checkpoint and of this one.
+        values: A checkpoint's, from train_state.read_values.
+        now: From `fingerprint`, of this run.
         where: The checkpoint, for the message.
+        total_steps: Of this run.
 
     Raises:
-        UserError: Anything differs that makes this another run; every difference is listed.
+        UserError: Anything differs that makes this another run; every difference is listed. Or the checkpoint lies
+            behind this run's end.
     """
+    saved = values["fingerprint"]
+    if values["step"] > total_steps:
+        raise UserError(
+            f"resume: {where} is after step {values['step']}, and this run ends with step {total_steps}: raise "
+            "epochs or max_steps, or name an earlier checkpoint, with another output_dir"
+        )
     refused, allowed = [], []
+    if values["torch"] != torch.__version__:
+        allowed.append(f"torch: {values['torch']} then, {torch.__version__} now")
     for key, before, after in _differences(saved["config"], now["config"]):
         line = f"{key}: {show(before)} then, {show(after)} now"
         harmless = any(key == name or key.startswith(f"{name}.") for name in (*HARMLESS, *JUDGED_BY_RESULT))
-        (allowed if harmless else refused).append(line)
+        is_new = key.partition(".")[0] not in saved["config"]  # a later version's, whose default does as before
+        (allowed if harmless or is_new else refused).append(line)
     refused += _pair_differences(saved["pairs"], now["pairs"])
     if saved["weights"] != now["weights"]:
         names = sorted(

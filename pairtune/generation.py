@@ -91,21 +91,27 @@ def write_samples(path: Path, prompts: list[str], before: list[str | None], afte
     columns = {"prompt": prompts, "before": before} | ({} if after is None else {"after": after})
     samples = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     temporary = path.with_name(f".{path.name}")  # a kill leaves the old file or the new one
-    temporary.write_text("".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
+    lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
+    temporary.write_text("".join(lines), encoding="utf-8")
     temporary.replace(path)
 
 
 def answers_before(path: Path, prompts: list[str]) -> list[str | None]:
     """Returns what a samples.jsonl says of these prompts before training; None where it does not have one."""
-    samples = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    samples = _read_samples(path) if path.exists() else []
     known = {sample["prompt"]: sample["before"] for sample in samples}
     return [known.get(prompt) for prompt in prompts]
 
 
 def show_samples(path: Path, count: int = 3) -> None:
     """Prints the first samples of a run that has ended, and how many answers it changed."""
-    samples = [json.loads(line) for line in path.read_text().splitlines()]
+    samples = _read_samples(path)
     for sample in samples[:count]:
         print("\n" + "\n".join(f"{name + ':':<8}{str(text).strip()}" for name, text in sample.items()))
     changed = sum(sample["before"] != sample["after"] for sample in samples)
     print(f"\n{changed} of {len(samples)} answers changed")
+
+
+def _read_samples(path: Path) -> list[dict]:
+    with path.open(encoding="utf-8") as file:  # whose lines end in \n only: texts may hold other line separators
+        return [json.loads(line) for line in file]

@@ -1,5 +1,6 @@
 """What a run writes down: exact means, metrics.jsonl, torchtune's loggers, curves.png."""
 
+import fcntl
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pairtune.dist import World
+from pairtune.errors import UserError
 
 _SLASHED = {
     f"{kind}_{which}": f"{kind}/{which}"
@@ -57,14 +59,17 @@ class Meter:
 class RunLog:
     """Appends to metrics.jsonl, one object a logged step, and passes the same to a torchtune logger if there is one.
 
-    Only the main process writes. A run that goes on from `step` keeps what was logged up to there.
+    Only the main process writes. A run that goes on from `step` keeps what was logged up to there, and held-out
+    results up to `evaluated`.
     """
 
-    def __init__(self, run_dir: Path, world: World, logger=None, cfg=None, step: int = 0):
+    def __init__(self, run_dir: Path, world: World, logger=None, cfg=None, step: int = 0, evaluated: int = 0):
         self.path = run_dir / "metrics.jsonl"
         if world.is_main:
-            _keep_lines(self.path, step)
+            _keep_lines(self.path, step, evaluated)
         self._file = self.path.open("a") if world.is_main else None
+        if self._file:
+            lock(self._file)
         self._logger = logger if world.is_main else None
         if self._logger:
             self._logger.log_config(cfg)
@@ -72,8 +77,11 @@ class RunLog:
     def write(self, step: int, metrics: dict[str, float]) -> None:
         if self._file:
             finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}  # JSON has no NaN
-            self._file.write(json.dumps({"step": step, **finite}) + "\n")
-            self._file.flush()
+            try:
+                self._file.write(json.dumps({"step": step, **finite}) + "\n")
+                self._file.flush()
+            except OSError as error:
+                raise UserError(f"{self.path}: cannot be written: {error.strerror}; resume=true goes on") from None
         if self._logger:
             self._logger.log_dict(metrics, step)
 
@@ -89,13 +97,26 @@ class RunLog:
             self._logger.close()
 
 
-def _keep_lines(path: Path, step: int) -> None:
+def lock(file) -> bool:
+    """Marks an open file as this process's until it is closed; False if another process has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
+
+
+def _keep_lines(path: Path, step: int, evaluated: int) -> None:
     """Leaves what was logged up to a step; a line that a kill has cut is behind it."""
     kept = []
     for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
-        if not line.endswith("\n") or json.loads(line)["step"] > step:
+        if not line.endswith("\n"):
             break
-        kept.append(line)
+        row = json.loads(line)
+        if row["step"] <= (evaluated if "eval/loss" in row else step):
+            kept.append(line)
     temporary = path.with_name(f".{path.name}")
     temporary.write_text("".join(kept))
     temporary.replace(path)

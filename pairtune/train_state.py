@@ -7,12 +7,14 @@ folder has a temporary name until every file is on the disk; its marker, written
 
 import errno
 import json
+import math
 import os
 import shutil
 import warnings
 from collections.abc import Callable
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -31,6 +33,7 @@ from pairtune.models import plain_name
 
 MARKER, VALUES = "COMPLETE", "state.json"
 FILE_BYTES = 2**30  # of tensors a file: safetensors holds a file's bytes a second time while it writes them
+_WAY_OUT = "remove that folder to go on from the one before it"
 HIGHER_IS_BETTER = {"loss": False, "rewards/accuracies": True, "rewards/margins": True}
 
 
@@ -41,6 +44,7 @@ class TrainState:
 
     Attributes:
         step: Steps made.
+        origin: The checkpoint of another run that this one branched from, if it did.
         evaluated: The last step that was evaluated; an interrupted evaluation is made up for.
         best: The best evaluation so far: `step`, `metric` and `value`; None before the first.
     """
@@ -49,11 +53,15 @@ class TrainState:
         self, model: nn.Module, optimizer: Optimizer, scheduler, meter: Meter, *, world: World, fingerprint: dict
     ):
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # in a run of one process it is
-        self.step, self.evaluated, self.best = 0, 0, None
+        self.step, self.evaluated, self.best, self.origin = 0, 0, None, None
         self.fingerprint = fingerprint
         self._model = model
         self._trained = {plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
         self._optimizer, self._scheduler, self._meter, self._world = optimizer, scheduler, meter, world
+        if scheduler:
+            _check_json(scheduler.state_dict(), "lr_scheduler")
+        for group in self._param_groups():
+            _check_json(group, "optimizer")
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns this process's tensors by their names in a checkpoint: weights, optimizer, generators, sums."""
@@ -79,38 +87,53 @@ class TrainState:
             "step": self.step,
             "evaluated": self.evaluated,
             "best": self.best,
+            "origin": self.origin,
             "num_processes": self._world.size,
             "torch": torch.__version__,
             "meter": self._meter.state()[0],
             "scheduler": self._scheduler.state_dict() if self._scheduler else None,
             "optimizer": {name: values for name, values in optimizer.items() if values},
-            "param_groups": [
-                {k: v.item() if isinstance(v, Tensor) else v for k, v in group.items() if k != "params"}
-                for group in self._optimizer.param_groups
-            ],
+            "param_groups": self._param_groups(),
             "fingerprint": self.fingerprint,
         }
 
-    def load(self, folder: Path) -> None:
+    def _param_groups(self) -> list[dict]:
+        return [
+            {k: v.item() if isinstance(v, Tensor) else v for k, v in group.items() if k != "params"}
+            for group in self._optimizer.param_groups
+        ]
+
+    def load(self, folder: Path, run_dir: Path, *, best_metric: str | None = None) -> None:
         """Becomes what a checkpoint holds; every process has to call it.
 
+        Args:
+            run_dir: This run's. The best checkpoint so far is forgotten if it is not there.
+            best_metric: It is also forgotten if it was the best by another one, or of other held-out pairs.
+
         Raises:
-            UserError: A file is damaged, or the checkpoint is of other weights.
+            UserError: A file is damaged, or the schedule cannot go on for another number of steps.
         """
         values = read_values(folder)
         wanted = self._read(folder, lambda saved: self._templates(saved, values))
         self._load_optimizer(wanted, values)
         if self._scheduler:
-            self._load_scheduler(values["scheduler"])
+            self._load_scheduler(values)
         self._load_meter(wanted, values)
         generators = {k.rpartition(".")[2]: v for k, v in wanted.items() if k.startswith("generator.")}
         if "cpu" in generators:
             torch.set_rng_state(generators["cpu"])
         if "cuda" in generators:
             torch.cuda.set_rng_state(generators["cuda"], self._world.device)
-        self.step, self.evaluated = values["step"], values["evaluated"]
+        self.step, self.evaluated, self.best = values["step"], values["evaluated"], values["best"]
+        self.origin = values["origin"] if _is_within(folder, run_dir) else str(folder.resolve())
         same_held_out = values["fingerprint"]["held_out"] == self.fingerprint["held_out"]
-        self.best = values["best"] if same_held_out else None
+        same_metric = not self.best or self.best["metric"] == best_metric
+        if not (same_held_out and same_metric):
+            self.evaluated = 0
+        if self.best and not (
+            same_held_out and same_metric and is_complete(run_dir / "checkpoints" / f"step_{self.best['step']}")
+        ):
+            self.best = None
 
     def load_weights(self, folder: Path) -> None:
         """Gives the model a checkpoint's weights, and changes nothing else; every process has to call it."""
@@ -125,7 +148,7 @@ class TrainState:
             wanted = templates(reader.read_metadata().state_dict_metadata)
             dcp.load(wanted, storage_reader=reader, no_dist=self._world.mesh is None)
         except (Exception, CheckpointException) as error:  # the latter is no Exception; safetensors has its own
-            raise UserError(f"resume: {folder} cannot be read: {_reason(error)}; resume=PATH takes another") from None
+            raise UserError(f"resume: {folder} cannot be read: {_reason(error)}; {_WAY_OUT}") from None
         return wanted
 
     def _templates(self, saved: dict, values: dict) -> dict[str, Tensor]:
@@ -162,9 +185,20 @@ class TrainState:
         for group, saved in zip(state_dict["param_groups"], values["param_groups"], strict=True):
             group.update({k: _as_before(v, group.get(k)) for k, v in saved.items()})
         self._optimizer.load_state_dict(state_dict)
+        for parameter in parameters:  # which torch has cast to the weight's dtype
+            state, prefix = self._optimizer.state[parameter], f"optimizer.{names[id(parameter)]}."
+            for key, value in state.items():
+                if prefix + key in wanted:
+                    state[key] = wanted[prefix + key].to(value.device)
 
-    def _load_scheduler(self, saved: dict) -> None:
-        self._scheduler.load_state_dict(saved)
+    def _load_scheduler(self, values: dict) -> None:
+        then, now = values["fingerprint"]["config"], self.fingerprint["config"]
+        if not isinstance(self._scheduler, LambdaLR) and any(then[k] != now[k] for k in ("epochs", "max_steps")):
+            raise UserError(
+                f"resume: {type(self._scheduler).__name__} cannot go on for another number of steps; leave epochs and "
+                "max_steps as they were, or use pairtune.schedules.cosine"
+            )
+        self._scheduler.load_state_dict(values["scheduler"])
         if isinstance(self._scheduler, LambdaLR):
             # The next step's rate, by this run's schedule: another number of epochs makes another curve.
             schedule = zip(self._scheduler.base_lrs, self._scheduler.lr_lambdas, strict=True)
@@ -176,6 +210,29 @@ class TrainState:
         found = [value for key, value in wanted.items() if key.startswith("meter.")]
         sums = torch.stack(found).sum(0) if found else torch.zeros(2, len(values["meter"]), dtype=torch.float64)
         self._meter.load_state(values["meter"], sums, self._world.device)
+
+
+def _check_json(values: dict, key: str) -> None:
+    """Refuses what would not come back from state.json as it was, before training and not at the first save."""
+    try:
+        back = json.loads(json.dumps(values))
+    except (TypeError, ValueError) as error:
+        back = error
+    if back != _with_lists(values):
+        raise UserError(
+            f"{key}: its state cannot be saved as JSON ({back if isinstance(back, Exception) else values}), and a run "
+            f"could not be resumed exactly; name another {key}"
+        )
+
+
+def _with_lists(node):
+    if isinstance(node, dict):
+        return {key: _with_lists(value) for key, value in node.items()}
+    return [_with_lists(value) for value in node] if isinstance(node, (list, tuple)) else node
+
+
+def _is_within(folder: Path, run_dir: Path) -> bool:
+    return folder.resolve().parent == (run_dir / "checkpoints").resolve()
 
 
 def _as_before(value, current):
@@ -200,13 +257,16 @@ class Checkpoints:
         self._dir, self._world = run_dir / "checkpoints", world
         self._keep_last_n, self._on_save_failure = keep_last_n, on_save_failure
         self._pending: Future | None = None
+        self._best: Path | None = None  # the best that is on the disk
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         # Collectives of a save run beside those of training: on the CPU, in a group of their own.
-        self._group = torch_dist.new_group(backend="gloo") if world.mesh is not None else None
+        hours = timedelta(hours=6)  # a slow disk; a process that dies ends it at once
+        self._group = torch_dist.new_group(backend="gloo", timeout=hours) if world.mesh is not None else None
         if world.is_main:  # what a kill has left
-            for folder in (*self._dir.glob("step_*"), *self._dir.glob(".step_*")):
-                if not is_complete(folder):
-                    shutil.rmtree(folder, ignore_errors=True)
+            without_marker = (folder for folder in self._dir.glob("step_*") if not (folder / MARKER).exists())
+            for folder in (*self._dir.glob(".step_*"), *without_marker):
+                shutil.rmtree(folder, ignore_errors=True)
+        self._check_shared()
 
     def folder(self, step: int) -> Path:
         """Returns where the checkpoint of a step is, or will be."""
@@ -214,7 +274,7 @@ class Checkpoints:
 
     def __str__(self) -> str:
         complete = complete_checkpoints(self._dir)
-        return f"resume=true goes on from {complete[-1]}" if complete else "keep_last_n=0: nothing was saved"
+        return f"resume=true goes on from {complete[-1]}" if complete else "there is no checkpoint to go on from"
 
     def save(self, state: TrainState) -> None:
         """Copies the state and returns; a thread writes the copy. Waits for the save before, if it still goes on.
@@ -225,6 +285,7 @@ class Checkpoints:
         if not self._keep_last_n:
             return
         self.wait()
+        self._world.beat(f"saving step {state.step}", patient=True)
         folder = self.folder(state.step)
         tensors, values = state.tensors(), state.values()
         missing = self._world.agree(self._missing_bytes(tensors) if self._world.is_main else None)
@@ -242,20 +303,38 @@ class Checkpoints:
             self._dir.mkdir(parents=True, exist_ok=True)
         temporary = self._dir / f".step_{state.step}"
         files = _files(tensors, self._world.size)
-        written = dcp.async_save(
-            tensors,
-            storage_writer=HuggingFaceStorageWriter(str(temporary), files, save_distributed=True),
-            process_group=self._group,
-            no_dist=self._group is None,
-        )
+        try:
+            written = dcp.async_save(
+                tensors,
+                storage_writer=HuggingFaceStorageWriter(str(temporary), files, save_distributed=True),
+                process_group=self._group,
+                no_dist=self._group is None,
+            )
+        except (Exception, CheckpointException) as error:  # such as tensors of a kind that safetensors does not know
+            self._fail(f"step {state.step}: no checkpoint: {_reason(error)}")
+            return
+        self._writing = temporary
         self._pending = self._thread.submit(self._finish, written, values, temporary, folder)
+
+    def load_best(self, state: TrainState) -> str:
+        """Gives the model the weights of the best checkpoint, if there is one; returns a sentence about it."""
+        folder = self._best
+        if state.best and is_complete(self.folder(state.best["step"])):
+            folder = self.folder(state.best["step"])
+        folder = self._world.agree(folder)
+        if folder is None:
+            return "export_best=true: no best checkpoint is on the disk; exported are the last weights"
+        state.load_weights(folder)
+        return f"exported are the weights of {folder}, the best by the held-out {read_values(folder)['best']['metric']}"
 
     def wait(self) -> None:
         """Returns when the last save has ended. Raises as `save` does."""
         pending, self._pending = self._pending, None
         try:
+            size = None
             while pending and not futures.wait([pending], timeout=5).done:
-                self._world.beat("writing a checkpoint")
+                if size != (size := _size(self._writing)):  # it gets on; a disk that hangs is for the watchdog
+                    self._world.beat("writing a checkpoint", patient=True)
             if pending:
                 pending.result()
         except (Exception, CheckpointException) as error:
@@ -286,10 +365,11 @@ class Checkpoints:
         """In the thread: waits for every process's files, then gives the folder its name, and its marker last."""
         try:
             written.result()
+            sizes = self._sync_files(temporary)
             if self._world.is_main:
                 _write(temporary / VALUES, json.dumps(values))
-                sizes = {path.name: path.stat().st_size for path in temporary.glob("*.safetensors")}
                 _sync_folder(temporary)
+                shutil.rmtree(folder, ignore_errors=True)  # one of this step that was damaged
                 temporary.rename(folder)
                 _sync_folder(self._dir)
                 _write(folder / MARKER, json.dumps(sizes))
@@ -299,11 +379,49 @@ class Checkpoints:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
 
+    def _sync_files(self, temporary: Path) -> dict[str, int]:
+        """Has every process's files on the disk, and returns their sizes, which this process sees, too."""
+        own = {}
+        for path in temporary.glob(f"shard-{self._world.rank + 1:05}-*.safetensors"):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())  # torch before 2.15 leaves what is in a buffer
+            own[path.name] = path.stat().st_size
+        parts = [own]
+        if self._group is not None:
+            parts = [None] * self._world.size
+            torch_dist.all_gather_object(parts, own, group=self._group)
+        sizes = {name: size for part in parts for name, size in part.items()}
+        if self._world.is_main:
+            for name, size in sizes.items():
+                if (temporary / name).stat().st_size != size:
+                    raise OSError(f"{temporary / name} is not as long as the process that wrote it says")
+        return sizes
+
+    def _check_shared(self) -> None:
+        """Raises UserError if a process does not see what the main one writes."""
+        if not self._keep_last_n or self._world.size == 1:
+            return
+        token = self._dir / self._world.agree(f".seen-{os.getpid()}")
+        if self._world.is_main:
+            self._dir.mkdir(parents=True, exist_ok=True)
+            token.touch()
+        self._world.barrier()
+        blind = self._world.max_number(int(not token.exists()))
+        if self._world.is_main:
+            token.unlink()
+        if blind:
+            raise UserError(
+                f"output_dir={self._dir.parent}: not all machines see it, and each process writes its own shards "
+                "there; name a folder on a disk that they share, or keep_last_n=0"
+            )
+
     def _prune(self, best: dict | None) -> None:
         complete = complete_checkpoints(self._dir)
-        kept = complete[-self._keep_last_n :]
+        if best and is_complete(self.folder(best["step"])):
+            self._best = self.folder(best["step"])  # else the save of a new best has failed: the one before stays
+        kept = [*complete[-self._keep_last_n :], self._best]
         for folder in complete:
-            if folder not in kept and not (best and folder.name == f"step_{best['step']}"):
+            if folder not in kept:
                 (folder / MARKER).unlink()
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -342,12 +460,20 @@ def find(resume: bool | str, run_dir: Path) -> Path | None:
         raise UserError(
             f"resume={resume}: is not a complete checkpoint: it has no {MARKER}, or lacks a file named there"
         )
+    if own and _branched_from(own[-1], resume):
+        return own[-1]  # the same command again
     if own and folder.resolve().parent == own[-1].resolve().parent and folder.resolve() != own[-1].resolve():
         raise UserError(
             f"resume={resume}: this run went on to {own[-1].name}, which would be overwritten; resume=true goes on "
             "from there, and another output_dir makes a branch from here"
         )
     return folder
+
+
+def _branched_from(own: Path, resume: str) -> bool:
+    """Returns whether a run's checkpoint stems from the one, or the run folder, that `resume` names."""
+    origin = read_values(own)["origin"]
+    return origin is not None and Path(resume).resolve() in (Path(origin), Path(origin).parent.parent)
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -357,11 +483,14 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def is_complete(folder: Path) -> bool:
-    """Returns whether a checkpoint has its marker and every file that it lists, as long as it was."""
+    """Returns whether a checkpoint has its marker and every file that it lists, as long as it was.
+
+    An error of the disk is an error: a checkpoint that cannot be read now is not one that is incomplete.
+    """
     try:
         sizes = json.loads((folder / MARKER).read_text())
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return False
 
 
@@ -370,11 +499,13 @@ def read_values(folder: Path) -> dict:
     try:
         return json.loads((folder / VALUES).read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"resume: {folder / VALUES} cannot be read: {error}; resume=PATH takes another") from None
+        raise UserError(f"resume: {folder / VALUES} cannot be read: {error}; {_WAY_OUT}") from None
 
 
 def is_better(value: float, best: dict | None, metric: str) -> bool:
-    """Returns whether an evaluation's value is the best so far."""
+    """Returns whether an evaluation's value is the best so far; what is not a number never is."""
+    if not math.isfinite(value):
+        return False
     return best is None or (value > best["value"] if HIGHER_IS_BETTER[metric] else value < best["value"])
 
 
@@ -399,6 +530,10 @@ def _write(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     temporary.replace(path)
     _sync_folder(path.parent)
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*")) if folder.exists() else 0
 
 
 def _sync_folder(folder: Path) -> None:

@@ -151,7 +151,7 @@ def main(cfg):
     config.rehearse(cfg.optimizer, cfg.lr_scheduler, cfg.loss, num_training_steps=total_steps)
     identity = fingerprint(cfg, train, held_out, files)
     if resumed:
-        changes = check_same(train_state.read_values(resumed)["fingerprint"], identity, resumed)
+        changes = check_same(train_state.read_values(resumed), identity, resumed, total_steps=total_steps)
         world.print("\n".join([f"resuming from {resumed}", *(f"  changed: {line}" for line in changes)]), "\n")
     if world.is_main:
         checkpoint.make_room(run_dir, resumed)
@@ -168,11 +168,11 @@ def main(cfg):
     meter = metrics.Meter()
     state = train_state.TrainState(model, optimizer, scheduler, meter, world=world, fingerprint=identity)
     if resumed:
-        state.load(resumed)
+        state.load(resumed, run_dir, best_metric=cfg.keep_best)
     keeping = {key: cfg[key] for key in ("keep_last_n", "on_save_failure")}
     checkpoints = train_state.Checkpoints(run_dir, world, **keeping)
     logger = config.instantiate(cfg.metric_logger) if world.is_main else None
-    log = metrics.RunLog(run_dir, world, logger, cfg, step=state.step)
+    log = metrics.RunLog(run_dir, world, logger, cfg, step=state.step, evaluated=state.evaluated)
     num_parameters, num_trained = models.num_parameters(model)
     world.print(
         f"{num_parameters:,} parameters, {num_trained:,} trained, {cfg.dtype} on {world}; {len(train):,} pairs, "
@@ -253,7 +253,10 @@ def main(cfg):
     model.train()
     if held_out and resumed and state.step and is_due(cfg.eval_every_n_steps) and state.evaluated < state.step:
         evaluate()
-    for step in range(state.step + 1, total_steps + 1):
+        log.sync()
+        checkpoints.save(state)
+        stop = interruption.requested()
+    for step in range(state.step + 1, total_steps + 1) if not stop else ():
         micro, num_pairs_in_step = steps[step - 1], steps.num_pairs(step - 1)
         losses, rows_in_step = [], []
         for pairs in micro:
@@ -269,7 +272,7 @@ def main(cfg):
         grad_norm = models.clip_gradients(model, cfg.clip_grad_norm or math.inf)
         contract.check_step(step, torch.cat(losses), grad_norm, rows_in_step, world)
         meter.add(grad_norm=grad_norm[None].to(world.device))  # on the CPU when offloading
-        lr = optimizer.param_groups[0]["lr"]
+        lr = float(optimizer.param_groups[0]["lr"])
         optimizer.step()
         optimizer.zero_grad()
         if scheduler:
@@ -304,6 +307,7 @@ def main(cfg):
     progress.close()
     checkpoints.close()
     log.close()
+    stop = interruption.requested()
     interruption.end()
     if stop:
         world.print(f"\nstopped after step {state.step} of {total_steps}; {checkpoints}")
@@ -311,14 +315,10 @@ def main(cfg):
 
     # 9. Curves, answers, weights
     if cfg.export_best:
-        state.load_weights(checkpoints.folder(state.best["step"]))
-        world.print("\nexported are the weights of step {step}, {metric} {value:.4f}".format_map(state.best))
+        world.print(f"\n{checkpoints.load_best(state)}")
     after = answer_prompts()
     gathered = models.gather_weights(model, world)
     if world.is_main:
-        metrics.plot_curves(log.path, run_dir / "curves.png")
-        generation.write_samples(samples, questions, before, after)
-        generation.show_samples(samples)
         exported = checkpoint.export(
             files,
             run_dir,
@@ -327,6 +327,9 @@ def main(cfg):
             lora=cfg.get("lora"),
             tokenizer=cfg.tokenizer,
         )
+        generation.write_samples(samples, questions, before, after)
+        generation.show_samples(samples)
+        metrics.plot_curves(log.path, run_dir / "curves.png")
         print(f"\nrun folder {run_dir}, exported weights {exported}")
 
 
