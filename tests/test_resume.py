@@ -1,22 +1,25 @@
 """An interrupted run goes on as if nothing had been: the same numbers, bit for bit, and nothing lost."""
 
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import NF4_SIZES, ROOT, SHARDED_SIZES, random_pairs, run_recipe, save_llama, save_pairs
 from safetensors.torch import load_file
 
-from pairtune import train_state
+from pairtune import generation, train_state
 from pairtune.dist import Interruption, World
 from pairtune.errors import UserError
-from pairtune.metrics import read_log
+from pairtune.metrics import Meter, read_log
 
+WORLD = World(torch.device("cpu"))
 METHODS = ("full", "lora", "qlora")
 SPEED = {"pairs_per_second", "tokens_per_second", "peak_memory_gib"}
 
@@ -369,3 +372,191 @@ def test_runs_that_are_killed_at_random_end_as_if_they_had_been_left_alone(proce
     done = subprocess.run(command, text=True, capture_output=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{kills} kills" in done.stdout and "0 losses" in done.stdout
+
+
+# What a review found
+
+
+def test_a_made_up_evaluation_is_made_up_once(work):
+    """Stopped before the evaluation of step 6; stopped again at step 8 after that was made up; then to the end."""
+    straight = run(work, "lora_dpo_single_device", f"output_dir={work / 'straight'}")
+    interrupted(work, "lora_dpo_single_device", 6)
+    assert "eval/loss" not in read_log(work / "run" / "metrics.jsonl")[-1]
+    interrupted(work, "lora_dpo_single_device", 8, "resume=true", "save_every_n_steps=100")
+    shutil.rmtree(work / "run" / "checkpoints" / "step_8")  # as if it had been killed before it was saved
+    log = work / "run" / "metrics.jsonl"
+    assert [row["step"] for row in read_log(log) if "eval/loss" in row] == [3, 6]
+    with pytest.raises(UserError, match="resume=true: .* holds no complete one"):  # keep_last_n=1: step 6 was pruned
+        run(work, "lora_dpo_single_device", "resume=true")
+    assert numbers(read_log(log)) == numbers(straight)[: len(read_log(log))]
+
+
+def test_a_run_killed_after_a_made_up_evaluation_has_it_once(work):
+    straight = run(work, "lora_dpo_single_device", f"output_dir={work / 'straight'}")
+    interrupted(work, "lora_dpo_single_device", 6)
+    shutil.copytree(work / "run", work / "copy")
+    interrupted(work, "lora_dpo_single_device", 8, "resume=true")
+    # A kill right after the made-up evaluation: its line is there, and the checkpoint does not know of it.
+    made_up = next(r for r in read_log(work / "run" / "metrics.jsonl") if r["step"] == 6 and "eval/loss" in r)
+    with (work / "copy" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(made_up) + "\n")
+    assert numbers(run(work, "lora_dpo_single_device", f"output_dir={work / 'copy'}", "resume=true")) == numbers(
+        straight
+    )
+
+
+def test_the_final_evaluation_is_made_up_too(work):
+    straight = run(work, "lora_dpo_single_device", f"output_dir={work / 'straight'}", "log_every_n_steps=1")
+    interrupted(work, "lora_dpo_single_device", 12, "log_every_n_steps=1")
+    assert not (work / "run" / "export").exists()
+    log = run(work, "lora_dpo_single_device", "resume=true", "log_every_n_steps=1")
+    assert numbers(log) == numbers(straight) and (work / "run" / "export").exists()
+
+
+def test_a_best_checkpoint_that_is_not_there_is_forgotten(work):
+    """In a branch, by another metric, with other held-out pairs: the weights that are exported are the last ones."""
+    settings = ("save_every_n_steps=3", "keep_last_n=4", "keep_best=loss")
+    run(work, "lora_dpo_single_device", *settings, "disable_dropout=true")
+    source = work / "run" / "checkpoints" / "step_12"
+    branch = (f"output_dir={work / 'branch'}", f"resume={source}", "export_best=true", "disable_dropout=true")
+    run(work, "lora_dpo_single_device", *settings, *branch)
+    one, other = exported(work / "branch"), exported(work / "run")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    settings = ("keep_best=rewards/margins", "epochs=4", "save_every_n_steps=100", "disable_dropout=true")
+    log = run(work, "lora_dpo_single_device", "resume=true", *settings)
+    margins = {row["step"]: row["eval/rewards/margins"] for row in log if row["step"] >= 12 and "eval/loss" in row}
+    best = train_state.read_values(work / "run" / "checkpoints" / "step_16")["best"]
+    assert best == {"step": max(margins, key=margins.get), "metric": "rewards/margins", "value": max(margins.values())}
+
+
+def test_a_branch_that_is_started_again_goes_on(work):
+    run(work, "lora_dpo_single_device", "save_every_n_steps=4", "keep_last_n=3")
+    branch = (f"output_dir={work / 'branch'}", f"resume={work / 'run' / 'checkpoints' / 'step_4'}")
+    interrupted(work, "lora_dpo_single_device", 8, *branch)
+    run(work, "lora_dpo_single_device", *branch)
+    assert not (work / "branch.1").exists()
+    assert numbers(read_log(work / "branch" / "metrics.jsonl")) == numbers(read_log(work / "run" / "metrics.jsonl"))
+
+
+def test_checkpoints_of_an_earlier_run_are_moved_aside_with_it(work):
+    run(work, "lora_dpo_single_device")
+    (work / "run" / "metrics.jsonl").unlink()
+    run(work, "lora_dpo_single_device", "seed=1", "max_steps=4")
+    assert checkpoints(work) == ["step_4"] and checkpoints(work, "run.1") == ["step_12"]
+
+
+def test_a_folder_that_another_run_writes_to_is_refused(work):
+    run(work, "lora_dpo_single_device", "max_steps=2")
+    with (work / "run" / "metrics.jsonl").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for setting in ("resume=true", "resume=false"):
+            with pytest.raises(UserError, match="another run is writing there"):
+                run(work, "lora_dpo_single_device", setting)
+
+
+def test_an_end_before_the_checkpoint_is_refused(work):
+    run(work, "lora_dpo_single_device")
+    with pytest.raises(UserError, match="is after step 12, and this run ends with step 5: raise epochs or max_steps"):
+        run(work, "lora_dpo_single_device", "resume=true", "max_steps=5")
+
+
+def test_a_key_that_the_checkpoint_does_not_know_is_allowed_and_told(work, capsys):
+    interrupted(work, "lora_dpo_single_device", 4)
+    path = work / "run" / "checkpoints" / "step_4" / "state.json"
+    values = json.loads(path.read_text())
+    del values["fingerprint"]["config"]["shuffle"]
+    path.write_text(json.dumps(values))
+    run(work, "lora_dpo_single_device", "resume=true")
+    assert "  changed: shuffle: null then, true now" in capsys.readouterr().out
+
+
+def test_texts_with_any_line_separator_survive(work):
+    prompts = ["one\u2028two", "three\x85four"]
+    generation.write_samples(work / "samples.jsonl", prompts, ["a\u2029b", "c"])
+    assert generation.answers_before(work / "samples.jsonl", prompts) == ["a\u2029b", "c"]
+    generation.write_samples(work / "samples.jsonl", prompts, ["a\u2029b", "c"], ["d", "e"])
+    generation.show_samples(work / "samples.jsonl")
+
+
+def test_a_signal_that_comes_while_processes_agree_is_not_lost():
+    """The handler runs when the collective returns, before its result is stored."""
+    interruption = Interruption(World(torch.device("cpu")))
+    try:
+        agree = interruption._world.max_number
+
+        class Late(World):
+            def max_number(self, number):
+                agreed = agree(number)
+                signal.raise_signal(signal.SIGTERM)
+                return agreed
+
+        interruption._world = Late(torch.device("cpu"))
+        assert not interruption.requested()
+        assert interruption.requested()
+    finally:
+        interruption.end()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "kind", [torch.optim.AdamW, torch.optim.NAdam, torch.optim.RMSprop, torch.optim.Adafactor, torch.optim.SGD]
+)
+def test_any_optimizers_state_comes_back_in_its_own_dtype(tmp_path, kind, dtype):
+    """NAdam keeps a float32 product beside bf16 weights, which torch would round when it loads."""
+
+    def make():
+        torch.manual_seed(0)
+        model = torch.nn.Linear(6, 5).to(dtype)
+        optimizer = kind(model.parameters(), lr=0.1)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=20, cycle_momentum=False)
+        identity = {"held_out": {}, "config": {"epochs": 1, "max_steps": None}}
+        state = train_state.TrainState(model, optimizer, schedule, Meter(), world=WORLD, fingerprint=identity)
+        return model, optimizer, schedule, state
+
+    def train(model, optimizer, schedule, steps):
+        for _ in range(steps):
+            model(torch.arange(6.0).to(dtype)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+
+    model, optimizer, schedule, state = make()
+    train(model, optimizer, schedule, 4)
+    state.step = 4
+    keeping = train_state.Checkpoints(tmp_path, WORLD, keep_last_n=1)
+    keeping.save(state)
+    train(model, optimizer, schedule, 5)  # while the copy is written
+    keeping.close()
+    again, optimizer_again, schedule_again, state_again = make()
+    state_again.load(tmp_path / "checkpoints" / "step_4", tmp_path)
+    train(again, optimizer_again, schedule_again, 5)
+    assert torch.equal(again.weight, model.weight) and torch.equal(again.bias, model.bias)
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        for key, value in optimizer.state[p].items():
+            found = optimizer_again.state[q][key]
+            assert found.dtype == value.dtype and torch.equal(found, value), key
+
+
+def test_a_schedule_that_json_does_not_give_back_is_refused_before_training():
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 4])
+    with pytest.raises(UserError, match="lr_scheduler: its state cannot be saved as JSON"):
+        train_state.TrainState(model, optimizer, schedule, Meter(), world=WORLD, fingerprint={})
+
+
+def test_a_disk_that_answers_with_an_error_loses_no_checkpoint(work, monkeypatch):
+    """A stale file handle is not a missing marker."""
+    run(work, "lora_dpo_single_device")
+    read_text = Path.read_text
+
+    def stale(self, *args, **kwargs):
+        if self.name == "COMPLETE":
+            raise OSError(116, "Stale file handle")
+        return read_text(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", stale)
+    with pytest.raises(OSError, match="Stale"):
+        run(work, "lora_dpo_single_device", "resume=auto")
+    monkeypatch.undo()
+    assert checkpoints(work) == ["step_12"]
