@@ -6,6 +6,8 @@ logits exist only for scored tokens, and only a chunk of them at a time.
 N scored tokens, P pairs, V vocabulary, D width.
 """
 
+from dataclasses import dataclass
+from functools import partial
 from types import MethodType
 
 import torch
@@ -31,25 +33,78 @@ def install(model: TransformerDecoder, back_end: str = "segments") -> None:
     attention.install(model)
     model.dense_attention = back_end == "mask"
     model.scored_batch = None
+    model.log_collision = None
     model.unembed = MethodType(_unembed, model)
 
 
-def answer_logps(model: TransformerDecoder, batch: PairBatch) -> tuple[Tensor, Tensor]:
+def answer_logps(model: TransformerDecoder, batch: PairBatch, ld_alpha: float = 1.0) -> tuple[Tensor, Tensor]:
     """Returns each answer's summed log-probability in nats: chosen [P] and rejected [P], float32.
 
-    `model` is a decoder that `install` prepared.
+    Args:
+        model: A decoder that `install` prepared.
+        ld_alpha: LD-DPO's (arXiv 2409.06411): tokens beyond the length of the pair's shorter answer count this much.
+            Policy and reference need the same.
     """
+    chosen, rejected = _sums(_token_logps(model, batch), batch, ld_alpha).chunk(2)
+    return chosen, rejected
+
+
+@dataclass(frozen=True)
+class AnswerScores:
+    """What one forward tells about a batch's answers, each [P] float32."""
+
+    chosen_logps: Tensor  # as answer_logps returns them
+    rejected_logps: Tensor
+    whole_chosen_logps: Tensor  # without ld_alpha
+    chosen_weights: Tensor | None  # WPO's, detached
+    rejected_weights: Tensor | None
+
+
+def answer_scores(
+    model: TransformerDecoder, batch: PairBatch, *, ld_alpha: float = 1.0, weights: bool = False
+) -> AnswerScores:
+    """Returns log-probabilities as `answer_logps` does, and what some losses need besides.
+
+    Args:
+        weights: WPO's (arXiv 2406.11827), exp(mean_t [log p_t - log sum_v p_v^2]) of each answer: how likely it is by
+            the token, next to what the policy would have sampled. They cost another look at the logits.
+    """
+    if weights:
+        model.log_collision = torch.empty(len(batch.target), device=batch.target.device)  # [N], filled by the forward
+    try:
+        token_logps = _token_logps(model, batch)
+        log_weights = token_logps.detach() - model.log_collision if weights else None
+    finally:
+        model.log_collision = None
+    chosen, rejected = _sums(token_logps, batch, ld_alpha).chunk(2)
+    whole = chosen if ld_alpha == 1 else _sums(token_logps, batch).chunk(2)[0]
+    if log_weights is None:
+        return AnswerScores(chosen, rejected, whole, None, None)
+    means = [answer.mean() for answer in log_weights.split(batch.answer_lengths)]
+    return AnswerScores(chosen, rejected, whole, *(torch.stack(means).exp() if means else log_weights).chunk(2))
+
+
+def _token_logps(model: TransformerDecoder, batch: PairBatch) -> Tensor:
+    """Returns [N] float32."""
     mask = attention.dense_mask(batch) if model.dense_attention else attention.segments(batch)
     model.scored_batch = batch
     try:
-        token_logps = model(batch.tokens, mask=mask, input_pos=batch.input_pos)  # [N]
+        return model(batch.tokens, mask=mask, input_pos=batch.input_pos)
     finally:
         model.scored_batch = None
+
+
+def _sums(token_logps: Tensor, batch: PairBatch, ld_alpha: float = 1.0) -> Tensor:
+    """Returns one sum an answer, chosen ones first, [2 P]."""
     # One sum an answer, not index_add: that one adds in any order on a GPU, and policy = reference would not be exact.
-    sums = [logps.sum() for logps in token_logps.split(batch.answer_lengths)]
-    sums = torch.stack(sums) if sums else token_logps  # none in a batch of padding, but still part of the graph
-    chosen, rejected = sums.chunk(2)
-    return chosen, rejected
+    answers = token_logps.split(batch.answer_lengths)
+    if ld_alpha == 1:
+        sums = [logps.sum() for logps in answers]
+    else:
+        of_chosen, of_rejected = batch.answer_lengths[: batch.num_pairs], batch.answer_lengths[batch.num_pairs :]
+        shared = list(map(min, of_chosen, of_rejected)) * 2
+        sums = [a[:n].sum() + ld_alpha * a[n:].sum() for a, n in zip(answers, shared, strict=True)]
+    return torch.stack(sums) if sums else token_logps  # none in a batch of padding, but still part of the graph
 
 
 def _unembed(model: TransformerDecoder, hidden: Tensor) -> Tensor:
@@ -59,8 +114,8 @@ def _unembed(model: TransformerDecoder, hidden: Tensor) -> Tensor:
     hidden = model.norm(hidden.flatten(0, 1)[batch.source])  # [N, D]: normalises each position for itself
     weight = _plain_weight(model.output)
     if weight is None:
-        return _checkpointed_token_logps(hidden, batch.target, model.output)
-    return token_logps(hidden, weight, batch.target)
+        return _checkpointed_token_logps(hidden, batch.target, model.output, model.log_collision)
+    return token_logps(hidden, weight, batch.target, log_collision=model.log_collision)
 
 
 def _plain_weight(output) -> Tensor | None:
@@ -79,34 +134,41 @@ def token_logps(
     *,
     chunk_size: int | None = None,
     keep_bytes: int = KEEP_LOGITS_BYTES,
+    log_collision: Tensor | None = None,
 ) -> Tensor:
     """Returns log softmax(hidden @ weight.T) at `target`, [N] float32, for hidden [N, D], weight [V, D], target [N].
 
     A frozen weight's gradient with respect to `hidden` is made in the forward, so that backward is one product by a
     scalar a token. A trainable weight keeps its logits, in the model's dtype, up to `keep_bytes`, and recomputes them
-    above. `chunk_size` is in tokens.
+    above. `chunk_size` is in tokens. `log_collision` [N], where given, is filled with log sum_v p_v^2, the
+    log-probability that two samples are the same token; no gradient passes through it.
     """
     chunk_size = chunk_size or _chunk_size(hidden.device, weight.shape[0])
     if not torch.is_grad_enabled() or not (hidden.requires_grad or weight.requires_grad):
-        return torch.cat([_chunk_logps(h @ weight.T, t)[0] for h, t in _chunks(chunk_size, hidden, target)])
+        chunks = _chunks(chunk_size, hidden, target, log_collision)
+        return torch.cat([_chunk_logps(h @ weight.T, t, c)[0] for h, t, c in chunks])
     if not weight.requires_grad:
-        return _FrozenHead.apply(hidden, weight, target, chunk_size)
+        return _FrozenHead.apply(hidden, weight, target, chunk_size, log_collision)
     keep = hidden.shape[0] * weight.shape[0] * hidden.element_size() <= keep_bytes
-    return _TrainableHead.apply(hidden, weight, target, chunk_size, keep)
+    return _TrainableHead.apply(hidden, weight, target, chunk_size, keep, log_collision)
 
 
 def _chunk_size(device: torch.device, vocabulary: int) -> int:
     return max(1, CHUNK_LOGITS.get(device.type, 2**27) // vocabulary)
 
 
-def _chunks(chunk_size: int, *tensors: Tensor):
-    return zip(*(t.split(chunk_size) for t in tensors), strict=True)
+def _chunks(chunk_size: int, first: Tensor, *others: Tensor | None):
+    pieces = first.split(chunk_size)
+    return zip(pieces, *(t.split(chunk_size) if t is not None else [None] * len(pieces) for t in others), strict=True)
 
 
-def _chunk_logps(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns log-probabilities [n] at the targets and the float32 log-sum-exp [n]."""
+def _chunk_logps(logits: Tensor, target: Tensor, log_collision: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Returns log-probabilities [n] at the targets and the float32 log-sum-exp [n]; fills `log_collision` [n]."""
     logits = logits.float() if logits.dtype != torch.float64 else logits
     lse = logits.logsumexp(-1)
+    if log_collision is not None:
+        with torch.no_grad():
+            log_collision.copy_((logits - lse[:, None]).mul_(2).logsumexp(-1))
     return logits.gather(-1, target[:, None])[:, 0] - lse, lse
 
 
@@ -114,12 +176,12 @@ class _FrozenHead(torch.autograd.Function):
     """d logp_n / d hidden_n = weight[target_n] - softmax(logits_n) @ weight, known as soon as the logits are."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, target, chunk_size):
+    def forward(ctx, hidden, weight, target, chunk_size, log_collision):
         logps, gradient = [], torch.empty_like(hidden)
-        for h, t, out in _chunks(chunk_size, hidden, target, gradient):
+        for h, t, out, c in _chunks(chunk_size, hidden, target, gradient, log_collision):
             logits = h @ weight.T
             logits = logits if logits.dtype == torch.float64 else logits.float()
-            logp, lse = _chunk_logps(logits, t)
+            logp, lse = _chunk_logps(logits, t, c)
             logps.append(logp)
             probabilities = logits.sub_(lse[:, None]).exp_().to(weight.dtype)  # in place: the largest tensor there is
             torch.mm(probabilities, weight, out=out).neg_().add_(weight[t])
@@ -129,18 +191,18 @@ class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logps):
         (gradient,) = ctx.saved_tensors
-        return (gradient * grad_logps[:, None]).to(gradient.dtype), None, None, None
+        return (gradient * grad_logps[:, None]).to(gradient.dtype), None, None, None, None
 
 
 class _TrainableHead(torch.autograd.Function):
     """With g_n the gradient of token n's log-probability, d logits_n = g_n (onehot(target_n) - softmax(logits_n))."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, target, chunk_size, keep):
+    def forward(ctx, hidden, weight, target, chunk_size, keep, log_collision):
         kept = [h @ weight.T if keep else None for h in hidden.split(chunk_size)]
         logps, lses = [], []
-        for logits, h, t in zip(kept, hidden.split(chunk_size), target.split(chunk_size), strict=True):
-            logp, lse = _chunk_logps(h @ weight.T if logits is None else logits, t)
+        for logits, (h, t, c) in zip(kept, _chunks(chunk_size, hidden, target, log_collision), strict=True):
+            logp, lse = _chunk_logps(h @ weight.T if logits is None else logits, t, c)
             logps.append(logp)
             lses.append(lse)
         ctx.chunk_size, ctx.keep = chunk_size, keep
@@ -161,16 +223,18 @@ class _TrainableHead(torch.autograd.Function):
             grad_logits = grad_logits.to(weight.dtype)
             torch.mm(grad_logits, weight, out=out)
             grad_weight += grad_logits.T @ h
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
 
 
-def _checkpointed_token_logps(hidden: Tensor, target: Tensor, output) -> Tensor:
+def _checkpointed_token_logps(hidden: Tensor, target: Tensor, output, log_collision: Tensor | None) -> Tensor:
     """The same for any output layer, by autograd; backward computes each chunk's logits again."""
 
-    def chunk(h, t):
-        return _chunk_logps(output(h), t)[0]
+    def chunk(c, h, t):
+        return _chunk_logps(output(h), t, c)[0]
 
     with torch.no_grad():
         vocabulary = output(hidden[:1]).shape[-1]
     chunk_size = _chunk_size(hidden.device, vocabulary)
-    return torch.cat([checkpoint(chunk, h, t, use_reentrant=False) for h, t in _chunks(chunk_size, hidden, target)])
+    chunks = _chunks(chunk_size, hidden, target, log_collision)
+    # What is filled in place must not be among the arguments that a checkpoint saves.
+    return torch.cat([checkpoint(partial(chunk, c), h, t, use_reentrant=False) for h, t, c in chunks])

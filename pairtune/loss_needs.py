@@ -1,0 +1,128 @@
+"""How a loss is called: what it needs besides log-probabilities, and what of that concerns a whole step.
+
+A loss says so in an attribute `needs`; one that has none, as torchtune's, needs a reference and nothing else.
+P pairs.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pairtune.batch import PairBatch
+from pairtune.logps import AnswerScores
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a loss has to be called with. The defaults are those of torchtune's modules, and of anyone's.
+
+    Attributes:
+        reference: Reference log-probabilities; else None does for both.
+        step: The whole step's values in one call, see `step_gradients`.
+        inputs: Further keyword arguments, see `loss_inputs`.
+        ld_alpha: For logps.answer_scores of the policy and logps.answer_logps of the reference.
+    """
+
+    reference: bool = True
+    step: bool = False
+    inputs: tuple[str, ...] = ()
+    ld_alpha: float = 1.0
+
+    @property
+    def weights(self) -> bool:
+        """For logps.answer_scores."""
+        return "chosen_weights" in self.inputs
+
+
+def needs(loss_fn: Callable) -> Needs:
+    """Returns what this loss needs; torchtune's and users' own modules need a reference and nothing else."""
+    return getattr(loss_fn, "needs", Needs())
+
+
+def loss_inputs(
+    loss_fn: Callable,
+    batch: PairBatch,
+    scores: AnswerScores,
+    *,
+    mean_chosen_length: float | None = None,
+    kl: Tensor | None = None,
+) -> dict[str, Tensor | float]:
+    """Returns the keyword arguments that this loss takes for this batch.
+
+    Args:
+        scores: Of the policy, made with this loss's ld_alpha and weights.
+        mean_chosen_length: For sft: chosen tokens / pairs, both of the whole step.
+        kl: For kto: scalar of the whole step, from losses.kto_kl over answers of `mismatched` pairs.
+    """
+    known = vars(scores) | {"mean_chosen_length": mean_chosen_length, "kl": kl}
+    names = needs(loss_fn).inputs
+    if "chosen_lengths" in names:
+        lengths = torch.tensor(batch.answer_lengths, device=batch.target.device)
+        known["chosen_lengths"], known["rejected_lengths"] = lengths.chunk(2)
+    return {name: known[name] for name in names}
+
+
+def mismatched(pairs: list) -> list:
+    """Returns the pairs with each prompt followed by the next pair's answers: what KTO's KL is estimated on.
+
+    Called with all pairs of a step, before they are shared between processes, it depends on neither.
+    """
+    return [replace(a, chosen=b.chosen, rejected=b.rejected) for a, b in zip(pairs, pairs[1:] + pairs[:1], strict=True)]
+
+
+@dataclass(frozen=True)
+class StepLosses:
+    """A whole step's losses and rewards, and the gradients of the sum of its losses: each [P], detached."""
+
+    losses: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    chosen_gradients: Tensor
+    rejected_gradients: Tensor
+
+
+def step_gradients(
+    loss_fn: Callable,
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor | None,
+    reference_rejected_logps: Tensor | None,
+    **inputs,
+) -> StepLosses:
+    """Returns d (sum of the step's losses) / d logps, for losses that are not sums over pairs.
+
+    All vectors are the whole step's, of all processes. Then, micro-batch by micro-batch, the sum over its pairs of
+    `chosen_logps * chosen_gradients + rejected_logps * rejected_gradients` has the loss's own gradient.
+    """
+    with torch.enable_grad():
+        policy = [logps.detach().requires_grad_() for logps in (policy_chosen_logps, policy_rejected_logps)]
+        values = loss_fn(*policy, reference_chosen_logps, reference_rejected_logps, **inputs)
+        gradients = torch.autograd.grad(values[0].sum(), policy, allow_unused=True, materialize_grads=True)
+    return StepLosses(*(value.detach() for value in values), *gradients)
+
+
+def loss_at_start(loss_fn: Callable) -> float | None:
+    """Returns the loss of a pair whose policy is the reference, or None if it depends on more than that.
+
+    None: without a reference, with an sft term, with WPO's weights.
+    """
+    if not needs(loss_fn).reference:
+        return None
+    first = _loss_of_reference(loss_fn, 0.0, 0.0, lengths=(1, 1), weights=(1.0, 1.0))
+    second = _loss_of_reference(loss_fn, -7.0, -11.0, lengths=(3, 5), weights=(0.5, 0.25))
+    return first if math.isclose(first, second, rel_tol=1e-5, abs_tol=1e-6) else None
+
+
+def _loss_of_reference(loss_fn: Callable, chosen: float, rejected: float, *, lengths: tuple, weights: tuple) -> float:
+    chosen, rejected = torch.tensor([chosen]), torch.tensor([rejected])
+    inputs = {
+        **{"chosen_lengths": torch.tensor(lengths[:1]), "rejected_lengths": torch.tensor(lengths[1:])},
+        **{"chosen_weights": torch.tensor(weights[:1]), "rejected_weights": torch.tensor(weights[1:])},
+        **{"whole_chosen_logps": chosen, "mean_chosen_length": float(lengths[0]), "kl": torch.tensor(0.0)},
+    }
+    with torch.no_grad():
+        values = loss_fn(chosen, rejected, chosen, rejected, **{name: inputs[name] for name in needs(loss_fn).inputs})
+    return float(values[0])

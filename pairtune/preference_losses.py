@@ -1,0 +1,562 @@
+"""Preference losses as modules in torchtune's calling convention, so that its DPOLoss and these are interchangeable:
+
+    losses, chosen_rewards, rejected_rewards = loss_fn(
+        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, **inputs
+    )  # all [P]; rewards are detached and for the log: beta r, or beta A and the like without a reference
+
+loss_needs.py says what a loss takes besides. A step's loss is the mean of `losses` over all of its pairs, however
+they are cut into micro-batches and over processes. Formulas are losses.py; published settings loss_advice.py.
+
+A loss is a function of its options, LOSSES by short name: the signature is the schema. Most make a PairLoss.
+P pairs; r, A and scores as in losses.py. "TRL" is version 1.16.
+"""
+
+import inspect
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from pairtune import losses
+from pairtune.errors import UserError
+from pairtune.loss_needs import Needs, needs
+from pairtune.rules import fits, nearest, show, wrong_kind
+
+Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
+Values = tuple[Tensor, Tensor, Tensor]  # losses, chosen rewards, rejected rewards: each [P]
+
+
+# Modules
+
+
+class PairLoss(nn.Module):
+    """A loss that is a function of two scores a pair, such as r of the chosen and of the rejected answer.
+
+    Args:
+        function: chosen [P], rejected [P] -> losses [P].
+        beta: Of the rewards that are logged.
+        reference: Scores come from r; else from logp.
+        averaged: Scores are divided by the answer's number of tokens.
+        f_divergence, f_alpha: Scores are made from r, see losses.scores. reverse_kl leaves r as it is.
+        ld_alpha: LD-DPO, see logps.answer_logps. The lengths of `averaged` are whole lengths, as in TRL.
+        wpo: Losses are multiplied by the weights of both answers: WPO, see logps.answer_scores.
+        needs_step: The function looks at all pairs of a step.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Tensor, Tensor], Tensor],
+        *,
+        beta: float,
+        reference: bool = True,
+        averaged: bool = False,
+        f_divergence: Divergence = "reverse_kl",
+        f_alpha: float | None = None,
+        ld_alpha: float = 1.0,
+        wpo: bool = False,
+        needs_step: bool = False,
+    ):
+        super().__init__()
+        _check_ld_alpha(ld_alpha)
+        self.score = _score(f_divergence, f_alpha)
+        self.function, self.beta, self.averaged, self.wpo = function, beta, averaged, wpo
+        inputs = ("chosen_lengths", "rejected_lengths") if averaged else ()
+        inputs += ("chosen_weights", "rejected_weights") if wpo else ()
+        self.needs = Needs(reference, needs_step, inputs, ld_alpha)
+
+    def forward(
+        self,
+        policy_chosen_logps: Tensor,
+        policy_rejected_logps: Tensor,
+        reference_chosen_logps: Tensor | None = None,
+        reference_rejected_logps: Tensor | None = None,
+        *,
+        chosen_lengths: Tensor | None = None,
+        rejected_lengths: Tensor | None = None,
+        chosen_weights: Tensor | None = None,
+        rejected_weights: Tensor | None = None,
+    ) -> Values:
+        chosen, rejected = policy_chosen_logps, policy_rejected_logps
+        if self.needs.reference:
+            chosen, rejected = chosen - reference_chosen_logps, rejected - reference_rejected_logps
+            rewards = chosen, rejected
+            chosen, rejected = self.score(chosen), self.score(rejected)
+        if self.averaged:
+            chosen, rejected = chosen / chosen_lengths, rejected / rejected_lengths
+        if not self.needs.reference:
+            rewards = chosen, rejected
+        values = self.function(chosen, rejected)
+        if self.wpo:
+            values = values * (chosen_weights * rejected_weights).detach()
+        return values, *_rewards(self.beta, *rewards)
+
+
+class Aot(nn.Module):
+    """AOT for pairs: margins under the policy against margins under the reference, by rank over the whole step.
+
+    TRL sorts each process's micro-batch for itself. Each loss is that of the pair whose policy margin has this rank.
+    """
+
+    def __init__(self, beta: float = 0.1, label_smoothing: float = 0.0, ld_alpha: float = 1.0):
+        super().__init__()
+        _check_positive("beta", beta, 0.1)
+        _check_smoothing(label_smoothing)
+        _check_ld_alpha(ld_alpha)
+        self.beta, self.label_smoothing = beta, label_smoothing
+        self.needs = Needs(step=True, ld_alpha=ld_alpha)
+
+    def forward(
+        self,
+        policy_chosen_logps: Tensor,
+        policy_rejected_logps: Tensor,
+        reference_chosen_logps: Tensor,
+        reference_rejected_logps: Tensor,
+    ) -> Values:
+        values = losses.aot(
+            policy_chosen_logps - policy_rejected_logps,
+            reference_chosen_logps - reference_rejected_logps,
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
+        )
+        chosen = policy_chosen_logps - reference_chosen_logps
+        rejected = policy_rejected_logps - reference_rejected_logps
+        return values, *_rewards(self.beta, chosen, rejected)
+
+
+class Sft(nn.Module):
+    """Negative log-likelihood of the chosen answers, a mean over the tokens of the whole step; no reference.
+
+    TRL takes the mean over each process's micro-batch. Rewards are logp.
+    """
+
+    needs = Needs(reference=False, inputs=("mean_chosen_length",))
+
+    def __init__(self):  # its signature is the schema: no options
+        super().__init__()
+
+    def forward(
+        self,
+        policy_chosen_logps: Tensor,
+        policy_rejected_logps: Tensor,
+        reference_chosen_logps: Tensor | None = None,
+        reference_rejected_logps: Tensor | None = None,
+        *,
+        mean_chosen_length: float,
+        whole_chosen_logps: Tensor | None = None,
+    ) -> Values:
+        """`whole_chosen_logps` [P] are the chosen log-probabilities where the others are LD-DPO's."""
+        logps = policy_chosen_logps if whole_chosen_logps is None else whole_chosen_logps
+        values = losses.sft(logps, mean_chosen_length=mean_chosen_length)
+        return values, *_rewards(1.0, logps, policy_rejected_logps)
+
+
+class Cpo(nn.Module):
+    """CPO: DPO's loss with a uniform reference, and `alpha` times the chosen answer's likelihood a token; no reference.
+
+    The likelihood is averaged over an answer's tokens and then over pairs; TRL averages over a micro-batch's tokens.
+    Rewards are beta logp.
+    """
+
+    needs = Needs(reference=False, inputs=("chosen_lengths",))
+
+    def __init__(self, beta: float = 0.1, alpha: float = 1.0):
+        super().__init__()
+        _check_positive("beta", beta, 0.1)
+        _check_not_negative("alpha", alpha)
+        self.beta, self.alpha = beta, alpha
+
+    def forward(
+        self,
+        policy_chosen_logps: Tensor,
+        policy_rejected_logps: Tensor,
+        reference_chosen_logps: Tensor | None = None,
+        reference_rejected_logps: Tensor | None = None,
+        *,
+        chosen_lengths: Tensor,
+    ) -> Values:
+        average = policy_chosen_logps / chosen_lengths
+        values = losses.cpo(policy_chosen_logps, policy_rejected_logps, average, beta=self.beta, alpha=self.alpha)
+        return values, *_rewards(self.beta, policy_chosen_logps, policy_rejected_logps)
+
+
+class Kto(nn.Module):
+    """KTO: each answer for itself, desirable or not, against how far the policy is from the reference altogether.
+
+    A pair is two answers: the loss of a pair is the mean of its two, so that a step's is the mean over its answers.
+    `kl` is one number for the whole step, from both answers of its `mismatched` pairs; TRL's is of the answers that its
+    micro-batch holds, over all processes. It stays constant while gradients are taken.
+    """
+
+    needs = Needs(inputs=("kl",))
+
+    def __init__(self, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0):
+        super().__init__()
+        _check_positive("beta", beta, 0.1)
+        _check_positive("desirable_weight", desirable_weight, 1.0)
+        _check_positive("undesirable_weight", undesirable_weight, 1.0)
+        self.beta = beta
+        self.weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
+
+    def forward(
+        self,
+        policy_chosen_logps: Tensor,
+        policy_rejected_logps: Tensor,
+        reference_chosen_logps: Tensor,
+        reference_rejected_logps: Tensor,
+        *,
+        kl: Tensor,
+    ) -> Values:
+        wanted = torch.ones_like(policy_chosen_logps, dtype=torch.bool)
+        chosen, chosen_rewards = self.answers(policy_chosen_logps, reference_chosen_logps, wanted, kl=kl)
+        rejected, rejected_rewards = self.answers(policy_rejected_logps, reference_rejected_logps, ~wanted, kl=kl)
+        return (chosen + rejected) / 2, chosen_rewards, rejected_rewards
+
+    def answers(
+        self, policy_logps: Tensor, reference_logps: Tensor, desirable: Tensor, *, kl: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Returns losses and rewards [A] of A answers that need not come in pairs; `desirable` is [A] bool."""
+        log_ratios = policy_logps - reference_logps
+        values = losses.kto(log_ratios, desirable, kl=kl.detach(), beta=self.beta, **self.weights)
+        return values, self.beta * log_ratios.detach()
+
+
+class Mixture(nn.Module):
+    """A weighted sum of losses. Rewards are those of the first that is not sft.
+
+    Raises:
+        UserError: A weight that is not above 0; terms that disagree on ld_alpha, since they share one forward. An sft
+            term keeps whole answers beside LD-DPO, as in TRL.
+    """
+
+    def __init__(self, terms: list[nn.Module], weights: list[float]):
+        super().__init__()
+        for weight in weights:
+            _check_positive("weight", weight, 1.0)
+        self.terms, self.weights = nn.ModuleList(terms), weights
+        needed = [needs(term) for term in terms]
+        inputs = {name: None for n in needed for name in n.inputs}
+        ld_alphas = {n.ld_alpha for n, term in zip(needed, terms, strict=True) if not isinstance(term, Sft)} or {1.0}
+        if len(ld_alphas) > 1:
+            raise UserError(
+                f"loss.ld_alpha: the terms of a mixture share one forward and take the same, not {sorted(ld_alphas)}; "
+                "those that have none go with ld_alpha=1 only, but for sft"
+            )
+        ld_alpha = ld_alphas.pop()
+        step = any(n.step for n in needed)
+        if ld_alpha != 1 and any(isinstance(term, Sft) for term in terms):
+            if step:
+                raise UserError(f"loss.ld_alpha={ld_alpha}: does not go with both sft and a loss that sorts (aot)")
+            inputs["whole_chosen_logps"] = None
+        self.needs = Needs(any(n.reference for n in needed), step, tuple(inputs), ld_alpha)
+
+    def forward(
+        self,
+        policy_chosen_logps: Tensor,
+        policy_rejected_logps: Tensor,
+        reference_chosen_logps: Tensor | None = None,
+        reference_rejected_logps: Tensor | None = None,
+        **inputs,
+    ) -> Values:
+        logps = policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
+        total, rewards = 0.0, None
+        for term, weight in zip(self.terms, self.weights, strict=True):
+            names = needs(term).inputs + (("whole_chosen_logps",) if isinstance(term, Sft) else ())
+            values, *its_rewards = term(*logps, **{name: inputs[name] for name in names if name in inputs})
+            total = total + weight * values
+            if rewards is None and not isinstance(term, Sft):
+                rewards = its_rewards
+        return total, *(rewards or its_rewards)
+
+
+def _rewards(beta: float, chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
+    return beta * chosen.detach(), beta * rejected.detach()
+
+
+# The family. With a reference, but for simpo and orpo
+
+
+def sigmoid(
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    f_divergence: Divergence = "reverse_kl",
+    f_alpha: float | None = None,
+    ld_alpha: float = 1.0,
+    wpo: bool = False,
+) -> PairLoss:
+    """DPO, torchtune's DPOLoss; with label_smoothing, cDPO (which TRL 1.16 has for aot, exo_pair and robust only)."""
+    _check_positive("beta", beta, 0.1)
+    _check_smoothing(label_smoothing)
+    function = partial(losses.sigmoid, beta=beta, label_smoothing=label_smoothing)
+    return PairLoss(function, beta=beta, f_divergence=f_divergence, f_alpha=f_alpha, ld_alpha=ld_alpha, wpo=wpo)
+
+
+def sigmoid_norm(
+    beta: float = 5.0,
+    f_divergence: Divergence = "reverse_kl",
+    f_alpha: float | None = None,
+    ld_alpha: float = 1.0,
+    wpo: bool = False,
+) -> PairLoss:
+    """Length-normalised DPO, arXiv 2411.15124 (Tulu 3). Rewards are beta r, not averaged, as in TRL."""
+    _check_positive("beta", beta, 5.0)
+    options = {"f_divergence": f_divergence, "f_alpha": f_alpha, "ld_alpha": ld_alpha, "wpo": wpo}
+    return PairLoss(partial(losses.sigmoid, beta=beta), beta=beta, averaged=True, **options)
+
+
+def hinge(
+    beta: float = 0.1,
+    f_divergence: Divergence = "reverse_kl",
+    f_alpha: float | None = None,
+    ld_alpha: float = 1.0,
+    wpo: bool = False,
+) -> PairLoss:
+    """SLiC's hinge, torchtune's RSOLoss, whose gamma is this beta."""
+    _check_positive("beta", beta, 0.1)
+    function = partial(losses.hinge, beta=beta)
+    return PairLoss(function, beta=beta, f_divergence=f_divergence, f_alpha=f_alpha, ld_alpha=ld_alpha, wpo=wpo)
+
+
+def ipo(
+    beta: float = 0.1,
+    f_divergence: Divergence = "reverse_kl",
+    f_alpha: float | None = None,
+    ld_alpha: float = 1.0,
+    wpo: bool = False,
+) -> PairLoss:
+    """IPO of averages over tokens, as its authors ran it and as TRL has it; beta is the paper's tau."""
+    _check_positive("beta", beta, 0.1)
+    options = {"f_divergence": f_divergence, "f_alpha": f_alpha, "ld_alpha": ld_alpha, "wpo": wpo}
+    return PairLoss(partial(losses.ipo, beta=beta), beta=beta, averaged=True, **options)
+
+
+def exo_pair(
+    beta: float = 0.1,
+    label_smoothing: float = 1e-3,
+    f_divergence: Divergence = "reverse_kl",
+    f_alpha: float | None = None,
+    ld_alpha: float = 1.0,
+    wpo: bool = False,
+) -> PairLoss:
+    """EXO; label_smoothing is its epsilon and cannot be 0, where the divergence is infinite."""
+    _check_positive("beta", beta, 0.1)
+    _check("label_smoothing", label_smoothing, 0 < label_smoothing < 0.5, "above 0 and below 0.5", 1e-3)
+    function = partial(losses.exo_pair, beta=beta, label_smoothing=label_smoothing)
+    return PairLoss(function, beta=beta, f_divergence=f_divergence, f_alpha=f_alpha, ld_alpha=ld_alpha, wpo=wpo)
+
+
+def nca_pair(beta: float = 0.01, ld_alpha: float = 1.0, wpo: bool = False) -> PairLoss:
+    """NCA: the chosen answer's own likelihood counts, not only the margin."""
+    _check_positive("beta", beta, 0.01)
+    return PairLoss(partial(losses.nca_pair, beta=beta), beta=beta, ld_alpha=ld_alpha, wpo=wpo)
+
+
+def robust(
+    beta: float = 0.01,
+    label_smoothing: float = 0.1,
+    f_divergence: Divergence = "reverse_kl",
+    f_alpha: float | None = None,
+    ld_alpha: float = 1.0,
+    wpo: bool = False,
+) -> PairLoss:
+    """Robust DPO; label_smoothing is the fraction of swapped pairs, and its loss can be negative."""
+    _check_positive("beta", beta, 0.01)
+    _check_smoothing(label_smoothing)
+    function = partial(losses.robust, beta=beta, label_smoothing=label_smoothing)
+    return PairLoss(function, beta=beta, f_divergence=f_divergence, f_alpha=f_alpha, ld_alpha=ld_alpha, wpo=wpo)
+
+
+def bco_pair(beta: float = 0.01, ld_alpha: float = 1.0, wpo: bool = False) -> PairLoss:
+    """BCO with its reward shift at 0, as in TRL's DPO; the paper's is a running mean of the rewards."""
+    _check_positive("beta", beta, 0.01)
+    return PairLoss(partial(losses.bco_pair, beta=beta), beta=beta, ld_alpha=ld_alpha, wpo=wpo)
+
+
+def sppo_hard(beta: float = 0.001, ld_alpha: float = 1.0, wpo: bool = False) -> PairLoss:
+    """SPPO with certain preferences; beta is 1 / eta. TRL's default of 0.1 is not the authors', which is this."""
+    _check_positive("beta", beta, 0.001)
+    return PairLoss(partial(losses.sppo_hard, beta=beta), beta=beta, ld_alpha=ld_alpha, wpo=wpo)
+
+
+def aot_unpaired(beta: float = 0.1, label_smoothing: float = 0.0, ld_alpha: float = 1.0) -> PairLoss:
+    """AOT of chosen against rejected answers, by rank over the whole step; TRL sorts each micro-batch for itself."""
+    _check_positive("beta", beta, 0.1)
+    _check_smoothing(label_smoothing)
+    function = partial(losses.aot_unpaired, beta=beta, label_smoothing=label_smoothing)
+    return PairLoss(function, beta=beta, ld_alpha=ld_alpha, needs_step=True)
+
+
+def apo_zero(beta: float = 0.1, ld_alpha: float = 1.0, wpo: bool = False) -> PairLoss:
+    """APO-zero, for chosen answers that are better than the model's own."""
+    _check_positive("beta", beta, 0.1)
+    return PairLoss(partial(losses.apo_zero, beta=beta), beta=beta, ld_alpha=ld_alpha, wpo=wpo)
+
+
+def apo_down(beta: float = 0.1, ld_alpha: float = 1.0, wpo: bool = False) -> PairLoss:
+    """APO-down, for chosen answers that are worse than the model's own."""
+    _check_positive("beta", beta, 0.1)
+    return PairLoss(partial(losses.apo_down, beta=beta), beta=beta, ld_alpha=ld_alpha, wpo=wpo)
+
+
+def discopop(
+    beta: float = 0.05,
+    tau: float = 0.05,
+    f_divergence: Divergence = "reverse_kl",
+    f_alpha: float | None = None,
+    ld_alpha: float = 1.0,
+    wpo: bool = False,
+) -> PairLoss:
+    """DiscoPOP; finite where TRL's exp(-z) overflows."""
+    _check_positive("beta", beta, 0.05)
+    _check_positive("tau", tau, 0.05)
+    function = partial(losses.discopop, beta=beta, tau=tau)
+    return PairLoss(function, beta=beta, f_divergence=f_divergence, f_alpha=f_alpha, ld_alpha=ld_alpha, wpo=wpo)
+
+
+def dpop(beta: float = 0.1, dpop_lambda: float = 50.0, ld_alpha: float = 1.0, wpo: bool = False) -> PairLoss:
+    """DPO-Positive."""
+    _check_positive("beta", beta, 0.1)
+    _check_not_negative("dpop_lambda", dpop_lambda)
+    return PairLoss(partial(losses.dpop, beta=beta, dpop_lambda=dpop_lambda), beta=beta, ld_alpha=ld_alpha, wpo=wpo)
+
+
+def simpo(beta: float = 2.0, gamma_beta_ratio: float = 0.25) -> PairLoss:
+    """SimPO, with the defaults of its authors' code; no reference, and no likelihood term (TRL adds one by default).
+
+    The target margin gamma is beta * gamma_beta_ratio. Rewards are beta A.
+    """
+    _check_positive("beta", beta, 2.0)
+    _check_not_negative("gamma_beta_ratio", gamma_beta_ratio)
+    function = partial(losses.simpo, beta=beta, gamma=beta * gamma_beta_ratio)
+    return PairLoss(function, beta=beta, reference=False, averaged=True)
+
+
+def orpo(orpo_lambda: float = 0.1) -> PairLoss:
+    """ORPO; no reference. TRL calls lambda beta, and its likelihood is that of prompt and answer.
+
+    Rewards are lambda A, as in TRL.
+    """
+    _check_positive("orpo_lambda", orpo_lambda, 0.1)
+    return PairLoss(partial(losses.orpo, orpo_lambda=orpo_lambda), beta=orpo_lambda, reference=False, averaged=True)
+
+
+def rpo(beta: float = 0.1, alpha: float = 1.0) -> Mixture:
+    """DPO and `alpha` times sft: arXiv 2404.19733, which divides each answer by its own length, not by the mean one.
+
+    Llama 3's (arXiv 2407.21783, 4.1.4) is alpha 0.2, with header and end tokens of the answers not scored.
+    """
+    return Mixture([sigmoid(beta), Sft()], [1.0, alpha])
+
+
+def mpo(beta: float = 0.1) -> Mixture:
+    """MPO, arXiv 2411.10442: 0.8 sigmoid + 0.2 bco_pair + 1.0 sft. Other weights: a mixture."""
+    return Mixture([sigmoid(beta), bco_pair(beta), Sft()], [0.8, 0.2, 1.0])
+
+
+def mixture(terms: list[dict]) -> Mixture:
+    """A weighted sum of losses by name: [{name: sigmoid, beta: 0.1}, {name: sft, weight: 0.2}]; weight 1 is default."""
+    if not terms:
+        raise UserError("loss.terms=[]: must have at least one loss; e.g. loss.terms=[{name: sigmoid}]")
+    modules, weights = [], []
+    for i, term in enumerate(terms):
+        options = dict(term)
+        if "name" not in options:
+            raise UserError(f"loss.terms[{i}]={show(options)}: must name its loss, such as name: sigmoid")
+        weights.append(options.pop("weight", 1.0))
+        if not fits(weights[-1], float):
+            raise wrong_kind(f"loss.terms[{i}].weight", weights[-1], float)
+        try:
+            modules.append(build(options.pop("name"), **options))
+        except UserError as error:
+            raise UserError(f"loss.terms[{i}]: {error}") from None
+    return Mixture(modules, weights)
+
+
+LOSSES: dict[str, Callable[..., nn.Module]] = {
+    "sigmoid": sigmoid,
+    "sigmoid_norm": sigmoid_norm,
+    "hinge": hinge,
+    "ipo": ipo,
+    "exo_pair": exo_pair,
+    "nca_pair": nca_pair,
+    "robust": robust,
+    "bco_pair": bco_pair,
+    "sppo_hard": sppo_hard,
+    "aot": Aot,
+    "aot_unpaired": aot_unpaired,
+    "apo_zero": apo_zero,
+    "apo_down": apo_down,
+    "discopop": discopop,
+    "dpop": dpop,
+    "kto": Kto,
+    "sft": Sft,
+    "simpo": simpo,
+    "orpo": orpo,
+    "cpo": Cpo,
+    "rpo": rpo,
+    "mpo": mpo,
+    "mixture": mixture,
+}
+
+
+def build(name: str, **options) -> nn.Module:
+    """Returns the loss of this short name.
+
+    Raises:
+        UserError: No such loss; an option that it does not have, or of another type, or out of its range.
+    """
+    if name not in LOSSES:
+        raise UserError(f"loss.name={show(name)}: no such loss{nearest(name, LOSSES)}; there are {', '.join(LOSSES)}")
+    known = inspect.signature(LOSSES[name]).parameters
+    for option, value in options.items():
+        if option not in known:
+            takes = ", ".join(known) or "no options"
+            raise UserError(
+                f"loss.{option}={show(value)}: {name} has no such option{nearest(option, known)}; it takes {takes}"
+            )
+        if not fits(value, known[option].annotation):
+            raise wrong_kind(f"loss.{option}", value, known[option].annotation)
+    return LOSSES[name](**options)
+
+
+# Options
+
+
+def _score(f_divergence: str, f_alpha: float | None) -> Callable[[Tensor], Tensor]:
+    if f_divergence not in losses.DIVERGENCES:
+        choices = losses.DIVERGENCES
+        raise UserError(
+            f"loss.f_divergence={show(f_divergence)}: must be one of {', '.join(choices)}"
+            f"{nearest(f_divergence, choices, 'loss.f_divergence=')}"
+        )
+    if f_alpha is not None and f_divergence != "alpha":
+        raise UserError(
+            f"loss.f_alpha={show(f_alpha)}: has no effect with loss.f_divergence={f_divergence}; "
+            "set loss.f_divergence=alpha, or leave it out"
+        )
+    alpha = 0.5 if f_alpha is None else f_alpha
+    _check("f_alpha", alpha, True, "a finite number", 0.5)
+    return partial(losses.scores, divergence=f_divergence, alpha=alpha)
+
+
+def _check_positive(name: str, value: float, default: float) -> None:
+    _check(name, value, value > 0, "greater than 0", default)
+
+
+def _check_not_negative(name: str, value: float) -> None:
+    _check(name, value, value >= 0, "at least 0", 0.0)
+
+
+def _check_smoothing(value: float) -> None:
+    _check("label_smoothing", value, 0 <= value < 0.5, "at least 0 and below 0.5", 0.0 if value < 0 else 0.49)
+
+
+def _check_ld_alpha(value: float) -> None:
+    _check("ld_alpha", value, 0 <= value <= 1, "at least 0 and at most 1", min(max(value, 0.0), 1.0))
+
+
+def _check(name: str, value: float, holds: bool, rule: str, valid: float) -> None:
+    if not holds or not math.isfinite(value):
+        raise UserError(f"loss.{name}={show(value)}: must be {rule}; e.g. loss.{name}={show(valid)}")
