@@ -27,6 +27,7 @@ from pairtune.errors import UserError
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 NF4_BLOCK = 64 * 256  # torchao quantizes scales of 256 blocks of 64 weights together
 _WRAPPED = "_checkpoint_wrapped_module."
+COPIES = {"lora_a": "frozen_a", "lora_b": "frozen_b"}  # an adapter's matrices, and where a frozen copy of them is
 _STRANGERS = "`model` and `checkpointer.checkpoint_dir` do not belong together"
 
 
@@ -54,6 +55,7 @@ def lora(
     modules: list[str],
     dtype: str,
     quantize_base: bool = False,
+    frozen_copy: bool = False,
     world: World | None = None,
 ) -> TransformerDecoder:
     """Returns the same model with LoRA adapters (arXiv 2106.09685), on the meta device; only they are trainable.
@@ -62,6 +64,7 @@ def lora(
         component: As for `full`: the base builder, whose lora_ twin is used.
         modules: From q_proj, k_proj, v_proj, output_proj, mlp (all of its linear layers) and output.
         quantize_base: Base weights of all linear layers in NF4 (QLoRA, arXiv 2305.14314); not the output layer.
+        frozen_copy: Room for a second set of adapters, which `load` makes a copy of the first: reference.AdapterCopy.
         world: The processes that share these.
 
     Raises:
@@ -92,8 +95,20 @@ def lora(
     if "output" in modules:
         adapters["apply_lora_to_output"] = True
     model = _build(path, {**arguments, **adapters}, dtype)
+    if frozen_copy:
+        _add_frozen_copy(model)
     set_trainable_params(model, get_adapter_params(model))
     return model
+
+
+def _add_frozen_copy(model: nn.Module) -> None:
+    """The copy's matrices are modules beside the trained ones: sharded and offloaded with them."""
+    for _, module in adapted_modules(model):
+        if isinstance(module, DoRALinear):
+            raise UserError("reference: DoRA adapters cannot be copied; use LoRA, or the base model as the reference")
+        for name, copy in COPIES.items():
+            weight = getattr(module, name).weight
+            setattr(module, copy, nn.Linear(*reversed(weight.shape), bias=False, device="meta", dtype=weight.dtype))
 
 
 def _split(component: dict) -> tuple[str, dict]:
@@ -187,28 +202,38 @@ def disable_dropout(model: nn.Module) -> bool:
     return found
 
 
-def load(model: TransformerDecoder, state_dict: Mapping[str, Tensor], *, world: World) -> None:
-    """Fills a model built on the meta device, base weights from `state_dict`, adapters afresh, and shards it.
+def load(
+    model: TransformerDecoder,
+    state_dict: Mapping[str, Tensor],
+    *,
+    world: World,
+    adapter: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Fills a model built on the meta device, base weights from `state_dict`, and shards it.
 
-    Base weights take the model's dtype; NF4 ones are quantized from the checkpoint's values on the device. Adapters
-    are initialised from torch's global generator: seed it before, alike in every process. In a distributed world each
-    layer is sharded (FSDP2) as soon as it is filled, so that a process never holds more than its shards and one layer.
+    Weights take the model's dtype; NF4 ones are quantized from the checkpoint's values on the device. Adapters are
+    `adapter`'s or, without it, initialised from torch's global generator: seed it before, alike in every process. In a
+    distributed world each layer is sharded (FSDP2) as soon as it is filled, so that a process never holds more than its
+    shards and one layer.
 
     Args:
         state_dict: The whole checkpoint under torchtune's names, in each process: checkpoint.Weights.
+        adapter: What the adapters start from, whole, in each process: adapters.read_adapter.
 
     Raises:
         UserError: The checkpoint lacks a weight, has one too many, or one of another shape.
     """
     home = torch.device("cpu") if world.cpu_offload else world.device
-    expected = {plain_name(name) for name, _ in model.named_parameters()}
-    adapters = set(map(plain_name, get_adapter_params(model)))
-    _check_names(expected - adapters, set(state_dict))
+    adapters = adapter_shapes(model).keys()
+    assert adapter is None or adapter.keys() == adapters, "adapters.read_adapter knows the model's adapters"
+    _check_names({name for name, _ in _own_parameters(model)} - adapters, set(state_dict))
     names = {id(module): plain_name(name) for name, module in model.named_modules()}
     for block in [*model.layers, model]:
         world.beat("loading weights")
         for module in block.modules():
             _fill(module, names[id(module)], state_dict, home, world.device)
+            if isinstance(module, (LoRALinear, DoRALinear)) and module.lora_a.weight.is_meta:
+                _fill_adapter(module, names[id(module)], adapter, home)
         if world.shards:
             _shard(block, world, is_root=block is model)
 
@@ -231,9 +256,9 @@ def _fill(module: nn.Module, name: str, state_dict: Mapping[str, Tensor], home: 
     """Gives one module, not its children, its memory; a module that has it already is left alone."""
     for leaf, parameter in list(module.named_parameters(recurse=False)):
         full_name = f"{name}.{leaf}" if name else leaf
-        if not parameter.is_meta or full_name not in state_dict:
+        value = state_dict.get(full_name) if parameter.is_meta else None
+        if value is None:
             continue
-        value = state_dict[full_name]
         if value.shape != parameter.shape:
             found, expected = list(value.shape), list(parameter.shape)
             raise UserError(f"checkpointer: {full_name} is {found} there and {expected} in the model: {_STRANGERS}")
@@ -241,14 +266,26 @@ def _fill(module: nn.Module, name: str, state_dict: Mapping[str, Tensor], home: 
         if isinstance(parameter, NF4Tensor):
             value = to_nf4(value, parameter.block_size, parameter.scaler_block_size)
         setattr(module, leaf, nn.Parameter(value, requires_grad=parameter.requires_grad))
-    if isinstance(module, (LoRALinear, DoRALinear)) and module.lora_a.weight.is_meta:
-        module.lora_a.to_empty(device=home)
-        module.lora_b.to_empty(device=home)
-        module.initialize_parameters()
     # A rope of Llama 3.1 and later leaves its buffers out on the meta device. They stay on the device when offloading.
     if hasattr(module, "rope_init") and all(buffer.is_meta for buffer in module.buffers()):
         with device:
             module.rope_init()
+
+
+@torch.no_grad()
+def _fill_adapter(
+    module: LoRALinear | DoRALinear, name: str, adapter: Mapping[str, Tensor] | None, home: torch.device
+) -> None:
+    module.lora_a.to_empty(device=home)
+    module.lora_b.to_empty(device=home)
+    if adapter is None:
+        module.initialize_parameters()
+    else:
+        for leaf in module.adapter_params():
+            module.get_parameter(leaf).copy_(adapter[f"{name}.{leaf}"])
+    for trained, copy in COPIES.items():
+        if hasattr(module, copy):
+            getattr(module, copy).to_empty(device=home).weight.copy_(getattr(module, trained).weight)
 
 
 def _shard(block: nn.Module, world: World, *, is_root: bool) -> None:
@@ -266,12 +303,55 @@ def _shard(block: nn.Module, world: World, *, is_root: bool) -> None:
 
 @contextmanager
 def reference_of(model: nn.Module):
-    """Makes a LoRA model the model that it started from: adapters off, no dropout, no gradients."""
+    """Makes a LoRA model its base: adapters off, no dropout, no gradients."""
+    with disable_adapter(model), _frozen(model):
+        yield model
+
+
+@contextmanager
+def frozen_copy_of(model: nn.Module):
+    """Makes a LoRA model with a frozen copy the model of that copy: its adapters, no dropout, no gradients.
+
+    Modules change places, and no number does: what autograd keeps of the policy for its backward stays as it is, and a
+    checkpointed layer that is computed again in backward is the policy's.
+    """
+    adapted = [module for _, module in adapted_modules(model)]
+    _swap_copies(adapted)
+    try:
+        with _frozen(model):
+            yield model
+    finally:
+        _swap_copies(adapted)
+
+
+def _swap_copies(adapted: list[nn.Module]) -> None:
+    for module in adapted:
+        for name, copy in COPIES.items():
+            trained, frozen = getattr(module, name), getattr(module, copy)
+            setattr(module, name, frozen)
+            setattr(module, copy, trained)
+
+
+@contextmanager
+def _frozen(model: nn.Module):
     training = model.training
     model.eval()
-    with torch.no_grad(), disable_adapter(model):
-        yield model
-    model.train(training)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def adapted_modules(model: nn.Module) -> list[tuple[str, LoRALinear | DoRALinear]]:
+    """Returns the layers that have adapters, and their names in torchtune's checkpoints."""
+    found = ((plain_name(name), module) for name, module in model.named_modules())
+    return [(name, module) for name, module in found if isinstance(module, (LoRALinear, DoRALinear))]
+
+
+def adapter_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Returns the shapes of the adapters' parameters, by their names in torchtune's checkpoints."""
+    return {plain_name(name): parameter.shape for name, parameter in get_adapter_params(model).items()}
 
 
 def sync_gradients(model: nn.Module, sync: bool) -> None:
@@ -287,19 +367,26 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
 
 
 def num_parameters(model: nn.Module) -> tuple[int, int]:
-    """Returns how many parameters the model has, and how many of them are trained."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    """Returns how many parameters the model has, a frozen copy of adapters left out, and how many are trained."""
+    sizes = [(p.numel(), p.requires_grad) for _, p in _own_parameters(model)]
     return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
 
 
-def _whole_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters by their names in torchtune's checkpoints, gathered from all processes; NF4 ones as plain values."""
+def _own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters by their names in torchtune's checkpoints, a frozen copy of adapters left out."""
     for name, parameter in model.named_parameters():
+        if not any(f".{copy}." in f".{name}" for copy in COPIES.values()):
+            yield plain_name(name), parameter
+
+
+def _whole_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The same, gathered from all processes; NF4 ones as plain values."""
+    for name, parameter in _own_parameters(model):
         value = parameter.data
         if isinstance(value, DTensor):
             local = value.to_local()
             value = _gather_nf4(local, value.device_mesh) if isinstance(local, NF4Tensor) else value.full_tensor()
-        yield plain_name(name), value.get_original_weight() if isinstance(value, NF4Tensor) else value
+        yield name, value.get_original_weight() if isinstance(value, NF4Tensor) else value
 
 
 def _gather_nf4(shard: NF4Tensor, mesh: DeviceMesh) -> NF4Tensor:
@@ -335,19 +422,17 @@ def merge_adapters(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Te
     QLoRA: W is what was trained on, so the merged model is the trained policy. `model` tells alpha and rank only.
     """
     weights = dict(weights)
-    for name, module in model.named_modules():
+    for name, module in adapted_modules(model):
         if isinstance(module, DoRALinear):
             raise UserError("model: DoRA adapters cannot be merged yet")
-        if isinstance(module, LoRALinear):
-            name = plain_name(name)
-            a, b = weights.pop(f"{name}.lora_a.weight"), weights.pop(f"{name}.lora_b.weight")
-            weight = weights[f"{name}.weight"]
-            merged = weight.float() + (module.alpha / module.rank) * (b.float() @ a.float())
-            weights[f"{name}.weight"] = merged.to(weight.dtype)
+        a, b = weights.pop(f"{name}.lora_a.weight"), weights.pop(f"{name}.lora_b.weight")
+        weight = weights[f"{name}.weight"]
+        merged = weight.float() + (module.alpha / module.rank) * (b.float() @ a.float())
+        weights[f"{name}.weight"] = merged.to(weight.dtype)
     return weights
 
 
 def only_adapters(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns the adapters among gathered weights, under torchtune's names; none for a model without."""
-    names = set(map(plain_name, get_adapter_params(model)))
+    names = adapter_shapes(model)
     return {name: value for name, value in weights.items() if name in names}

@@ -1,0 +1,540 @@
+"""A run starts from any adapter, its reference is what it says, moves as it says, and disturbs no gradient."""
+
+import copy
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import NF4_SIZES, ROOT, SIZES, random_pairs, tiny_llama
+from omegaconf import OmegaConf
+from reference_worker import train
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import logsigmoid
+
+from pairtune import adapters, checkpoint, models
+from pairtune.batch import lay_out
+from pairtune.dist import World
+from pairtune.errors import UserError
+from pairtune.logps import answer_logps
+from pairtune.reference import AdapterCopy, AdaptersOff, SecondModel
+
+ONE = World(torch.device("cpu"))
+LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "modules": ["q_proj", "k_proj", "v_proj", "output_proj", "mlp"]}
+HEADS = {"vocab_size": 320, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 64, "intermediate_dim": 96}
+MODELS = {  # kind of transformers model: model_type, torchtune's builder, its arguments, transformers' arguments
+    "Llama": ("LLAMA3", "torchtune.models.llama3.llama3", {"rope_base": 10_000}, {"rope_theta": 10_000.0}),
+    "Mistral": ("MISTRAL", "torchtune.models.mistral.mistral", {"rope_base": 10_000}, {"rope_theta": 10_000.0}),
+    "Qwen2": ("QWEN2", "torchtune.models.qwen2.qwen2", {"rope_base": 1e6}, {"rope_theta": 1e6}),
+    "Gemma": ("GEMMA", "torchtune.models.gemma.gemma", {"head_dim": 32}, {"head_dim": 32}),
+    "Phi3": ("PHI3_MINI", "torchtune.models.phi3.phi3", {"rope_base": 10_000}, {"rope_theta": 10_000.0}),
+}
+
+
+def component(sizes=SIZES):
+    return {"_component_": "torchtune.models.llama3.llama3", **sizes}
+
+
+def random_adapter(model, *, seed=1, std=0.1):
+    """What an SFT run may have left: no matrix is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = sorted(models.adapter_shapes(model).items())
+    return {name: torch.randn(shape, generator=generator) * std for name, shape in shapes}
+
+
+def loaded(*, sizes=SIZES, start="sft", checkpointing=False, **changes):
+    """A prepared model; `start` is the adapter: sft (random_adapter) or fresh."""
+    model = models.lora(component(sizes), **{**LORA, "dtype": "fp32", "frozen_copy": True, **changes})
+    models.prepare(model, max_length=128, checkpoint_activations=checkpointing)
+    adapter = random_adapter(model) if start == "sft" else None
+    models.load(model, tiny_llama(**sizes).state_dict(), world=ONE, adapter=adapter)
+    return model
+
+
+def scores(model, pairs):
+    with torch.no_grad():
+        return torch.cat(answer_logps(model, lay_out(pairs)))
+
+
+def reference_scores(reference, pairs):
+    with reference.weights() as frozen:
+        return torch.cat(answer_logps(frozen, lay_out(pairs)))
+
+
+def dpo_losses(policy, reference):
+    """arXiv 2305.18290, eq. 7, of chosen and rejected log-probabilities under both, [2P] each."""
+    (chosen, rejected), (ref_chosen, ref_rejected) = policy.chunk(2), reference.chunk(2)
+    return -logsigmoid(0.1 * ((chosen - ref_chosen) - (rejected - ref_rejected)))
+
+
+def train_steps(model, pairs, *, steps=3):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    for _ in range(steps):
+        chosen, rejected = answer_logps(model, lay_out(pairs))
+        (rejected - chosen).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def trained_values(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+# Starting from an adapter
+
+
+def saved_base(kind, folder):
+    """A random transformers model in `folder`: its checkpointer here, and torchtune's component."""
+    import transformers
+
+    torch.manual_seed(0)
+    model_type, path, ours, theirs = MODELS[kind]
+    sizes = {
+        "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 128, "tie_word_embeddings": kind == "Gemma",
+        "pad_token_id": 0, "rms_norm_eps": 1e-5, "initializer_range": 0.08,
+    }  # fmt: skip
+    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**sizes, **theirs))
+    model.save_pretrained(folder)
+    cfg = {"checkpoint_dir": str(folder), "model_type": model_type}
+    cfg = OmegaConf.create({"_component_": "torchtune.training.FullModelHFCheckpointer", **cfg})
+    files = checkpoint.open_weights(cfg, folder.parent / "run")
+    return files, {"_component_": path, **HEADS, "max_seq_len": 128, "norm_eps": 1e-5, **ours}
+
+
+def built(files, component, *, adapter=None, **changes):
+    model = models.lora(component, **{**LORA, "dtype": "fp32", **changes})
+    models.prepare(model, max_length=128)
+    models.load(model, checkpoint.Weights(files), world=ONE, adapter=adapter)
+    return model
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_an_exported_adapter_is_read_back_bit_for_bit(tmp_path, kind):
+    files, component = saved_base(kind, tmp_path / "base")
+    model = models.lora(component, **LORA, dtype="fp32")
+    adapter = random_adapter(model)
+    trained = built(files, component, adapter=adapter)
+    gathered = models.gather_weights(trained, ONE)
+    only = models.only_adapters(trained, gathered)
+    assert {name: value.tolist() for name, value in only.items()} == {n: v.tolist() for n, v in adapter.items()}
+    merged = models.merge_adapters(trained, gathered)
+    exported = checkpoint.export(files, tmp_path / "run", merged=merged, adapter=only, lora=LORA)
+    read = adapters.read_adapter(exported / "adapter", model, files)
+    assert read.keys() == adapter.keys()
+    for name, value in read.items():
+        assert torch.equal(value, adapter[name]), name
+    pairs = random_pairs(3)
+    assert torch.equal(scores(built(files, component, adapter=read), pairs), scores(trained, pairs))
+
+
+@pytest.mark.parametrize(
+    ("kind", "modules"),
+    [
+        ("Llama", LORA["modules"]),
+        ("Llama", ["k_proj", "output"]),
+        ("Mistral", ["q_proj", "v_proj"]),
+        ("Qwen2", LORA["modules"]),
+        ("Gemma", ["q_proj", "k_proj", "mlp"]),
+    ],
+)
+def test_an_adapter_that_peft_wrote_has_pefts_log_probabilities(tmp_path, kind, modules):
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    files, component = saved_base(kind, tmp_path / "base")
+    names = {"output_proj": "o_proj", "output": "lm_head"}
+    targets = [names.get(m, m) for m in modules if m != "mlp"]
+    targets += ["gate_proj", "up_proj", "down_proj"] if "mlp" in modules else []
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": targets, "init_lora_weights": False}
+    torch.manual_seed(1)
+    peft.get_peft_model(base, peft.LoraConfig(**settings, task_type="CAUSAL_LM")).save_pretrained(tmp_path / "sft")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    pairs = random_pairs(3)
+    before = transformers_scores(base, pairs)
+    expected = transformers_scores(peft.PeftModel.from_pretrained(base, tmp_path / "sft"), pairs)
+    lora = LORA | {"modules": modules}
+    adapter = adapters.read_adapter(tmp_path / "sft", models.lora(component, **lora, dtype="fp32"), files)
+    found = scores(built(files, component, adapter=adapter, **lora), pairs)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)  # float32, sums of about 100 nats
+    assert (expected - before).abs().max() > 1
+
+
+def transformers_scores(model, pairs):
+    values = []
+    for answer in ("chosen", "rejected"):
+        for pair in pairs:
+            tokens, start = torch.tensor([pair.prompt + getattr(pair, answer)]), len(pair.prompt)
+            with torch.no_grad():
+                logps = model(tokens).logits[0, start - 1 : -1].double().log_softmax(-1)
+            values.append(logps.gather(-1, tokens[0, start:, None]).sum())
+    return torch.stack(values).float()
+
+
+@pytest.mark.parametrize("quantize_base", [False, True])
+def test_a_model_that_starts_from_an_adapter_holds_it_whatever_wraps_its_layers(quantize_base):
+    model = loaded(sizes=NF4_SIZES, checkpointing=True, quantize_base=quantize_base)
+    adapter = random_adapter(model)
+    held = models.only_adapters(model, models.gather_weights(model, ONE))
+    assert held.keys() == adapter.keys()
+    for name, value in held.items():
+        assert torch.equal(value, adapter[name]), name
+    assert trained_values(model).keys() == {name for name, _ in model.named_parameters() if ".lora_" in name}
+
+
+def test_an_adapter_takes_the_models_dtype():
+    model = loaded(dtype="bf16")
+    held = models.only_adapters(model, models.gather_weights(model, ONE))
+    for name, value in random_adapter(model).items():
+        assert torch.equal(held[name], value.bfloat16()), name
+
+
+@pytest.fixture(scope="module")
+def peft_folder(tmp_path_factory):
+    """A tiny Llama's checkpointer, its component, and the files of an adapter as PEFT writes it."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    work = tmp_path_factory.mktemp("peft")
+    files, component = saved_base("Llama", work / "base")
+    base = AutoModelForCausalLM.from_pretrained(work / "base", dtype=torch.float32)
+    settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(base, settings).save_pretrained(work / "sft")
+    config = json.loads((work / "sft" / "adapter_config.json").read_text())
+    return files, component, config, load_file(work / "sft" / "adapter_model.safetensors")
+
+
+def write_adapter(folder, config, tensors, name="adapter_model.safetensors"):
+    folder.mkdir()
+    if config is not None:
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    if name.endswith(".safetensors"):
+        save_file(tensors, folder / name)
+    else:
+        torch.save(tensors, folder / name)
+
+
+def read_from(peft_folder, folder, **changes):
+    files, component, _, _ = peft_folder
+    lora = LORA | {"modules": ["q_proj", "v_proj"]} | changes
+    return adapters.read_adapter(folder, models.lora(component, **lora, dtype="fp32"), files)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "words"),
+    [
+        ("r", 16, ["r is 16", "lora.rank is 4", "lora.rank=16"]),
+        ("lora_alpha", 32, ["lora_alpha is 32", "lora.alpha is 8.0", "lora.alpha=32"]),
+        ("target_modules", ["q_proj"], ["target_modules is q_proj", "lora.modules=[q_proj]"]),
+        ("target_modules", ["o_proj", "lm_head", "gate_proj", "up_proj", "down_proj"], ["[output_proj, mlp, output]"]),
+        ("target_modules", ["q_proj", "up_proj"], ["gate_proj, up_proj and down_proj"]),
+        ("target_modules", ["q_proj", "embed_tokens"], ["embed_tokens", "lm_head"]),
+        ("peft_type", "IA3", ["peft_type is IA3"]),
+        ("use_rslora", True, ["use_rslora=True", "sqrt(rank)", "merge_and_unload"]),
+        ("use_dora", True, ["use_dora"]),
+        ("bias", "lora_only", ["bias=lora_only"]),
+        ("lora_bias", True, ["lora_bias"]),
+        ("modules_to_save", ["lm_head"], ["modules_to_save", "lm_head"]),
+        ("rank_pattern", {"q_proj": 8}, ["rank_pattern"]),
+        ("alpha_pattern", {"q_proj": 8}, ["alpha_pattern"]),
+        ("fan_in_fan_out", True, ["fan_in_fan_out"]),
+        ("layers_to_transform", [0], ["layers_to_transform"]),
+        ("init_lora_weights", "pissa", ["init_lora_weights=pissa", "base weights"]),
+    ],
+)
+def test_settings_of_an_adapter_that_the_run_does_not_share_are_refused_by_name(
+    tmp_path, peft_folder, setting, value, words
+):
+    _, _, config, tensors = peft_folder
+    write_adapter(tmp_path / "sft", config | {setting: value}, tensors)
+    with pytest.raises(UserError) as error:
+        read_from(peft_folder, tmp_path / "sft")
+    for word in ["adapter=", *words]:
+        assert word in str(error.value)
+
+
+def test_paths_patterns_and_plain_names_of_layers_are_understood(tmp_path, peft_folder):
+    _, _, config, tensors = peft_folder
+    paths = [f"model.layers.{i}.self_attn.{name}" for i in range(2) for name in ("q_proj", "v_proj")]
+    read = []
+    for i, targets in enumerate([config["target_modules"], paths, r".*\.(q|v)_proj"]):
+        write_adapter(tmp_path / str(i), config | {"target_modules": targets}, tensors)
+        read.append(read_from(peft_folder, tmp_path / str(i)))
+    assert len(read[0]) == 8
+    assert all(torch.equal(other[name], value) for other in read[1:] for name, value in read[0].items())
+
+
+LAYER_1 = "base_model.model.model.layers.1.self_attn"
+Q, V = (f"{LAYER_1}.{name}_proj.lora_B.weight" for name in "qv")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        (Q, None, ["1 of the model's adapters are not in it", "layers.1.attn.q_proj.lora_b"]),
+        (Q.replace(".1.", ".9."), torch.ones(64, 4), ["not in the model's adapters", "layers.9"]),
+        ("base_model.model.model.embed_tokens.weight", torch.ones(3), ["embed_tokens", "no matrix"]),
+        ("base_model.model.lm_head.base_layer.weight", torch.ones(320, 64), ["lm_head", "another base"]),
+        (V, torch.zeros(32, 5), ["v_proj.lora_b", "[32, 5]", "[32, 4]"]),
+        (Q, torch.zeros(63, 4), ["q_proj.lora_B", "[63, 4]", "4 heads"]),
+        (V, torch.full((32, 4), math.nan), ["v_proj.lora_b", "NaN"]),
+    ],
+)
+def test_matrices_that_do_not_fit_are_named(tmp_path, peft_folder, name, value, words):
+    _, _, config, tensors = peft_folder
+    changed = {key: tensor for key, tensor in {**tensors, name: value}.items() if tensor is not None}
+    write_adapter(tmp_path / "sft", config, changed)
+    with pytest.raises(UserError) as error:
+        read_from(peft_folder, tmp_path / "sft")
+    for word in [str(tmp_path / "sft"), *words]:
+        assert word in str(error.value)
+
+
+def test_a_folder_without_an_adapter_is_told_and_a_pickle_runs_no_code(tmp_path, peft_folder):
+    _, _, config, tensors = peft_folder
+    with pytest.raises(UserError, match="no such folder"):
+        read_from(peft_folder, tmp_path / "none")
+    write_adapter(tmp_path / "adapter", None, tensors)
+    with pytest.raises(UserError, match="lacks adapter_config.json"):
+        read_from(peft_folder, tmp_path / "adapter")
+    with pytest.raises(UserError, match=f"holds no adapter.*adapter={tmp_path}/adapter"):
+        read_from(peft_folder, tmp_path)
+    write_adapter(tmp_path / "code", config, {"a": pytest.raises}, "adapter_model.bin")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_from(peft_folder, tmp_path / "code")
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{")
+    with pytest.raises(UserError, match="adapter_config.json: cannot be read"):
+        read_from(peft_folder, tmp_path / "adapter")
+    write_adapter(tmp_path / "bin", config, tensors, "adapter_model.bin")
+    assert len(read_from(peft_folder, tmp_path / "bin")) == 8
+
+
+def test_an_adapter_of_pefts_fused_phi_layers_is_refused(tmp_path, peft_folder):
+    _, _, config, _ = peft_folder
+    files, component = saved_base("Phi3", tmp_path / "base")
+    name = "base_model.model.model.layers.0.self_attn.qkv_proj.lora_A.weight"
+    write_adapter(tmp_path / "sft", config | {"target_modules": r".*qkv_proj"}, {name: torch.zeros(4, 64)})
+    with pytest.raises(UserError, match="fused qkv_proj"):
+        adapters.read_adapter(tmp_path / "sft", models.lora(component, **LORA, dtype="fp32"), files)
+
+
+# The reference that the run started from
+
+
+def test_from_an_sft_adapter_the_loss_is_ln_2_against_the_start_and_not_against_the_base():
+    pairs, model = random_pairs(4), loaded()
+    policy = scores(model, pairs)
+    start = dpo_losses(policy, reference_scores(AdapterCopy(model), pairs))
+    assert start.tolist() == pytest.approx([math.log(2)] * 4, abs=1e-6)
+    base = dpo_losses(policy, reference_scores(AdaptersOff(model), pairs))
+    assert (base - math.log(2)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(("method", "sizes"), [("lora", SIZES), ("qlora", NF4_SIZES)])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_start_stays_what_a_copy_of_the_model_made_then_computes(method, sizes, checkpointing):
+    pairs = random_pairs(4)
+    model = loaded(sizes=sizes, quantize_base=method == "qlora", checkpointing=checkpointing)
+    reference, peer = AdapterCopy(model), loaded(sizes=sizes, quantize_base=method == "qlora")
+    before = scores(peer, pairs)
+    train_steps(model, pairs)
+    assert torch.equal(reference_scores(reference, pairs), before)
+    assert (scores(model, pairs) - before).abs().max() > 1  # the policy moved, and is the policy again
+
+
+def test_a_copy_of_fresh_adapters_is_the_base_and_draws_no_random_number():
+    pairs, fresh = random_pairs(3), []
+    for frozen_copy in (True, False):
+        torch.manual_seed(5)
+        model = models.lora(component(), **LORA, dtype="fp32", frozen_copy=frozen_copy)
+        models.prepare(model, max_length=128)
+        weights = tiny_llama().state_dict()
+        torch.manual_seed(5)
+        models.load(model, weights, world=ONE)
+        fresh.append(model)
+    values, expected = map(trained_values, fresh)
+    assert values.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in values.items())
+    reference = AdapterCopy(fresh[0])
+    train_steps(fresh[0], pairs)
+    assert torch.equal(reference_scores(reference, pairs), reference_scores(AdaptersOff(fresh[0]), pairs))
+
+
+def test_the_copy_is_neither_trained_nor_counted_nor_exported():
+    model, plain = loaded(), loaded(frozen_copy=False)
+    assert models.num_parameters(model) == models.num_parameters(plain)
+    weights, expected = (models.gather_weights(m, ONE) for m in (model, plain))
+    assert weights.keys() == expected.keys()
+    merged = models.merge_adapters(model, weights)
+    assert merged.keys() == tiny_llama().state_dict().keys()
+    assert trained_values(model).keys() == trained_values(plain).keys()
+
+
+def test_the_reference_has_no_dropout_and_gives_the_model_back_after_an_error():
+    pairs, model = random_pairs(2), loaded(dropout=0.5).train()
+    expected = scores(loaded(), pairs)
+    for reference in (AdapterCopy(model), AdaptersOff(model)):
+        before = trained_values(model)
+        with pytest.raises(ZeroDivisionError), reference.weights() as frozen:
+            assert not frozen.training and not torch.is_grad_enabled()
+            raise ZeroDivisionError
+        assert model.training and torch.is_grad_enabled()
+        assert trained_values(model).keys() == before.keys()
+    assert torch.equal(reference_scores(AdapterCopy(model), pairs), expected)
+
+
+@pytest.mark.parametrize("reference_first", [True, False])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "changes",
+    [{"modules": LORA["modules"]}, {"modules": ["q_proj", "output"]}, {"quantize_base": True}],
+    ids=["lora", "output", "qlora"],
+)
+def test_gradients_are_those_beside_a_reference_model_of_its_own(changes, checkpointing, reference_first):
+    pairs, options = random_pairs(3), {"sizes": NF4_SIZES, **changes}
+    model = loaded(**options, checkpointing=checkpointing)
+    reference = AdapterCopy(model)
+    separate, peer = loaded(**options), loaded(**options)
+    train_steps(model, pairs, steps=2)  # policy and reference differ
+    train_steps(peer, pairs, steps=2)
+    if reference_first:
+        expected = reference_scores(reference, pairs)
+        policy = torch.cat(answer_logps(model, lay_out(pairs)))
+    else:
+        policy = torch.cat(answer_logps(model, lay_out(pairs)))
+        expected = reference_scores(reference, pairs)
+    assert torch.equal(expected, scores(separate, pairs))
+    dpo_losses(policy, expected).sum().backward()
+    dpo_losses(torch.cat(answer_logps(peer, lay_out(pairs))), scores(separate, pairs)).sum().backward()
+    for p, wanted in zip(*[[p for p in m.parameters() if p.requires_grad] for m in (model, peer)], strict=True):
+        torch.testing.assert_close(p.grad, wanted.grad, atol=1e-7, rtol=1e-5)
+        assert wanted.grad.abs().max() > 0
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+def test_compiled_layers_see_the_copy_and_then_the_policy_again():
+    pairs, model = random_pairs(2), models.lora(component(), **LORA, dtype="fp32", frozen_copy=True)
+    models.prepare(model, max_length=128, compile_layers=True)
+    models.load(model, tiny_llama().state_dict(), world=ONE, adapter=random_adapter(model))
+    reference, plain = AdapterCopy(model), loaded()
+    start = scores(plain, pairs)
+    for _ in range(2):
+        torch.testing.assert_close(reference_scores(reference, pairs), start, atol=1e-3, rtol=0)
+        torch.testing.assert_close(scores(model, pairs), scores(plain, pairs), atol=1e-3, rtol=0)
+        with torch.no_grad():
+            for m in (model, plain):
+                for p in m.parameters():
+                    if p.requires_grad:
+                        p.mul_(1.2)
+    assert (scores(plain, pairs) - start).abs().max() > 1
+
+
+# The reference that is moved toward the policy (TR-DPO)
+
+
+def moving(method):
+    """Policy, reference, and the parameters that both have, by name, before they move."""
+    if method == "full":
+        model, second = (models.full(component(), dtype="fp32") for _ in range(2))
+        second.requires_grad_(False).eval()
+        for m in (model, second):
+            models.prepare(m, max_length=128)
+            models.load(m, tiny_llama().state_dict(), world=ONE)
+        return model, SecondModel(model, second)
+    model = loaded(sizes=NF4_SIZES, quantize_base=method == "qlora")
+    return model, AdapterCopy(model)
+
+
+@pytest.mark.parametrize("alpha", [0.6, 0.05, 1.0])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_a_moved_reference_is_the_blend_computed_in_float64(method, alpha):
+    model, reference = moving(method)
+    pairs = random_pairs(3)
+    expected = {name: value.double() for name, value in trained_values(model).items()}
+    for _ in range(3):
+        train_steps(model, pairs, steps=1)
+        policy = trained_values(model)
+        reference.move(alpha)
+        expected = {name: alpha * policy[name].double() + (1 - alpha) * value for name, value in expected.items()}
+    found = {name.removeprefix("reference."): value for name, value in reference.tensors().items()}
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value.double(), expected[name], atol=1e-6, rtol=1e-6, msg=name)
+    if alpha == 1.0:
+        assert torch.equal(reference_scores(reference, pairs), scores(model, pairs))
+    assert all(torch.equal(value, policy[name]) for name, value in trained_values(model).items())
+
+
+def test_blending_in_bf16_rounds_once():
+    model = loaded(dtype="bf16")
+    reference = AdapterCopy(model)
+    before = {name: value.clone() for name, value in reference.tensors().items()}
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p))
+    reference.move(0.6)
+    policy = trained_values(model)
+    for name, value in reference.tensors().items():
+        exact = 0.6 * policy[name.removeprefix("reference.")].double() + 0.4 * before[name].double()
+        assert ((value.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-6).all(), name
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_writing_into_its_tensors_restores_a_reference(method):
+    model, reference = moving(method)
+    pairs = random_pairs(3)
+    train_steps(model, pairs)
+    reference.move(0.6)
+    saved, before = copy.deepcopy(reference.tensors()), reference_scores(reference, pairs)
+    train_steps(model, pairs)
+    reference.move(0.6)
+    assert not torch.equal(reference_scores(reference, pairs), before)
+    assert all(name.startswith("reference.layers.") or method == "full" for name in saved)
+    for name, value in reference.tensors().items():
+        value.copy_(saved[name])
+    assert torch.equal(reference_scores(reference, pairs), before)
+
+
+# Many processes
+
+CASES = [
+    {"method": "lora", "output": True},  # something of FSDP2's root is trained: it stays whole after a forward
+    {"method": "lora", "output": True, "checkpointing": True, "reference_first": True},
+    {"method": "lora", "output": True, "cpu_offload": True, "alpha": 1.0},
+    {"method": "qlora"},
+    {"method": "full"},
+    {"method": "full", "cpu_offload": True, "every": 1},
+]
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "cases"),
+    [(2, CASES), (4, [{"method": m, "output": m == "lora", "replicate": 2} for m in ("lora", "full")])],
+)
+def test_processes_that_share_the_work_have_the_references_of_one(tmp_path, num_processes, cases):
+    """Losses with references that move, the reference itself, and one that was saved, moved and loaded again."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(num_processes)),
+        *("--master_port", str(port), str(ROOT / "tests" / "reference_worker.py")),
+        *(str(tmp_path / "results.json"), json.dumps(cases)),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
+    done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    for case, result in zip(cases, json.loads((tmp_path / "results.json").read_text()), strict=True):
+        expected = train(world=ONE, **{k: v for k, v in case.items() if k not in ("replicate", "cpu_offload")})
+        for key, values in expected.items():
+            assert result[key] == pytest.approx(values, rel=1e-5, abs=1e-5), (case, key)
+        assert result["restored"] == pytest.approx(result["reference"], abs=1e-6)
+        assert expected["losses"][0] == pytest.approx(math.log(2), abs=1e-6)
+        moved = max(abs(a - b) for a, b in zip(expected["policy"], expected["reference"], strict=True))
+        assert moved > 0.05, case
