@@ -20,6 +20,7 @@ from torchtune.modules import TransformerDecoder
 
 from pairtune import schedules
 from pairtune.errors import UserError
+from pairtune.loss_needs import example_inputs, needs
 from pairtune.rules import component_path, fits, is_component, nearest, one_line, show, wrong_kind
 
 # What recipes pass to a component themselves; a config cannot. So is the first argument of an optimizer or schedule.
@@ -271,7 +272,9 @@ def _rehearse_loss(block: dict) -> None:
     except Exception as error:
         raise _refusal("loss", block, error) from None
     try:
-        result = loss(*logps)
+        needed = needs(loss)
+        reference = logps[2:] if needed.reference else (None, None)
+        result = loss(*logps[:2], *reference, **example_inputs(loss, 2))
     except Exception as error:
         raise _not_a_pair_loss(block, f"called so, it fails: {one_line(error)}") from None
     if not isinstance(result, (tuple, list)):

@@ -20,6 +20,7 @@ from yaml import YAMLError
 
 from pairtune.components import check_components, instantiate, rehearse  # noqa: F401  (recipes call the last two)
 from pairtune.errors import UserError
+from pairtune.preference_losses import LOSSES
 from pairtune.rules import (
     REQUIRED,
     RULES,  # noqa: F401
@@ -28,6 +29,7 @@ from pairtune.rules import (
     holds_component,
     is_component,
     may_be_null,
+    nearest,
     one_line,
     show,
     unknown_key,
@@ -39,6 +41,7 @@ METHODS = ("full", "lora", "qlora")
 # Keys that some of the six recipes have. One file serves all of them: in a file, the others pass over these.
 SOME_RECIPES = {
     "lora": "lora_ and qlora_ recipes",
+    "adapter": "lora_ and qlora_ recipes",
     "data_parallel_replicate_dim": "distributed recipes",
     "fsdp_cpu_offload": "distributed recipes",
     "collective_timeout_s": "distributed recipes",
@@ -160,7 +163,9 @@ def _merge(base: dict, layer: dict, schema: dict, where: str, prefix: str = "") 
             raise unknown_key(key, schema, where, prefix)
         name, below, default = f"{prefix}{key}", merged.get(key), schema[key]
         if holds_component(name, default):
-            merged[key] = _merge_component(below, value)
+            merged[key] = _merge_component(below, _by_short_name(name, value))
+        elif isinstance(default, dict) and "name" in default and isinstance(value, str):
+            merged[key] = {**(below if isinstance(below, dict) else default), "name": value}  # reference=start
         elif not (isinstance(default, dict) and isinstance(value, dict)):
             merged[key] = value
         elif default:
@@ -168,6 +173,26 @@ def _merge(base: dict, layer: dict, schema: dict, where: str, prefix: str = "") 
         else:  # a block with keys of the user's own
             merged[key] = {**below, **value} if isinstance(below, dict) else value
     return merged
+
+
+def _by_short_name(key: str, value: Any) -> Any:
+    """A loss of ours goes by its name: loss=ipo, loss.name=ipo, loss=[{name: sigmoid}, {name: sft, weight: 0.2}]."""
+    if key != "loss":
+        return value
+    if isinstance(value, list):
+        value = {"name": "mixture", "terms": value}
+    short = isinstance(value, str) and value not in ("", REQUIRED) and "." not in value
+    block = {"name": value} if short else value
+    if not isinstance(block, dict) or "name" not in block or "_component_" in block:
+        return value
+    name, options = block["name"], {k: v for k, v in block.items() if k != "name"}
+    name = "sigmoid" if name == "dpo" else name
+    if name not in LOSSES:
+        raise UserError(
+            f"loss.name={show(name)}: no such loss{nearest(name, LOSSES)}; there are {', '.join(LOSSES)}, or any "
+            "module by its import path, such as loss=torchtune.rlhf.loss.DPOLoss"
+        )
+    return {"_component_": f"{LOSSES[name].__module__}.{LOSSES[name].__name__}", **options}
 
 
 def _merge_component(below: Any, value: Any) -> Any:

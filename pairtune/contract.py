@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from pairtune.data import Pair
 from pairtune.dist import World
 from pairtune.errors import UserError
+from pairtune.loss_needs import loss_at_start
 
 TOLERANCE = 0.01  # of losses and margins that are exact but for rounding, bf16 included
 
@@ -132,7 +133,8 @@ def check_start(
         means: Metrics over all processes, from metrics.Meter.
         grad_norm: Scalar, over all processes.
         loss_fn: In torchtune's calling convention.
-        is_reference: Policy and reference compute the same now: before the first update, but for dropout.
+        is_reference: There is a reference, and it computes what the policy does now: before the first update, but for
+            dropout.
 
     Raises:
         UserError: Policy and reference differ; the loss is not that of zero margins, which for DPO is ln 2; a gradient
@@ -144,14 +146,19 @@ def check_start(
             "dtype that is too narrow: look at the checkpoint, and use dtype=fp32"
         )
     if is_reference:
-        zeros = torch.zeros(1, device=losses.device)
-        expected, margin = float(loss_fn(zeros, zeros, zeros, zeros)[0]), means["rewards/margins"]
-        off = [loss for loss in losses.tolist() if not abs(loss - expected) <= TOLERANCE]
+        expected, margin = loss_at_start(loss_fn), means["rewards/margins"]
+        off = []
+        if expected is not None:
+            room = TOLERANCE * max(1.0, abs(expected))
+            off = [loss for loss in losses.tolist() if not abs(loss - expected) <= room]
         if off or not abs(margin) <= TOLERANCE:
-            found = [*off, *losses.tolist(), expected][0]
+            found, expected = (
+                [*off, *losses.tolist(), math.nan][0],
+                "that of zero" if expected is None else f"{expected:.4f}",
+            )
             raise UserError(
                 f"before the first update the loss of a pair is {found:.4f} and the mean margin {margin:+.4f}; "
-                f"they must be {expected:.4f} and 0, since the policy is the reference. They are not one model: "
+                f"they must be {expected} and 0, since the policy is the reference. They are not one model: "
                 "look at how they are built and loaded, and for dropout that is on"
             )
     if float(grad_norm) == 0:

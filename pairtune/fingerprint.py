@@ -35,8 +35,12 @@ def fingerprint(cfg: DictConfig, train: list[Pair], held_out: list[Pair], checkp
         "config": OmegaConf.to_container(cfg, resolve=True),
         "pairs": digest_pairs(train),
         "held_out": digest_pairs(held_out),
-        "weights": digest_files(checkpointer._checkpoint_paths),
+        "weights": digest_files([*checkpointer._checkpoint_paths, *_adapter_files(cfg.get("adapter"))]),
     }
+
+
+def _adapter_files(folder: str | None) -> list[Path]:
+    return sorted(Path(folder).glob("adapter_model.*")) if folder else []
 
 
 def digest_pairs(pairs: list[Pair]) -> dict:

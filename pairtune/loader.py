@@ -35,8 +35,11 @@ class Steps:
         return -(-len(self._pairs) // self._pairs_per_step)
 
     def __getitem__(self, step: int) -> list[list[Pair]]:
-        members = [self._pairs[i] for i in self._members(step)]
-        return share(members, self._batch_size, rank=self._rank, size=self._size)
+        return share(self.pairs(step), self._batch_size, rank=self._rank, size=self._size)
+
+    def pairs(self, step: int) -> list[Pair]:
+        """Returns the step's pairs, of all processes."""
+        return [self._pairs[i] for i in self._members(step)]
 
     def num_pairs(self, step: int) -> int:
         return len(self._members(step))

@@ -1,6 +1,9 @@
 """Published settings of losses, and what they say about a run's: advice only, nothing is refused."""
 
+import inspect
 from dataclasses import dataclass
+
+from pairtune.preference_losses import LOSSES
 
 TRL_INDEX = (
     "TRL's index of papers"  # github.com/huggingface/trl, docs/source/paper_index.md, where the section is named
@@ -69,6 +72,18 @@ def advice(name: str, beta: float | None, lr: float | None, method: str) -> list
         *_outside(beta_key, beta, betas, f"published runs of {name}"),
         *_outside("optimizer.lr", lr, rates, f"published {kind} runs of {name}"),
     ]
+
+
+def advice_for(loss: dict, lr: float | None, method: str) -> list[str]:
+    """Returns `advice` for a config's `loss` block, torchtune's own losses included."""
+    path = loss["_component_"]
+    names = {function.__name__: name for name, function in LOSSES.items()} | {"DPOLoss": "sigmoid", "RSOLoss": "hinge"}
+    name = names.get(path.rpartition(".")[2])
+    if name is None:
+        return []
+    defaults = {k: p.default for k, p in inspect.signature(LOSSES[name]).parameters.items()}
+    key = "orpo_lambda" if name == "orpo" else "beta"
+    return advice(name, loss.get(key, defaults.get(key)), lr, method)
 
 
 def _outside(key: str, value: float | None, published: list[tuple[float, Published]], runs: str) -> list[str]:

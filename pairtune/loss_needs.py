@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pairtune.batch import PairBatch
+from pairtune.dist import World
 from pairtune.logps import AnswerScores
 
 
@@ -102,6 +103,59 @@ def step_gradients(
         values = loss_fn(*policy, reference_chosen_logps, reference_rejected_logps, **inputs)
         gradients = torch.autograd.grad(values[0].sum(), policy, allow_unused=True, materialize_grads=True)
     return StepLosses(*(value.detach() for value in values), *gradients)
+
+
+def step_losses(
+    loss_fn: Callable,
+    batches: list[PairBatch],
+    scores: list[AnswerScores],
+    references: list[tuple],
+    world: World,
+    **known,
+) -> list[StepLosses]:
+    """Returns `step_gradients` of a step that is spread over micro-batches and processes, cut into these micro-batches.
+
+    Every process has to call it.
+
+    Args:
+        batches, scores, references: This process's, one a micro-batch; references are pairs of [P] or of None.
+        known: For `loss_inputs`.
+    """
+    logps = [(s.chosen_logps, s.rejected_logps, *r) for s, r in zip(scores, references, strict=True)]
+    inputs = [loss_inputs(loss_fn, b, s, **known) for b, s in zip(batches, scores, strict=True)]
+    columns = [_of_all([row[i] for row in logps], world) for i in range(4)]
+    whole = step_gradients(loss_fn, *columns, **{k: _of_all([i[k] for i in inputs], world) for k in inputs[0]})
+    counts = world.gather([sum(batch.num_pairs for batch in batches)])
+    first, cut = sum(counts[: world.rank]), []
+    for batch in batches:
+        mine = slice(first, first + batch.num_pairs)
+        cut.append(StepLosses(*(value[mine] for value in vars(whole).values())))
+        first = mine.stop
+    return cut
+
+
+def _of_all(values: list, world: World):
+    """One tensor of every process's micro-batches; what is not a vector is the same everywhere."""
+    if not isinstance(values[0], Tensor) or values[0].ndim == 0:
+        return values[0]
+    gathered = world.gather([number for value in values for number in value.tolist()])  # a float is exact there
+    return torch.tensor(gathered, dtype=values[0].dtype, device=values[0].device)
+
+
+def mean_chosen_length(pairs: list) -> float:
+    """Returns chosen tokens / pairs."""
+    return sum(len(pair.chosen) for pair in pairs) / max(1, len(pairs))
+
+
+def example_inputs(loss_fn: Callable, num_pairs: int) -> dict[str, Tensor | float]:
+    """Returns keyword arguments as this loss takes them, to try it with."""
+    one = torch.ones(num_pairs)
+    known = {
+        **dict.fromkeys(("chosen_lengths", "rejected_lengths"), one.long()),
+        **dict.fromkeys(("chosen_weights", "rejected_weights"), one),
+        **{"whole_chosen_logps": torch.zeros(num_pairs), "mean_chosen_length": 1.0, "kl": torch.tensor(0.0)},
+    }
+    return {name: known[name] for name in needs(loss_fn).inputs}
 
 
 def loss_at_start(loss_fn: Callable) -> float | None:

@@ -12,6 +12,28 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from pairtune import models
+from pairtune.errors import UserError
+
+
+def check_name(name: str, *, known: tuple[str, ...], has_adapter: bool = False) -> None:
+    """Refuses a reference that the recipe does not have, or that is not what the run starts from.
+
+    Args:
+        known: The recipe's.
+        has_adapter: The run starts from an adapter.
+
+    Raises:
+        UserError: Either.
+    """
+    if name not in known:
+        raise UserError(
+            f"reference.name={name}: this recipe has {', '.join(known)}; nearest valid: reference={known[0]}"
+        )
+    if has_adapter and name == "adapter_off":
+        raise UserError(
+            "reference=adapter_off: the run starts from an adapter, and the model without it is another one: the loss "
+            "would not begin at ln 2, and training would first undo what the adapter has learned. Use reference=start"
+        )
 
 
 class AdaptersOff:

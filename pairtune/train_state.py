@@ -50,12 +50,24 @@ class TrainState:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer, scheduler, meter: Meter, *, world: World, fingerprint: dict
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        scheduler,
+        meter: Meter,
+        *,
+        world: World,
+        fingerprint: dict,
+        reference=None,
     ):
+        """
+        Args:
+            reference: One that moves while training: its `tensors` are part of the state.
+        """
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # in a run of one process it is
         self.step, self.evaluated, self.best, self.origin = 0, 0, None, None
         self.fingerprint = fingerprint
-        self._model = model
+        self._model, self._reference = model, reference
         self._trained = {plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
         self._optimizer, self._scheduler, self._meter, self._world = optimizer, scheduler, meter, world
         if scheduler:
@@ -75,7 +87,7 @@ class TrainState:
         if self._world.device.type == "cuda":
             tensors[f"generator.{rank}.cuda"] = torch.cuda.get_rng_state(self._world.device)
         tensors[f"meter.{rank}"] = self._meter.state()[1]
-        return tensors
+        return tensors | (self._reference.tensors() if self._reference else {})
 
     def values(self) -> dict:
         """Returns all that is not a tensor, as JSON can hold it."""
@@ -155,6 +167,7 @@ class TrainState:
         """What to read: weights in place, and new tensors for all else that concerns this process."""
         rank, same_size = self._world.rank, values["num_processes"] == self._world.size
         wanted = {f"model.{name}": p.data for name, p in self._trained.items()}
+        wanted |= self._reference.tensors() if self._reference else {}
         for key, found in saved.items():
             kind, _, rest = key.partition(".")
             dtype, shape = found.properties.dtype, found.size

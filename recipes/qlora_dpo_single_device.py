@@ -13,12 +13,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from pairtune import checkpoint, config, contract, data, dist, generation, metrics, models, train_state
+from pairtune import adapters, checkpoint, config, contract, data, dist, generation, metrics, models, train_state
 from pairtune.batch import lay_out, longest_row
 from pairtune.fingerprint import check_same, fingerprint
 from pairtune.loader import Steps, share
-from pairtune.logps import answer_logps
+from pairtune.logps import answer_logps, answer_scores
+from pairtune.loss_advice import advice_for
+from pairtune.loss_needs import loss_inputs, mean_chosen_length, mismatched, needs, step_losses
+from pairtune.losses import kto_kl
 from pairtune.model_config import check_model
+from pairtune.reference import AdapterCopy, AdaptersOff, check_name
 from pairtune.tokenizer import adapt
 
 METHOD = "qlora"  # picks per_method.qlora out of a config
@@ -40,6 +44,12 @@ DEFAULTS = {
         "alpha": 16.0,  # their output is scaled by alpha / rank
         "dropout": 0.0,  # on their input; has an effect with disable_dropout=false only
         "modules": ["q_proj", "k_proj", "v_proj", "output_proj", "mlp"],  # also: output (the vocabulary layer)
+    },
+    "adapter": None,  # a folder: start from its adapter (ours, PEFT's), such as one of supervised fine-tuning
+    "reference": {
+        "name": "adapter_off",  # the base model; start: the adapter the run starts from; sync: that, moved; none
+        "every_n_steps": 512,  # sync (TR-DPO): how often it moves toward the policy
+        "alpha": 0.6,  # sync: how far; 1 takes the policy's adapters
     },
     "optimizer": {"_component_": "torch.optim.AdamW", "lr": 5e-6, "weight_decay": 0.0},
     # The model's files
@@ -72,7 +82,7 @@ DEFAULTS = {
     "max_length": 1024,  # tokens of prompt and longer answer
     "max_prompt_length": 512,  # tokens of the prompt; null: max_length alone decides
     "shuffle": True,  # a new order each epoch
-    # The loss and the steps that minimise it
+    # The loss and the steps that minimise it: loss=ipo, or another of the README's table, or a module by its path
     "loss": {"_component_": "torchtune.rlhf.loss.DPOLoss", "beta": 0.1, "label_smoothing": 0.0},
     "disable_dropout": True,  # policy and reference are the same network, as in torchtune and TRL
     "lr_scheduler": {"_component_": "pairtune.schedules.cosine", "warmup_ratio": 0.1},  # null: constant
@@ -112,7 +122,11 @@ def main(cfg):
     files = checkpoint.open_weights(cfg.checkpointer, run_dir)
     tokenizer = adapt(config.instantiate(cfg.tokenizer))
     loss_fn = config.instantiate(cfg.loss)
-    model = models.lora(cfg.model, **cfg.lora, dtype=cfg.dtype, quantize_base=True, world=world)
+    known_references = ("adapter_off", "start", "sync", "none")
+    check_name(cfg.reference.name, known=known_references, has_adapter=cfg.adapter is not None)
+    with_copy = cfg.reference.name in ("start", "sync")
+    build = {"dtype": cfg.dtype, "quantize_base": True, "frozen_copy": with_copy, "world": world}
+    model = models.lora(cfg.model, **cfg.lora, **build)
     if cfg.disable_dropout and models.disable_dropout(model):
         world.print("disable_dropout=true: the model's dropout, such as lora.dropout, has no effect\n")
     models.prepare(
@@ -125,9 +139,7 @@ def main(cfg):
     )
     check_model(model, checkpoint.read_config(cfg.checkpointer.checkpoint_dir))
 
-    def reference_logps(batch):  # [P], [P]
-        with models.reference_of(model) as reference:
-            return answer_logps(reference, batch)
+    adapter = adapters.read_adapter(cfg.adapter, model, files) if cfg.adapter else None
 
     # 3. Preference pairs
     def read_pairs(key):
@@ -158,15 +170,21 @@ def main(cfg):
         print(config.save(cfg, run_dir / "config.yaml", recipe=__file__))
 
     # 4. Weights
-    models.load(model, checkpoint.Weights(files), world=world)
+    models.load(model, checkpoint.Weights(files), world=world, adapter=adapter)
+    reference = AdapterCopy(model) if with_copy else AdaptersOff(model)
 
     # 5. Optimizer, schedule, and what is resumed: all of it is in `state`
     optimizer = config.instantiate(cfg.optimizer, [p for p in model.parameters() if p.requires_grad])
     scheduler = config.instantiate(cfg.lr_scheduler, optimizer, num_training_steps=total_steps, last_epoch=-1)
     contract.check_trained(model, optimizer)
+    for line in advice_for(cfg.loss, cfg.optimizer.lr, METHOD):
+        world.print(f"advice: {line}")
     torch.manual_seed(cfg.seed + world.rank)  # dropout, if it is on, differs between processes
     meter = metrics.Meter()
-    state = train_state.TrainState(model, optimizer, scheduler, meter, world=world, fingerprint=identity)
+    moves = cfg.reference.name == "sync"
+    state = train_state.TrainState(
+        model, optimizer, scheduler, meter, world=world, fingerprint=identity, reference=reference if moves else None
+    )
     if resumed:
         state.load(resumed, run_dir, best_metric=cfg.keep_best)
     keeping = {key: cfg[key] for key in ("keep_last_n", "on_save_failure")}
@@ -180,9 +198,45 @@ def main(cfg):
     )
 
     # 6. What is done with pairs: score them, evaluate on them, answer their prompts
-    def pair_losses(batch, meter):  # [P]
-        chosen, rejected = answer_logps(model, batch)
-        losses, chosen_rewards, rejected_rewards = loss_fn(chosen, rejected, *reference_logps(batch))
+    needed = needs(loss_fn)
+
+    def reference_logps(batch):  # [P], [P]
+        if not needed.reference:
+            return None, None
+        if cfg.reference.name == "none":  # to it, every answer is alike
+            return torch.zeros(2, batch.num_pairs, device=world.device).unbind()
+        with reference.weights() as frozen:
+            return answer_logps(frozen, batch, needed.ld_alpha)
+
+    def scores_of(batch):
+        return answer_scores(model, batch, ld_alpha=needed.ld_alpha, weights=needed.weights)
+
+    def of_whole_step(pairs, micro):  # pairs of all processes, and this one's: what some losses take of a whole step
+        known, values = {"mean_chosen_length": mean_chosen_length(pairs)}, [None] * len(micro)
+        with torch.no_grad():
+            if "kl" in needed.inputs:  # KTO's baseline: every prompt with the answers to another one
+                log_ratios = torch.zeros((), device=world.device, dtype=torch.float64)
+                for others in share(mismatched(pairs), cfg.batch_size, rank=world.rank, size=world.size):
+                    batch = lay_out(others, row_length).to(world.device)
+                    policy, base = answer_logps(model, batch), reference_logps(batch)
+                    log_ratios += (torch.cat(policy) - torch.cat(base)).sum()
+                known["kl"] = kto_kl(world.sum(log_ratios), 2 * len(pairs))
+            if needed.step:  # a loss that sorts the step's pairs: all values first, then each pair's gradient
+                batches = [lay_out(m, row_length).to(world.device) for m in micro]
+                scores, references = [scores_of(b) for b in batches], [reference_logps(b) for b in batches]
+                values = step_losses(loss_fn, batches, scores, references, world, **known)
+        return known, values
+
+    def pair_losses(batch, meter, known, values=None):  # [P], to be differentiated
+        scores = scores_of(batch)
+        chosen, rejected = scores.chosen_logps, scores.rejected_logps
+        if values is None:
+            inputs = loss_inputs(loss_fn, batch, scores, **known)
+            losses, chosen_rewards, rejected_rewards = loss_fn(chosen, rejected, *reference_logps(batch), **inputs)
+            differentiable = losses
+        else:
+            losses, chosen_rewards, rejected_rewards = values.losses, values.chosen_rewards, values.rejected_rewards
+            differentiable = chosen * values.chosen_gradients + rejected * values.rejected_gradients
         meter.add(
             loss=losses,
             rewards_chosen=chosen_rewards,
@@ -192,16 +246,20 @@ def main(cfg):
             logps_chosen=chosen,
             logps_rejected=rejected,
         )
-        return losses
+        return differentiable
 
     def evaluate():
         meter = metrics.Meter()
         micro = share(held_out, cfg.batch_size, rank=world.rank, size=world.size)
         model.eval()
+        known, values = of_whole_step(held_out, micro)
+        progress = tqdm(
+            list(zip(micro, values, strict=True)), desc="evaluation", leave=False, disable=not world.is_main
+        )
         with torch.no_grad():
-            for pairs in tqdm(micro, desc="evaluation", leave=False, disable=not world.is_main):
+            for pairs, value in progress:
                 world.beat("evaluation")
-                pair_losses(lay_out(pairs, row_length).to(world.device), meter)
+                pair_losses(lay_out(pairs, row_length).to(world.device), meter, known, value)
                 if interruption.requested():
                     break
         model.train()
@@ -231,14 +289,17 @@ def main(cfg):
 
     # 7. Before the first step: the longest pairs go forward and backward, and what must hold is checked
     interruption = dist.Interruption(world)
-    pairs = contract.longest(train, cfg.batch_size * world.size)[world.rank :: world.size]
+    longest = contract.longest(train, cfg.batch_size * world.size)
+    pairs = longest[world.rank :: world.size]
     with contract.rehearsal(model, optimizer, pairs, world):
+        known, (values,) = of_whole_step(longest, [pairs])
         rehearsed = metrics.Meter()
-        losses = pair_losses(lay_out(pairs, row_length).to(world.device), rehearsed)
+        losses = pair_losses(lay_out(pairs, row_length).to(world.device), rehearsed, known, values)
         losses.sum().backward()
         if not resumed:
             grad_norm = models.clip_gradients(model, math.inf)
-            is_reference = cfg.disable_dropout
+            is_reference = cfg.disable_dropout and needed.reference and cfg.reference.name != "none"
+            losses = losses if values is None else values.losses
             contract.check_start(losses, rehearsed.read(world), grad_norm, loss_fn=loss_fn, is_reference=is_reference)
     samples = run_dir / "samples.jsonl"
     before = generation.answers_before(samples, questions) if resumed else answer_prompts()
@@ -258,11 +319,12 @@ def main(cfg):
         stop = interruption.requested()
     for step in range(state.step + 1, total_steps + 1) if not stop else ():
         micro, num_pairs_in_step = steps[step - 1], steps.num_pairs(step - 1)
+        known, values = of_whole_step(steps.pairs(step - 1), micro)
         losses, rows_in_step = [], []
-        for pairs in micro:
+        for pairs, value in zip(micro, values, strict=True):
             world.beat(f"step {step}")
             batch = lay_out(pairs, row_length).to(world.device)
-            loss = pair_losses(batch, meter)
+            loss = pair_losses(batch, meter, known, value)
             # The mean over the step, however it is cut into micro-batches. FSDP averages gradients over processes.
             (loss.sum() * world.size / num_pairs_in_step).backward()
             losses.append(loss.detach())
@@ -277,6 +339,8 @@ def main(cfg):
         optimizer.zero_grad()
         if scheduler:
             scheduler.step()
+        if moves and step % cfg.reference.every_n_steps == 0:
+            reference.move(cfg.reference.alpha)
         state.step = step
         progress.update()
 

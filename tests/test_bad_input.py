@@ -653,7 +653,7 @@ OPTIONS = [
     ("tokenizer={_component_: torchtune.models.llama3.llama3_tokenizer, path: /no}", ["llama3_tokenizer(path=/no)"]),
     ("tokenizer=torch.nn.Identity", ["tokenizer: Identity cannot write conversations"]),
     ("loss=torchtune.rlhf.loss", ["loss._component_=torchtune.rlhf.loss: is not a class or function"]),
-    ("loss=DPOLoss", ["loss._component_=DPOLoss", "nearest: loss=torchtune.rlhf.loss.DPOLoss"]),
+    ("loss=DPOLoss", ["loss.name=DPOLoss: no such loss", "loss=torchtune.rlhf.loss.DPOLoss"]),
     ("loss=torch.nn.MSELoss", ["loss._component_=torch.nn.MSELoss: must map policy chosen"]),
     ("loss=my_losses.Nothing", ["loss._component_=my_losses.Nothing", "it returns a NoneType"]),
     ("loss=my_losses.Detached", ["loss._component_=my_losses.Detached", "do not depend on the policy"]),

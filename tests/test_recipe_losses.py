@@ -1,0 +1,207 @@
+"""Every loss and every reference through whole recipes: by one line of config, on any number of processes."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import NF4_SIZES, ROOT, SHARDED_SIZES, random_pairs, run_recipe, save_llama, save_pairs
+from safetensors.torch import load_file
+
+from pairtune.errors import UserError
+from pairtune.metrics import read_log
+from pairtune.preference_losses import LOSSES
+
+# Those whose loss before the first update is that of zero margins, from the formulas at their defaults.
+AT_START = {
+    "sigmoid": math.log(2),
+    "sigmoid_norm": math.log(2),
+    "hinge": 1.0,
+    "ipo": 25.0,  # (0 - 1 / (2 * 0.1))^2
+    "exo_pair": 0.5 * (math.log(0.5) - math.log(1 - 1e-3)) + 0.5 * (math.log(0.5) - math.log(1e-3)),
+    "nca_pair": 2 * math.log(2),
+    "robust": math.log(2),  # (0.9 - 0.1) / (1 - 0.2)
+    "bco_pair": 2 * math.log(2),
+    "sppo_hard": 2 * 500.0**2,  # 0.5 / 0.001
+    "aot": math.log(2),
+    "aot_unpaired": math.log(2),
+    "apo_zero": 1.0,
+    "apo_down": 1.0,
+    "discopop": 0.5 * math.log(2) + 0.5,
+    "dpop": math.log(2),
+    "kto": 0.5,
+}
+OPTIONS = {"mixture": "loss=[{name: sigmoid},{name: aot,weight: 0.5},{name: sft,weight: 0.2}]"}
+SPEED = {"pairs_per_second", "tokens_per_second", "peak_memory_gib"}
+
+
+def write_inputs(folder, sizes=NF4_SIZES):
+    save_llama(folder / "base", sizes=sizes)
+    save_pairs(folder / "train.jsonl", random_pairs(40, seed=1))
+    save_pairs(folder / "held_out.jsonl", random_pairs(8, seed=2))
+    cfg = {
+        "output_dir": str(folder / "run"),
+        "device": "cpu",
+        "dtype": "fp32",
+        "model": {"_component_": "torchtune.models.llama3.llama3", **sizes},
+        "checkpointer": {"checkpoint_dir": str(folder / "base"), "model_type": "LLAMA3"},
+        "dataset": {"source": str(folder / "train.jsonl")},
+        "eval_dataset": {"source": str(folder / "held_out.jsonl")},
+        "max_length": 96,
+        "max_prompt_length": 64,
+        "optimizer": {"_component_": "torch.optim.AdamW", "lr": 5e-3},
+        "lr_scheduler": None,
+        "pairs_per_step": 8,
+        "batch_size": 8,
+        "epochs": 2,
+        "samples": {"num_prompts": 0},
+        "lora": {"rank": 4, "alpha": 8},
+        "per_method": {"full": {"optimizer": {"lr": 1e-3}}},
+        "collective_timeout_s": 60,
+    }
+    (folder / "config.yaml").write_text(json.dumps(cfg))
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("losses")
+    write_inputs(folder)
+    return folder
+
+
+@pytest.fixture
+def run(inputs, tmp_path):
+    def run(recipe, *overrides, name="run"):
+        folder = tmp_path / name
+        return run_recipe(recipe, f"output_dir={folder}", *overrides, config_paths=[inputs / "config.yaml"])
+
+    return run
+
+
+def training(log):
+    return [row for row in log if "loss" in row]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_by_its_name_learns_and_does_not_depend_on_micro_batches(run, name):
+    loss = OPTIONS.get(name, f"loss={name}")
+    whole = run("lora_dpo_single_device", loss)
+    cut = run("lora_dpo_single_device", loss, "batch_size=1", name="cut")
+    if name in AT_START:
+        assert training(whole)[0]["loss"] == pytest.approx(AT_START[name], rel=1e-5)
+    for one, other in zip(training(whole), training(cut), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-3, abs=1e-4), one["step"]
+    evaluation = whole[-1]
+    if name == "sft":  # about likelihood, not about margins
+        assert evaluation["eval/loss"] < training(whole)[0]["loss"]
+    else:
+        assert evaluation["eval/rewards/margins"] > 0.5 * training(whole)[0]["rewards/margins"]
+        assert evaluation["eval/rewards/accuracies"] > 0.5
+
+
+@pytest.mark.parametrize(("name", "same"), [("sigmoid", "DPOLoss"), ("hinge", "RSOLoss")])
+def test_ours_and_torchtunes_are_interchangeable(run, name, same):
+    ours = run("lora_dpo_single_device", f"loss={name}")
+    theirs = run("lora_dpo_single_device", f"loss=torchtune.rlhf.loss.{same}", name="theirs")
+    for one, other in zip(training(ours), training(theirs), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["loss=ipoo"], "loss.name=ipoo: no such loss; nearest: ipo"),
+        (["loss=nca_pair", "loss.label_smoothing=0.1"], "loss.label_smoothing: nca_pair has no such argument"),
+        (["loss=robust", "loss.label_smoothing=0.5"], "loss.label_smoothing=0.5"),
+        (["loss=sigmoid", "loss.beta=-1"], "loss.beta=-1"),
+        (["loss=simpo", "loss.f_divergence=js"], "loss.f_divergence: simpo has no such argument"),
+        (["loss=sigmoid", "loss.f_divergence=jss"], "must be one of reverse_kl"),
+        (["reference=adapter_of"], "reference.name=adapter_of"),
+        (["reference=model"], "this recipe has adapter_off, start, sync, none"),
+        (["reference=sync", "reference.alpha=1.5"], "reference.alpha=1.5: must be above 0 and at most 1"),
+    ],
+)
+def test_what_a_loss_or_recipe_does_not_have_is_refused(run, settings, words):
+    with pytest.raises(UserError) as refusal:
+        run("lora_dpo_single_device", *settings)
+    assert words in str(refusal.value)
+
+
+def test_a_loss_without_reference_loads_and_runs_none(run, capsys):
+    """Full DPO holds no second model; its parameters are counted where one would be."""
+    with torch.no_grad():
+        forwards = []
+        hook = torch.nn.modules.module.register_module_forward_pre_hook(
+            lambda module, _: forwards.append(1) if type(module).__name__ == "TransformerDecoder" else None
+        )
+    try:
+        run("full_dpo_single_device", "loss=simpo", "max_steps=2", "batch_size=8")
+        alone = len(forwards)
+        forwards.clear()
+        run("full_dpo_single_device", "loss=sigmoid", "max_steps=2", "batch_size=8", name="with")
+    finally:
+        hook.remove()
+    assert alone == 4 and len(forwards) == 8  # a rehearsal, two steps, an evaluation; and the reference's
+
+
+# References
+
+
+def test_dpo_on_top_of_an_adapter_starts_at_ln_2_against_that_adapter(run, tmp_path):
+    run("lora_dpo_single_device", "loss=sft", name="sft")
+    adapter = f"adapter={tmp_path / 'sft' / 'export' / 'adapter'}"
+    log = run("lora_dpo_single_device", adapter, "reference=start", name="dpo")
+    assert training(log)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert log[-1]["eval/rewards/margins"] > 0
+    with pytest.raises(UserError, match="the model without it is another one.* Use reference=start"):
+        run("lora_dpo_single_device", adapter, name="refused")
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_moving_reference_survives_resuming_bit_for_bit(run, tmp_path, method):
+    settings = ("reference=sync", "reference.every_n_steps=2", "reference.alpha=0.5")
+    recipe = f"{method}_dpo_single_device"
+    straight = run(recipe, *settings, "save_every_n_steps=3", "keep_last_n=9", name="straight")
+    fixed = run(recipe, name="fixed")
+    assert [r["loss"] for r in training(straight)[:2]] == [r["loss"] for r in training(fixed)[:2]]
+    assert straight[5]["loss"] != fixed[5]["loss"]  # it has moved
+    branch = run(recipe, *settings, f"resume={tmp_path / 'straight' / 'checkpoints' / 'step_3'}", name="branch")
+    assert [{k: v for k, v in r.items() if k not in SPEED} for r in branch] == [
+        {k: v for k, v in r.items() if k not in SPEED} for r in straight
+    ]
+
+
+def test_without_a_reference_dpo_is_its_loss_of_the_policy_alone(run):
+    log = run("full_dpo_single_device", "reference=none", "max_steps=1", "optimizer.lr=1e-30")
+    (evaluation,) = [row for row in log if "eval/loss" in row]
+    margin = evaluation["eval/logps/chosen"] - evaluation["eval/logps/rejected"]
+    assert evaluation["eval/rewards/margins"] == pytest.approx(0.1 * margin, rel=1e-5)
+
+
+# Several processes
+
+
+@pytest.mark.parametrize("loss", ["loss=aot", "loss=kto", "loss=rpo", "reference=sync reference.every_n_steps=2"])
+def test_two_processes_compute_the_losses_of_one(tmp_path, loss):
+    write_inputs(tmp_path, sizes=SHARDED_SIZES)
+    overrides = [*loss.split(), "max_steps=4", "pairs_per_step=6", "batch_size=2", "optimizer.lr=0.002"]
+    config = ["--config", str(tmp_path / "config.yaml"), f"output_dir={tmp_path / 'two'}", *overrides]
+    recipe = str(ROOT / "recipes" / "lora_dpo_distributed.py")
+    command = [sys.executable, "-m", "pairtune.cli", "run", "--nproc_per_node", "2", recipe, *config]
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, capture_output=True, timeout=300
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    one = run_recipe("lora_dpo_single_device", *overrides, config_paths=[tmp_path / "config.yaml"])
+    two = read_log(tmp_path / "two" / "metrics.jsonl")
+    for row, expected in zip(two, one, strict=True):
+        for key in ("loss", "grad_norm", "eval/loss", "rewards/margins"):
+            if key in expected:
+                assert row[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-5), (row["step"], key)
+    exports = (tmp_path / name / "export" / "model-00001-of-00001.safetensors" for name in ("two", "run"))
+    weights, expected = map(load_file, exports)
+    for name in weights:
+        torch.testing.assert_close(weights[name], expected[name], atol=1e-5, rtol=0)
