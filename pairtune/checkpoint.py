@@ -113,6 +113,11 @@ def open_weights(checkpointer, run_dir: Path):
         raise UserError(f"checkpointer: {error}") from None
 
 
+def weight_files(checkpointer) -> list[Path]:
+    """Returns the paths of the weight files that a checkpointer, from open_weights, will read."""
+    return [Path(path) for path in checkpointer._checkpoint_paths]
+
+
 def read_config(checkpoint_dir: str) -> dict:
     """Returns the folder's config.json; what is read of it is of its kind (model_config.check_config)."""
     path = Path(checkpoint_dir) / "config.json"

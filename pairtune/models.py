@@ -354,6 +354,12 @@ def adapter_shapes(model: nn.Module) -> dict[str, torch.Size]:
     return {plain_name(name): parameter.shape for name, parameter in get_adapter_params(model).items()}
 
 
+def forget_gathered(model: nn.Module) -> None:
+    """Shows shards again where FSDP2's root still shows the whole weights of the last forward."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 def sync_gradients(model: nn.Module, sync: bool) -> None:
     """Says whether the next backward adds gradients up over processes; a step's last one has to."""
     if isinstance(model, FSDPModule):

@@ -4,34 +4,37 @@ All have one interface: `weights` gives the model to score with, `move` takes it
 2404.09656), `tensors` is what a checkpoint has to hold if it was moved. When it is moved is for the recipe to say.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from pairtune import models
 from pairtune.errors import UserError
+from pairtune.loss_needs import needs
 
 
-def check_name(name: str, *, known: tuple[str, ...], has_adapter: bool = False) -> None:
-    """Refuses a reference that the recipe does not have, or that is not what the run starts from.
+def check_name(name: str, loss_fn: Callable, *, known: tuple[str, ...], has_adapter: bool = False) -> None:
+    """Refuses a reference that the recipe or the loss does not have, or that is not what the run starts from.
 
     Args:
         known: The recipe's.
         has_adapter: The run starts from an adapter.
 
     Raises:
-        UserError: Either.
+        UserError: One of these.
     """
     if name not in known:
         raise UserError(
             f"reference.name={name}: this recipe has {', '.join(known)}; nearest valid: reference={known[0]}"
         )
-    if has_adapter and name == "adapter_off":
+    if name == "cached" and "kl" in needs(loss_fn).inputs:
+        raise UserError(f"reference=cached: KTO scores answers to other prompts in each step; use reference={known[0]}")
+    if has_adapter and name in ("adapter_off", "cached"):
         raise UserError(
-            "reference=adapter_off: the run starts from an adapter, and the model without it is another one: the loss "
+            f"reference={name}: the run starts from an adapter, and the model without it is another one: the loss "
             "would not begin at ln 2, and training would first undo what the adapter has learned. Use reference=start"
         )
 
@@ -84,7 +87,7 @@ class AdapterCopy:
         and is not it.
         """
         _blend(self._copy, self._policy, alpha)
-        _forget_gathered(self._model)
+        models.forget_gathered(self._model)
 
 
 class SecondModel:
@@ -117,7 +120,7 @@ class SecondModel:
     def move(self, alpha: float) -> None:
         """Moves the weights toward the policy's: alpha policy + (1 - alpha) reference; alpha 1 copies them."""
         _blend(self._copy, self._policy, alpha)
-        _forget_gathered(self._reference)
+        models.forget_gathered(self._reference)
 
 
 @torch.no_grad()
@@ -130,9 +133,3 @@ def _blend(reference: dict[str, Tensor], policy: dict[str, Tensor], alpha: float
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _forget_gathered(model: nn.Module) -> None:
-    """FSDP2's root may hold whole weights, gathered from the shards as they were."""
-    if isinstance(model, FSDPModule):
-        model.reshard()

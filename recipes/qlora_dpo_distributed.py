@@ -23,6 +23,7 @@ from pairtune.loss_needs import loss_inputs, mean_chosen_length, mismatched, nee
 from pairtune.losses import kto_kl
 from pairtune.model_config import check_model
 from pairtune.reference import AdapterCopy, AdaptersOff, check_name
+from pairtune.reference_cache import ReferenceCache, find_folder, identify
 from pairtune.tokenizer import adapt
 
 METHOD = "qlora"  # picks per_method.qlora out of a config
@@ -50,7 +51,8 @@ DEFAULTS = {
     },
     "adapter": None,  # a folder: start from its adapter (ours, PEFT's), such as one of supervised fine-tuning
     "reference": {
-        "name": "adapter_off",  # the base model; start: the adapter the run starts from; sync: that, moved; none
+        "name": "adapter_off",  # the base; cached: that, once; start: with the first adapter; sync: moved; none
+        "cache_dir": None,  # cached: where runs share it; null: ~/.cache/pairtune/reference
         "every_n_steps": 512,  # sync (TR-DPO): how often it moves toward the policy
         "alpha": 0.6,  # sync: how far; 1 takes the policy's adapters
     },
@@ -127,8 +129,8 @@ def main(cfg):
     files = checkpoint.open_weights(cfg.checkpointer, run_dir)
     tokenizer = adapt(config.instantiate(cfg.tokenizer))
     loss_fn = config.instantiate(cfg.loss)
-    known_references = ("adapter_off", "start", "sync", "none")
-    check_name(cfg.reference.name, known=known_references, has_adapter=cfg.adapter is not None)
+    known_references = ("adapter_off", "cached", "start", "sync", "none")
+    check_name(cfg.reference.name, loss_fn, known=known_references, has_adapter=cfg.adapter is not None)
     with_copy = cfg.reference.name in ("start", "sync")
     build = {"dtype": cfg.dtype, "quantize_base": True, "frozen_copy": with_copy, "world": world}
     model = models.lora(cfg.model, **cfg.lora, **build)
@@ -175,8 +177,25 @@ def main(cfg):
         print(config.save(cfg, run_dir / "config.yaml", recipe=__file__))
 
     # 4. Weights
+    cache, ld_alpha = None, needs(loss_fn).ld_alpha
+    if cfg.reference.name == "cached":
+        folder = find_folder(cfg.reference.cache_dir)
+        source = {"component": cfg.model, "weight_files": checkpoint.weight_files(files), "ld_alpha": ld_alpha}
+        cache = ReferenceCache(folder, identify(folder, model, world, **source), [*train, *held_out], world)
     models.load(model, checkpoint.Weights(files), world=world, adapter=adapter)
     reference = AdapterCopy(model) if with_copy else AdaptersOff(model)
+    if cache:  # a few values again; then those that are missing
+        with reference.weights() as frozen:
+            for pairs in share(cache.samples(16), cfg.batch_size, rank=world.rank, size=world.size):
+                batch = lay_out(pairs, row_length).to(world.device)
+                cache.check(pairs, *answer_logps(frozen, batch, ld_alpha))
+            micro = share(cache.missing, cfg.batch_size, rank=world.rank, size=world.size)
+            for pairs in tqdm(micro, desc="reference", leave=False, disable=not world.is_main):
+                world.beat("reference")
+                batch = lay_out(pairs, row_length).to(world.device)
+                cache.put(pairs, *answer_logps(frozen, batch, ld_alpha))
+        cache.complete()
+        models.forget_gathered(model)
 
     # 5. Optimizer, schedule, and what is resumed: all of it is in `state`
     optimizer = config.instantiate(cfg.optimizer, [p for p in model.parameters() if p.requires_grad])
@@ -205,9 +224,11 @@ def main(cfg):
     # 6. What is done with pairs: score them, evaluate on them, answer their prompts
     needed = needs(loss_fn)
 
-    def reference_logps(batch):  # [P], [P]
+    def reference_logps(pairs, batch):  # [P], [P]
         if not needed.reference:
             return None, None
+        if cache:
+            return cache(pairs)
         if cfg.reference.name == "none":  # to it, every answer is alike
             return torch.zeros(2, batch.num_pairs, device=world.device).unbind()
         with reference.weights() as frozen:
@@ -223,21 +244,23 @@ def main(cfg):
                 log_ratios = torch.zeros((), device=world.device, dtype=torch.float64)
                 for others in share(mismatched(pairs), cfg.batch_size, rank=world.rank, size=world.size):
                     batch = lay_out(others, row_length).to(world.device)
-                    policy, base = answer_logps(model, batch), reference_logps(batch)
+                    policy, base = answer_logps(model, batch), reference_logps(others, batch)
                     log_ratios += (torch.cat(policy) - torch.cat(base)).sum()
                 known["kl"] = kto_kl(world.sum(log_ratios), 2 * len(pairs))
             if needed.step:  # a loss that sorts the step's pairs: all values first, then each pair's gradient
                 batches = [lay_out(m, row_length).to(world.device) for m in micro]
-                scores, references = [scores_of(b) for b in batches], [reference_logps(b) for b in batches]
+                scores, references = [scores_of(b) for b in batches], list(map(reference_logps, micro, batches))
                 values = step_losses(loss_fn, batches, scores, references, world, **known)
         return known, values
 
-    def pair_losses(batch, meter, known, values=None):  # [P], to be differentiated
+    def pair_losses(pairs, batch, meter, known, values=None):  # [P], to be differentiated
         scores = scores_of(batch)
         chosen, rejected = scores.chosen_logps, scores.rejected_logps
         if values is None:
             inputs = loss_inputs(loss_fn, batch, scores, **known)
-            losses, chosen_rewards, rejected_rewards = loss_fn(chosen, rejected, *reference_logps(batch), **inputs)
+            losses, chosen_rewards, rejected_rewards = loss_fn(
+                chosen, rejected, *reference_logps(pairs, batch), **inputs
+            )
             differentiable = losses
         else:
             losses, chosen_rewards, rejected_rewards = values.losses, values.chosen_rewards, values.rejected_rewards
@@ -264,7 +287,7 @@ def main(cfg):
         with torch.no_grad():
             for pairs, value in progress:
                 world.beat("evaluation")
-                pair_losses(lay_out(pairs, row_length).to(world.device), meter, known, value)
+                pair_losses(pairs, lay_out(pairs, row_length).to(world.device), meter, known, value)
                 if interruption.requested():
                     break
         model.train()
@@ -299,7 +322,7 @@ def main(cfg):
     with contract.rehearsal(model, optimizer, pairs, world):
         known, (values,) = of_whole_step(longest, [pairs])
         rehearsed = metrics.Meter()
-        losses = pair_losses(lay_out(pairs, row_length).to(world.device), rehearsed, known, values)
+        losses = pair_losses(pairs, lay_out(pairs, row_length).to(world.device), rehearsed, known, values)
         losses.sum().backward()
         if not resumed:
             grad_norm = models.clip_gradients(model, math.inf)
@@ -330,7 +353,7 @@ def main(cfg):
             world.beat(f"step {step}")
             models.sync_gradients(model, pairs is micro[-1])  # distributed only
             batch = lay_out(pairs, row_length).to(world.device)
-            loss = pair_losses(batch, meter, known, value)
+            loss = pair_losses(pairs, batch, meter, known, value)
             # The mean over the step, however it is cut into micro-batches. FSDP averages gradients over processes.
             (loss.sum() * world.size / num_pairs_in_step).backward()
             losses.append(loss.detach())
