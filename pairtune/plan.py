@@ -13,8 +13,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from pairtune import data, models
-from pairtune.config import load
+from pairtune.config import instantiate, load
 from pairtune.errors import UserError
+from pairtune.loss_needs import needs
 from pairtune.memory import PARTS, Setting, StepMemory, step_memory, worst_batch
 
 GIB = 2**30
@@ -158,9 +159,12 @@ def plan_config(cfg: DictConfig, method: str, run: Run) -> Plan:
         micro_batches=math.ceil(cfg.pairs_per_step / (cfg.batch_size * run.gpus)),
         cpu_offload=cfg.get("fsdp_cpu_offload", False),
     )
+    reference_name = (cfg.get("reference") or {}).get("name", "model")
     policy, reference = build(
         method,
         cfg.model,
+        second_model=reference_name in ("model", "sync") and needs(instantiate(cfg.loss)).reference,
+        frozen_copy=reference_name in ("start", "sync"),
         lora=cfg.get("lora"),
         dtype=cfg.dtype,
         max_length=cfg.max_length,
@@ -206,15 +210,24 @@ def build(
     dropout: bool = False,
     setting: Setting,
     num_processes: int = 1,
+    second_model: bool = True,
+    frozen_copy: bool = False,
 ):
-    """Returns a recipe's policy and its second model, on the meta device; for LoRA and QLoRA the second is None."""
+    """Returns a recipe's policy and its second model, on the meta device; for LoRA and QLoRA the second is None.
+
+    Args:
+        second_model: The reference of full DPO is a model in memory.
+        frozen_copy: That of LoRA and QLoRA is a copy of the adapters.
+    """
     reference = None
     if method == "full":
-        policy, reference = (models.full(component, dtype=dtype) for _ in range(2))
-        reference.requires_grad_(False).eval()
+        policy = models.full(component, dtype=dtype)
+        if second_model:
+            reference = models.full(component, dtype=dtype).requires_grad_(False).eval()
     else:
         processes = SimpleNamespace(num_shards=setting.num_shards, shards=setting.shards, size=num_processes)
-        policy = models.lora(component, **lora, dtype=dtype, quantize_base=method == "qlora", world=processes)
+        kind = {"dtype": dtype, "quantize_base": method == "qlora", "frozen_copy": frozen_copy}
+        policy = models.lora(component, **lora, **kind, world=processes)
     if not dropout:
         models.disable_dropout(policy)
     for model in (policy, reference):
@@ -285,10 +298,10 @@ class Change:
 def smallest_change(run: Run, read_recipe: ReadRecipe) -> tuple[list[Change], Plan] | None:
     """Returns what makes a run fit that does not, and the plan with it; None where nothing here does.
 
-    Tried alone, in this order, each as little as is enough: fewer pairs at a time, activation checkpointing, all of a
-    device's pairs at a time (then FSDP2 keeps no whole gradients), more GPUs, CPU offload, LoRA, QLoRA, shorter pairs.
-    Where none is enough, several: what lowers the total is put together in the same order until it fits, and what
-    turns out not to be needed is left out again.
+    Tried alone, in this order, each as little as is enough: fewer pairs at a time, full DPO's reference from a cache,
+    activation checkpointing, all of a device's pairs at a time (then FSDP2 keeps no whole gradients), more GPUs, CPU
+    offload, LoRA, QLoRA, shorter pairs. Where none is enough, several: what lowers the total is put together in the same
+    order until it fits, and what turns out not to be needed is left out again.
     """
     knobs = _knobs(run, read_recipe)
     trials = _Trials(run, read_recipe)
@@ -363,6 +376,8 @@ def _knobs(run: Run, read_recipe: ReadRecipe) -> list[list[Change]]:
     distributed, pairs = is_distributed(defaults), cfg.pairs_per_step
     fewer = [n for n in range(cfg.batch_size - 1, 0, -1) if pairs % n == 0]
     knobs = [[_override(f"batch_size={n}") for n in fewer]]
+    if method == "full" and (cfg.get("reference") or {}).get("name") == "model":
+        knobs.append([_override("reference=cached")])
     if not cfg.enable_activation_checkpointing:
         knobs.append([_override("enable_activation_checkpointing=true")])
     if distributed:

@@ -194,6 +194,12 @@ def test_fewer_pairs_at_a_time_come_before_everything_else_and_no_fewer_than_nee
     assert change.words == f"batch_size={changed.batch_size}" and changed.fits and not more.fits
 
 
+@pytest.mark.parametrize("setting", ["reference=cached", "reference=none", "loss=simpo"])
+def test_full_dpo_without_a_second_model_is_planned_without_it(path, setting):
+    live, without = (planned(path, "full_dpo_single_device", *settings).memory for settings in ((), (setting,)))
+    assert live.parts["reference"] == live.parts["weights"] and "reference" not in without.parts
+
+
 def test_only_distributed_recipes_are_given_more_gpus(path):
     def words(recipe):
         run = plan.Run(recipe, (path,), gpu_memory=MIB)
