@@ -54,13 +54,15 @@ class PairBatch:
         return replace(self, **tensors)
 
 
-def lay_out(pairs, row_length: int | None = None) -> PairBatch:
+def lay_out(pairs, row_length: int | None = None, *, score_end: bool = True) -> PairBatch:
     """Returns the pairs' batch, in their order: one row without padding, or rows of `row_length` filled first-fit.
 
     Args:
         pairs: Objects with `prompt`, `chosen` and `rejected`, lists of token ids; the prompt is not empty. No pair at
             all is a batch of padding, for a process that has nothing to add but has to run along.
         row_length: Tokens a row, for kernels that are compiled for a shape. None: as long as it needs to be.
+        score_end: Whether an answer's last token, its end, is scored. Llama 3 leaves it out of both answers, since one
+            token cannot be made likelier and less likely at once (arXiv 2407.21783, 4.1.4).
 
     Raises:
         ValueError: A pair longer than `row_length`, an empty prompt or answer.
@@ -84,12 +86,13 @@ def lay_out(pairs, row_length: int | None = None) -> PairBatch:
         rows.append(tuple(documents))
     nothing = [torch.zeros(0, dtype=torch.long)]
     chosen_then_rejected = [(i, answer) for answer in ("chosen", "rejected") for i in range(len(pieces))]
-    targets = [torch.tensor(getattr(pairs[i], answer)) for i, answer in chosen_then_rejected]
+    scored = slice(None) if score_end else slice(-1)
+    targets = [torch.tensor(getattr(pairs[i], answer)[scored], dtype=torch.long) for i, answer in chosen_then_rejected]
     answer_lengths = tuple(map(len, targets))
     return PairBatch(
         **columns,
         document=document,
-        source=torch.cat(nothing + [first[i] + pieces[i][answer] for i, answer in chosen_then_rejected]),
+        source=torch.cat(nothing + [first[i] + pieces[i][answer][scored] for i, answer in chosen_then_rejected]),
         target=torch.cat(nothing + targets),
         sequence=torch.repeat_interleave(torch.arange(2 * len(pieces)), torch.tensor(answer_lengths, dtype=torch.long)),
         answer_lengths=answer_lengths,

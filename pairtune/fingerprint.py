@@ -17,10 +17,10 @@ HARMLESS = (
     "output_dir", "resume", "device", "data_parallel_replicate_dim", "fsdp_cpu_offload", "collective_timeout_s",
     "compile", "attention", "enable_activation_checkpointing", "batch_size", "epochs", "max_steps",
     "log_every_n_steps", "eval_every_n_steps", "save_every_n_steps", "keep_last_n", "keep_best", "export_best",
-    "on_save_failure", "samples", "metric_logger", "eval_dataset",
+    "on_save_failure", "samples", "metric_logger", "eval_dataset", "reference.cache_dir",
 )  # fmt: skip
 # Keys that say where pairs and weights come from: what came of them is compared instead.
-JUDGED_BY_RESULT = ("dataset", "tokenizer", "max_length", "max_prompt_length", "checkpointer.checkpoint_dir")
+JUDGED_BY_RESULT = ("dataset", "tokenizer", "max_length", "max_prompt_length", "checkpointer.checkpoint_dir", "adapter")
 BLOCKS = 256  # of pairs, each with a digest of its own, to tell where data differ
 SAMPLES, SAMPLE_BYTES = 64, 2**16  # of a weight file
 

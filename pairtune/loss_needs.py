@@ -142,9 +142,9 @@ def _of_all(values: list, world: World):
     return torch.tensor(gathered, dtype=values[0].dtype, device=values[0].device)
 
 
-def mean_chosen_length(pairs: list) -> float:
-    """Returns chosen tokens / pairs."""
-    return sum(len(pair.chosen) for pair in pairs) / max(1, len(pairs))
+def mean_chosen_length(pairs: list, *, score_end: bool = True) -> float:
+    """Returns scored chosen tokens / pairs."""
+    return sum(len(pair.chosen) - (not score_end) for pair in pairs) / max(1, len(pairs))
 
 
 def example_inputs(loss_fn: Callable, num_pairs: int) -> dict[str, Tensor | float]:

@@ -300,8 +300,8 @@ def smallest_change(run: Run, read_recipe: ReadRecipe) -> tuple[list[Change], Pl
 
     Tried alone, in this order, each as little as is enough: fewer pairs at a time, full DPO's reference from a cache,
     activation checkpointing, all of a device's pairs at a time (then FSDP2 keeps no whole gradients), more GPUs, CPU
-    offload, LoRA, QLoRA, shorter pairs. Where none is enough, several: what lowers the total is put together in the same
-    order until it fits, and what turns out not to be needed is left out again.
+    offload, LoRA, QLoRA, shorter pairs. Where none is enough, several: what lowers the total is put together in the
+    same order until it fits, and what turns out not to be needed is left out again.
     """
     knobs = _knobs(run, read_recipe)
     trials = _Trials(run, read_recipe)

@@ -86,6 +86,7 @@ def identify(
     weight_files: Sequence[Path],
     adapter_files: Sequence[Path] = (),
     ld_alpha: float = 1.0,
+    score_end: bool = True,
 ) -> Identity:
     """Returns the identity of a frozen reference. The main process reads every byte of its files, once.
 
@@ -95,6 +96,7 @@ def identify(
         component: The config's `model` block.
         adapter_files: Of the adapter that the reference has. Without one, a LoRA model is taken for its base.
         ld_alpha: As for logps.answer_logps.
+        score_end: As for batch.lay_out.
     """
     files = [*weight_files, *adapter_files]
     digests = _from_main_patiently(world, partial(digest_files, folder, files), "reading weights")
@@ -110,6 +112,7 @@ def identify(
         "dtypes": sorted({str(p.dtype) for p in parameters.values()}),
         "quantized": sorted(name for name, p in parameters.items() if type(p.data) is not Tensor),
         "ld_alpha": float(ld_alpha),
+        "score_end": score_end,
     }
     return Identity(content, made_of=str(Path(weight_files[0]).resolve().parent))
 

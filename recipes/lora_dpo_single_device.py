@@ -86,6 +86,7 @@ DEFAULTS = {
     "shuffle": True,  # a new order each epoch
     # The loss and the steps that minimise it: loss=ipo, or another of the README's table, or a module by its path
     "loss": {"_component_": "torchtune.rlhf.loss.DPOLoss", "beta": 0.1, "label_smoothing": 0.0},
+    "score_end": True,  # false: the end token of either answer is not scored, as in Llama 3
     "disable_dropout": True,  # policy and reference are the same network, as in torchtune and TRL
     "lr_scheduler": {"_component_": "pairtune.schedules.cosine", "warmup_ratio": 0.1},  # null: constant
     "clip_grad_norm": 1.0,  # null: no clipping
@@ -160,6 +161,10 @@ def main(cfg):
     steps = Steps(train, **order, rank=world.rank, size=world.size)
     total_steps = min(cfg.epochs * len(steps), cfg.max_steps or math.inf)
     row_length = longest_row([*train, *held_out]) if model.dense_attention else None
+
+    def batch_of(pairs):
+        return lay_out(pairs, row_length, score_end=cfg.score_end).to(world.device)
+
     contract.check_pairs([*train, *held_out], tokenizer)
     config.rehearse(cfg.optimizer, cfg.lr_scheduler, cfg.loss, num_training_steps=total_steps)
     identity = fingerprint(cfg, train, held_out, files)
@@ -174,19 +179,20 @@ def main(cfg):
     cache, ld_alpha = None, needs(loss_fn).ld_alpha
     if cfg.reference.name == "cached":
         folder = find_folder(cfg.reference.cache_dir)
-        source = {"component": cfg.model, "weight_files": checkpoint.weight_files(files), "ld_alpha": ld_alpha}
-        cache = ReferenceCache(folder, identify(folder, model, world, **source), [*train, *held_out], world)
+        source = {"component": cfg.model, "weight_files": checkpoint.weight_files(files)}
+        scored = {"ld_alpha": ld_alpha, "score_end": cfg.score_end}
+        cache = ReferenceCache(folder, identify(folder, model, world, **source, **scored), [*train, *held_out], world)
     models.load(model, checkpoint.Weights(files), world=world, adapter=adapter)
     reference = AdapterCopy(model) if with_copy else AdaptersOff(model)
     if cache:  # a few values again; then those that are missing
         with reference.weights() as frozen:
             for pairs in share(cache.samples(16), cfg.batch_size, rank=world.rank, size=world.size):
-                batch = lay_out(pairs, row_length).to(world.device)
+                batch = batch_of(pairs)
                 cache.check(pairs, *answer_logps(frozen, batch, ld_alpha))
             micro = share(cache.missing, cfg.batch_size, rank=world.rank, size=world.size)
             for pairs in tqdm(micro, desc="reference", leave=False, disable=not world.is_main):
                 world.beat("reference")
-                batch = lay_out(pairs, row_length).to(world.device)
+                batch = batch_of(pairs)
                 cache.put(pairs, *answer_logps(frozen, batch, ld_alpha))
         cache.complete()
         models.forget_gathered(model)
@@ -232,17 +238,17 @@ def main(cfg):
         return answer_scores(model, batch, ld_alpha=needed.ld_alpha, weights=needed.weights)
 
     def of_whole_step(pairs, micro):  # pairs of all processes, and this one's: what some losses take of a whole step
-        known, values = {"mean_chosen_length": mean_chosen_length(pairs)}, [None] * len(micro)
+        known, values = {"mean_chosen_length": mean_chosen_length(pairs, score_end=cfg.score_end)}, [None] * len(micro)
         with torch.no_grad():
             if "kl" in needed.inputs:  # KTO's baseline: every prompt with the answers to another one
                 log_ratios = torch.zeros((), device=world.device, dtype=torch.float64)
                 for others in share(mismatched(pairs), cfg.batch_size, rank=world.rank, size=world.size):
-                    batch = lay_out(others, row_length).to(world.device)
+                    batch = batch_of(others)
                     policy, base = answer_logps(model, batch), reference_logps(others, batch)
                     log_ratios += (torch.cat(policy) - torch.cat(base)).sum()
                 known["kl"] = kto_kl(world.sum(log_ratios), 2 * len(pairs))
             if needed.step:  # a loss that sorts the step's pairs: all values first, then each pair's gradient
-                batches = [lay_out(m, row_length).to(world.device) for m in micro]
+                batches = list(map(batch_of, micro))
                 scores, references = [scores_of(b) for b in batches], list(map(reference_logps, micro, batches))
                 values = step_losses(loss_fn, batches, scores, references, world, **known)
         return known, values
@@ -281,7 +287,7 @@ def main(cfg):
         with torch.no_grad():
             for pairs, value in progress:
                 world.beat("evaluation")
-                pair_losses(pairs, lay_out(pairs, row_length).to(world.device), meter, known, value)
+                pair_losses(pairs, batch_of(pairs), meter, known, value)
                 if interruption.requested():
                     break
         model.train()
@@ -316,7 +322,7 @@ def main(cfg):
     with contract.rehearsal(model, optimizer, pairs, world):
         known, (values,) = of_whole_step(longest, [pairs])
         rehearsed = metrics.Meter()
-        losses = pair_losses(pairs, lay_out(pairs, row_length).to(world.device), rehearsed, known, values)
+        losses = pair_losses(pairs, batch_of(pairs), rehearsed, known, values)
         losses.sum().backward()
         if not resumed:
             grad_norm = models.clip_gradients(model, math.inf)
@@ -345,7 +351,7 @@ def main(cfg):
         losses, rows_in_step = [], []
         for pairs, value in zip(micro, values, strict=True):
             world.beat(f"step {step}")
-            batch = lay_out(pairs, row_length).to(world.device)
+            batch = batch_of(pairs)
             loss = pair_losses(pairs, batch, meter, known, value)
             # The mean over the step, however it is cut into micro-batches. FSDP averages gradients over processes.
             (loss.sum() * world.size / num_pairs_in_step).backward()

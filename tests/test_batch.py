@@ -84,3 +84,15 @@ def test_no_pair_at_all_is_a_batch_of_padding():
 def test_moving_to_a_device_moves_every_tensor():
     batch = lay_out([PAIR]).to(torch.device("meta"))
     assert {t.device.type for t in vars(batch).values() if isinstance(t, torch.Tensor)} == {"meta"}
+
+
+def test_without_their_ends_answers_are_scored_up_to_there():
+    """Llama 3's: what is left has the positions and targets that it has otherwise."""
+    pairs = random_pairs(5)
+    whole, cut = lay_out(pairs), lay_out(pairs, score_end=False)
+    kept = torch.ones(len(whole.target), dtype=torch.bool)
+    kept[torch.tensor(whole.answer_lengths).cumsum(0) - 1] = False
+    assert cut.answer_lengths == tuple(n - 1 for n in whole.answer_lengths)
+    for name in ("source", "target", "sequence"):
+        assert torch.equal(getattr(cut, name), getattr(whole, name)[kept])
+    assert not (cut.target == 2).any() and torch.equal(cut.tokens, whole.tokens)

@@ -148,6 +148,16 @@ def test_a_loss_without_reference_loads_and_runs_none(run, capsys):
     assert alone == 4 and len(forwards) == 8  # a rehearsal, two steps, an evaluation; and the reference's
 
 
+def test_llama_3s_option_changes_the_loss_and_stays_exact(run):
+    whole = run("lora_dpo_single_device", "loss=rpo", "loss.alpha=0.2", name="whole")
+    cut = run("lora_dpo_single_device", "loss=rpo", "loss.alpha=0.2", "score_end=false", name="cut")
+    small = run("lora_dpo_single_device", "loss=rpo", "loss.alpha=0.2", "score_end=false", "batch_size=1", name="small")
+    assert training(cut)[0]["logps/chosen"] > training(whole)[0]["logps/chosen"]  # a token less
+    assert training(cut)[0]["loss"] != pytest.approx(training(whole)[0]["loss"], abs=1e-4)
+    for one, other in zip(training(cut), training(small), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-3, abs=1e-4)
+
+
 # References
 
 
