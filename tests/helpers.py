@@ -117,6 +117,25 @@ def save_pairs(path, pairs):
             file.write(json.dumps({"prompt": words(pair.prompt[1:]), **answers}) + "\n")
 
 
+def run_config(folder, *, sizes=NF4_SIZES, **changes):
+    """What the configs of runs in a folder have in common: base/, train.jsonl and held_out.jsonl are there."""
+    return {
+        "output_dir": str(folder / "run"),
+        "device": "cpu",
+        "dtype": "fp32",
+        "model": {"_component_": "torchtune.models.llama3.llama3", **sizes},
+        "checkpointer": {"checkpoint_dir": str(folder / "base"), "model_type": "LLAMA3"},
+        "dataset": {"source": str(folder / "train.jsonl")},
+        "eval_dataset": {"source": str(folder / "held_out.jsonl")},
+        "max_length": 96,
+        "max_prompt_length": 64,
+        "pairs_per_step": 8,
+        "lora": {"rank": 4, "alpha": 8},
+        "collective_timeout_s": 60,
+        **changes,
+    }
+
+
 def run_recipe(name, *overrides, config_paths=()):
     """Runs a recipe's main in this process and returns its metrics.jsonl as objects."""
     recipe = runpy.run_path(str(ROOT / "recipes" / f"{name}.py"))

@@ -2,8 +2,9 @@
 
     python tests/kill_runs.py --kills 50 --processes 2
 
-SIGKILL, of all of a run's processes at once: at any time, while it trains, or while it writes a checkpoint. A run that
-was killed so often must end with the metrics and the weights of one that was left alone, bit for bit.
+SIGKILL, of all of a run's processes at once: at any time, while it trains, or while it writes a checkpoint; one time in
+five SIGTERM before it. A run that was killed so often must end with the metrics and the weights of one that was left
+alone, bit for bit.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from helpers import ROOT, SHARDED_SIZES, random_pairs, save_llama, save_pairs
+from helpers import ROOT, SHARDED_SIZES, random_pairs, run_config, save_llama, save_pairs
 from safetensors.torch import load_file
 
 from pairtune.metrics import read_log
@@ -35,29 +36,22 @@ def write_inputs(folder: Path) -> None:
     save_llama(folder / "base", sizes=SHARDED_SIZES)
     save_pairs(folder / "train.jsonl", random_pairs(28, seed=1))
     save_pairs(folder / "held_out.jsonl", random_pairs(6, seed=2))
-    cfg = {
-        "device": "cpu",
-        "dtype": "fp32",
-        "model": {"_component_": "torchtune.models.llama3.llama3", **SHARDED_SIZES},
-        "checkpointer": {"checkpoint_dir": str(folder / "base"), "model_type": "LLAMA3"},
-        "dataset": {"source": str(folder / "train.jsonl")},
-        "eval_dataset": {"source": str(folder / "held_out.jsonl")},
-        "max_length": 96,
-        "max_prompt_length": 64,
-        "pairs_per_step": 8,
-        "batch_size": 2,
-        "epochs": 10,
-        "log_every_n_steps": 2,
-        "eval_every_n_steps": 3,
-        "save_every_n_steps": 1,
-        "keep_last_n": 2,
-        "keep_best": "loss",
-        "samples": {"num_prompts": 2, "max_new_tokens": 5},
-        "lora": {"rank": 4, "alpha": 8, "dropout": 0.2},
-        "disable_dropout": False,
-        "optimizer": {"lr": 2e-3},
-        "resume": "auto",
-    }
+    cfg = run_config(
+        folder,
+        sizes=SHARDED_SIZES,
+        batch_size=2,
+        epochs=10,
+        log_every_n_steps=2,
+        eval_every_n_steps=3,
+        save_every_n_steps=1,
+        keep_last_n=2,
+        keep_best="loss",
+        samples={"num_prompts": 2, "max_new_tokens": 5},
+        lora={"rank": 4, "alpha": 8, "dropout": 0.2},
+        disable_dropout=False,
+        optimizer={"lr": 2e-3},
+        resume="auto",
+    )
     (folder / "config.yaml").write_text(json.dumps(cfg))
 
 
@@ -99,8 +93,12 @@ def _ends_within(run: subprocess.Popen, seconds: float) -> bool:
     return True
 
 
-def kill(run: subprocess.Popen) -> None:
-    """All of its processes, none of which can do anything about it."""
+def kill(run: subprocess.Popen, rng: random.Random) -> None:
+    """All of its processes, none of which can do anything about it; or it is asked first, and given a moment."""
+    if rng.random() < 0.2:
+        run.terminate()
+        if _ends_within(run, rng.uniform(0, 10)):
+            return
     parent = psutil.Process(run.pid)
     for process in [parent, *parent.children(recursive=True)]:
         with suppress(psutil.NoSuchProcess):
@@ -140,7 +138,7 @@ def main() -> int:
             run = start(folder, run_dir, args.method, args.processes)
             moment = rng.choice(MOMENTS)
             if kills.total() < args.kills and killed < args.kills_a_run and wait_for(moment, run, run_dir, rng):
-                kill(run)
+                kill(run, rng)
                 kills[moment] += 1
                 killed += 1
                 continue

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import NF4_SIZES, random_pairs, run_recipe, save_llama, save_pairs, tiny_llama
+from helpers import random_pairs, run_config, run_recipe, save_llama, save_pairs, tiny_llama
 from torchtune.rlhf.loss import DPOLoss, RSOLoss
 
 from pairtune import contract
@@ -141,19 +141,7 @@ def test_numbers_that_are_not_finite_name_the_rows_to_blame():
 def work(tmp_path):
     save_llama(tmp_path / "base")
     save_pairs(tmp_path / "train.jsonl", random_pairs(24, seed=1))
-    cfg = {
-        "output_dir": str(tmp_path / "run"),
-        "device": "cpu",
-        "dtype": "fp32",
-        "model": {"_component_": "torchtune.models.llama3.llama3", **NF4_SIZES},
-        "checkpointer": {"checkpoint_dir": str(tmp_path / "base"), "model_type": "LLAMA3"},
-        "dataset": {"source": str(tmp_path / "train.jsonl")},
-        "max_length": 96,
-        "max_prompt_length": 64,
-        "pairs_per_step": 8,
-        "batch_size": 4,
-        "samples": {"num_prompts": 0},
-    }
+    cfg = run_config(tmp_path, eval_dataset={"source": None}, batch_size=4, samples={"num_prompts": 0})
     (tmp_path / "config.yaml").write_text(json.dumps(cfg))
     return tmp_path
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from helpers import NF4_SIZES, ROOT, SHARDED_SIZES, random_pairs, run_recipe, save_llama, save_pairs
+from helpers import NF4_SIZES, ROOT, SHARDED_SIZES, random_pairs, run_config, run_recipe, save_llama, save_pairs
 from safetensors.torch import load_file
 
 from pairtune.errors import UserError
@@ -42,26 +42,16 @@ def write_inputs(folder, sizes=NF4_SIZES):
     save_llama(folder / "base", sizes=sizes)
     save_pairs(folder / "train.jsonl", random_pairs(40, seed=1))
     save_pairs(folder / "held_out.jsonl", random_pairs(8, seed=2))
-    cfg = {
-        "output_dir": str(folder / "run"),
-        "device": "cpu",
-        "dtype": "fp32",
-        "model": {"_component_": "torchtune.models.llama3.llama3", **sizes},
-        "checkpointer": {"checkpoint_dir": str(folder / "base"), "model_type": "LLAMA3"},
-        "dataset": {"source": str(folder / "train.jsonl")},
-        "eval_dataset": {"source": str(folder / "held_out.jsonl")},
-        "max_length": 96,
-        "max_prompt_length": 64,
-        "optimizer": {"_component_": "torch.optim.AdamW", "lr": 5e-3},
-        "lr_scheduler": None,
-        "pairs_per_step": 8,
-        "batch_size": 8,
-        "epochs": 2,
-        "samples": {"num_prompts": 0},
-        "lora": {"rank": 4, "alpha": 8},
-        "per_method": {"full": {"optimizer": {"lr": 1e-3}}},
-        "collective_timeout_s": 60,
-    }
+    cfg = run_config(
+        folder,
+        sizes=sizes,
+        optimizer={"_component_": "torch.optim.AdamW", "lr": 5e-3},
+        lr_scheduler=None,
+        batch_size=8,
+        epochs=2,
+        samples={"num_prompts": 0},
+        per_method={"full": {"optimizer": {"lr": 1e-3}}},
+    )
     (folder / "config.yaml").write_text(json.dumps(cfg))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import NF4_SIZES, ROOT, SHARDED_SIZES, random_pairs, run_recipe, save_llama, save_pairs
+from helpers import NF4_SIZES, ROOT, SHARDED_SIZES, random_pairs, run_config, run_recipe, save_llama, save_pairs
 from safetensors.torch import load_file
 
 from pairtune import generation, train_state
@@ -29,28 +29,19 @@ def write_inputs(folder, *, sizes=NF4_SIZES, dropout=True):
     save_llama(folder / "base", sizes=sizes)
     save_pairs(folder / "train.jsonl", random_pairs(28, seed=1))
     save_pairs(folder / "held_out.jsonl", random_pairs(6, seed=2))
-    cfg = {
-        "output_dir": str(folder / "run"),
-        "device": "cpu",
-        "dtype": "fp32",
-        "model": {"_component_": "torchtune.models.llama3.llama3", **sizes},
-        "checkpointer": {"checkpoint_dir": str(folder / "base"), "model_type": "LLAMA3"},
-        "dataset": {"source": str(folder / "train.jsonl")},
-        "eval_dataset": {"source": str(folder / "held_out.jsonl")},
-        "max_length": 96,
-        "max_prompt_length": 64,
-        "optimizer": {"_component_": "torch.optim.AdamW", "lr": 1e-3},
-        "pairs_per_step": 8,
-        "batch_size": 2,
-        "epochs": 3,
-        "log_every_n_steps": 2,
-        "eval_every_n_steps": 3,
-        "samples": {"num_prompts": 2, "max_new_tokens": 5},
-        "lora": {"rank": 4, "alpha": 8, "dropout": 0.2},
-        "disable_dropout": not dropout,
-        "per_method": {"lora": {"optimizer": {"lr": 2e-3}}, "qlora": {"optimizer": {"lr": 2e-3}}},
-        "collective_timeout_s": 60,
-    }
+    cfg = run_config(
+        folder,
+        sizes=sizes,
+        optimizer={"_component_": "torch.optim.AdamW", "lr": 1e-3},
+        batch_size=2,
+        epochs=3,
+        log_every_n_steps=2,
+        eval_every_n_steps=3,
+        samples={"num_prompts": 2, "max_new_tokens": 5},
+        lora={"rank": 4, "alpha": 8, "dropout": 0.2},
+        disable_dropout=not dropout,
+        per_method={"lora": {"optimizer": {"lr": 2e-3}}, "qlora": {"optimizer": {"lr": 2e-3}}},
+    )
     (folder / "config.yaml").write_text(json.dumps(cfg))
 
 
