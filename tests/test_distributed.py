@@ -285,13 +285,13 @@ from pairtune.errors import UserError
 from pairtune.tokenizer import hf_tokenizer
 
 class Loss(DPOLoss):
-    """DPO's loss, until rank 1 computes its seventh: the first of step 2, behind two of the rehearsal."""
+    """DPO's loss, until rank 1 computes its eighth: the first of step 2, behind three of the rehearsal."""
     def __init__(self, beta=0.1, end=""):
         super().__init__(beta)
         self.end, self.calls = end, 0
     def forward(self, *logps):
         self.calls += 1
-        if os.environ["RANK"] == "1" and self.calls == 7:
+        if os.environ["RANK"] == "1" and self.calls == 8:
             if self.end == "killed":
                 open("killed_at", "w").write(str(time.time()))
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -299,7 +299,7 @@ class Loss(DPOLoss):
                 return tuple(x * float("nan") for x in super().forward(*logps))
             if self.end == "stuck":
                 threading.Event().wait()
-            raise RuntimeError("the seventh loss of rank 1")
+            raise RuntimeError("the eighth loss of rank 1")
         return super().forward(*logps)
 
 def tokenizer(path):
@@ -322,7 +322,7 @@ def run_with_peer(work, *overrides):
     ("overrides", "words"),
     [
         (["loss={_component_: peer.Loss, end: killed}"], ["SIGKILL", "rank 1 failed"]),
-        (["loss={_component_: peer.Loss, end: raised}"], ["rank 1 failed", "RuntimeError: the seventh loss of rank 1"]),
+        (["loss={_component_: peer.Loss, end: raised}"], ["rank 1 failed", "RuntimeError: the eighth loss of rank 1"]),
         (["tokenizer={_component_: peer.tokenizer, path: WORK/base}"], ["base: row 17 cannot be read on this machine"]),
     ],
 )
@@ -390,7 +390,7 @@ def test_recipes_that_drift_apart_are_shown(tmp_path, change):
             (tmp_path / folder / file.name).write_text(file.read_text())
     name = "full_dpo_distributed.py" if change == "a shared line" else "qlora_dpo_single_device.py"
     path = tmp_path / "recipes" / name
-    path.write_text(path.read_text().replace("lr = optimizer.param_groups[0]", "lr = optimizer.param_groups[-1]"))
+    path.write_text(path.read_text().replace("float(optimizer.param_groups[0]", "float(optimizer.param_groups[-1]"))
     tool = [sys.executable, str(tmp_path / "tools" / "sync_recipes.py")]
     check = subprocess.run([*tool, "--check"], text=True, capture_output=True)
     assert check.returncode == 1 and f"--- {name}" in check.stdout and "param_groups[-1]" in check.stdout
