@@ -231,7 +231,9 @@ class Watchdog:
         self._patient = False
         if size > 1:
             # A byte a signal, written even while the main thread is not in Python.
-            self._heard, written = os.pipe2(os.O_NONBLOCK)
+            self._heard, written = os.pipe()
+            os.set_blocking(self._heard, False)
+            os.set_blocking(written, False)
             signal.set_wakeup_fd(written, warn_on_full_buffer=False)
             # A connection of its own: the other may be held by the very call that does not come back.
             self._store = torch_dist.distributed_c10d._get_default_store().clone()

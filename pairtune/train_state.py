@@ -22,14 +22,13 @@ import torch.distributed as torch_dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.metrics import Meter
-from pairtune.models import plain_name
+from pairtune.models import forget_gathered, plain_name
 
 MARKER, VALUES = "COMPLETE", "state.json"
 FILE_BYTES = 2**30  # of tensors a file: safetensors holds a file's bytes a second time while it writes them
@@ -150,8 +149,7 @@ class TrainState:
     def load_weights(self, folder: Path) -> None:
         """Gives the model a checkpoint's weights, and changes nothing else; every process has to call it."""
         self._read(folder, lambda saved: {f"model.{name}": p.data for name, p in self._trained.items()})
-        if isinstance(self._model, FSDPModule):
-            self._model.reshard()  # what a forward has gathered is from before
+        forget_gathered(self._model)
 
     def _read(self, folder: Path, templates: Callable[[dict], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Fills tensors, chosen by what the checkpoint has, from it."""
@@ -270,6 +268,7 @@ class Checkpoints:
         self._dir, self._world = run_dir / "checkpoints", world
         self._keep_last_n, self._on_save_failure = keep_last_n, on_save_failure
         self._pending: Future | None = None
+        self._writing: Path | None = None  # the folder that it fills
         self._best: Path | None = None  # the best that is on the disk
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         # Collectives of a save run beside those of training: on the CPU, in a group of their own.
@@ -466,7 +465,8 @@ def find(resume: bool | str, run_dir: Path) -> Path | None:
         found = complete_checkpoints(folder / "checkpoints")
         if not found:
             raise UserError(
-                f"resume={resume}: holds no complete checkpoint; name a run folder or its checkpoints/step_N"
+                f"resume={resume}: holds no complete checkpoint; must be true, false, auto, or the path of a run "
+                "folder or of its checkpoints/step_N"
             )
         folder = found[-1]
     if not is_complete(folder):
