@@ -13,7 +13,7 @@ from torchtune import training
 from torchtune.models.convert_weights import _FROM_HF, _TO_PEFT_TARGET_MODULES
 
 from pairtune import models
-from pairtune.checkpoint import Weights, _read_shard
+from pairtune.checkpoint import Weights, pairs_together, read_shard
 from pairtune.errors import UserError
 
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
@@ -62,7 +62,7 @@ def read_adapter(folder: str | Path, model: nn.Module, checkpointer, *, key: str
     folder = Path(folder)
     key = f"{key}={folder}"
     path = _find_weights(folder, key)
-    found = _read_shard(path)
+    found = read_shard(path)
     if any(name.startswith("base_model.") for name in found):
         _check_config(_read_config(folder, key), model, key)
         if checkpointer._model_type in (training.ModelType.PHI3_MINI, training.ModelType.PHI4):
@@ -199,11 +199,10 @@ def _tune_layer(name: str, path: Path) -> tuple[str, str]:
 
 
 def _rotary_order(matrix: Tensor, heads: int, name: str, path: Path) -> Tensor:
-    """Hugging Face keeps the halves of a head's rotated pairs apart, torchtune keeps pairs together; [rows, rank]."""
-    rows, rank = matrix.shape if matrix.dim() == 2 else (1, 1)
-    if rows % (2 * heads):
+    """Returns a projection's B, [rows, rank], from Hugging Face's rotary order in torchtune's."""
+    if matrix.dim() != 2 or matrix.shape[0] % (2 * heads):
         raise UserError(f"{path}: {name} is {list(matrix.shape)}, not rows of {heads} heads: of another base model")
-    return matrix.view(heads, 2, rows // heads // 2, rank).transpose(1, 2).reshape(rows, rank)
+    return pairs_together(matrix, heads)
 
 
 def _check_tensors(found: dict[str, Tensor], expected: dict[str, torch.Size], path: Path) -> None:

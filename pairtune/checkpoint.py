@@ -176,7 +176,7 @@ class Weights(Mapping):
         self._files: dict[str, Path] = {}  # which file a tensor is in
         checkpointer._weight_map = {}  # which shard a weight goes to when the model is saved: as in load_checkpoint
         for number, path in enumerate(checkpointer._checkpoint_paths, start=1):
-            shard = _read_shard(path)
+            shard = read_shard(path)
             for key in shard.keys() & self._files.keys():
                 raise UserError(f"{path}: {key} is there twice, also in {self._files[key].name}; remove one file")
             self._tensors |= shard
@@ -234,7 +234,7 @@ class Weights(Mapping):
         return len(self._sources)
 
 
-def _read_shard(path: Path) -> dict[str, Tensor]:
+def read_shard(path: Path) -> dict[str, Tensor]:
     """Returns a file's tensors by name, memory-mapped. A pickle may hold tensors only: none of its code is run."""
     try:
         shard = safe_torch_load(path)
@@ -319,6 +319,15 @@ def export(
     return exported
 
 
+def pairs_together(matrix: Tensor, heads: int) -> Tensor:
+    """Returns the rows of [rows, rank] as torchtune orders them for its rotary embedding.
+
+    Hugging Face keeps a head's first halves of rotated pairs before its second ones, torchtune keeps pairs together.
+    """
+    rows, rank = matrix.shape
+    return matrix.view(heads, 2, rows // heads // 2, rank).transpose(1, 2).reshape(rows, rank)
+
+
 def _undo_rotary_order(adapter: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
     """Reorders B of q_proj and k_proj so that torchtune's conversion to PEFT gives back the order it has.
 
@@ -329,10 +338,7 @@ def _undo_rotary_order(adapter: dict[str, Tensor], config: dict) -> dict[str, Te
     for name, value in adapter.items():
         for projection, key in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
             if f"{projection}.lora_b" in name:
-                rows, rank = value.shape
-                heads = config[key]
-                halves = value.view(heads, 2, rows // heads // 2, rank)
-                reordered[name] = halves.transpose(1, 2).reshape(rows, rank)
+                reordered[name] = pairs_together(value, config[key])
     return reordered
 
 
