@@ -122,11 +122,17 @@ def _lay_out_pair(pair) -> dict:
     }
 
 
-def longest_row(pairs, multiple: int = 128) -> int:
+def longest_row(pairs, multiple: int = 128, *, mixed: bool = False) -> int:
     """Returns the row length that each of these pairs fits in: the longest's, rounded up to a multiple.
 
     Rows of one length, several short pairs in one: few shapes for a compiler, little padding for a dense mask.
+
+    Args:
+        mixed: Every prompt has to fit with the answers of every other pair, too.
     """
+    if mixed:
+        longest = max(len(p.prompt) for p in pairs) + max(len(p.chosen) + len(p.rejected) for p in pairs)
+        return -(-longest // multiple) * multiple
     longest = max(
         len(p.prompt) + len(p.chosen) + len(p.rejected) - _common_prefix_length(p.chosen, p.rejected) for p in pairs
     )

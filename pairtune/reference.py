@@ -30,6 +30,8 @@ def check_name(name: str, loss_fn: Callable, *, known: tuple[str, ...], has_adap
         raise UserError(
             f"reference.name={name}: this recipe has {', '.join(known)}; nearest valid: reference={known[0]}"
         )
+    if not needs(loss_fn).reference and name not in (known[0], "none"):
+        raise UserError(f"reference={name}: this loss has no reference, and none is loaded; use reference=none")
     if name == "cached" and "kl" in needs(loss_fn).inputs:
         raise UserError(f"reference=cached: KTO scores answers to other prompts in each step; use reference={known[0]}")
     if has_adapter and name in ("adapter_off", "cached"):

@@ -158,7 +158,8 @@ def main(cfg):
     order = {name: cfg[name] for name in ("pairs_per_step", "batch_size", "seed", "shuffle")}
     steps = Steps(train, **order, rank=world.rank, size=world.size)
     total_steps = min(cfg.epochs * len(steps), cfg.max_steps or math.inf)
-    row_length = longest_row([*train, *held_out]) if model.dense_attention else None
+    mixed = "kl" in needs(loss_fn).inputs  # KTO puts prompts before the answers to others
+    row_length = longest_row([*train, *held_out], mixed=mixed) if model.dense_attention else None
 
     def batch_of(pairs):
         return lay_out(pairs, row_length, score_end=cfg.score_end).to(world.device)

@@ -7,7 +7,7 @@ import torch
 from helpers import random_pairs
 
 from pairtune.attention import dense_mask
-from pairtune.batch import lay_out
+from pairtune.batch import lay_out, longest_row
 
 PAIR = SimpleNamespace(prompt=[10, 11, 12], chosen=[20, 21, 2], rejected=[20, 31, 32, 2])
 
@@ -96,3 +96,12 @@ def test_without_their_ends_answers_are_scored_up_to_there():
     for name in ("source", "target", "sequence"):
         assert torch.equal(getattr(cut, name), getattr(whole, name)[kept])
     assert not (cut.target == 2).any() and torch.equal(cut.tokens, whole.tokens)
+
+
+def test_a_mixed_row_takes_any_prompt_with_any_answers():
+    long_prompt = SimpleNamespace(prompt=[3] * 100, chosen=[4, 2], rejected=[5, 2])
+    long_answers = SimpleNamespace(prompt=[3], chosen=[4] * 60, rejected=[5] * 60)
+    assert longest_row([long_prompt, long_answers]) == 128
+    row = longest_row([long_prompt, long_answers], mixed=True)
+    assert row == 256
+    lay_out([SimpleNamespace(prompt=[3] * 100, chosen=[4] * 60, rejected=[5] * 60)], row)

@@ -112,6 +112,7 @@ def test_ours_and_torchtunes_are_interchangeable(run, name, same):
         (["loss=sigmoid", "loss.f_divergence=jss"], "must be one of reverse_kl"),
         (["reference=adapter_of"], "reference.name=adapter_of"),
         (["reference=model"], "this recipe has adapter_off, cached, start, sync, none"),
+        (["loss=simpo", "reference=cached"], "reference=cached: this loss has no reference"),
         (["reference=sync", "reference.alpha=1.5"], "reference.alpha=1.5: must be above 0 and at most 1"),
     ],
 )
@@ -122,12 +123,11 @@ def test_what_a_loss_or_recipe_does_not_have_is_refused(run, settings, words):
 
 
 def test_a_loss_without_reference_loads_and_runs_none(run, capsys):
-    """Full DPO holds no second model; its parameters are counted where one would be."""
-    with torch.no_grad():
-        forwards = []
-        hook = torch.nn.modules.module.register_module_forward_pre_hook(
-            lambda module, _: forwards.append(1) if type(module).__name__ == "TransformerDecoder" else None
-        )
+    """Every forward of a whole model is counted: a reference's doubles them."""
+    forwards = []
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, _: forwards.append(1) if type(module).__name__ == "TransformerDecoder" else None
+    )
     try:
         run("full_dpo_single_device", "loss=simpo", "max_steps=2", "batch_size=8")
         alone = len(forwards)
@@ -146,6 +146,21 @@ def test_llama_3s_option_changes_the_loss_and_stays_exact(run):
     assert training(cut)[0]["loss"] != pytest.approx(training(whole)[0]["loss"], abs=1e-4)
     for one, other in zip(training(cut), training(small), strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-3, abs=1e-4)
+
+
+def test_kto_fits_its_rows_of_one_length(run):
+    """Prompts stand before other prompts' answers there."""
+    log = run("lora_dpo_single_device", "loss=kto", "attention=mask", "max_steps=3", name="mask")
+    segments = run("lora_dpo_single_device", "loss=kto", "max_steps=3", name="segments")
+    for one, other in zip(training(log), training(segments), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
+
+
+def test_settings_outside_of_what_was_published_are_told_once_with_a_source(run, capsys):
+    run("lora_dpo_single_device", "loss=ipo", "loss.beta=5", "max_steps=1")
+    run("lora_dpo_single_device", "loss=sigmoid", "loss.beta=5", "max_steps=1", name="sigmoid")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "advice: loss.beta" in line]
+    assert "loss.beta=5: published runs of sigmoid used 0.01" in line and "SmolLM2" in line
 
 
 # References
@@ -221,11 +236,14 @@ def test_a_cached_reference_gives_the_numbers_of_a_live_one_and_is_computed_once
         lambda module, _: decoders.append(module) if type(module).__name__ == "TransformerDecoder" else None
     )
     try:
-        again = run(recipe, *cached, "loss.beta=0.1", "batch_size=8", name="again")
+        again = run(recipe, *cached, name="again")
+        num_forwards = len(decoders)
+        run(recipe, *cached, "loss=ipo", "loss.beta=0.3", "optimizer.lr=1e-4", "seed=7", name="another")
     finally:
         hook.remove()
     # 16 pairs of the cache are looked at again; a rehearsal, ten steps and an evaluation of one batch each follow.
-    assert len(decoders) == 2 + 1 + 10 + 1
+    assert num_forwards == 2 + 1 + 10 + 1
+    assert len(decoders) == 2 * num_forwards  # another loss, beta, learning rate and seed: the same cache
     for one, other, third in zip(live, first, again, strict=True):
         for key in one.keys() - SPEED:
             assert other[key] == pytest.approx(one[key], rel=1e-5, abs=1e-5), key
