@@ -61,7 +61,7 @@ def read_adapter(folder: str | Path, model: nn.Module, checkpointer, *, key: str
     """
     folder = Path(folder)
     key = f"{key}={folder}"
-    path = _find_weights(folder, key)
+    path = find_weights(folder, key=key)
     found = read_shard(path)
     if any(name.startswith("base_model.") for name in found):
         _check_config(_read_config(folder, key), model, key)
@@ -77,7 +77,13 @@ def read_adapter(folder: str | Path, model: nn.Module, checkpointer, *, key: str
     return found
 
 
-def _find_weights(folder: Path, key: str) -> Path:
+def find_weights(folder: str | Path, *, key: str = "adapter") -> Path:
+    """Returns the file of an adapter's matrices.
+
+    Raises:
+        UserError: There is none.
+    """
+    folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{key}: no such folder; `tune download REPO_ID --output-dir {folder}` fetches one")
     for name in WEIGHT_FILES:

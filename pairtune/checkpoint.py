@@ -20,7 +20,7 @@ from torchtune.training.checkpointing._utils import safe_torch_load
 
 from pairtune.errors import UserError
 from pairtune.metrics import lock
-from pairtune.model_config import check_config, check_model_type
+from pairtune.model_config import check_config, check_model_type, model_type_of
 from pairtune.rules import one_line
 
 # In the order of preference: an index that names the shards, or one file.
@@ -111,6 +111,22 @@ def open_weights(checkpointer, run_dir: Path):
         raise UserError(f"checkpointer.model_type: {error} is not one of torchtune's: {known}") from None
     except ValueError as error:
         raise UserError(f"checkpointer: {error}") from None
+
+
+def open_like(checkpointer, checkpoint_dir: str):
+    """Returns torchtune's checkpointer for another folder, whose config.json says what architecture it has.
+
+    Args:
+        checkpointer: From open_weights; another name of the same conversion, such as LLAMA2, is kept.
+
+    Raises:
+        UserError: As open_weights.
+    """
+    find_weights(checkpoint_dir)
+    model_type = model_type_of(read_config(checkpoint_dir), like=checkpointer._model_type.value.upper())
+    block = {"checkpoint_dir": checkpoint_dir, "model_type": model_type}
+    path = "torchtune.training.FullModelHFCheckpointer"
+    return open_weights(OmegaConf.create({"_component_": path, **block}), Path(checkpointer._output_dir))
 
 
 def weight_files(checkpointer) -> list[Path]:

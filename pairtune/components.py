@@ -4,7 +4,7 @@ import inspect
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
@@ -44,13 +44,20 @@ HOMES: dict[str, ModuleType] = {
 
 def check_components(cfg: dict) -> None:
     """Every component can be imported, takes the arguments that it is given and is given those that it needs."""
+    for key, block in _components(cfg):
+        parameters = _parameters(key, import_component(key, block["_component_"]))
+        _check_made(key, block["_component_"], import_component(key, block["_component_"]))
+        _check_names(key, block, parameters)
+        _check_needed(key, block, parameters)
+        _check_kinds(key, block, parameters)
+
+
+def _components(cfg: dict, prefix: str = "") -> Iterator[tuple[str, dict]]:
     for key, block in cfg.items():
         if is_component(block):
-            parameters = _parameters(key, import_component(key, block["_component_"]))
-            _check_made(key, block["_component_"], import_component(key, block["_component_"]))
-            _check_names(key, block, parameters)
-            _check_needed(key, block, parameters)
-            _check_kinds(key, block, parameters)
+            yield f"{prefix}{key}", block
+        elif isinstance(block, dict):
+            yield from _components(block, f"{prefix}{key}.")
 
 
 def import_component(key: str, path: str) -> Callable:
@@ -114,9 +121,10 @@ def _parameters(key: str, component: Callable) -> dict[str, inspect.Parameter]:
 def _check_made(key: str, path: str, component: Callable) -> None:
     """What the component makes, as far as its class or annotation tells, is what its key is for."""
     made = component if inspect.isclass(component) else getattr(component, "__annotations__", {}).get("return")
+    name = key.rpartition(".")[2]  # model, also of reference.model
     for kind, its_key in ((TransformerDecoder, "model"), (torch.optim.Optimizer, "optimizer")):
-        if inspect.isclass(made) and issubclass(made, kind) != (key == its_key):
-            what = f"makes a {made.__name__}, which is for {its_key}" if key != its_key else f"makes no {its_key}"
+        if inspect.isclass(made) and issubclass(made, kind) != (name == its_key):
+            what = f"makes a {made.__name__}, which is for {its_key}" if name != its_key else f"makes no {its_key}"
             raise UserError(f"{key}._component_={path}: {what}{_meant(key, path)}")
 
 

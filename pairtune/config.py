@@ -313,11 +313,14 @@ def _spelled_out(cfg: dict, defaults: dict) -> dict:
     """
     spelled = dict(cfg)
     for key, block in cfg.items():
+        default = defaults.get(key)
         if is_component(block):
-            default = defaults[key] if is_component(defaults[key]) else {}
+            default = default if is_component(default) else {}
             by_default = default if default.get("_component_") == block["_component_"] else {}
             unpassed = {argument: None for argument in by_default if block.get(argument) is None}
             spelled[key] = {k: v for k, v in block.items() if v is not None} | unpassed
+        elif isinstance(block, dict) and isinstance(default, dict):
+            spelled[key] = _spelled_out(block, default)
     return spelled
 
 

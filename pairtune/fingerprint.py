@@ -20,22 +20,29 @@ HARMLESS = (
     "on_save_failure", "samples", "metric_logger", "eval_dataset", "reference.cache_dir",
 )  # fmt: skip
 # Keys that say where pairs and weights come from: what came of them is compared instead.
-JUDGED_BY_RESULT = ("dataset", "tokenizer", "max_length", "max_prompt_length", "checkpointer.checkpoint_dir", "adapter")
+JUDGED_BY_RESULT = (
+    "dataset", "tokenizer", "max_length", "max_prompt_length", "checkpointer.checkpoint_dir", "adapter",
+    "reference.checkpoint_dir",
+)  # fmt: skip
 BLOCKS = 256  # of pairs, each with a digest of its own, to tell where data differ
 SAMPLES, SAMPLE_BYTES = 64, 2**16  # of a weight file
 
 
-def fingerprint(cfg: DictConfig, train: list[Pair], held_out: list[Pair], checkpointer) -> dict:
-    """Returns what identifies a run: `config`, `pairs`, `held_out` and `weights`, as JSON can hold it.
+def fingerprint(
+    cfg: DictConfig, train: list[Pair], held_out: list[Pair], checkpointer, reference_files: Sequence[Path] = ()
+) -> dict:
+    """Returns what identifies a run: `config`, `pairs`, `held_out`, `weights` and `reference`, as JSON can hold it.
 
     Args:
         checkpointer: From checkpoint.open_weights.
+        reference_files: The weight files of a second model.
     """
     return {
         "config": OmegaConf.to_container(cfg, resolve=True),
         "pairs": digest_pairs(train),
         "held_out": digest_pairs(held_out),
         "weights": digest_files([*checkpointer._checkpoint_paths, *_adapter_files(cfg.get("adapter"))]),
+        "reference": digest_files(reference_files),
     }
 
 
@@ -102,11 +109,8 @@ def check_same(values: dict, now: dict, where: Path, *, total_steps: int) -> lis
         is_new = key.partition(".")[0] not in saved["config"]  # a later version's, whose default does as before
         (allowed if harmless or is_new else refused).append(line)
     refused += _pair_differences(saved["pairs"], now["pairs"])
-    if saved["weights"] != now["weights"]:
-        names = sorted(
-            n for n in {**saved["weights"], **now["weights"]} if saved["weights"].get(n) != now["weights"].get(n)
-        )
-        refused.append(f"base weights: not the same in {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}")
+    refused += _file_differences("base weights", saved["weights"], now["weights"])
+    refused += _file_differences("reference weights", saved.get("reference", now["reference"]), now["reference"])
     if refused:
         changed = [line for line in allowed if line.startswith(JUDGED_BY_RESULT)]  # what the above may come from
         raise UserError(
@@ -116,6 +120,11 @@ def check_same(values: dict, now: dict, where: Path, *, total_steps: int) -> lis
     if saved["held_out"] != now["held_out"]:
         allowed.append("held-out pairs: not the same; the best checkpoint so far is forgotten")
     return allowed
+
+
+def _file_differences(what: str, saved: dict, now: dict) -> list[str]:
+    names = sorted(name for name in {**saved, **now} if saved.get(name) != now.get(name))
+    return [f"{what}: not the same in {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"] if names else []
 
 
 def _pair_differences(saved: dict, now: dict) -> list[str]:

@@ -93,6 +93,18 @@ def check_model_type(model_type: str, config: dict) -> None:
         raise UserError("config.json: tie_word_embeddings: is missing; set it to true or false, as the model has it")
 
 
+def model_type_of(config: dict, *, like: str) -> str:
+    """Returns torchtune's name for the architecture of a folder's config.json: `like` if that is one of its names.
+
+    Raises:
+        UserError: torchtune does not have it.
+    """
+    known = MODEL_TYPES.get(config.get("model_type"), ())
+    model_type = like if like in known or not known else known[0]
+    check_model_type(model_type, config)
+    return model_type
+
+
 def check_model(model: TransformerDecoder, config: dict) -> None:
     """Compares a built model with the folder's config.json; what config.json does not say is not compared.
 

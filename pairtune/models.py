@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 from torchtune.config._utils import _get_component_from_path
 from torchtune.modules import MultiHeadAttention, TransformerDecoder, TransformerSelfAttentionLayer
+from torchtune.modules.low_precision import FrozenNF4Linear
 from torchtune.modules.peft import DoRALinear, LoRALinear, disable_adapter, get_adapter_params, set_trainable_params
 from torchtune.training import compile_model, set_activation_checkpointing, set_default_dtype
 
@@ -31,19 +32,34 @@ COPIES = {"lora_a": "frozen_a", "lora_b": "frozen_b"}  # an adapter's matrices, 
 _STRANGERS = "`model` and `checkpointer.checkpoint_dir` do not belong together"
 
 
-def full(component: dict, *, dtype: str) -> TransformerDecoder:
-    """Returns the builder's model on the meta device, every parameter trainable.
+def full(component: dict, *, dtype: str, quantize: bool = False, world: World | None = None) -> TransformerDecoder:
+    """Returns the builder's model on the meta device, every parameter trainable that is not quantized.
 
     Args:
         component: The config's `model` block: `_component_`, a torchtune builder such as
             torchtune.models.llama3.llama3_8b, and its arguments.
         dtype: bf16 or fp32.
+        quantize: Weights of all linear layers in NF4, not the output layer: for a reference, which is not trained.
+        world: The processes that share these.
 
     Raises:
-        UserError: The builder refuses its arguments.
+        UserError: The builder refuses its arguments, or a weight's size is none that NF4 accepts.
     """
     path, arguments = _split(component)
-    return _build(path, arguments, dtype)
+    model = _build(path, arguments, dtype)
+    if quantize:
+        _check_nf4(model, world, "reference.quantize=true", way_out="reference.quantize=false")
+        _quantize(model.layers)
+    return model
+
+
+def _quantize(layers: nn.Module) -> None:
+    for module in list(layers.modules()):
+        for name, linear in module.named_children():
+            if type(linear) is nn.Linear:
+                shape, dtype = (linear.in_features, linear.out_features), linear.weight.dtype
+                biased = linear.bias is not None
+                setattr(module, name, FrozenNF4Linear(*shape, bias=biased, device="meta", dtype=dtype))
 
 
 def lora(
@@ -72,12 +88,7 @@ def lora(
     """
     path, arguments = _split(component)
     if quantize_base:
-        _check_nf4_sizes(_build(path, arguments, dtype), world.num_shards if world else 1)
-        if world and world.shards and (world.num_shards == 1 or world.num_shards < world.size):
-            raise UserError(
-                "QLoRA: NF4 weights are sharded over all processes or not at all; nearest valid: "
-                "data_parallel_replicate_dim=1, and fsdp_cpu_offload=false in a run of one process"
-            )
+        _check_nf4(_build(path, arguments, dtype), world, "QLoRA", way_out="a lora_ recipe")
     package, _, name = path.rpartition(".")
     if name.startswith(("lora_", "qlora_")):
         raise UserError(
@@ -134,16 +145,22 @@ def _build(path: str, arguments: dict, dtype: str) -> TransformerDecoder:
         raise UserError(f"model: {path.rsplit('.', 1)[-1]} refuses its arguments: {error}") from None
 
 
-def _check_nf4_sizes(model: nn.Module, num_shards: int) -> None:
+def _check_nf4(model: nn.Module, world: World | None, what: str, *, way_out: str) -> None:
+    num_shards = world.num_shards if world else 1
     multiple = NF4_BLOCK * num_shards
     for name, module in model.layers.named_modules():
         if isinstance(module, nn.Linear) and module.weight.numel() % multiple:
             rows, columns = module.weight.shape
             shards = f" on each of {num_shards} processes" if num_shards > 1 else ""
             raise UserError(
-                f"QLoRA: layers.{name}.weight has {rows} x {columns} = {rows * columns} values; NF4 stores multiples "
-                f"of {NF4_BLOCK}{shards}. Use a lora_ recipe for this model{', or fewer processes' if shards else ''}"
+                f"{what}: layers.{name}.weight has {rows} x {columns} = {rows * columns} values; NF4 stores multiples "
+                f"of {NF4_BLOCK}{shards}. Use {way_out} for this model{', or fewer processes' if shards else ''}"
             )
+    if world and world.shards and (num_shards == 1 or num_shards < world.size):
+        raise UserError(
+            f"{what}: NF4 weights are sharded over all processes or not at all; nearest valid: "
+            "data_parallel_replicate_dim=1, and fsdp_cpu_offload=false in a run of one process"
+        )
 
 
 def prepare(
@@ -304,7 +321,7 @@ def _shard(block: nn.Module, world: World, *, is_root: bool) -> None:
 @contextmanager
 def reference_of(model: nn.Module):
     """Makes a LoRA model its base: adapters off, no dropout, no gradients."""
-    with disable_adapter(model), _frozen(model):
+    with disable_adapter(model), frozen(model):
         yield model
 
 
@@ -318,7 +335,7 @@ def frozen_copy_of(model: nn.Module):
     adapted = [module for _, module in adapted_modules(model)]
     _swap_copies(adapted)
     try:
-        with _frozen(model):
+        with frozen(model):
             yield model
     finally:
         _swap_copies(adapted)
@@ -333,12 +350,13 @@ def _swap_copies(adapted: list[nn.Module]) -> None:
 
 
 @contextmanager
-def _frozen(model: nn.Module):
+def frozen(model: nn.Module):
+    """Makes a model one without dropout and gradients."""
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            yield
+            yield model
     finally:
         model.train(training)
 

@@ -4,41 +4,193 @@ All have one interface: `weights` gives the model to score with, `move` takes it
 2404.09656), `tensors` is what a checkpoint has to hold if it was moved. When it is moved is for the recipe to say.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torchtune.modules import TransformerDecoder
 
-from pairtune import models
+from pairtune import checkpoint, models
+from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.loss_needs import needs
+from pairtune.model_config import check_model
+from pairtune.tokenizer import check_vocabulary
+
+KNOWN = {  # by method, the default first
+    "full": ("model", "cached", "sync", "none"),
+    **dict.fromkeys(("lora", "qlora"), ("adapter_off", "cached", "start", "model", "sync", "none")),
+}
 
 
-def check_name(name: str, loss_fn: Callable, *, known: tuple[str, ...], has_adapter: bool = False) -> None:
-    """Refuses a reference that the recipe or the loss does not have, or that is not what the run starts from.
+def is_own(reference: Mapping, method: str, dtype: str) -> bool:
+    """Returns whether the reference has the weights that the run starts from, its dtype and its quantization.
 
     Args:
-        known: The recipe's.
+        reference: The config's block.
+        method: full, lora or qlora.
+        dtype: The run's.
+    """
+    return (
+        reference.get("checkpoint_dir") is None
+        and reference.get("dtype") in (None, dtype)
+        and reference.get("quantize") in (None, method == "qlora")
+    )
+
+
+def has_second_model(reference: Mapping, method: str, dtype: str) -> bool:
+    """Returns whether a second model is loaded: for the whole run, or with `cached` until every pair has its values."""
+    in_every_run = ("model", "sync") if method == "full" else ("model",)
+    return reference.get("name") in in_every_run or not is_own(reference, method, dtype)
+
+
+def check_reference(
+    reference: Mapping, loss_fn: Callable, method: str, *, dtype: str, has_adapter: bool = False
+) -> None:
+    """Refuses a reference that the recipe or the loss does not have, or that the run would first have to undo.
+
+    Args:
+        reference, method, dtype: As for `is_own`.
         has_adapter: The run starts from an adapter.
 
     Raises:
         UserError: One of these.
     """
+    name, known, own = reference.get("name"), KNOWN[method], is_own(reference, method, dtype)
     if name not in known:
         raise UserError(
             f"reference.name={name}: this recipe has {', '.join(known)}; nearest valid: reference={known[0]}"
         )
-    if not needs(loss_fn).reference and name not in (known[0], "none"):
+    if not needs(loss_fn).reference and (name not in (known[0], "none") or not own):
         raise UserError(f"reference={name}: this loss has no reference, and none is loaded; use reference=none")
     if name == "cached" and "kl" in needs(loss_fn).inputs:
         raise UserError(f"reference=cached: KTO scores answers to other prompts in each step; use reference={known[0]}")
-    if has_adapter and name in ("adapter_off", "cached"):
+    is_base = (name in ("adapter_off", "model") or not own) and reference.get("checkpoint_dir") is None
+    if has_adapter and is_base:
         raise UserError(
             f"reference={name}: the run starts from an adapter, and the model without it is another one: the loss "
-            "would not begin at ln 2, and training would first undo what the adapter has learned. Use reference=start"
+            "would not begin at ln 2, and training would first undo what the adapter has learned. Use reference=start, "
+            "or name another model's folder with reference=model reference.checkpoint_dir=..."
         )
+    if method != "full" and name == "model" and own:
+        raise UserError(
+            "reference=model: would hold the base a second time, which is here already; use reference=adapter_off, or "
+            "say what differs: reference.checkpoint_dir, reference.dtype or reference.quantize"
+        )
+
+
+@dataclass(frozen=True)
+class FrozenModel:
+    """A reference that is a model of its own: frozen, and without memory until `load`.
+
+    Attributes:
+        model: On the meta device first.
+        component: Its builder and arguments.
+        files: From checkpoint.open_weights.
+        block: The config's.
+    """
+
+    model: TransformerDecoder
+    component: Mapping
+    files: object
+    block: Mapping
+
+    def prepare(self, **settings) -> None:
+        """As models.prepare."""
+        with _told_of(self.block):
+            models.prepare(self.model, **settings)
+
+    def load(self, world: World) -> None:
+        """Gives it its weights, sharded where the policy is."""
+        with _told_of(self.block):
+            models.load(self.model, checkpoint.Weights(self.files), world=world)
+
+    @property
+    def source(self) -> dict:
+        """What reference_cache.identify takes of it."""
+        return {"component": self.component, "weight_files": checkpoint.weight_files(self.files)}
+
+
+def frozen_model(
+    reference: Mapping, method: str, *, component: Mapping, dtype: str, world: World | None = None
+) -> TransformerDecoder:
+    """Returns a second model on the meta device, frozen.
+
+    Args:
+        reference, method, dtype: As for `is_own`; null in `reference` is what the run has.
+        component: The run's `model` block.
+        world: The processes that share it.
+
+    Raises:
+        UserError: As models.full.
+    """
+    quantize = reference.get("quantize")
+    quantize = method == "qlora" if quantize is None else quantize
+    settings = {"dtype": reference.get("dtype") or dtype, "quantize": quantize, "world": world}
+    with _told_of(reference):
+        return models.full(reference.get("model") or component, **settings).requires_grad_(False).eval()
+
+
+def open_second_model(
+    reference: Mapping,
+    method: str,
+    *,
+    component: Mapping,
+    dtype: str,
+    files,
+    tokenizer,
+    world: World | None = None,
+) -> FrozenModel:
+    """Returns a second model and its files, which belong together; no weight is read yet.
+
+    Args:
+        reference, method, component, dtype, world: As for `frozen_model`.
+        files: The run's, from checkpoint.open_weights.
+        tokenizer: The run's, from tokenizer.adapt: the reference reads its tokens.
+
+    Raises:
+        UserError: As frozen_model, checkpoint.open_weights, check_model and check_vocabulary.
+    """
+    model = frozen_model(reference, method, component=component, dtype=dtype, world=world)
+    folder = reference.get("checkpoint_dir")
+    if folder:
+        with _told_of(reference):
+            files = checkpoint.open_like(files, folder)
+            check_model(model, checkpoint.read_config(folder))
+            check_vocabulary(tokenizer, Path(folder))
+    return FrozenModel(model, reference.get("model") or component, files, reference)
+
+
+@contextmanager
+def _told_of(reference: Mapping) -> Iterator[None]:
+    """Errors of functions that the policy shares name the reference's keys."""
+    builder = "`reference.model`" if reference.get("model") else "`model` (reference.model is null)"
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        if reference.get("checkpoint_dir"):
+            text = text.replace("checkpointer.checkpoint_dir", "reference.checkpoint_dir").replace("`model`", builder)
+        raise UserError(text if text.startswith("reference") else f"reference: {text}") from None
+
+
+class AsItStarts:
+    """The policy itself, before it is trained: what a cache is filled with."""
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+
+    def weights(self) -> AbstractContextManager[nn.Module]:
+        """Makes the policy the reference while the context lasts: without dropout and gradients."""
+        return models.frozen(self._model)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns what a checkpoint has to hold of it: nothing."""
+        return {}
 
 
 class AdaptersOff:
@@ -93,7 +245,7 @@ class AdapterCopy:
 
 
 class SecondModel:
-    """A model of its own: what the policy was when the run started, or moved toward it since.
+    """A model of its own: any, or what the policy was when the run started and moved toward it since.
 
     Build it before the first forward: FSDP2 shows a model's shards until then.
     """
@@ -102,7 +254,7 @@ class SecondModel:
         """
         Args:
             model: The policy.
-            reference: Built, loaded and sharded like the policy, and frozen.
+            reference: Loaded and sharded like the policy, and frozen; to move, it has the policy's architecture.
         """
         self._reference = reference
         self._policy, self._copy = (

@@ -100,6 +100,9 @@ RULES = {
     "optimizer.lr": above(0),
     "lr_scheduler.warmup_ratio": between(0, 1),
     "reference.name": one_of("adapter_off", "start", "model", "cached", "sync", "none"),
+    "reference.checkpoint_dir": text(),
+    "reference.dtype": one_of("bf16", "fp32"),
+    "reference.quantize": Rule(lambda v: True, "", kind=bool),
     "reference.cache_dir": text(),
     "reference.every_n_steps": at_least(1),
     "reference.alpha": Rule(lambda v: 0 < v <= 1, "above 0 and at most 1", lambda v: 1.0, float),
@@ -137,10 +140,18 @@ RULES = {
 }
 
 # Components that may be null: then there is none. For what else is a component, see its default.
-NULLABLE_COMPONENTS = ("lr_scheduler", "metric_logger")
+NULLABLE_COMPONENTS = ("lr_scheduler", "metric_logger", "reference.model")
+
+# Keys of `reference` that only some references have.
+OF_REFERENCES = {
+    **dict.fromkeys(("checkpoint_dir", "model", "dtype", "quantize"), ("model", "cached")),
+    "cache_dir": ("cached",),
+    **dict.fromkeys(("every_n_steps", "alpha"), ("sync",)),
+}
 
 EXAMPLES = {
     "model": "torchtune.models.llama3.llama3_8b",
+    "reference.model": "torchtune.models.llama3.llama3_8b",
     "tokenizer": "pairtune.tokenizer.hf_tokenizer",
     "checkpointer": "torchtune.training.FullModelHFCheckpointer",
     "lr_scheduler": "pairtune.schedules.cosine",
@@ -324,6 +335,21 @@ def check_together(cfg: dict) -> None:
     optimizer = cfg.get("optimizer")
     if optimizer and optimizer.get("lr") is None:
         raise UserError(f"optimizer.lr: {optimizer['_component_']} needs a learning rate: set optimizer.lr=...")
+    _check_reference(cfg.get("reference") or {})
+
+
+def _check_reference(reference: dict) -> None:
+    for key, names in OF_REFERENCES.items():
+        if reference.get(key) is not None and reference.get("name") not in names:
+            raise UserError(
+                f"reference.{key}={show(reference[key])}: has no effect with reference={reference.get('name')}, only "
+                f"with {' or '.join(names)}; nearest valid: reference.{key}=null or reference={names[0]}"
+            )
+    if reference.get("model") and not reference.get("checkpoint_dir"):
+        raise UserError(
+            f"reference.model={reference['model']['_component_']}: the run's own weights are those of `model`; name "
+            "the folder of this one's: reference.checkpoint_dir=..., or set reference.model=null"
+        )
 
 
 # Types and annotations

@@ -207,6 +207,27 @@ def adapt(tokenizer) -> HFTokenizer | TorchtuneTokenizer:
     )
 
 
+def check_vocabulary(tokenizer: HFTokenizer | TorchtuneTokenizer, folder: Path) -> None:
+    """Refuses a model folder whose tokenizer gives other ids than this one, as far as both are tokenizer.json.
+
+    Special tokens are not compared: a model's later versions rename those that they keep in reserve.
+
+    Raises:
+        UserError: A token is not there, or has another id.
+    """
+    if not isinstance(tokenizer, HFTokenizer) or not (folder / "tokenizer.json").is_file():
+        return
+    ours, theirs = (b.get_vocab(with_added_tokens=False) for b in (tokenizer._backend, _backend(folder)))
+    different = sorted((i, token) for token, i in ours.items() if theirs.get(token) != i)
+    if different:
+        i, token = different[0]
+        raise UserError(
+            f"{folder}: its tokenizer gives {len(different):,} of {len(ours):,} tokens another id, such as {token!r}, "
+            f"which is {i} in `tokenizer` and {theirs.get(token, 'none')} there: its log-probabilities would be of "
+            "other text; take a model with the same vocabulary"
+        )
+
+
 def common_prefix(*sequences: list[int]) -> list[int]:
     """Returns the longest list that all sequences begin with."""
     low, high = min(sequences), max(sequences)  # in dictionary order, so all others share what these two share

@@ -23,7 +23,14 @@ from pairtune.loss_advice import advice_for
 from pairtune.loss_needs import loss_inputs, mean_chosen_length, mismatched, needs, step_losses
 from pairtune.losses import kto_kl
 from pairtune.model_config import check_model
-from pairtune.reference import SecondModel, check_name
+from pairtune.reference import (
+    AsItStarts,
+    SecondModel,
+    check_reference,
+    has_second_model,
+    is_own,
+    open_second_model,
+)
 from pairtune.reference_cache import ReferenceCache, find_folder, identify
 from pairtune.tokenizer import adapt
 
@@ -45,10 +52,14 @@ DEFAULTS = {
     # The model and how it is trained
     "model": {"_component_": config.REQUIRED},  # a torchtune builder
     "reference": {
-        "name": "model",  # a second model, as the run starts; cached: that, once, then freed; sync: moved; none
+        "name": "model",  # a second model: what the run starts from, or another; cached: once; sync: moved; none
+        "checkpoint_dir": None,  # model, cached: the folder of another model with this vocabulary; null: the run's
+        "model": None,  # model, cached: its builder, if it is of another size or architecture; null: `model`
+        "dtype": None,  # model, cached: bf16 or fp32; null: the run's
+        "quantize": None,  # model, cached: true for 4 bits (NF4) in linear layers; null: false
         "cache_dir": None,  # cached: where runs share it; null: ~/.cache/pairtune/reference
-        "every_n_steps": 512,  # sync (TR-DPO): how often it moves toward the policy
-        "alpha": 0.6,  # sync: how far; 1 takes the policy's weights
+        "every_n_steps": None,  # sync (TR-DPO): how often it moves toward the policy; null: 512, as published
+        "alpha": None,  # sync: how far, 1 takes the policy's weights; null: 0.6, as published
     },
     "optimizer": {"_component_": "torch.optim.AdamW", "lr": 5e-7, "weight_decay": 0.0},
     # The model's files
@@ -124,22 +135,25 @@ def main(cfg):
     files = checkpoint.open_weights(cfg.checkpointer, run_dir)
     tokenizer = adapt(config.instantiate(cfg.tokenizer))
     loss_fn = config.instantiate(cfg.loss)
-    check_name(cfg.reference.name, loss_fn, known=("model", "cached", "sync", "none"))
-    model, second = models.full(cfg.model, dtype=cfg.dtype), None
-    if needs(loss_fn).reference and cfg.reference.name != "none":
-        second = models.full(cfg.model, dtype=cfg.dtype).requires_grad_(False).eval()
+    check_reference(cfg.reference, loss_fn, METHOD, dtype=cfg.dtype)
+    own = is_own(cfg.reference, METHOD, cfg.dtype)  # what the run starts from
+    model = models.full(cfg.model, dtype=cfg.dtype)
     if cfg.disable_dropout and models.disable_dropout(model):
         world.print("disable_dropout=true: the model's dropout has no effect\n")
-    for built in filter(None, (model, second)):
-        models.prepare(
-            built,
-            max_length=cfg.max_length,
-            vocab_size=tokenizer.vocab_size,
-            attention=cfg.attention,
-            checkpoint_activations=cfg.enable_activation_checkpointing,
-            compile_layers=cfg.compile,
-        )
+    prepared = {
+        "max_length": cfg.max_length,
+        "vocab_size": tokenizer.vocab_size,
+        "attention": cfg.attention,
+        "checkpoint_activations": cfg.enable_activation_checkpointing,
+        "compile_layers": cfg.compile,
+    }
+    models.prepare(model, **prepared)
     check_model(model, checkpoint.read_config(cfg.checkpointer.checkpoint_dir))
+    second = None
+    if has_second_model(cfg.reference, METHOD, cfg.dtype) and needs(loss_fn).reference:
+        like = {"component": cfg.model, "dtype": cfg.dtype, "files": files, "tokenizer": tokenizer, "world": world}
+        second = open_second_model(cfg.reference, METHOD, **like)
+        second.prepare(**prepared)
 
     # 3. Preference pairs
     def read_pairs(key):
@@ -166,7 +180,7 @@ def main(cfg):
 
     contract.check_pairs([*train, *held_out], tokenizer)
     config.rehearse(cfg.optimizer, cfg.lr_scheduler, cfg.loss, num_training_steps=total_steps)
-    identity = fingerprint(cfg, train, held_out, files)
+    identity = fingerprint(cfg, train, held_out, files, second.source["weight_files"] if second else ())
     if resumed:
         changes = check_same(train_state.read_values(resumed), identity, resumed, total_steps=total_steps)
         world.print("\n".join([f"resuming from {resumed}", *(f"  changed: {line}" for line in changes)]), "\n")
@@ -176,32 +190,40 @@ def main(cfg):
 
     # 4. Weights
     cache, ld_alpha = None, needs(loss_fn).ld_alpha
-    if cfg.reference.name == "cached" and second:  # its pass over all pairs, before the policy takes memory
-        folder = find_folder(cfg.reference.cache_dir)
-        source = {"component": cfg.model, "weight_files": checkpoint.weight_files(files)}
-        scored = {"ld_alpha": ld_alpha, "score_end": cfg.score_end}
-        cache = ReferenceCache(folder, identify(folder, second, world, **source, **scored), [*train, *held_out], world)
-        if cache.missing:
-            models.load(second, checkpoint.Weights(files), world=world)
-        micro = share(cache.missing, cfg.batch_size, rank=world.rank, size=world.size)
-        with torch.no_grad():
+
+    def fill(cache, reference):  # a few values of earlier runs are computed again; then those that are missing
+        with reference.weights() as frozen:
+            for pairs in share(cache.samples(16), cfg.batch_size, rank=world.rank, size=world.size):
+                batch = batch_of(pairs)
+                cache.check(pairs, *answer_logps(frozen, batch, ld_alpha))
+            micro = share(cache.missing, cfg.batch_size, rank=world.rank, size=world.size)
             for pairs in tqdm(micro, desc="reference", leave=False, disable=not world.is_main):
                 world.beat("reference")
                 batch = batch_of(pairs)
-                cache.put(pairs, *answer_logps(second, batch, ld_alpha))
+                cache.put(pairs, *answer_logps(frozen, batch, ld_alpha))
         cache.complete()
-        second = built = None
+
+    if cfg.reference.name == "cached":
+        folder = find_folder(cfg.reference.cache_dir)
+        source = {"component": cfg.model, "weight_files": checkpoint.weight_files(files)}
+        source = (second.source if second else source) | {"ld_alpha": ld_alpha, "score_end": cfg.score_end}
+        found = identify(folder, second.model if second else model, world, **source)
+        cache = ReferenceCache(folder, found, [*train, *held_out], world)
+    if cache and second:  # it leaves before the policy comes; where the cache has every value, it does not come at all
+        if cache.missing:
+            second.load(world)
+            fill(cache, SecondModel(model, second.model))
+        else:
+            world.print(f"reference: the cache has all {len(cache):,} values; its model is not loaded to check them\n")
+        second = None
         gc.collect()  # a model and the functions that it was given refer to each other
-    for built in filter(None, (model, second)):
-        models.load(built, checkpoint.Weights(files), world=world)
-    reference = SecondModel(model, second) if second else None
-    if cache:  # a few values again: the policy is the reference, before it is trained or resumed
-        model.eval()
-        with torch.no_grad():
-            for pairs in share(cache.samples(16), cfg.batch_size, rank=world.rank, size=world.size):
-                batch = batch_of(pairs)
-                cache.check(pairs, *answer_logps(model, batch, ld_alpha))
-        model.train()
+    models.load(model, checkpoint.Weights(files), world=world)
+    reference = AsItStarts(model)
+    if second:
+        second.load(world)
+        reference = SecondModel(model, second.model)
+    if cache and own:  # by the policy, which is its own reference before it is trained or resumed
+        fill(cache, reference)
         models.forget_gathered(model)
 
     # 5. Optimizer, schedule, and what is resumed: all of it is in `state`
@@ -333,7 +355,7 @@ def main(cfg):
         losses.sum().backward()
         if not resumed:
             grad_norm = models.clip_gradients(model, math.inf)
-            is_reference = cfg.disable_dropout and needed.reference and cfg.reference.name != "none"
+            is_reference = cfg.disable_dropout and needed.reference and own and cfg.reference.name != "none"
             losses = losses if values is None else values.losses
             contract.check_start(losses, rehearsed.read(world), grad_norm, loss_fn=loss_fn, is_reference=is_reference)
     samples = run_dir / "samples.jsonl"
@@ -375,8 +397,8 @@ def main(cfg):
         optimizer.zero_grad()
         if scheduler:
             scheduler.step()
-        if moves and step % cfg.reference.every_n_steps == 0:
-            reference.move(cfg.reference.alpha)
+        if moves and step % (cfg.reference.every_n_steps or 512) == 0:
+            reference.move(cfg.reference.alpha or 0.6)
         state.step = step
         progress.update()
 

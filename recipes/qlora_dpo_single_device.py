@@ -6,6 +6,7 @@ The reference policy is this model with its adapters switched off: no second cop
 Copy this file and edit it: all that a run does is below, in order.
 """
 
+import gc
 import math
 import time
 from pathlib import Path
@@ -22,7 +23,16 @@ from pairtune.loss_advice import advice_for
 from pairtune.loss_needs import loss_inputs, mean_chosen_length, mismatched, needs, step_losses
 from pairtune.losses import kto_kl
 from pairtune.model_config import check_model
-from pairtune.reference import AdapterCopy, AdaptersOff, check_name
+from pairtune.reference import (
+    AdapterCopy,
+    AdaptersOff,
+    AsItStarts,
+    SecondModel,
+    check_reference,
+    has_second_model,
+    is_own,
+    open_second_model,
+)
 from pairtune.reference_cache import ReferenceCache, find_folder, identify
 from pairtune.tokenizer import adapt
 
@@ -48,10 +58,14 @@ DEFAULTS = {
     },
     "adapter": None,  # a folder: start from its adapter (ours, PEFT's), such as one of supervised fine-tuning
     "reference": {
-        "name": "adapter_off",  # the base; cached: that, once; start: with the first adapter; sync: moved; none
+        "name": "adapter_off",  # the base; start: with `adapter`; cached: that, once; model: another; sync: moved; none
+        "checkpoint_dir": None,  # model, cached: the folder of another model with this vocabulary; null: the run's
+        "model": None,  # model, cached: its builder, if it is of another size or architecture; null: `model`
+        "dtype": None,  # model, cached: bf16 or fp32; null: the run's
+        "quantize": None,  # model, cached: true for 4 bits (NF4) in linear layers; null: true, as the base
         "cache_dir": None,  # cached: where runs share it; null: ~/.cache/pairtune/reference
-        "every_n_steps": 512,  # sync (TR-DPO): how often it moves toward the policy
-        "alpha": 0.6,  # sync: how far; 1 takes the policy's adapters
+        "every_n_steps": None,  # sync (TR-DPO): how often it moves toward the policy; null: 512, as published
+        "alpha": None,  # sync: how far, 1 takes the policy's adapters; null: 0.6, as published
     },
     "optimizer": {"_component_": "torch.optim.AdamW", "lr": 5e-6, "weight_decay": 0.0},
     # The model's files
@@ -125,23 +139,28 @@ def main(cfg):
     files = checkpoint.open_weights(cfg.checkpointer, run_dir)
     tokenizer = adapt(config.instantiate(cfg.tokenizer))
     loss_fn = config.instantiate(cfg.loss)
-    known_references = ("adapter_off", "cached", "start", "sync", "none")
-    check_name(cfg.reference.name, loss_fn, known=known_references, has_adapter=cfg.adapter is not None)
+    check_reference(cfg.reference, loss_fn, METHOD, dtype=cfg.dtype, has_adapter=cfg.adapter is not None)
+    own = is_own(cfg.reference, METHOD, cfg.dtype)  # what the run starts from
     with_copy = cfg.reference.name in ("start", "sync")
     build = {"dtype": cfg.dtype, "quantize_base": True, "frozen_copy": with_copy, "world": world}
     model = models.lora(cfg.model, **cfg.lora, **build)
     if cfg.disable_dropout and models.disable_dropout(model):
         world.print("disable_dropout=true: the model's dropout, such as lora.dropout, has no effect\n")
-    models.prepare(
-        model,
-        max_length=cfg.max_length,
-        vocab_size=tokenizer.vocab_size,
-        attention=cfg.attention,
-        checkpoint_activations=cfg.enable_activation_checkpointing,
-        compile_layers=cfg.compile,
-    )
+    prepared = {
+        "max_length": cfg.max_length,
+        "vocab_size": tokenizer.vocab_size,
+        "attention": cfg.attention,
+        "checkpoint_activations": cfg.enable_activation_checkpointing,
+        "compile_layers": cfg.compile,
+    }
+    models.prepare(model, **prepared)
     check_model(model, checkpoint.read_config(cfg.checkpointer.checkpoint_dir))
     adapter = adapters.read_adapter(cfg.adapter, model, files) if cfg.adapter else None
+    second = None
+    if has_second_model(cfg.reference, METHOD, cfg.dtype) and needs(loss_fn).reference:
+        like = {"component": cfg.model, "dtype": cfg.dtype, "files": files, "tokenizer": tokenizer, "world": world}
+        second = open_second_model(cfg.reference, METHOD, **like)
+        second.prepare(**prepared)
 
     # 3. Preference pairs
     def read_pairs(key):
@@ -168,7 +187,7 @@ def main(cfg):
 
     contract.check_pairs([*train, *held_out], tokenizer)
     config.rehearse(cfg.optimizer, cfg.lr_scheduler, cfg.loss, num_training_steps=total_steps)
-    identity = fingerprint(cfg, train, held_out, files)
+    identity = fingerprint(cfg, train, held_out, files, second.source["weight_files"] if second else ())
     if resumed:
         changes = check_same(train_state.read_values(resumed), identity, resumed, total_steps=total_steps)
         world.print("\n".join([f"resuming from {resumed}", *(f"  changed: {line}" for line in changes)]), "\n")
@@ -178,14 +197,8 @@ def main(cfg):
 
     # 4. Weights
     cache, ld_alpha = None, needs(loss_fn).ld_alpha
-    if cfg.reference.name == "cached":
-        folder = find_folder(cfg.reference.cache_dir)
-        source = {"component": cfg.model, "weight_files": checkpoint.weight_files(files)}
-        scored = {"ld_alpha": ld_alpha, "score_end": cfg.score_end}
-        cache = ReferenceCache(folder, identify(folder, model, world, **source, **scored), [*train, *held_out], world)
-    models.load(model, checkpoint.Weights(files), world=world, adapter=adapter)
-    reference = AdapterCopy(model) if with_copy else AdaptersOff(model)
-    if cache:  # a few values again; then those that are missing
+
+    def fill(cache, reference):  # a few values of earlier runs are computed again; then those that are missing
         with reference.weights() as frozen:
             for pairs in share(cache.samples(16), cfg.batch_size, rank=world.rank, size=world.size):
                 batch = batch_of(pairs)
@@ -196,6 +209,30 @@ def main(cfg):
                 batch = batch_of(pairs)
                 cache.put(pairs, *answer_logps(frozen, batch, ld_alpha))
         cache.complete()
+
+    if cfg.reference.name == "cached":
+        folder = find_folder(cfg.reference.cache_dir)
+        source = {"component": cfg.model, "weight_files": checkpoint.weight_files(files)}
+        if cfg.adapter:
+            source["adapter_files"] = [adapters.find_weights(cfg.adapter)]
+        source = (second.source if second else source) | {"ld_alpha": ld_alpha, "score_end": cfg.score_end}
+        found = identify(folder, second.model if second else model, world, **source)
+        cache = ReferenceCache(folder, found, [*train, *held_out], world)
+    if cache and second:  # it leaves before the policy comes; where the cache has every value, it does not come at all
+        if cache.missing:
+            second.load(world)
+            fill(cache, SecondModel(model, second.model))
+        else:
+            world.print(f"reference: the cache has all {len(cache):,} values; its model is not loaded to check them\n")
+        second = None
+        gc.collect()  # a model and the functions that it was given refer to each other
+    models.load(model, checkpoint.Weights(files), world=world, adapter=adapter)
+    reference = AdapterCopy(model) if with_copy else AsItStarts(model) if cfg.adapter else AdaptersOff(model)
+    if second:
+        second.load(world)
+        reference = SecondModel(model, second.model)
+    if cache and own:  # by the policy, which is its own reference before it is trained or resumed
+        fill(cache, reference)
         models.forget_gathered(model)
 
     # 5. Optimizer, schedule, and what is resumed: all of it is in `state`
@@ -327,7 +364,7 @@ def main(cfg):
         losses.sum().backward()
         if not resumed:
             grad_norm = models.clip_gradients(model, math.inf)
-            is_reference = cfg.disable_dropout and needed.reference and cfg.reference.name != "none"
+            is_reference = cfg.disable_dropout and needed.reference and own and cfg.reference.name != "none"
             losses = losses if values is None else values.losses
             contract.check_start(losses, rehearsed.read(world), grad_norm, loss_fn=loss_fn, is_reference=is_reference)
     samples = run_dir / "samples.jsonl"
@@ -368,8 +405,8 @@ def main(cfg):
         optimizer.zero_grad()
         if scheduler:
             scheduler.step()
-        if moves and step % cfg.reference.every_n_steps == 0:
-            reference.move(cfg.reference.alpha)
+        if moves and step % (cfg.reference.every_n_steps or 512) == 0:
+            reference.move(cfg.reference.alpha or 0.6)
         state.step = step
         progress.update()
 

@@ -111,7 +111,10 @@ def test_ours_and_torchtunes_are_interchangeable(run, name, same):
         (["loss=simpo", "loss.f_divergence=js"], "loss.f_divergence: simpo has no such argument"),
         (["loss=sigmoid", "loss.f_divergence=jss"], "must be one of reverse_kl"),
         (["reference=adapter_of"], "reference.name=adapter_of"),
-        (["reference=model"], "this recipe has adapter_off, cached, start, sync, none"),
+        (
+            ["reference=model"],
+            "reference=model: would hold the base a second time, which is here already; use reference=adapter_off",
+        ),
         (["loss=simpo", "reference=cached"], "reference=cached: this loss has no reference"),
         (["reference=sync", "reference.alpha=1.5"], "reference.alpha=1.5: must be above 0 and at most 1"),
     ],
