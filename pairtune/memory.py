@@ -90,7 +90,7 @@ def step_memory(
 
     Args:
         policy: On the meta device, from models.full or models.lora and models.prepare.
-        reference: Full DPO's second model; None: the policy with its adapters off.
+        reference: A second model, likewise; None: the policy with its adapters off.
         batch: A micro-batch.
         optimizer: The config's block.
 
@@ -103,7 +103,7 @@ def step_memory(
     held = {"weights": [*policy.parameters()], "reference": [], "optimizer state": state}
     if reference is not None:
         held["reference"] = [*reference.parameters()]
-    ledger = _Ledger(policy.tok_embeddings.num_embeddings)
+    ledger = _Ledger(*filter(None, (policy, reference)))
     for part, tensors in held.items():
         ledger.own(tensors, part, setting.share)
     for model, part in ((policy, "weights"), (reference, "reference")):
@@ -125,6 +125,23 @@ def step_memory(
         optimizer=num_bytes(state),
         host=num_bytes(on_host) // setting.num_shards if setting.cpu_offload else 0,
     )
+
+
+def pass_memory(reference: TransformerDecoder, batch: PairBatch, setting: Setting) -> int:
+    """Returns the peak bytes a device while a second model fills a cache: it is alone, and keeps nothing for backward.
+
+    Args:
+        reference, batch, setting: As for `step_memory`.
+    """
+    ledger = _Ledger(reference)
+    ledger.own(reference.parameters(), "reference", setting.share)
+    _fill_rope(reference)
+    ledger.own(reference.buffers(), "reference")
+    sharding = _Sharding(reference, None, setting, ledger)
+    with _kernels_of(setting.device), ledger, torch.no_grad():
+        sharding.forward()
+        logps.answer_logps(reference, batch.to(META))
+    return round(sum(ledger.peak.values()))
 
 
 def worst_batch(batch_size: int, max_length: int, row_length: int | None = None) -> PairBatch:
@@ -219,12 +236,12 @@ class _Ledger(TorchDispatchMode):
     What an operation returns counts until the last reference to its storage is gone, as in an allocator.
     """
 
-    def __init__(self, vocabulary: int):
+    def __init__(self, *models: TransformerDecoder):
         super().__init__()
         self.sizes: Counter[str] = Counter()  # part -> bytes a device
         self.peak: Counter[str] = Counter()
         self.new = ("activations", 1.0)  # the part of new tensors, and what a device holds of them
-        self._vocabulary = vocabulary
+        self._vocabularies = {model.tok_embeddings.num_embeddings for model in models}
         self._total, self._most = 0.0, 0.0
         self._entries: dict[int, tuple[str, float, weakref.ref]] = {}  # by a storage's address: part, bytes
 
@@ -250,7 +267,7 @@ class _Ledger(TorchDispatchMode):
             if isinstance(tensor, Tensor) and tensor.is_meta:
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self._entries:
-                    is_logits = tensor.dim() > 1 and tensor.shape[-1] == self._vocabulary
+                    is_logits = tensor.dim() > 1 and tensor.shape[-1] in self._vocabularies
                     self._enter(storage, *(("logits", 1.0) if is_logits else self.new))
         return result
 
@@ -287,14 +304,13 @@ class _Sharding:
         self._setting, self._ledger = setting, ledger
         layers = [p for layer in policy.layers for p in layer.parameters()]
         of_layers = set(map(id, layers))
-        root = [p for p in policy.parameters() if id(p) not in of_layers]
         self._trained = {p: id(p) in of_layers for p in policy.parameters() if p.requires_grad}
         self._trained_root = [p for p, in_layer in self._trained.items() if not in_layer]
-        self._layer = num_bytes(layers) / len(policy.layers)
-        self._root = num_bytes(root)
-        self._second_root = self._root if reference is not None else 0
+        self._layer, self._root = _block_bytes(policy)
+        # Without a second model, the reference's forward is one more of the policy's, whose root is there already.
+        self._second_layer, self._second_root = (self._layer, 0) if reference is None else _block_bytes(reference)
         numbers = sum(p.numel() for p in layers if p.requires_grad) / len(policy.layers)
-        item = next(iter(self._trained)).element_size()
+        item = next((p.element_size() for p in self._trained), 0)
         self._reducing = numbers * (item + 4)  # a layer's gradients, and in float32 those of the one before
 
     def accumulate(self) -> None:
@@ -309,8 +325,8 @@ class _Sharding:
 
     def reference_forward(self) -> None:
         root = self._root + self._second_root
-        self._gather(root + self._second_root + self._layer, root + self._layer)
-        self._gather(root + 2 * self._layer, root + self._layer)
+        self._gather(root + self._second_root + self._second_layer, root + self._second_layer)
+        self._gather(root + 2 * self._second_layer, root + self._second_layer)
 
     def backward(self) -> None:
         self._gather(self._root + 2 * self._layer + self._reducing, self._root + self._layer + self._reducing)
@@ -343,6 +359,12 @@ class _Sharding:
         else:  # in float32 once there are several to add up
             share = 4 / parameter.element_size() if self._setting.micro_batches > 1 else 1
             self._ledger.own([parameter.grad], "whole gradients", share)
+
+
+def _block_bytes(model: TransformerDecoder) -> tuple[float, int]:
+    """Returns the bytes of a layer and of the root: embedding, last norm and output."""
+    layers = num_bytes(p for layer in model.layers for p in layer.parameters())
+    return layers / len(model.layers), num_bytes(model.parameters()) - layers
 
 
 # Kernels

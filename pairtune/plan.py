@@ -4,7 +4,7 @@ How a step's memory is counted is in memory.py; here is what a config and device
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,8 @@ from pairtune import data, models
 from pairtune.config import instantiate, load
 from pairtune.errors import UserError
 from pairtune.loss_needs import needs
-from pairtune.memory import PARTS, Setting, StepMemory, step_memory, worst_batch
+from pairtune.memory import PARTS, Setting, StepMemory, pass_memory, step_memory, worst_batch
+from pairtune.reference import KNOWN, check_reference, frozen_model, has_second_model
 
 GIB = 2**30
 USABLE = 0.9  # of a GPU; the rest is left to CUDA, NCCL and what the allocator cannot use
@@ -57,6 +58,7 @@ class Plan:
     num_steps: int | None
     export: int
     num_checkpoints: int  # that lie on the disk at a time
+    reference_pass: int = 0  # bytes a device at its fullest moment; 0 without a second model that fills a cache
 
     @property
     def checkpoint(self) -> int:
@@ -64,9 +66,14 @@ class Plan:
         return self.memory.trained + self.memory.optimizer
 
     @property
+    def peak(self) -> int:
+        """Bytes a device, of a training step or of what comes before."""
+        return max(self.memory.total, self.reference_pass)
+
+    @property
     def fits(self) -> bool | None:
         """Whether a device holds it; None where its memory is not known."""
-        return None if self.run.gpu_memory is None else self.memory.total <= USABLE * self.run.gpu_memory * GIB
+        return None if self.run.gpu_memory is None else self.peak <= USABLE * self.run.gpu_memory * GIB
 
     def __str__(self) -> str:
         unit, size_of_unit = ("GiB", GIB) if self.memory.total >= GIB else ("MiB", GIB / 1024)
@@ -86,6 +93,9 @@ class Plan:
             *(_line(f"  {part}", amount(size), PARTS[part]) for part, size in self.memory.parts.items()),
             _line("  together", amount(self.memory.total)),
         ]
+        if self.reference_pass:
+            note = "the second model alone, before training; none where the cache has every value"
+            lines.append(_line("reference's pass", amount(self.reference_pass), note))
         if self.memory.host:
             lines += [f"{unit} a process in host memory", _line("  shards", amount(self.memory.host))]
         lines.append(f"{unit} on the disk")
@@ -99,7 +109,7 @@ class Plan:
 
     def of_memory(self) -> str:
         """Returns how much of a device's memory it takes, in words."""
-        return f"{self.memory.total / GIB:.2f} of {self.run.gpu_memory:.4g} GiB a device"
+        return f"{self.peak / GIB:.2f} of {self.run.gpu_memory:.4g} GiB a device"
 
     def _devices(self) -> str:
         kind = "GPU" if self.device == "cuda" else "CPU"
@@ -159,12 +169,12 @@ def plan_config(cfg: DictConfig, method: str, run: Run) -> Plan:
         micro_batches=math.ceil(cfg.pairs_per_step / (cfg.batch_size * run.gpus)),
         cpu_offload=cfg.get("fsdp_cpu_offload", False),
     )
-    reference_name = (cfg.get("reference") or {}).get("name", "model")
-    policy, reference = build(
+    loss_fn, reference = instantiate(cfg.loss), cfg.get("reference") or {"name": KNOWN[method][0]}
+    check_reference(reference, loss_fn, method, dtype=cfg.dtype, has_adapter=cfg.get("adapter") is not None)
+    policy, second = build(
         method,
         cfg.model,
-        second_model=reference_name in ("model", "sync") and needs(instantiate(cfg.loss)).reference,
-        frozen_copy=reference_name in ("start", "sync"),
+        reference=reference if needs(loss_fn).reference else {"name": "none"},
         lora=cfg.get("lora"),
         dtype=cfg.dtype,
         max_length=cfg.max_length,
@@ -178,11 +188,13 @@ def plan_config(cfg: DictConfig, method: str, run: Run) -> Plan:
     row_length = math.ceil(max_tokens / ROW_MULTIPLE) * ROW_MULTIPLE if policy.dense_attention else None
     batch_size = min(cfg.batch_size, math.ceil(cfg.pairs_per_step / run.gpus))
     batch = worst_batch(batch_size, cfg.max_length, row_length)
+    live, passing = (None, second) if reference["name"] == "cached" else (second, None)
     num_parameters, num_trained = models.num_parameters(policy)
     num_rows = _num_rows(cfg.dataset)
     return Plan(
         run=run,
-        memory=step_memory(policy, reference, batch, OmegaConf.to_container(cfg.optimizer), setting),
+        memory=step_memory(policy, live, batch, OmegaConf.to_container(cfg.optimizer), setting),
+        reference_pass=pass_memory(passing, batch, setting) if passing else 0,
         device=setting.device,
         dtype=cfg.dtype,
         num_parameters=num_parameters,
@@ -210,27 +222,26 @@ def build(
     dropout: bool = False,
     setting: Setting,
     num_processes: int = 1,
-    second_model: bool = True,
-    frozen_copy: bool = False,
+    reference: Mapping | None = None,
 ):
-    """Returns a recipe's policy and its second model, on the meta device; for LoRA and QLoRA the second is None.
+    """Returns a recipe's policy and its second model or None, on the meta device.
 
     Args:
-        second_model: The reference of full DPO is a model in memory.
-        frozen_copy: That of LoRA and QLoRA is a copy of the adapters.
+        reference: The config's block; None: the method's default.
     """
-    reference = None
+    reference, second = reference or {"name": KNOWN[method][0]}, None
+    processes = SimpleNamespace(num_shards=setting.num_shards, shards=setting.shards, size=num_processes)
     if method == "full":
         policy = models.full(component, dtype=dtype)
-        if second_model:
-            reference = models.full(component, dtype=dtype).requires_grad_(False).eval()
     else:
-        processes = SimpleNamespace(num_shards=setting.num_shards, shards=setting.shards, size=num_processes)
+        frozen_copy = reference["name"] in ("start", "sync")
         kind = {"dtype": dtype, "quantize_base": method == "qlora", "frozen_copy": frozen_copy}
         policy = models.lora(component, **lora, **kind, world=processes)
+    if has_second_model(reference, method, dtype):
+        second = frozen_model(reference, method, component=component, dtype=dtype, world=processes)
     if not dropout:
         models.disable_dropout(policy)
-    for model in (policy, reference):
+    for model in (policy, second):
         if model is not None:
             models.prepare(
                 model,
@@ -238,7 +249,7 @@ def build(
                 attention=attention,
                 checkpoint_activations=checkpoint_activations,
             )
-    return policy, reference
+    return policy, second
 
 
 def _num_shards(gpus: int, copies: int) -> int:
@@ -298,10 +309,10 @@ class Change:
 def smallest_change(run: Run, read_recipe: ReadRecipe) -> tuple[list[Change], Plan] | None:
     """Returns what makes a run fit that does not, and the plan with it; None where nothing here does.
 
-    Tried alone, in this order, each as little as is enough: fewer pairs at a time, full DPO's reference from a cache,
-    activation checkpointing, all of a device's pairs at a time (then FSDP2 keeps no whole gradients), more GPUs, CPU
-    offload, LoRA, QLoRA, shorter pairs. Where none is enough, several: what lowers the total is put together in the
-    same order until it fits, and what turns out not to be needed is left out again.
+    Tried alone, in this order, each as little as is enough: fewer pairs at a time, a second model's values from a
+    cache, activation checkpointing, all of a device's pairs at a time (then FSDP2 keeps no whole gradients), more GPUs,
+    CPU offload, a second model in 4 bits, LoRA, QLoRA, shorter pairs. Where none is enough, several: what lowers the
+    total is put together in the same order until it fits, and what turns out not to be needed is left out again.
     """
     knobs = _knobs(run, read_recipe)
     trials = _Trials(run, read_recipe)
@@ -359,7 +370,7 @@ class _Trials:
     def total(self, changes: Iterable[Change]) -> float:
         """Returns the bytes a device."""
         found = self.plan(changes)
-        return math.inf if found is None else found.memory.total
+        return math.inf if found is None else found.peak
 
 
 def _least(knob: list[Change], fits: Callable[[Change], bool]) -> Change | None:
@@ -376,7 +387,8 @@ def _knobs(run: Run, read_recipe: ReadRecipe) -> list[list[Change]]:
     distributed, pairs = is_distributed(defaults), cfg.pairs_per_step
     fewer = [n for n in range(cfg.batch_size - 1, 0, -1) if pairs % n == 0]
     knobs = [[_override(f"batch_size={n}") for n in fewer]]
-    if method == "full" and (cfg.get("reference") or {}).get("name") == "model":
+    reference = cfg.get("reference") or {"name": KNOWN[method][0]}
+    if reference["name"] == "model":
         knobs.append([_override("reference=cached")])
     if not cfg.enable_activation_checkpointing:
         knobs.append([_override("enable_activation_checkpointing=true")])
@@ -386,6 +398,8 @@ def _knobs(run: Run, read_recipe: ReadRecipe) -> list[list[Change]]:
         knobs.append([Change(f"--gpus {run.gpus * n}", gpus=run.gpus * n) for n in (2, 4, 8)])
         if not cfg.fsdp_cpu_offload:
             knobs.append([_override("fsdp_cpu_offload=true")])
+    if reference["name"] != "sync" and has_second_model(reference, method, cfg.dtype):
+        knobs.append([_override("reference.quantize=true")])
     for other in {"full": ("lora", "qlora"), "lora": ("qlora",), "qlora": ()}[method]:
         name = f"{other}_dpo_{'distributed' if distributed else 'single_device'}"
         knobs.append([Change(f"--recipe {name}", recipe=name)])

@@ -145,7 +145,7 @@ def open_second_model(
     tokenizer,
     world: World | None = None,
 ) -> FrozenModel:
-    """Returns a second model and its files, which belong together; no weight is read yet.
+    """Returns a second model and its files, which belong together: no value of a weight is read yet.
 
     Args:
         reference, method, component, dtype, world: As for `frozen_model`.
@@ -153,7 +153,7 @@ def open_second_model(
         tokenizer: The run's, from tokenizer.adapt: the reference reads its tokens.
 
     Raises:
-        UserError: As frozen_model, checkpoint.open_weights, check_model and check_vocabulary.
+        UserError: As frozen_model, checkpoint.open_weights, check_model, check_vocabulary and models.load.
     """
     model = frozen_model(reference, method, component=component, dtype=dtype, world=world)
     folder = reference.get("checkpoint_dir")
@@ -162,6 +162,8 @@ def open_second_model(
             files = checkpoint.open_like(files, folder)
             check_model(model, checkpoint.read_config(folder))
             check_vocabulary(tokenizer, Path(folder))
+            whole = models.full(reference.get("model") or component, dtype=dtype)  # NF4 changes no name or shape
+            models.load(whole, checkpoint.Weights(files).empty, world=World(torch.device("meta")))
     return FrozenModel(model, reference.get("model") or component, files, reference)
 
 

@@ -19,6 +19,7 @@ from pairtune.errors import UserError
 from pairtune.formats import detect_format
 from pairtune.loader import Steps
 from pairtune.model_config import check_model
+from pairtune.reference import KNOWN, check_reference, is_own, open_second_model
 from pairtune.rows import looks_like_path
 from pairtune.tokenizer import adapt
 
@@ -79,6 +80,10 @@ class Validation:
         sizes = ("model", "lora", "dtype", "max_length", "attention", "compile", "enable_activation_checkpointing")
         answers["model"] = ask(f"{method} model", lambda: _model(method, cfg, found.value), *files, *sizes)
         answers["weights"] = ask("weights", lambda: self._weights(cfg), "checkpointer", "model")
+        reference = cfg.get("reference") or {"name": KNOWN[method][0]}
+        if reference["name"] != KNOWN[method][0] or not is_own(reference, method, cfg.dtype):
+            about = (*files, "model", "dtype", "max_length", "attention", "compile", "reference", "adapter", "loss")
+            answers["reference"] = ask(f"{method} reference", lambda: self._reference(method, cfg, found.value), *about)
         for key in ("dataset", "eval_dataset"):
             if cfg[key].source:
                 budget = ("max_length", "max_prompt_length")
@@ -109,6 +114,24 @@ class Validation:
         base = models.full(cfg.model, dtype=cfg.dtype)  # adapters and NF4 change no name or shape of the base
         models.load(base, weights.empty, world=World(torch.device("meta")))
         return f"{len(weights):,} tensors, names and shapes as in the model", None
+
+    def _reference(self, method: str, cfg: DictConfig, tokenizer) -> tuple[str, Any]:
+        reference, loss_fn = cfg.reference, config.instantiate(cfg.loss)
+        check_reference(reference, loss_fn, method, dtype=cfg.dtype, has_adapter=cfg.get("adapter") is not None)
+        if is_own(reference, method, cfg.dtype):
+            return reference.name, None
+        if reference.checkpoint_dir:
+            self._must_be_here(reference.checkpoint_dir, "reference.checkpoint_dir")
+        self._must_be_here(cfg.checkpointer.checkpoint_dir, "checkpointer.checkpoint_dir")
+        like = {"component": cfg.model, "dtype": cfg.dtype, "tokenizer": tokenizer}
+        with tempfile.TemporaryDirectory() as run_dir:
+            files = checkpoint.open_weights(cfg.checkpointer, Path(run_dir))
+            second = open_second_model(reference, method, files=files, **like)
+        second.prepare(
+            max_length=cfg.max_length, vocab_size=tokenizer.vocab_size if tokenizer else 0,
+            attention=cfg.attention, compile_layers=cfg.compile,
+        )  # fmt: skip
+        return f"{reference.name}, {models.num_parameters(second.model)[0]:,} parameters of its own", None
 
     def _pairs(self, key: str, cfg: DictConfig, tokenizer) -> tuple[str, Any]:
         source = cfg[key]

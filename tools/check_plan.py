@@ -28,6 +28,7 @@ from torchtune.rlhf.loss import DPOLoss  # noqa: E402
 
 from pairtune import dist, memory, models, plan  # noqa: E402
 from pairtune.logps import answer_logps  # noqa: E402
+from pairtune.reference import frozen_model  # noqa: E402
 
 MODEL = {
     "_component_": "torchtune.models.llama3.llama3", "vocab_size": 2000, "num_layers": 4, "num_heads": 4,
@@ -36,6 +37,7 @@ MODEL = {
 WIDE = {"embed_dim": 256, "intermediate_dim": 768, "num_kv_heads": 4}  # what NF4 can cut in two
 LORA = {"rank": 8, "alpha": 16.0, "dropout": 0.0, "modules": ["q_proj", "k_proj", "v_proj", "output_proj", "mlp"]}
 OPTIMIZER = {"_component_": "torch.optim.AdamW", "lr": 1e-4}
+FOUR_BIT = {"name": "model", "quantize": True}
 STEPS = 2  # from the second on, the optimizer has its state
 
 
@@ -53,6 +55,7 @@ class Case:
     attention: str = "segments"
     sizes: dict = field(default_factory=dict)
     modules: tuple[str, ...] = ()
+    reference: dict | None = None  # as in a config
 
     def __str__(self) -> str:
         component = self.component
@@ -60,6 +63,7 @@ class Case:
         words += [f"V {component['vocab_size']:,}", f"D {component['embed_dim']}"]
         words += ["checkpointing"] * self.checkpointing + ["mask"] * (self.attention == "mask")
         words += [f"{self.micro_batches} micro-batches"] * (self.micro_batches > 1) + list(self.modules)
+        words += ["4-bit second model"] * (self.reference is not None)
         return ", ".join(words)
 
     @property
@@ -86,11 +90,13 @@ CASES = (
     Case("lora", "bf16", 4, 40, 60, micro_batches=2, sizes={"vocab_size": 8000}, modules=("q_proj", "mlp", "output")),
     Case("qlora", "fp32", 1, 60, 60, sizes=WIDE),
     Case("qlora", "bf16", 4, 120, 60, checkpointing=True, sizes=WIDE),
+    Case("lora", "fp32", 2, 40, 60, sizes=WIDE, reference=FOUR_BIT),
 )
 SHARDED_CASES = (
     Case("full", "fp32", 2, 40, 60, sizes=WIDE),
     Case("full", "bf16", 4, 40, 60, micro_batches=3, checkpointing=True, sizes=WIDE),
     Case("qlora", "fp32", 2, 40, 60, micro_batches=2, sizes=WIDE),
+    Case("lora", "fp32", 2, 40, 60, sizes=WIDE, reference=FOUR_BIT),
 )
 
 
@@ -100,6 +106,7 @@ def predict(case: Case, num_shards: int = 1) -> memory.StepMemory:
     policy, reference = plan.build(
         case.method, case.component, lora=case.lora, dtype=case.dtype, max_length=case.prompt + case.answer,
         attention=case.attention, checkpoint_activations=case.checkpointing, setting=setting, num_processes=num_shards,
+        reference=case.reference,
     )  # fmt: skip
     return memory.step_memory(policy, reference, case.batch(), OPTIMIZER, setting)
 
@@ -129,6 +136,9 @@ def _build(case: Case, world: dist.World):
         quantize = case.method == "qlora"
         policy = models.lora(case.component, **case.lora, dtype=case.dtype, quantize_base=quantize, world=world)
         reference = None
+        if case.reference:
+            like = {"component": case.component, "dtype": case.dtype, "world": world}
+            reference = frozen_model(case.reference, case.method, **like)
     for model in (policy, reference):
         if model is not None:
             models.prepare(
