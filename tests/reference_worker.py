@@ -13,35 +13,41 @@ from torch.nn.functional import logsigmoid
 from pairtune import dist, models
 from pairtune.batch import lay_out
 from pairtune.logps import answer_logps
-from pairtune.reference import AdapterCopy, SecondModel
+from pairtune.reference import AdapterCopy, SecondModel, frozen_model
 
 COMPONENT = {"_component_": "torchtune.models.llama3.llama3", **SHARDED_SIZES}
 LORA = {"rank": 3, "alpha": 6.0, "dropout": 0.0, "modules": ["q_proj", "v_proj", "mlp"]}  # 3: shards are uneven
 PAIRS = [random_pairs(4, seed=seed) for seed in range(5)]  # by step
 
 
-def build(method, world, *, output=False, checkpointing=False):
-    """Returns policy and reference; the adapters are away from zero, as those of an SFT run."""
+def build(method, world, *, output=False, checkpointing=False, second=None):
+    """Returns policy and reference; the adapters are away from zero, as those of an SFT run.
+
+    `second` is the config's block of a model with other weights, in the place of one that moves.
+    """
     lora = LORA | {"modules": [*LORA["modules"], *(["output"] if output else [])]}
     if method == "full":
-        model, second = (models.full(COMPONENT, dtype="fp32") for _ in range(2))
-        second.requires_grad_(False).eval()
-        adapter = None
+        model, adapter = models.full(COMPONENT, dtype="fp32"), None
+        frozen = models.full(COMPONENT, dtype="fp32").requires_grad_(False).eval()
     else:
         options = {"dtype": "fp32", "quantize_base": method == "qlora", "frozen_copy": True, "world": world}
-        model, second = models.lora(COMPONENT, **lora, **options), None
+        model, frozen = models.lora(COMPONENT, **lora, **options), None
         generator = torch.Generator().manual_seed(1)
         shapes = sorted(models.adapter_shapes(model).items())
         adapter = {name: torch.randn(shape, generator=generator) * 0.05 for name, shape in shapes}
-    for policy in filter(None, (model, second)):
+    if second:
+        frozen = frozen_model(second, method, component=COMPONENT, dtype="fp32", world=world)
+    for policy in filter(None, (model, frozen)):
+        seed = 1 if second and policy is frozen else 0
         models.prepare(policy, max_length=128, checkpoint_activations=checkpointing)
-        models.load(policy, tiny_llama(**SHARDED_SIZES).state_dict(), world=world, adapter=adapter)
-    return model, SecondModel(model, second) if second else AdapterCopy(model)
+        start = adapter if policy is model else None
+        models.load(policy, tiny_llama(seed=seed, **SHARDED_SIZES).state_dict(), world=world, adapter=start)
+    return model, SecondModel(model, frozen) if frozen else AdapterCopy(model)
 
 
-def train(method, world, *, alpha=0.6, every=2, reference_first=False, folder=None, **options):
+def train(method, world, *, alpha=0.6, every=2, reference_first=False, folder=None, second=None, **options):
     """Returns losses by step, answers' log-probabilities under both models at the end, and trained weights' sums."""
-    model, reference = build(method, world, **options)
+    model, reference = build(method, world, second=second, **options)
     lr = 0.2 if method == "full" else 2.0
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
 
@@ -67,10 +73,11 @@ def train(method, world, *, alpha=0.6, every=2, reference_first=False, folder=No
             with torch.no_grad():
                 answer_logps(model, batch)  # as an evaluation does: FSDP2's root stays whole after it
             reference_logps(batch)
-            reference.move(alpha)
+            if not second:
+                reference.move(alpha)
     batch = lay_out(PAIRS[0])
     result = {"losses": losses, "reference": torch.cat(reference_logps(batch)).tolist()}
-    if folder:
+    if folder and not second:
         result["restored"] = save_move_restore(reference, reference_logps, batch, folder)
     with torch.no_grad():
         result["policy"] = torch.cat(answer_logps(model, batch)).tolist()
