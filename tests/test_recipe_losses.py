@@ -5,12 +5,25 @@ import math
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
-from helpers import NF4_SIZES, ROOT, SHARDED_SIZES, random_pairs, run_config, run_recipe, save_llama, save_pairs
+from helpers import (
+    NF4_SIZES,
+    ROOT,
+    SHARDED_SIZES,
+    padded_logps,
+    random_pairs,
+    run_config,
+    run_recipe,
+    save_llama,
+    save_pairs,
+    tiny_llama,
+)
 from safetensors.torch import load_file
 
+from pairtune import models
 from pairtune.errors import UserError
 from pairtune.metrics import read_log
 from pairtune.preference_losses import LOSSES
@@ -117,6 +130,32 @@ def test_ours_and_torchtunes_are_interchangeable(run, name, same):
         ),
         (["loss=simpo", "reference=cached"], "reference=cached: this loss has no reference"),
         (["reference=sync", "reference.alpha=1.5"], "reference.alpha=1.5: must be above 0 and at most 1"),
+        (["reference.alpha=0.5"], "reference.alpha=0.5: has no effect with reference=adapter_off, only with sync"),
+        (["reference=start", "reference.every_n_steps=9"], "reference.every_n_steps=9: has no effect with"),
+        (["reference.checkpoint_dir=x"], "only with model or cached; nearest valid: reference.checkpoint_dir=null or"),
+        (["reference=sync", "reference.quantize=true"], "reference.quantize=true: has no effect with reference=sync"),
+        (["reference=none", "reference.dtype=bf16"], "reference.dtype=bf16: has no effect with reference=none"),
+        (["reference=model", "reference.dtype=fp8"], "reference.dtype=fp8: must be one of bf16, fp32"),
+        (["reference=model", "reference.cache_dir=x"], "reference.cache_dir=x: has no effect with reference=model"),
+        (
+            ["reference=model", "reference.model=torchtune.models.llama3.llama3_8b"],
+            "reference.model=torchtune.models.llama3.llama3_8b: the run's own weights are those of `model`",
+        ),
+        (
+            ["reference=model", "reference.checkpoint_dir=x", "reference.model=torchtune.models.llama3.lama3_8b"],
+            "reference.model._component_=torchtune.models.llama3.lama3_8b: cannot be imported",
+        ),
+        (
+            ["reference=model", "reference.checkpoint_dir=x", "reference.model=torch.optim.AdamW"],
+            "reference.model._component_=torch.optim.AdamW: makes no model",
+        ),
+        (["reference=model", "reference.checkpoint_dir=nowhere"], "reference.checkpoint_dir=nowhere: no such folder"),
+        (
+            ["loss=simpo", "reference=model", "reference.checkpoint_dir=x"],
+            "reference=model: this loss has no reference, and none is loaded",
+        ),
+        (["adapter=x", "reference=model"], "reference=model: the run starts from an adapter"),
+        (["adapter=x", "reference=cached", "reference.quantize=true"], "the model without it is another one"),
     ],
 )
 def test_what_a_loss_or_recipe_does_not_have_is_refused(run, settings, words):
@@ -193,6 +232,57 @@ def test_a_moving_reference_survives_resuming_bit_for_bit(run, tmp_path, method)
     ]
 
 
+OTHER_SIZES = NF4_SIZES | {"num_layers": 2}
+OTHER = [f"reference.model={json.dumps({'_component_': 'torchtune.models.llama3.llama3', **OTHER_SIZES})}"]
+
+
+@pytest.fixture
+def other(tmp_path):
+    """Settings of a reference with a layer less and weights of its own."""
+    save_llama(tmp_path / "other", sizes=OTHER_SIZES, seed=3)
+    return [f"reference.checkpoint_dir={tmp_path / 'other'}", *OTHER]
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_another_model_is_the_reference_in_every_recipe(run, other, method):
+    """Rewards before the first update, from torchtune's padded forward of both models."""
+    quantize = ["reference.quantize=false"] if method == "qlora" else []  # there it is in 4 bits like the base
+    log = run(f"{method}_dpo_single_device", "reference=model", *other, *quantize, "pairs_per_step=40", "max_steps=1")
+    chosen, rejected = padded_logps(tiny_llama(seed=3, **OTHER_SIZES), random_pairs(40, seed=1)).chunk(2)
+    for name, values in (("chosen", chosen), ("rejected", rejected)):
+        found = log[0][f"logps/{name}"] - log[0][f"rewards/{name}"] / 0.1  # reward = beta (policy - reference)
+        assert found == pytest.approx(float(values.mean()), rel=1e-5)
+    assert abs(log[0]["rewards/margins"]) > 0.01  # which no start from the reference has
+
+
+def test_a_starting_adapter_and_another_reference_go_together(run, other, tmp_path):
+    run("lora_dpo_single_device", "loss=sft", "max_steps=2", name="sft")
+    adapter = f"adapter={tmp_path / 'sft' / 'export' / 'adapter'}"
+    merged = ["reference=model", f"reference.checkpoint_dir={tmp_path / 'sft' / 'export'}"]
+    log = run("lora_dpo_single_device", adapter, *merged, "max_steps=1", name="merged")
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)  # the merged model is what the policy starts from
+    log = run("lora_dpo_single_device", adapter, "reference=model", *other, "max_steps=1", name="beside")
+    assert log[0]["loss"] != pytest.approx(math.log(2), abs=1e-3)
+
+
+def test_a_run_is_not_resumed_beside_another_reference(run, other, tmp_path):
+    settings = ["reference=model", *other, "save_every_n_steps=2", "keep_last_n=9"]
+    run("lora_dpo_single_device", *settings, "max_steps=4", name="straight")
+    resume = f"resume={tmp_path / 'straight' / 'checkpoints' / 'step_2'}"
+    for change in ("reference.dtype=bf16", "reference.quantize=true"):
+        with pytest.raises(UserError, match=f"{change.partition('=')[0]}: null then"):
+            run("lora_dpo_single_device", *settings, resume, change, name="changed")
+    (tmp_path / "other").rename(tmp_path / "moved")
+    moved = f"reference.checkpoint_dir={tmp_path / 'moved'}"
+    branch = run("lora_dpo_single_device", *settings, resume, moved, "max_steps=4", name="branch")
+    assert [r["loss"] for r in training(branch)] == [
+        r["loss"] for r in training(read_log(tmp_path / "straight" / "metrics.jsonl"))
+    ]
+    save_llama(tmp_path / "other", sizes=OTHER_SIZES, seed=4)
+    with pytest.raises(UserError, match="reference weights: not the same in model.safetensors"):
+        run("lora_dpo_single_device", *settings, resume, name="changed")
+
+
 def test_without_a_reference_dpo_is_its_loss_of_the_policy_alone(run):
     log = run("full_dpo_single_device", "reference=none", "max_steps=1", "optimizer.lr=1e-30")
     (evaluation,) = [row for row in log if "eval/loss" in row]
@@ -253,9 +343,12 @@ def test_a_cached_reference_gives_the_numbers_of_a_live_one_and_is_computed_once
             assert third[key] == pytest.approx(one[key], rel=1e-5, abs=1e-5), key
 
 
-def test_two_processes_fill_a_cache_and_one_reads_it(tmp_path):
+@pytest.mark.parametrize("reference", [[], ["reference.checkpoint_dir=OTHER", "reference.quantize=true"]])
+def test_two_processes_fill_a_cache_and_one_reads_it(tmp_path, reference):
     write_inputs(tmp_path, sizes=SHARDED_SIZES)
+    save_llama(tmp_path / "other", sizes=SHARDED_SIZES, seed=3)
     overrides = ["reference=cached", f"reference.cache_dir={tmp_path / 'cache'}", "max_steps=3", "optimizer.lr=0.002"]
+    overrides += [setting.replace("OTHER", str(tmp_path / "other")) for setting in reference]
     recipe = str(ROOT / "recipes" / "full_dpo_distributed.py")
     config = ["--config", str(tmp_path / "config.yaml"), f"output_dir={tmp_path / 'two'}", *overrides]
     command = [sys.executable, "-m", "pairtune.cli", "run", "--nproc_per_node", "2", recipe, *config]
@@ -271,6 +364,69 @@ def test_two_processes_fill_a_cache_and_one_reads_it(tmp_path):
         for key in ("loss", "grad_norm", "eval/loss"):
             if key in expected:
                 assert row[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-5)
+
+
+def test_on_top_of_an_adapter_the_cached_reference_is_that_start(run, tmp_path):
+    run("lora_dpo_single_device", "loss=sft", "max_steps=4", name="sft")
+    adapter = f"adapter={tmp_path / 'sft' / 'export' / 'adapter'}"
+    dropout = ["lora.dropout=0.5", "disable_dropout=false"]  # of the policy, and of no reference
+    cached = ["reference=cached", f"reference.cache_dir={tmp_path / 'cache'}"]
+    for recipe, more in (("lora_dpo_single_device", dropout), ("qlora_dpo_single_device", [])):
+        live = run(recipe, adapter, "reference=start", *more, name=f"{recipe}-live")
+        first, again = (run(recipe, adapter, *cached, *more, name=f"{recipe}-{i}") for i in range(2))
+        for one, other, third in zip(live, first, again, strict=True):
+            for key in one.keys() - SPEED:
+                assert other[key] == pytest.approx(one[key], rel=1e-6, abs=1e-6), key
+                assert third[key] == pytest.approx(one[key], rel=1e-6, abs=1e-6), key
+    assert live[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+class Decoders:
+    """Counts the forwards of each decoder while it is entered; `alive` tells which there are at each load."""
+
+    def __init__(self, monkeypatch):
+        self.forwards, self.alive, self._models = [], [], weakref.WeakSet()
+        self._patch = monkeypatch
+
+    def __enter__(self):
+        load = models.load
+
+        def spying_load(model, *args, **kwargs):
+            self._models.add(model)
+            self.alive.append([len(m.layers) for m in self._models])
+            return load(model, *args, **kwargs)
+
+        self._patch.setattr(models, "load", spying_load)
+        self._hook = torch.nn.modules.module.register_module_forward_pre_hook(
+            lambda module, _: (
+                self.forwards.append(len(module.layers)) if type(module).__name__ == "TransformerDecoder" else None
+            )
+        )
+        return self
+
+    def __exit__(self, *_):
+        self._hook.remove()
+        self._patch.undo()
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_another_model_fills_a_cache_and_is_gone_when_the_policy_comes(run, other, tmp_path, method, monkeypatch):
+    """The policy has three layers, the reference two."""
+    recipe = f"{method}_dpo_single_device"
+    cached = ["reference=cached", f"reference.cache_dir={tmp_path / 'cache'}", *other, "max_steps=4"]
+    live = run(recipe, "reference=model", *other, "max_steps=4", name="live")
+    with Decoders(monkeypatch) as seen:
+        first = run(recipe, *cached, name="first")
+    assert seen.forwards == 6 * [2] + 6 * [3]  # 48 pairs; a rehearsal, four steps, an evaluation
+    checked, *alive = seen.alive  # shapes are checked first, on the meta device
+    assert sorted(checked) == [2] and alive == [[2], [3]]
+    with Decoders(monkeypatch) as seen:
+        again = run(recipe, *cached, name="again")
+    assert seen.forwards == 6 * [3] and seen.alive[1:] == [[3]]  # it is not even loaded
+    for one, two, three in zip(live, first, again, strict=True):
+        for key in one.keys() - SPEED:
+            assert two[key] == pytest.approx(one[key], rel=1e-6, abs=1e-6), key
+            assert three[key] == two[key], key
 
 
 def test_what_a_cache_cannot_serve_is_refused(run, tmp_path):
