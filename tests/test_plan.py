@@ -1,6 +1,7 @@
 """Claims about `tune plan`: that memory is what a step allocates, and that what it proposes helps."""
 
 import functools
+import json
 import runpy
 from itertools import combinations
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from helpers import NF4_SIZES, ROOT, random_pairs, save_pairs, tiny_llama
+from torchao.dtypes.nf4tensor import to_nf4
 from torchtune.models.llama3 import lora_llama3
 
 from pairtune import cli, dist, memory, plan
@@ -200,6 +202,43 @@ def test_full_dpo_without_a_second_model_is_planned_without_it(path, setting):
     assert live.parts["reference"] == live.parts["weights"] and "reference" not in without.parts
 
 
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_a_second_model_is_planned_by_its_size_dtype_and_bits(path, method):
+    weights = dict(tiny_llama(**SIZES).named_parameters())
+    packed = [to_nf4(w) for name, w in weights.items() if name.startswith("layers") and w.ndim == 2]
+    in_nf4 = sum(getattr(w, part).untyped_storage().nbytes() for w in packed for part in w.__tensor_flatten__()[0])
+    whole = sum(w.numel() for w in weights.values())
+    sizes = {"fp32": 4 * whole, "bf16": 2 * whole, "nf4": 4 * (whole - sum(w.numel() for w in packed)) + in_nf4}
+    settings = {
+        "fp32": ["reference.checkpoint_dir=elsewhere", "reference.quantize=false"],
+        "bf16": ["reference.dtype=bf16", "reference.quantize=false"],
+        "nf4": ["reference.checkpoint_dir=elsewhere", "reference.quantize=true"],
+    }
+    head_width = SIZES["embed_dim"] // SIZES["num_heads"]
+    rope = 4 * (SIZES["max_seq_len"] * head_width + head_width // 2)
+    for kind, size in sizes.items():
+        live = planned(path, f"{method}_dpo_single_device", "reference=model", *settings[kind]).memory
+        assert live.parts["reference"] == size + rope, kind
+
+
+def test_a_second_model_that_fills_a_cache_is_planned_for_the_time_before_training(path):
+    """It is alone then: what does not fit whole may fit in 4 bits, and the step has no part in it."""
+    sizes = SIZES | {"num_layers": 40}
+    component = {"_component_": "torchtune.models.llama3.llama3", **sizes}
+    settings = ("batch_size=1", "reference=cached", "reference.checkpoint_dir=elsewhere")
+    settings += (f"reference.model={json.dumps(component)}",)
+    alone = planned(path, "lora_dpo_single_device", "batch_size=1")
+    cached = planned(path, "lora_dpo_single_device", *settings)
+    weights = 4 * sum(p.numel() for p in tiny_llama(**sizes).parameters())
+    assert cached.memory == alone.memory and alone.reference_pass == 0
+    assert weights < cached.reference_pass < 1.2 * weights and cached.peak == cached.reference_pass
+    run = plan.Run("lora_dpo_single_device", (path,), settings, gpu_memory=weights / plan.GIB)
+    assert not plan.plan(run, cli._read_recipe).fits
+    (change,), changed = plan.smallest_change(run, cli._read_recipe)
+    assert change.words == "reference.quantize=true" and changed.fits
+    assert "\nreference's pass " in str(cached) and "reference's pass" not in str(alone)
+
+
 def test_only_distributed_recipes_are_given_more_gpus(path):
     def words(recipe):
         run = plan.Run(recipe, (path,), gpu_memory=MIB)
@@ -259,6 +298,8 @@ def test_a_copy_of_a_recipe_is_planned_like_the_recipe(path, tmp_path, capsys):
         (["--gpus", "3", "data_parallel_replicate_dim=2"], "data_parallel_replicate_dim=2: must divide the 3"),
         (["--recipe", "qlora_dpo_distributed", "--gpus", "8"], "on each of 8 processes"),
         (["batch_size=0"], "batch_size=0: must be at least 1"),
+        (["--recipe", "lora_dpo_single_device", "reference=model"], "would hold the base a second time"),
+        (["--recipe", "qlora_dpo_distributed", "reference=modle"], "nearest valid: reference.name=model"),
     ],
 )
 def test_what_cannot_run_is_refused_as_the_run_would_be(path, capsys, words, message):

@@ -166,6 +166,16 @@ def test_activation_checkpointing_changes_no_key(tmp_path, wide):
     assert len(keys) == 1
 
 
+def test_a_model_in_4_bits_shares_an_entry_with_the_base_of_qlora_and_not_with_itself_in_another_dtype(tmp_path, wide):
+    component, files = {"_component_": LLAMA, **NF4_SIZES}, {"weight_files": [wide / "model.safetensors"]}
+
+    def key(dtype):
+        model = models.full(component, dtype=dtype, quantize=True)
+        return reference_cache.identify(tmp_path, model, ONE, component=component, **files).key
+
+    assert key("fp32") == identity(tmp_path, wide, quantized=True).key != key("bf16")
+
+
 def test_other_weights_under_the_same_name_of_the_same_size_and_time_miss(tmp_path, wide):
     path = wide / "model.safetensors"
     time.sleep(2.1)  # until a file's digest is remembered

@@ -137,6 +137,26 @@ def test_recipes_that_differ_stand_apart(work, validate):
     assert "hidden_size is 64 in `model` and 128" in tables[LORA]["model"]
 
 
+def test_a_reference_of_its_own_has_a_line_with_what_is_wrong_with_it(work, validate):
+    save_llama(work / "other", seed=3)
+    settings = ["reference=model", "reference.checkpoint_dir=other"]
+    status, tables = validate("my.yaml", *settings)
+    assert status == 0 and all(answers["reference"].startswith("ok: model, ") for answers in tables.values())
+    for setting, says in (
+        ("reference.model={_component_: torchtune.models.llama3.llama3, num_layers: 1}", "refused: "),
+        ("reference.checkpoint_dir=othre", "reference.checkpoint_dir=othre: no such folder"),
+        ("adapter=x", "ok"),
+        ("loss=simpo", "this loss has no reference"),
+    ):
+        _, tables = validate("my.yaml", "--recipe", LORA, *settings, setting)
+        assert says in str(tables[LORA]), setting
+    save_llama(work / "other", sizes=NF4_SIZES | {"num_layers": 1})
+    status, tables = validate("my.yaml", "--recipe", LORA, *settings)
+    assert status == 1 and "num_hidden_layers is 3" in tables[LORA]["reference"]
+    status, tables = validate("my.yaml", "--recipe", LORA, "reference=model")
+    assert status == 1 and "would hold the base a second time" in tables[LORA]["reference"]
+
+
 def break_weights(work, edit):
     weights = {name: value.clone() for name, value in load_file(work / "base/model.safetensors").items()}
     edit(weights)
