@@ -4,7 +4,7 @@ Found by content, never by names. An entry belongs to the bytes of the weight fi
 quantization, and ld_alpha; a value in it to the tokens of a pair. So runs that differ in beta, learning rate, loss or
 seed share it, full and LoRA alike, and another template, tokenizer or length limit finds nothing. What changes rounding
 only (attention, compile, sharding, which pairs share a batch) is not part of it. A builder's code is not either: a few
-values are computed again when an entry is read, see `ReferenceCache.check`.
+values are computed again when an entry is read, see `ReferenceCache.check`; not by a second model that no value needs.
 
 An entry is a folder. entry.json tells people what it is of. values.bin holds records with a checksum each, appended
 under a lock: a kill leaves a record whole or invalid, and an invalid one is no value.

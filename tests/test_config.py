@@ -1,10 +1,12 @@
 """A config says what a run does, and a mistake in it is told before anything is loaded."""
 
+import json
 import shlex
 
 import pytest
 import torch
 import yaml
+from helpers import SIZES
 from omegaconf import OmegaConf
 
 from pairtune import config
@@ -130,6 +132,25 @@ def test_the_saved_config_is_the_run(load, tmp_path, overrides):
     assert OmegaConf.to_container(again, resolve=True) == OmegaConf.to_container(cfg, resolve=True)
     assert yaml.safe_load((tmp_path / "saved.yaml").read_text())["lora"]["rank"] == cfg.lora.rank
     assert again.checkpointer.checkpoint_dir == "/${weights}"
+
+
+def test_a_component_within_a_block_is_one_like_any_other(load, tmp_path):
+    defaults = DEFAULTS | {"reference": {"name": "model", "checkpoint_dir": None, "model": None}}
+    block = {"_component_": "torchtune.models.llama3.llama3", **SIZES}
+    build = f"reference.model={json.dumps(block)}"
+    assert load(defaults=defaults).reference.model is None
+    cfg = load("reference.checkpoint_dir=x", build, "reference.model.attn_dropout=null", defaults=defaults)
+    assert cfg.reference.model == block
+    config.save(cfg, tmp_path / "saved.yaml", "lora_dpo_single_device")
+    assert config.load("lora", defaults, [tmp_path / "saved.yaml"], []) == cfg
+    assert load("reference.checkpoint_dir=x", build, "~reference.model", defaults=defaults).reference.model is None
+    for words, override in (
+        ("reference.model.rank: llama3 has no such argument", "reference.model.rank=3"),
+        ("reference.model=3: must be a component", "reference.model=3"),
+        ("must stand before reference.model.rope_base=1", "reference.model.rope_base=1 reference.model=a.b"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load("reference.checkpoint_dir=x", build, *override.split(), defaults=defaults)
 
 
 def test_the_saved_command_can_be_pasted(load, tmp_path):

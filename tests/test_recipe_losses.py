@@ -382,19 +382,19 @@ def test_on_top_of_an_adapter_the_cached_reference_is_that_start(run, tmp_path):
 
 
 class Decoders:
-    """Counts the forwards of each decoder while it is entered; `alive` tells which there are at each load."""
+    """The decoders of forwards, by their layers; `alive` tells which have tensors after each load."""
 
     def __init__(self, monkeypatch):
-        self.forwards, self.alive, self._models = [], [], weakref.WeakSet()
+        self.forwards, self.alive, self._tensors = [], [], []
         self._patch = monkeypatch
 
     def __enter__(self):
         load = models.load
 
         def spying_load(model, *args, **kwargs):
-            self._models.add(model)
-            self.alive.append([len(m.layers) for m in self._models])
-            return load(model, *args, **kwargs)
+            load(model, *args, **kwargs)
+            self._tensors += [(weakref.ref(p), len(model.layers)) for p in model.parameters()]
+            self.alive.append({num_layers for found, num_layers in self._tensors if found() is not None})
 
         self._patch.setattr(models, "load", spying_load)
         self._hook = torch.nn.modules.module.register_module_forward_pre_hook(
@@ -418,11 +418,10 @@ def test_another_model_fills_a_cache_and_is_gone_when_the_policy_comes(run, othe
     with Decoders(monkeypatch) as seen:
         first = run(recipe, *cached, name="first")
     assert seen.forwards == 6 * [2] + 6 * [3]  # 48 pairs; a rehearsal, four steps, an evaluation
-    checked, *alive = seen.alive  # shapes are checked first, on the meta device
-    assert sorted(checked) == [2] and alive == [[2], [3]]
+    assert seen.alive == [{2}, {2}, {3}]  # shapes are checked first, on the meta device
     with Decoders(monkeypatch) as seen:
         again = run(recipe, *cached, name="again")
-    assert seen.forwards == 6 * [3] and seen.alive[1:] == [[3]]  # it is not even loaded
+    assert seen.forwards == 6 * [3] and seen.alive == [{2}, {3}]  # it is not even loaded
     for one, two, three in zip(live, first, again, strict=True):
         for key in one.keys() - SPEED:
             assert two[key] == pytest.approx(one[key], rel=1e-6, abs=1e-6), key
