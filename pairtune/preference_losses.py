@@ -65,7 +65,7 @@ class PairLoss(nn.Module):
         self.function, self.beta, self.averaged, self.wpo = function, beta, averaged, wpo
         inputs = ("chosen_lengths", "rejected_lengths") if averaged else ()
         inputs += ("chosen_weights", "rejected_weights") if wpo else ()
-        self.needs = Needs(reference, needs_step, inputs, ld_alpha)
+        self.needs = Needs(reference, needs_step, inputs=inputs, ld_alpha=ld_alpha)
 
     def forward(
         self,
@@ -185,12 +185,13 @@ class Cpo(nn.Module):
 class Kto(nn.Module):
     """KTO: each answer for itself, desirable or not, against how far the policy is from the reference altogether.
 
-    A pair is two answers: the loss of a pair is the mean of its two, so that a step's is the mean over its answers.
-    `kl` is one number for the whole step, from both answers of its `mismatched` pairs; TRL's is of the answers that its
-    micro-batch holds, over all processes. It stays constant while gradients are taken.
+    A pair is two answers: the loss of a pair is the mean of its two, so that a step's is the mean over its answers. An
+    answer without tokens, which an unpaired row has, does not count. `kl` is one number for the whole step, from all
+    answers of its `mismatched` pairs; TRL's is of the answers that its micro-batch holds, over all processes. It stays
+    constant while gradients are taken.
     """
 
-    needs = Needs(inputs=("kl",))
+    needs = Needs(both=False, inputs=("chosen_lengths", "rejected_lengths", "kl"))
 
     def __init__(self, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0):
         super().__init__()
@@ -207,20 +208,18 @@ class Kto(nn.Module):
         reference_chosen_logps: Tensor,
         reference_rejected_logps: Tensor,
         *,
+        chosen_lengths: Tensor,
+        rejected_lengths: Tensor,
         kl: Tensor,
     ) -> Values:
-        wanted = torch.ones_like(policy_chosen_logps, dtype=torch.bool)
-        chosen, chosen_rewards = self.answers(policy_chosen_logps, reference_chosen_logps, wanted, kl=kl)
-        rejected, rejected_rewards = self.answers(policy_rejected_logps, reference_rejected_logps, ~wanted, kl=kl)
-        return (chosen + rejected) / 2, chosen_rewards, rejected_rewards
-
-    def answers(
-        self, policy_logps: Tensor, reference_logps: Tensor, desirable: Tensor, *, kl: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Returns losses and rewards [A] of A answers that need not come in pairs; `desirable` is [A] bool."""
-        log_ratios = policy_logps - reference_logps
-        values = losses.kto(log_ratios, desirable, kl=kl.detach(), beta=self.beta, **self.weights)
-        return values, self.beta * log_ratios.detach()
+        chosen = policy_chosen_logps - reference_chosen_logps
+        rejected = policy_rejected_logps - reference_rejected_logps
+        has_chosen, has_rejected = ((lengths > 0).to(chosen.dtype) for lengths in (chosen_lengths, rejected_lengths))
+        options = {"kl": kl.detach(), "beta": self.beta, **self.weights}
+        wanted = torch.ones_like(chosen, dtype=torch.bool)
+        of_chosen, of_rejected = losses.kto(chosen, wanted, **options), losses.kto(rejected, ~wanted, **options)
+        values = (has_chosen * of_chosen + has_rejected * of_rejected) / (has_chosen + has_rejected)
+        return values, *_rewards(self.beta, chosen, rejected)
 
 
 class Mixture(nn.Module):
@@ -250,7 +249,8 @@ class Mixture(nn.Module):
             if step:
                 raise UserError(f"loss.ld_alpha={ld_alpha}: does not go with both sft and a loss that sorts (aot)")
             inputs["whole_chosen_logps"] = None
-        self.needs = Needs(any(n.reference for n in needed), step, tuple(inputs), ld_alpha)
+        reference, both = any(n.reference for n in needed), any(n.both for n in needed)
+        self.needs = Needs(reference, step, both, tuple(inputs), ld_alpha)
 
     def forward(
         self,

@@ -19,7 +19,7 @@ from pairtune.fingerprint import check_same, fingerprint
 from pairtune.loader import Steps, share
 from pairtune.logps import answer_logps, answer_scores
 from pairtune.loss_advice import advice_for
-from pairtune.loss_needs import loss_inputs, mean_chosen_length, mismatched, needs, step_losses
+from pairtune.loss_needs import loss_inputs, mean_chosen_length, mismatched, needs, num_answers, step_losses
 from pairtune.losses import kto_kl
 from pairtune.model_config import check_model
 from pairtune.reference import AdapterCopy, AdaptersOff, check_name
@@ -150,7 +150,8 @@ def main(cfg):
     # 3. Preference pairs
     def read_pairs(key):
         limits = {name: cfg[name] for name in ("max_length", "max_prompt_length")}
-        return data.read_pairs(cfg[key], tokenizer, **limits, progress=world.is_main, key=key)
+        unpaired = not needs(loss_fn).both
+        return data.read_pairs(cfg[key], tokenizer, **limits, unpaired=unpaired, progress=world.is_main, key=key)
 
     train, report = read_pairs("dataset")
     held_out = []
@@ -171,6 +172,7 @@ def main(cfg):
         return lay_out(pairs, row_length, score_end=cfg.score_end).to(world.device)
 
     contract.check_pairs([*train, *held_out], tokenizer)
+    contract.check_loss(loss_fn, held_out, pairs_per_step=cfg.pairs_per_step, keep_best=cfg.keep_best)
     config.rehearse(cfg.optimizer, cfg.lr_scheduler, cfg.loss, num_training_steps=total_steps)
     identity = fingerprint(cfg, train, held_out, files)
     if resumed:
@@ -206,7 +208,7 @@ def main(cfg):
     optimizer = config.instantiate(cfg.optimizer, [p for p in model.parameters() if p.requires_grad])
     scheduler = config.instantiate(cfg.lr_scheduler, optimizer, num_training_steps=total_steps, last_epoch=-1)
     contract.check_trained(model, optimizer)
-    for line in advice_for(cfg.loss, cfg.optimizer.lr, METHOD):
+    for line in advice_for(cfg.loss, cfg.optimizer.lr, METHOD, train):
         world.print(f"advice: {line}")
     torch.manual_seed(cfg.seed + world.rank)  # dropout, if it is on, differs between processes
     meter = metrics.Meter()
@@ -251,7 +253,7 @@ def main(cfg):
                     batch = batch_of(others)
                     policy, base = answer_logps(model, batch), reference_logps(others, batch)
                     log_ratios += (torch.cat(policy) - torch.cat(base)).sum()
-                known["kl"] = kto_kl(world.sum(log_ratios), 2 * len(pairs))
+                known["kl"] = kto_kl(world.sum(log_ratios), num_answers(pairs))
             if needed.step:  # a loss that sorts the step's pairs: all values first, then each pair's gradient
                 batches = list(map(batch_of, micro))
                 scores, references = [scores_of(b) for b in batches], list(map(reference_logps, micro, batches))
@@ -272,12 +274,11 @@ def main(cfg):
             differentiable = chosen * values.chosen_gradients + rejected * values.rejected_gradients
         meter.add(
             loss=losses,
-            rewards_chosen=chosen_rewards,
-            rewards_rejected=rejected_rewards,
-            rewards_margins=chosen_rewards - rejected_rewards,
-            rewards_accuracies=(chosen_rewards > rejected_rewards).float(),  # a tie is not accurate
-            logps_chosen=chosen,
-            logps_rejected=rejected,
+            rewards_chosen=chosen_rewards[batch.with_chosen],
+            rewards_rejected=rejected_rewards[batch.with_rejected],
+            rewards_accuracies=(chosen_rewards > rejected_rewards)[batch.with_both].float(),  # a tie is not accurate
+            logps_chosen=chosen[batch.with_chosen],
+            logps_rejected=rejected[batch.with_rejected],
         )
         return differentiable
 
@@ -333,7 +334,8 @@ def main(cfg):
             grad_norm = models.clip_gradients(model, math.inf)
             is_reference = cfg.disable_dropout and needed.reference and cfg.reference.name != "none"
             losses = losses if values is None else values.losses
-            contract.check_start(losses, rehearsed.read(world), grad_norm, loss_fn=loss_fn, is_reference=is_reference)
+            means = rehearsed.read(world)
+            contract.check_start(losses, means, grad_norm, pairs=pairs, loss_fn=loss_fn, is_reference=is_reference)
     samples = run_dir / "samples.jsonl"
     before = generation.answers_before(samples, questions) if resumed else answer_prompts()
     if world.is_main:

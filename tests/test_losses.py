@@ -26,7 +26,7 @@ from pairtune.batch import lay_out
 from pairtune.data import Pair
 from pairtune.errors import UserError
 from pairtune.logps import answer_logps, answer_scores, token_logps
-from pairtune.loss_advice import ADVICE, advice
+from pairtune.loss_advice import ADVICE, advice, advice_for
 from pairtune.loss_needs import Needs, loss_at_start, needs, step_gradients
 from pairtune.preference_losses import LOSSES, Mixture, PairLoss, build
 
@@ -525,15 +525,25 @@ def test_ktos_kl_is_the_cut_mean_of_the_step_and_has_no_gradient():
 
 
 def test_kto_takes_answers_that_are_not_in_pairs():
+    """Rows 0-2 have a desirable answer, 3 and 4 an undesirable one, 5 both."""
     logps, inputs = random_step()
+    has_chosen, has_rejected = torch.tensor([1, 1, 1, 0, 0, 1]), torch.tensor([0, 0, 0, 1, 1, 1])
+    chosen, rejected = ([logps[i] * has, logps[i + 2] * has] for i, has in ((0, has_chosen), (1, has_rejected)))
     loss_fn = build("kto", desirable_weight=1.33)
-    policy, reference = torch.cat([logps[0], logps[1][:2]]), torch.cat([logps[2], logps[3][:2]])
-    desirable = torch.tensor([True] * 6 + [False] * 2)
-    values, rewards = loss_fn.answers(policy, reference, desirable, kl=inputs["kl"])
-    r, kl = policy - reference, inputs["kl"]
-    expected = torch.where(desirable, 1.33 * (1 - sg(0.1 * (r - kl))), 1 - sg(0.1 * (kl - r)))
+    lengths = {"chosen_lengths": 4 * has_chosen, "rejected_lengths": 7 * has_rejected}
+    values, *rewards = loss_fn(chosen[0], rejected[0], chosen[1], rejected[1], **lengths, kl=inputs["kl"])
+    r, kl = [logps[0] - logps[2], logps[1] - logps[3]], inputs["kl"]
+    wanted, unwanted = 1.33 * (1 - sg(0.1 * (r[0] - kl))), 1 - sg(0.1 * (kl - r[1]))
+    expected = torch.stack([*wanted[:3], *unwanted[3:5], (wanted[5] + unwanted[5]) / 2])
     torch.testing.assert_close(values, expected)
-    torch.testing.assert_close(rewards, 0.1 * r)
+    torch.testing.assert_close(rewards[0][has_chosen.bool()], 0.1 * r[0][has_chosen.bool()])
+    torch.testing.assert_close(rewards[1][has_rejected.bool()], 0.1 * r[1][has_rejected.bool()])
+
+
+def test_only_kto_takes_unpaired_rows():
+    assert [name for name in LOSSES if name != "mixture" and not needs(build(name)).both] == ["kto"]
+    assert not needs(build("mixture", terms=[{"name": "kto"}])).both
+    assert needs(build("mixture", terms=[{"name": "kto"}, {"name": "sft"}])).both
 
 
 def test_mismatched_pairs_have_each_answer_once_and_never_behind_its_own_prompt():
@@ -703,6 +713,17 @@ def test_a_batch_of_padding_has_scores_too():
 
 
 # Advice
+
+
+def test_kto_s_weights_are_held_against_the_number_of_labels():
+    """Three desirable answers to one undesirable one: a third of the weight balances them."""
+    pairs = [Pair([1], [2], [], 0)] * 3 + [Pair([1], [], [2], 3)]
+    kto = {"_component_": "pairtune.preference_losses.Kto"}
+    (sentence,) = advice_for(kto, None, "lora", pairs)
+    assert "weigh 3.00 to 1 altogether" in sentence and "loss.desirable_weight=0.333 to 0.444" in sentence
+    assert advice_for(kto | {"desirable_weight": 0.4}, None, "lora", pairs) == []
+    assert advice_for(kto | {"undesirable_weight": 3.0}, None, "lora", pairs) == []
+    assert advice_for(kto, None, "lora", pairs[:3]) == []  # nothing to weigh against
 
 
 def test_advice_is_given_outside_of_what_was_published_and_names_its_source():
