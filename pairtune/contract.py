@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from pairtune.data import Pair
 from pairtune.dist import World
 from pairtune.errors import UserError
-from pairtune.loss_needs import loss_at_start, needs
+from pairtune.loss_needs import loss_at_start, needs, unchanged
 
 TOLERANCE = 0.01  # of losses and margins that are exact but for rounding, bf16 included
 
@@ -104,8 +104,10 @@ def _length(pair: Pair) -> int:
 
 
 @contextmanager
-def rehearsal(model: nn.Module, optimizer: Optimizer, pairs: list[Pair], world: World) -> Iterator[None]:
-    """Around a forward and backward that update nothing: gradients, optimizer state and generators are as before.
+def rehearsal(
+    model: nn.Module, optimizer: Optimizer, loss_fn: Callable, pairs: list[Pair], world: World
+) -> Iterator[None]:
+    """Around a forward and backward that update nothing: optimizer, loss, gradients and generators are as before.
 
     The optimizer's state is there meanwhile, as it is in every later step, so that memory is, too.
 
@@ -115,7 +117,7 @@ def rehearsal(model: nn.Module, optimizer: Optimizer, pairs: list[Pair], world: 
     made, groups = not optimizer.state, [_without_params(group) for group in optimizer.param_groups]
     generators = [world.device] if world.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=generators):
+        with torch.random.fork_rng(devices=generators), unchanged(loss_fn):
             if made:
                 _make_state(optimizer)
             yield

@@ -88,7 +88,7 @@ def advice_for(loss: dict, lr: float | None, method: str, pairs: list[Pair] = ()
         return []
     defaults = {k: p.default for k, p in inspect.signature(LOSSES[name]).parameters.items()}
     key = "orpo_lambda" if name == "orpo" else "beta"
-    options = defaults | loss
+    options = {**defaults, **loss}
     told = advice(name, options.get(key), lr, method)
     if name == "kto":
         told += _of_weights(options["desirable_weight"], options["undesirable_weight"], pairs)

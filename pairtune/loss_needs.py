@@ -5,11 +5,12 @@ P pairs.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pairtune.batch import PairBatch
 from pairtune.dist import World
@@ -43,6 +44,28 @@ class Needs:
 def needs(loss_fn: Callable) -> Needs:
     """Returns what this loss needs; torchtune's and users' own modules need a reference and nothing else."""
     return getattr(loss_fn, "needs", Needs())
+
+
+def after_step(loss_fn: Callable, world: World) -> None:
+    """Lets a loss that keeps something over steps, such as a running mean, take in the step that was just made.
+
+    Such a loss has a method `after_step`; what it keeps are buffers, which checkpoints hold. Every process has to
+    call it.
+    """
+    if hasattr(loss_fn, "after_step"):
+        loss_fn.after_step(world)
+
+
+@contextmanager
+def unchanged(loss_fn: Callable) -> Iterator[None]:
+    """Around forwards that no step comes of: what the loss keeps over steps is as before."""
+    buffers = list(loss_fn.buffers()) if isinstance(loss_fn, nn.Module) else []
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
 
 
 def loss_inputs(
@@ -189,6 +212,6 @@ def _loss_of_reference(loss_fn: Callable, chosen: float, rejected: float, *, len
         **{"chosen_weights": torch.tensor(weights[:1]), "rejected_weights": torch.tensor(weights[1:])},
         **{"whole_chosen_logps": chosen, "mean_chosen_length": float(lengths[0]), "kl": torch.tensor(0.0)},
     }
-    with torch.no_grad():
+    with torch.no_grad(), unchanged(loss_fn):
         values = loss_fn(chosen, rejected, chosen, rejected, **{name: inputs[name] for name in needs(loss_fn).inputs})
     return float(values[0])

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from pairtune import losses
+from pairtune.dist import World
 from pairtune.errors import UserError
-from pairtune.loss_needs import Needs, needs
+from pairtune.loss_needs import Needs, after_step, needs
 from pairtune.rules import fits, nearest, show, wrong_kind
 
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
@@ -92,6 +93,34 @@ class PairLoss(nn.Module):
         if self.wpo:
             values = values * (chosen_weights * rejected_weights).detach()
         return values, *_rewards(self.beta, *rewards)
+
+
+class BcoPair(PairLoss):
+    """BCO: rewards above and below their running mean, so that a classifier of answers need not move it first.
+
+    The mean is over the rewards of all answers up to the step before, which are the same in every micro-batch and
+    process; the first step has 0. It is a buffer, so a checkpoint has it, and moves in `after_step`. With
+    running_mean=False it stays 0, as in TRL's DPO; TRL's BCO counts the micro-batch at hand, too.
+    """
+
+    def __init__(self, beta: float = 0.01, running_mean: bool = True, ld_alpha: float = 1.0, wpo: bool = False):
+        _check_positive("beta", beta, 0.01)
+        super().__init__(self._values, beta=beta, ld_alpha=ld_alpha, wpo=wpo)
+        self.running_mean = running_mean
+        self.register_buffer("seen", torch.zeros(2, dtype=torch.float64))  # the rewards' sum, and how many
+        self.register_buffer("in_step", torch.zeros(2, dtype=torch.float64))
+
+    def _values(self, chosen: Tensor, rejected: Tensor) -> Tensor:
+        rewards = self.beta * torch.cat([chosen, rejected]).detach()
+        self.in_step += torch.stack([rewards.sum(dtype=torch.float64).cpu(), torch.tensor(float(len(rewards)))])
+        total, count = self.seen.tolist()
+        return losses.bco_pair(chosen, rejected, beta=self.beta, shift=total / max(count, 1.0))
+
+    def after_step(self, world: World) -> None:
+        """Moves the mean by what the step's pairs had, in all processes; each has to call it."""
+        if self.running_mean:
+            self.seen += world.sum(self.in_step.to(world.device)).cpu()
+        self.in_step.zero_()
 
 
 class Aot(nn.Module):
@@ -270,6 +299,11 @@ class Mixture(nn.Module):
                 rewards = its_rewards
         return total, *(rewards or its_rewards)
 
+    def after_step(self, world: World) -> None:
+        """Passes it on to the terms that have it."""
+        for term in self.terms:
+            after_step(term, world)
+
 
 def _rewards(beta: float, chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
     return beta * chosen.detach(), beta * rejected.detach()
@@ -368,12 +402,6 @@ def robust(
     return PairLoss(function, beta=beta, f_divergence=f_divergence, f_alpha=f_alpha, ld_alpha=ld_alpha, wpo=wpo)
 
 
-def bco_pair(beta: float = 0.01, ld_alpha: float = 1.0, wpo: bool = False) -> PairLoss:
-    """BCO with its reward shift at 0, as in TRL's DPO; the paper's is a running mean of the rewards."""
-    _check_positive("beta", beta, 0.01)
-    return PairLoss(partial(losses.bco_pair, beta=beta), beta=beta, ld_alpha=ld_alpha, wpo=wpo)
-
-
 def sppo_hard(beta: float = 0.001, ld_alpha: float = 1.0, wpo: bool = False) -> PairLoss:
     """SPPO with certain preferences; beta is 1 / eta. TRL's default of 0.1 is not the authors', which is this."""
     _check_positive("beta", beta, 0.001)
@@ -452,7 +480,7 @@ def rpo(beta: float = 0.1, alpha: float = 1.0) -> Mixture:
 
 def mpo(beta: float = 0.1) -> Mixture:
     """MPO, arXiv 2411.10442: 0.8 sigmoid + 0.2 bco_pair + 1.0 sft. Other weights: a mixture."""
-    return Mixture([sigmoid(beta), bco_pair(beta), Sft()], [0.8, 0.2, 1.0])
+    return Mixture([sigmoid(beta), BcoPair(beta), Sft()], [0.8, 0.2, 1.0])
 
 
 def mixture(terms: list[dict]) -> Mixture:
@@ -482,7 +510,7 @@ LOSSES: dict[str, Callable[..., nn.Module]] = {
     "exo_pair": exo_pair,
     "nca_pair": nca_pair,
     "robust": robust,
-    "bco_pair": bco_pair,
+    "bco_pair": BcoPair,
     "sppo_hard": sppo_hard,
     "aot": Aot,
     "aot_unpaired": aot_unpaired,

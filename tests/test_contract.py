@@ -94,7 +94,7 @@ def test_a_rehearsal_leaves_no_trace_and_has_the_optimizers_state_meanwhile(kind
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = kind(model.parameters(), lr=0.1, weight_decay=0.1)
     generator = torch.get_rng_state()
-    with contract.rehearsal(model, optimizer, [], WORLD):
+    with contract.rehearsal(model, optimizer, DPOLoss(), [], WORLD):
         assert kind is torch.optim.SGD or len(optimizer.state) == len(before)
         (model(torch.arange(9)[None]) * torch.rand(1)).sum().backward()
     assert not optimizer.state and optimizer.param_groups[0]["lr"] == 0.1
@@ -113,9 +113,9 @@ def test_out_of_memory_names_the_pairs_and_what_to_lower(error):
     model = tiny_llama()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     words = r"longest pairs \(rows 3; tokens 6\)\. Lower batch_size .* allocate"
-    with pytest.raises(UserError, match=words), contract.rehearsal(model, optimizer, [pair()], WORLD):
+    with pytest.raises(UserError, match=words), contract.rehearsal(model, optimizer, DPOLoss(), [pair()], WORLD):
         raise error
-    with pytest.raises(RuntimeError, match="another"), contract.rehearsal(model, optimizer, [pair()], WORLD):
+    with pytest.raises(RuntimeError, match="another"), contract.rehearsal(model, optimizer, DPOLoss(), [pair()], WORLD):
         raise RuntimeError("another")
 
 

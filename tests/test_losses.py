@@ -24,6 +24,7 @@ from torchtune.rlhf.loss import DPOLoss, RSOLoss
 from pairtune import dist, loss_needs, losses, models
 from pairtune.batch import lay_out
 from pairtune.data import Pair
+from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.logps import answer_logps, answer_scores, token_logps
 from pairtune.loss_advice import ADVICE, advice, advice_for
@@ -45,6 +46,7 @@ CASES = [
     ("robust", {"beta": 0.3, "label_smoothing": 0.0}),
     ("robust", {"beta": 0.3, "label_smoothing": 0.3}),
     ("bco_pair", {"beta": 0.3}),
+    ("bco_pair", {"beta": 0.3, "running_mean": False}),
     ("sppo_hard", {"beta": 0.3}),
     ("sppo_hard", {}),
     ("aot", {"beta": 0.3}),
@@ -406,6 +408,8 @@ def test_every_option_that_exists_changes_the_loss(name):
         elif option == "f_alpha":
             a, b = (build(name, f_divergence="alpha", f_alpha=x) for x in (0.5, 0.7))
             assert not torch.isclose(call(a, logps, inputs)[0].mean(), call(b, logps, inputs)[0].mean())
+        elif option == "running_mean":
+            pass  # see test_bcos_shift_is_the_mean_of_all_rewards_of_the_steps_before
         else:
             after = call(build(name, **{option: changes[option]}), logps, inputs)[0].mean()
             assert not torch.isclose(before, after), option
@@ -510,6 +514,36 @@ def test_terms_that_share_a_forward_share_ld_alpha_but_for_sft():
 
 
 # KTO
+
+
+def test_bcos_shift_is_the_mean_of_all_rewards_of_the_steps_before():
+    loss_fn, world, seen = build("bco_pair", beta=0.3), World(torch.device("cpu")), []
+    for seed in range(3):
+        logps, _ = random_step(seed=seed)
+        shift = torch.cat(seen).mean() if seen else 0.0
+        rewards = [0.3 * (logps[0] - logps[2]), 0.3 * (logps[1] - logps[3])]
+        expected = -torch.log(sg(rewards[0] - shift)) - torch.log(sg(shift - rewards[1]))
+        # Two micro-batches; and an evaluation and a rehearsal beside them, which do not count.
+        with loss_needs.unchanged(loss_fn):
+            loss_fn(*logps)
+        values = torch.cat([loss_fn(*(x[part] for x in logps))[0] for part in (slice(2), slice(2, None))])
+        torch.testing.assert_close(values, expected, atol=1e-9, rtol=1e-9)
+        loss_needs.after_step(loss_fn, world)
+        seen += rewards
+    fixed = build("bco_pair", beta=0.3, running_mean=False)
+    fixed(*logps)
+    loss_needs.after_step(fixed, world)
+    assert fixed.seen.tolist() == [0, 0] != loss_fn.seen.tolist()
+
+
+def test_a_mixture_moves_the_shift_of_its_terms():
+    loss_fn, alone = build("mpo"), build("bco_pair", beta=0.1)
+    logps, inputs = random_step()
+    loss_fn(*logps, mean_chosen_length=inputs["mean_chosen_length"])
+    alone(*logps)
+    for module in (loss_fn, alone):
+        loss_needs.after_step(module, World(torch.device("cpu")))
+    assert loss_fn.terms[1].seen.tolist() == alone.seen.tolist() and alone.seen[1] == 2 * len(logps[0])
 
 
 def test_ktos_kl_is_the_cut_mean_of_the_step_and_has_no_gradient():

@@ -225,6 +225,18 @@ def test_dpo_on_top_of_an_adapter_starts_at_ln_2_against_that_adapter(run, tmp_p
         run("lora_dpo_single_device", adapter, name="refused")
 
 
+def test_a_running_mean_of_rewards_survives_resuming_bit_for_bit(run, tmp_path):
+    bco = ("loss=bco_pair", "loss.beta=0.1", "batch_size=4")
+    straight = run("lora_dpo_single_device", *bco, "save_every_n_steps=3", "keep_last_n=9", name="straight")
+    fixed = run("lora_dpo_single_device", *bco, "loss.running_mean=false", name="fixed")
+    assert straight[0]["loss"] == fixed[0]["loss"] and straight[5]["loss"] != fixed[5]["loss"]  # it has moved
+    checkpoint = tmp_path / "straight" / "checkpoints" / "step_3"
+    branch = run("lora_dpo_single_device", *bco, f"resume={checkpoint}", name="branch")
+    assert [{k: v for k, v in r.items() if k not in SPEED} for r in branch] == [
+        {k: v for k, v in r.items() if k not in SPEED} for r in straight
+    ]
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_moving_reference_survives_resuming_bit_for_bit(run, tmp_path, method):
     settings = ("reference=sync", "reference.every_n_steps=2", "reference.alpha=0.5")
