@@ -2,7 +2,8 @@
 
 A row holds documents one behind the other; a document is `prefix | chosen tail | rejected tail`. The prefix is what
 the two conversations share: the prompt, and the answers' common beginning if they have one. So the prompt runs through
-the model once, and no token is padding unless a row length is asked for. How attention respects this is attention.py.
+the model once, and no token is padding unless a row length is asked for. An unpaired row's document has one tail. How
+attention respects this is attention.py.
 
 B rows, S row length, P pairs, N scored tokens.
 """
@@ -44,6 +45,9 @@ class PairBatch:
     target: Tensor  # [N] int64
     sequence: Tensor  # [N] int64
     answer_lengths: tuple[int, ...]  # tokens an answer, in the order of `sequence`; they add up to N
+    with_chosen: Tensor  # [<= P] int64, which pairs have a chosen answer: all of them, but for unpaired rows
+    with_rejected: Tensor
+    with_both: Tensor
     num_pairs: int
     num_tokens: int  # without padding
     rows: tuple[tuple[Document, ...], ...]  # the same layout in Python numbers: lengths without a device sync
@@ -58,14 +62,15 @@ def lay_out(pairs, row_length: int | None = None, *, score_end: bool = True) -> 
     """Returns the pairs' batch, in their order: one row without padding, or rows of `row_length` filled first-fit.
 
     Args:
-        pairs: Objects with `prompt`, `chosen` and `rejected`, lists of token ids; the prompt is not empty. No pair at
-            all is a batch of padding, for a process that has nothing to add but has to run along.
+        pairs: Objects with `prompt`, `chosen` and `rejected`, lists of token ids; of these the prompt is not empty,
+            nor are both answers. No pair at all is a batch of padding, for a process that has nothing to add but has
+            to run along.
         row_length: Tokens a row, for kernels that are compiled for a shape. None: as long as it needs to be.
         score_end: Whether an answer's last token, its end, is scored. Llama 3 leaves it out of both answers, since one
             token cannot be made likelier and less likely at once (arXiv 2407.21783, 4.1.4).
 
     Raises:
-        ValueError: A pair longer than `row_length`, an empty prompt or answer.
+        ValueError: A pair longer than `row_length`, an empty prompt, no answer.
     """
     pieces = [_lay_out_pair(pair) for pair in pairs]
     lengths = [piece["tokens"].numel() for piece in pieces]
@@ -89,6 +94,7 @@ def lay_out(pairs, row_length: int | None = None, *, score_end: bool = True) -> 
     scored = slice(None) if score_end else slice(-1)
     targets = [torch.tensor(getattr(pairs[i], answer)[scored], dtype=torch.long) for i, answer in chosen_then_rejected]
     answer_lengths = tuple(map(len, targets))
+    has_chosen, has_rejected = (torch.tensor([bool(getattr(p, a)) for p in pairs]) for a in ("chosen", "rejected"))
     return PairBatch(
         **columns,
         document=document,
@@ -96,6 +102,9 @@ def lay_out(pairs, row_length: int | None = None, *, score_end: bool = True) -> 
         target=torch.cat(nothing + targets),
         sequence=torch.repeat_interleave(torch.arange(2 * len(pieces)), torch.tensor(answer_lengths, dtype=torch.long)),
         answer_lengths=answer_lengths,
+        with_chosen=has_chosen.nonzero()[:, 0],
+        with_rejected=has_rejected.nonzero()[:, 0],
+        with_both=(has_chosen * has_rejected).nonzero()[:, 0],
         num_pairs=len(pieces),
         num_tokens=sum(lengths),
         rows=tuple(rows),
@@ -104,8 +113,8 @@ def lay_out(pairs, row_length: int | None = None, *, score_end: bool = True) -> 
 
 def _lay_out_pair(pair) -> dict:
     """Returns a document's columns, its sizes, and for each answer the positions that predict its tokens."""
-    if not (pair.prompt and pair.chosen and pair.rejected):
-        raise ValueError("a pair needs at least one token in its prompt and in each of its answers")
+    if not (pair.prompt and (pair.chosen or pair.rejected)):
+        raise ValueError("a pair needs at least one token in its prompt and in its answers")
     shared = _common_prefix_length(pair.chosen, pair.rejected)
     prompt, prefix = len(pair.prompt), len(pair.prompt) + shared
     chosen, rejected = len(pair.chosen) - shared, len(pair.rejected) - shared  # the tails
@@ -116,7 +125,7 @@ def _lay_out_pair(pair) -> dict:
         "tokens": torch.tensor(pair.prompt + pair.chosen + pair.rejected[shared:]),
         "input_pos": torch.cat([torch.arange(prefix + chosen), torch.arange(prefix, prefix + rejected)]),
         "segment": torch.tensor([0] * prefix + [1] * chosen + [2] * rejected),
-        "sizes": (prefix, (chosen, rejected)),
+        "sizes": (prefix, (chosen, rejected) if pair.chosen and pair.rejected else (chosen or rejected,)),
         "chosen": predicts_chosen,
         "rejected": predicts_rejected + (predicts_rejected >= prefix) * chosen,  # its tail lies behind the chosen one
     }

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from pairtune.data import Pair
 from pairtune.dist import World
 from pairtune.errors import UserError
-from pairtune.loss_needs import loss_at_start
+from pairtune.loss_needs import loss_at_start, needs, unchanged
 
 TOLERANCE = 0.01  # of losses and margins that are exact but for rounding, bf16 included
 
@@ -27,8 +27,8 @@ def check_pairs(pairs: list[Pair], tokenizer, *, key: str = "dataset") -> None:
         tokenizer: From tokenizer.adapt: knows `bos_id` and `end_ids`.
 
     Raises:
-        UserError: A BOS that is doubled or that some prompts lack; an answer without tokens, or that does not end in
-            exactly one end token. Rows are named.
+        UserError: A BOS that is doubled or that some prompts lack; no answer, or one that does not end in exactly one
+            end token. Rows are named.
     """
     begun = [pair.prompt[:1] == [tokenizer.bos_id] for pair in pairs]
     for pair, has_bos in zip(pairs, begun, strict=True):
@@ -42,15 +42,42 @@ def check_pairs(pairs: list[Pair], tokenizer, *, key: str = "dataset") -> None:
                 f"{key}: row {some} begins with BOS, row {other} does not; a template that writes it for every "
                 "conversation goes into tokenizer.chat_template"
             )
+        if not (pair.chosen or pair.rejected):
+            raise UserError(f"{key}, row {pair.row}: has no token of an answer; remove the row")
         for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-            if not answer:
-                raise UserError(f"{key}, row {pair.row}: no token of {name} is scored; remove the row")
+            if not answer:  # of an unpaired row
+                continue
             ends = [token in tokenizer.end_ids for token in answer[-2:]]
             if not ends[-1] or ends[:-1] == [True]:
                 raise UserError(
                     f"{key}, row {pair.row}: {name} must end in exactly one end token, which is trained; its last "
                     f"tokens are {answer[-2:]}, end tokens are {sorted(tokenizer.end_ids)}. Look at the chat template"
                 )
+
+
+def check_loss(loss_fn: Callable, held_out: list[Pair], *, pairs_per_step: int, keep_best: str | None) -> None:
+    """Refuses a step or a held-out set that lacks what the loss or the choice of the best checkpoint is computed from.
+
+    Raises:
+        UserError: KTO with one pair a step; a best accuracy or margin of unpaired rows that have none.
+    """
+    if "kl" in needs(loss_fn).inputs and pairs_per_step < 2:
+        raise UserError(
+            f"pairs_per_step={pairs_per_step}: KTO's baseline comes from the answers to a step's other prompts; "
+            "nearest valid: pairs_per_step=2"
+        )
+    has_pairs = any(pair.chosen and pair.rejected for pair in held_out)
+    has_margin = has_pairs or (any(pair.chosen for pair in held_out) and any(pair.rejected for pair in held_out))
+    if keep_best == "rewards/accuracies" and not has_pairs:
+        raise UserError(
+            "keep_best=rewards/accuracies: the held-out rows are unpaired, and accuracy compares the answers of a "
+            f"pair; nearest valid: keep_best={'rewards/margins' if has_margin else 'loss'}"
+        )
+    if keep_best == "rewards/margins" and not has_margin:
+        raise UserError(
+            "keep_best=rewards/margins: the held-out rows have one label only, and a margin takes desirable and "
+            "undesirable answers; nearest valid: keep_best=loss"
+        )
 
 
 def check_trained(model: nn.Module, optimizer: Optimizer) -> None:
@@ -77,8 +104,10 @@ def _length(pair: Pair) -> int:
 
 
 @contextmanager
-def rehearsal(model: nn.Module, optimizer: Optimizer, pairs: list[Pair], world: World) -> Iterator[None]:
-    """Around a forward and backward that update nothing: gradients, optimizer state and generators are as before.
+def rehearsal(
+    model: nn.Module, optimizer: Optimizer, loss_fn: Callable, pairs: list[Pair], world: World
+) -> Iterator[None]:
+    """Around a forward and backward that update nothing: optimizer, loss, gradients and generators are as before.
 
     The optimizer's state is there meanwhile, as it is in every later step, so that memory is, too.
 
@@ -88,7 +117,7 @@ def rehearsal(model: nn.Module, optimizer: Optimizer, pairs: list[Pair], world: 
     made, groups = not optimizer.state, [_without_params(group) for group in optimizer.param_groups]
     generators = [world.device] if world.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=generators):
+        with torch.random.fork_rng(devices=generators), unchanged(loss_fn):
             if made:
                 _make_state(optimizer)
             yield
@@ -124,7 +153,13 @@ def _without_params(group: dict) -> dict:
 
 
 def check_start(
-    losses: Tensor, means: dict[str, float], grad_norm: Tensor, *, loss_fn: Callable, is_reference: bool
+    losses: Tensor,
+    means: dict[str, float],
+    grad_norm: Tensor,
+    *,
+    pairs: list[Pair],
+    loss_fn: Callable,
+    is_reference: bool,
 ) -> None:
     """Refuses a first forward and backward that cannot be right.
 
@@ -132,6 +167,7 @@ def check_start(
         losses: [P], of this process's pairs, before any update.
         means: Metrics over all processes, from metrics.Meter.
         grad_norm: Scalar, over all processes.
+        pairs: The losses'.
         loss_fn: In torchtune's calling convention.
         is_reference: There is a reference, and it computes what the policy does now: before the first update, but for
             dropout.
@@ -146,20 +182,18 @@ def check_start(
             "dtype that is too narrow: look at the checkpoint, and use dtype=fp32"
         )
     if is_reference:
-        expected, margin = loss_at_start(loss_fn), means["rewards/margins"]
-        off = []
-        if expected is not None:
-            room = TOLERANCE * max(1.0, abs(expected))
-            off = [loss for loss in losses.tolist() if not abs(loss - expected) <= room]
+        margin, off, expected = means.get("rewards/margins", 0.0), [], None
+        for pair, loss in zip(pairs, losses.tolist(), strict=True):
+            expected = loss_at_start(loss_fn, has_chosen=bool(pair.chosen), has_rejected=bool(pair.rejected))
+            if expected is not None and not abs(loss - expected) <= TOLERANCE * max(1.0, abs(expected)):
+                off = [loss]
+                break
         if off or not abs(margin) <= TOLERANCE:
-            found, expected = (
-                [*off, *losses.tolist(), math.nan][0],
-                "that of zero" if expected is None else f"{expected:.4f}",
-            )
+            found = [*off, *losses.tolist(), math.nan][0]
             raise UserError(
-                f"before the first update the loss of a pair is {found:.4f} and the mean margin {margin:+.4f}; "
-                f"they must be {expected} and 0, since the policy is the reference. They are not one model: "
-                "look at how they are built and loaded, and for dropout that is on"
+                f"before the first update the loss of a pair is {found:.4f} and the mean margin {margin:+.4f}; they "
+                f"must be {'that of zero' if expected is None else f'{expected:.4f}'} and 0, since the policy is the "
+                "reference. They are not one model: look at how they are built and loaded, and for dropout that is on"
             )
     if float(grad_norm) == 0:
         raise UserError(

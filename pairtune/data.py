@@ -7,7 +7,6 @@ tokenizer.py.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import islice
 
 from tqdm import tqdm
@@ -28,11 +27,12 @@ USUAL_ORDER = re.compile(r"s*u(at*u|at+)*")
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A prompt with two answers, as tokens.
+    """A prompt with two answers, as tokens; of an unpaired row, with one, and no token of the other.
 
     Attributes:
         prompt: Starts with the template's BOS, if it has one.
-        chosen, rejected: Continue the prompt and end in exactly one end token.
+        chosen, rejected: Continue the prompt and end in exactly one end token. An unpaired row's desirable answer is
+            chosen, its undesirable one rejected.
         row: Index of its row in the source, from 0.
     """
 
@@ -59,6 +59,7 @@ class Report:
     # Tokens of every row that was tokenized, before limits: what max_length would have to be
     lengths: dict[str, list[int]] = field(default_factory=lambda: {"prompt": [], "chosen": [], "rejected": []})
     notes: list[str] = field(default_factory=list)
+    num_desirable: int | None = None  # of unpaired rows
     num_held_out: int | None = None
     num_overlap: int | None = None  # held-out pairs whose prompt and chosen answer are in the training part, too
 
@@ -68,6 +69,9 @@ class Report:
 
     def __str__(self) -> str:
         lines = [self._line("rows read", self.num_rows), self._line("kept", self.num_kept)]
+        if self.num_desirable is not None:
+            lines.append(self._line("of these, desirable", self.num_desirable))
+            lines.append(self._line("of these, undesirable", self.num_kept - self.num_desirable))
         if self.trimmed:
             lines.append(self._line("of these, prompt trimmed", len(self.trimmed), self.trimmed))
         if self.unordered:
@@ -93,7 +97,15 @@ class Report:
 
     def _all_lengths(self) -> dict[str, list[int]]:
         total = [prompt + max(answers) for prompt, *answers in zip(*self.lengths.values(), strict=True)]
-        return {**self.lengths, "prompt + longer answer": total}
+        if self.num_desirable is None:
+            return {**self.lengths, "prompt + longer answer": total}
+        answers = {"desirable": self.lengths["chosen"], "undesirable": self.lengths["rejected"]}
+        present = {name: [length for length in lengths if length] for name, lengths in answers.items()}
+        return {
+            "prompt": self.lengths["prompt"],
+            **{name: lengths for name, lengths in present.items() if lengths},
+            "prompt + answer": total,
+        }
 
     def _lengths_line(self, name: str, lengths: list[int]) -> str:
         ranked = sorted(lengths)
@@ -154,18 +166,20 @@ def read_pairs(
     *,
     max_length: int,
     max_prompt_length: int | None = None,
+    unpaired: bool = False,
     progress: bool = True,
     key: str = "dataset",
 ) -> tuple[list[Pair], Report]:
     """Returns read_rows and then tokenize_pairs of a config's `dataset` or `eval_dataset` block, all but its split.
 
     Args:
+        unpaired: See `tokenize_pairs`.
         key: The block's name, for messages.
     """
     where = {name: block[name] for name in ("split", "name", "revision", "limit")}
     rows = read_rows(block["source"], **where, columns=dict(block["columns"]), key=key)
     limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "overlong": block["overlong"]}
-    return tokenize_pairs(rows, tokenizer, **limits, progress=progress, key=key)
+    return tokenize_pairs(rows, tokenizer, **limits, unpaired=unpaired, progress=progress, key=key)
 
 
 def tokenize_pairs(
@@ -176,6 +190,7 @@ def tokenize_pairs(
     max_prompt_length: int | None = None,
     overlong: str = "drop",
     columns: dict[str, str | None] | None = None,
+    unpaired: bool = False,
     progress: bool = True,
     key: str = "dataset",
 ) -> tuple[list[Pair], Report]:
@@ -195,10 +210,12 @@ def tokenize_pairs(
         overlong: What becomes of a pair over either: drop, trim_prompt (from the left, BOS stays; answers are never
             cut) or error.
         columns: Our names to theirs, for rows that `read_rows` has not renamed.
+        unpaired: The loss takes rows of one answer and a label, too: needs(loss_fn).both is false.
         key: Where the config describes the rows, for messages.
 
     Raises:
-        UserError: A row is broken (source, row and column are named), its format is unknown, or nothing is left.
+        UserError: A row is broken (source, row and column are named), its format is unknown or not one that the loss
+            takes, or nothing is left.
     """
     limits = _Limits(max_length, max_length if max_prompt_length is None else max_prompt_length, overlong, key)
     if columns or not isinstance(rows, Rows):
@@ -208,6 +225,11 @@ def tokenize_pairs(
         raise UserError(f"{key}: {rows.source} has no rows in this split.")
     tokenizer = adapt(tokenizer)
     form = detect_format(rows.column_names, list(islice(rows, 10)), source=rows.source, key=key)
+    if not (form.is_paired or unpaired):
+        raise UserError(
+            f"{key}: {rows.source} holds answers with a label ({', '.join(form.columns)}), and this loss compares the "
+            "two answers of a pair; loss=kto takes each answer for itself"
+        )
     report = Report(rows.source, form.name, tokenizer.style, len(rows))
     pairs = []
     bar = tqdm(rows, desc="tokenize", leave=False, disable=not progress or len(rows) < 500)
@@ -221,6 +243,7 @@ def tokenize_pairs(
         except UserError as error:
             raise UserError(f"{rows.source}, row {number} (from 0): {error}") from error
     report.num_kept = len(pairs)
+    report.num_desirable = None if form.is_paired else sum(bool(pair.chosen) for pair in pairs)
     report.notes = _notes(report, tokenizer, max_length, max_prompt_length)
     if not pairs:
         raise UserError(f"{key}: there is nothing left of {rows.source}.\n{report}")
@@ -246,9 +269,9 @@ def split_pairs(pairs: list[Pair], val_fraction: float) -> tuple[list[Pair], lis
 
 
 def count_overlap(train: list[Pair], held_out: list[Pair]) -> int:
-    """Returns how many held-out pairs have prompt and chosen answer in common with a training pair."""
-    seen = {(tuple(pair.prompt), tuple(pair.chosen)) for pair in train}
-    return sum((tuple(pair.prompt), tuple(pair.chosen)) in seen for pair in held_out)
+    """Returns how many held-out pairs have prompt and chosen (or only) answer in common with a training pair."""
+    seen = {(tuple(pair.prompt), tuple(pair.chosen or pair.rejected)) for pair in train}
+    return sum((tuple(pair.prompt), tuple(pair.chosen or pair.rejected)) in seen for pair in held_out)
 
 
 def _notes(report: Report, tokenizer, max_length: int, max_prompt_length: int | None) -> list[str]:
@@ -264,18 +287,19 @@ def _notes(report: Report, tokenizer, max_length: int, max_prompt_length: int | 
 
 def _tokenize(example: Example, number: int, tokenizer, *, limits: _Limits, report: Report) -> Pair:
     whole, example = example, _without_end_texts(example, tokenizer.end_texts)
-    if not example.chosen.strip() or not example.rejected.strip():
+    texts = [text for text in (example.chosen, example.rejected) if text is not None]
+    if not all(text.strip() for text in texts):
         raise Skip("empty answer")
     _check_prompt(example.prompt)
-    limits.check_texts(
-        sum(len(message["content"]) for message in example.prompt), max(len(example.chosen), len(example.rejected))
-    )
-    asked, chosen, rejected = _sequences(example, tokenizer)
-    if chosen == rejected:  # also texts that differ in nothing but what the template strips
+    limits.check_texts(sum(len(message["content"]) for message in example.prompt), max(map(len, texts)))
+    asked, *conversations = _sequences(example, tokenizer)
+    if len(conversations) == 2 and conversations[0] == conversations[1]:  # also texts that a template makes alike
         raise Skip("identical answers")
-    prompt = common_prefix(asked, chosen, rejected)
-    chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-    _check_ends(prompt, (chosen, rejected), tokenizer)
+    prompt = common_prefix(asked, *conversations)
+    answers = [conversation[len(prompt) :] for conversation in conversations]
+    _check_ends(prompt, answers, tokenizer)
+    chosen = [] if example.chosen is None else answers[0]
+    rejected = [] if example.rejected is None else answers[-1]
     for name, tokens in zip(report.lengths, (prompt, chosen, rejected), strict=True):
         report.lengths[name].append(len(tokens))
     fitted = limits.fit(prompt, max(len(chosen), len(rejected)), bos_id=tokenizer.bos_id)
@@ -300,22 +324,26 @@ def _check_prompt(messages: list[dict]) -> None:
 def _without_end_texts(example: Example, end_texts: list[str]) -> Example:
     """Returns the example with answers that do not end in an end token's text: rendering appends the token itself."""
     ends = "|".join(map(re.escape, end_texts))
-    take_off = partial(re.compile(rf"(?:(?:{ends})\s*)+\Z").sub, "")
+    pattern = re.compile(rf"(?:(?:{ends})\s*)+\Z")
+
+    def take_off(text: str | None) -> str | None:
+        return text and pattern.sub("", text)
+
     written = example.written and (example.written[0], *map(take_off, example.written[1:]))
     return replace(example, chosen=take_off(example.chosen), rejected=take_off(example.rejected), written=written)
 
 
 def _sequences(example: Example, tokenizer) -> list[list[int]]:
-    """Returns the tokens of the prompt alone, of the whole chosen and of the whole rejected conversation."""
+    """Returns the tokens of the prompt alone, and of each whole conversation: chosen, rejected, as far as there are."""
     if tokenizer.is_plain and example.written:
         prompt, *answers = example.written
-        return [tokenizer.render_text(prompt, answer) for answer in (None, *answers)]
+        return [tokenizer.render_text(prompt, text) for text in (None, *(text for text in answers if text is not None))]
     asked = tokenizer.render(example.prompt, add_generation_prompt=True)
-    answers = ({"role": "assistant", "content": text} for text in (example.chosen, example.rejected))
-    return [asked, *(tokenizer.render([*example.prompt, answer]) for answer in answers)]
+    texts = [text for text in (example.chosen, example.rejected) if text is not None]
+    return [asked, *(tokenizer.render([*example.prompt, {"role": "assistant", "content": text}]) for text in texts)]
 
 
-def _check_ends(prompt: list[int], answers: tuple[list[int], list[int]], tokenizer) -> None:
+def _check_ends(prompt: list[int], answers: list[list[int]], tokenizer) -> None:
     if not prompt:  # nothing would predict the answer's first token
         raise Skip("empty prompt")
     if len(prompt) > 1 and prompt[0] == prompt[1] == tokenizer.bos_id:

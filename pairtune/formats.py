@@ -1,5 +1,6 @@
-"""Rows of preference datasets to Examples: a question, the better answer, the worse one. FORMATS is the list of forms
-that are recognised without configuration, and what each of their columns must hold.
+"""Rows of preference datasets to Examples: a question, the better answer, the worse one; or one answer with a label.
+
+FORMATS is the list of forms that are recognised without configuration, and what each of their columns must hold.
 """
 
 import re
@@ -16,6 +17,7 @@ ROLES = {
 }
 TEXT = "text|transcript"
 ANSWER = "text|transcript|message|messages"
+LABEL = "bool|int|float|text"  # true and false, as CSV and other tools write them too
 CONTEXT = {"system": TEXT, "history": "pairs"}  # columns that any format may have: what comes before the prompt
 _SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can write "\ud83d", half of an emoji; UTF-8 cannot
 TOOLS = "tools"  # a column of tool descriptions, which are not rendered
@@ -23,16 +25,16 @@ TOOLS = "tools"  # a column of tool descriptions, which are not rendered
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One preference: prompt messages, `{"role", "content"}`, and two answers.
+    """One preference: prompt messages, `{"role", "content"}`, and two answers; of an unpaired row, one and None.
 
     `written` is prompt, chosen and rejected as they stand in the row where these are texts to be joined: plain-text
     tokenization uses it, so that a transcript is reproduced byte by byte.
     """
 
     prompt: list[dict]
-    chosen: str
-    rejected: str
-    written: tuple[str, str, str] | None = None
+    chosen: str | None
+    rejected: str | None
+    written: tuple[str, str | None, str | None] | None = None
 
 
 class Skip(Exception):
@@ -47,6 +49,11 @@ class Format:
     example: Callable[[dict], Example]
     columns: dict[str, str]  # column to kinds, separated by |; detection wants all of them
     optional: dict[str, str] = field(default_factory=dict)  # may be absent or null
+
+    @property
+    def is_paired(self) -> bool:
+        """Two answers a row; else one with a label."""
+        return "label" not in self.columns
 
     def matches(self, row: dict) -> bool:
         """Says whether a row has the columns, holding what they must."""
@@ -178,7 +185,7 @@ def _in_context(example: Example, row: dict) -> Example:
 def _writable(example: Example) -> Example:
     """Returns the example. Raises Skip where a text holds what tokenizers cannot take, or what ends texts in C."""
     texts = [("prompt", message["content"]) for message in example.prompt]
-    for name, text in (*texts, ("chosen", example.chosen), ("rejected", example.rejected)):
+    for name, text in (*texts, ("chosen", example.chosen or ""), ("rejected", example.rejected or "")):
         if "\0" in text:
             raise Skip(f"{name} holds a NUL character")
         if _SURROGATE.search(text):
@@ -208,8 +215,11 @@ def _from_texts(row: dict) -> Example:
 
 
 def _from_instruction(row: dict) -> Example:
-    text = "\n".join(part for part in (row["instruction"], row.get("input")) if part)
-    return Example(_user(text), row["chosen"], row["rejected"])
+    return Example(_instruction(row), row["chosen"], row["rejected"])
+
+
+def _instruction(row: dict) -> list[dict]:
+    return _user("\n".join(part for part in (row["instruction"], row.get("input")) if part))
 
 
 def _from_prompt_messages(row: dict, column: str = "prompt") -> Example:
@@ -244,6 +254,53 @@ def _from_transcript_prompt(row: dict) -> Example:
     prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
     written = (prompt, chosen, rejected) if prompt.rstrip().endswith("\n\nAssistant:") else None
     return Example(_turns(prompt), chosen.strip(), rejected.strip(), written)
+
+
+def _labelled(row: dict, prompt: list[dict], answer: str, written: tuple[str, str] | None = None) -> Example:
+    """Returns an unpaired row's example: its answer stands where its label puts it."""
+    if _is_true(row["label"]):
+        return Example(prompt, answer, None, written and (*written, None))
+    return Example(prompt, None, answer, written and (written[0], None, written[1]))
+
+
+def _is_true(label) -> bool:
+    """Returns whether the answer is desirable."""
+    known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+    if str(label).strip().lower() not in known:
+        raise UserError(f"column 'label' holds {_shown(label)}, expected true or false (or 1 or 0). Mend the row.")
+    return known[str(label).strip().lower()]
+
+
+def _from_completion(row: dict) -> Example:
+    return _labelled(row, _user(row["prompt"]), row["completion"], (row["prompt"], row["completion"]))
+
+
+def _from_transcript_completion(row: dict) -> Example:
+    prompt, answer = row["prompt"], row["completion"]
+    written = (prompt, answer) if prompt.rstrip().endswith("\n\nAssistant:") else None
+    return _labelled(row, _turns(prompt), answer.strip(), written)
+
+
+def _from_messages_completion(row: dict) -> Example:
+    prompt = [_message(raw) for raw in row["prompt"]]
+    return _labelled(row, prompt, _answer(row, "completion", prompt))
+
+
+def _from_labelled_conversation(row: dict, column: str = "messages") -> Example:
+    *prompt, answer = (_message(raw) for raw in row[column])
+    if answer["role"] != "assistant":
+        raise Skip("no answer at the end")
+    if not prompt:
+        raise Skip("empty prompt")
+    return _labelled(row, prompt, answer["content"])
+
+
+def _from_labelled_sharegpt(row: dict) -> Example:
+    return _from_labelled_conversation(row, "conversations")
+
+
+def _from_labelled_instruction(row: dict) -> Example:
+    return _labelled(row, _instruction(row), row["output"])
 
 
 def _last_turn(transcript: str) -> tuple[str, str]:
@@ -285,6 +342,25 @@ FORMATS = [
         "instruction with answers",
         _from_instruction,
         {"instruction": TEXT, "chosen": TEXT, "rejected": TEXT},
+        {"input": TEXT},
+    ),
+    Format(
+        "unpaired HH prompt",
+        _from_transcript_completion,
+        {"prompt": "transcript", "completion": TEXT, "label": LABEL},
+    ),
+    Format("unpaired", _from_completion, {"prompt": TEXT, "completion": TEXT, "label": LABEL}),
+    Format(
+        "unpaired prompt messages",
+        _from_messages_completion,
+        {"prompt": "messages", "completion": ANSWER, "label": LABEL},
+    ),
+    Format("unpaired conversations", _from_labelled_conversation, {"messages": "messages", "label": LABEL}),
+    Format("unpaired ShareGPT", _from_labelled_sharegpt, {"conversations": "messages", "label": LABEL}),
+    Format(
+        "unpaired instruction",
+        _from_labelled_instruction,
+        {"instruction": TEXT, "output": TEXT, "label": LABEL},
         {"input": TEXT},
     ),
 ]

@@ -3,6 +3,7 @@
 import inspect
 from dataclasses import dataclass
 
+from pairtune.data import Pair
 from pairtune.preference_losses import LOSSES
 
 TRL_INDEX = (
@@ -74,8 +75,12 @@ def advice(name: str, beta: float | None, lr: float | None, method: str) -> list
     ]
 
 
-def advice_for(loss: dict, lr: float | None, method: str) -> list[str]:
-    """Returns `advice` for a config's `loss` block, torchtune's own losses included."""
+def advice_for(loss: dict, lr: float | None, method: str, pairs: list[Pair] = ()) -> list[str]:
+    """Returns `advice` for a config's `loss` block, torchtune's own losses included, and for KTO's weights.
+
+    Args:
+        pairs: What is trained on; for KTO.
+    """
     path = loss["_component_"]
     names = {function.__name__: name for name, function in LOSSES.items()} | {"DPOLoss": "sigmoid", "RSOLoss": "hinge"}
     name = names.get(path.rpartition(".")[2])
@@ -83,7 +88,26 @@ def advice_for(loss: dict, lr: float | None, method: str) -> list[str]:
         return []
     defaults = {k: p.default for k, p in inspect.signature(LOSSES[name]).parameters.items()}
     key = "orpo_lambda" if name == "orpo" else "beta"
-    return advice(name, loss.get(key, defaults.get(key)), lr, method)
+    options = {**defaults, **loss}
+    told = advice(name, options.get(key), lr, method)
+    if name == "kto":
+        told += _of_weights(options["desirable_weight"], options["undesirable_weight"], pairs)
+    return told
+
+
+def _of_weights(desirable: float, undesirable: float, pairs: list[Pair]) -> list[str]:
+    """The KTO paper, 4.2: desirable answers altogether weigh as much as undesirable ones, or up to a third more."""
+    counts = sum(bool(pair.chosen) for pair in pairs), sum(bool(pair.rejected) for pair in pairs)
+    if not all(counts):
+        return []
+    ratio = desirable * counts[0] / (undesirable * counts[1])
+    if 1 - 1e-6 <= ratio <= 4 / 3 + 1e-6:
+        return []
+    return [
+        f"loss.desirable_weight={desirable:g}: with {counts[0]:,} desirable and {counts[1]:,} undesirable answers they "
+        f"weigh {ratio:.2f} to 1 altogether; the KTO paper has 1 to 1.33: loss.desirable_weight="
+        f"{undesirable * counts[1] / counts[0]:.3g} to {4 / 3 * undesirable * counts[1] / counts[0]:.3g}"
+    ]
 
 
 def _outside(key: str, value: float | None, published: list[tuple[float, Published]], runs: str) -> list[str]:

@@ -5,11 +5,12 @@ P pairs.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pairtune.batch import PairBatch
 from pairtune.dist import World
@@ -23,12 +24,14 @@ class Needs:
     Attributes:
         reference: Reference log-probabilities; else None does for both.
         step: The whole step's values in one call, see `step_gradients`.
+        both: Both answers of a pair; else unpaired rows, which have one of them, are taken, too.
         inputs: Further keyword arguments, see `loss_inputs`.
         ld_alpha: For logps.answer_scores of the policy and logps.answer_logps of the reference.
     """
 
     reference: bool = True
     step: bool = False
+    both: bool = True
     inputs: tuple[str, ...] = ()
     ld_alpha: float = 1.0
 
@@ -41,6 +44,28 @@ class Needs:
 def needs(loss_fn: Callable) -> Needs:
     """Returns what this loss needs; torchtune's and users' own modules need a reference and nothing else."""
     return getattr(loss_fn, "needs", Needs())
+
+
+def after_step(loss_fn: Callable, world: World) -> None:
+    """Lets a loss that keeps something over steps, such as a running mean, take in the step that was just made.
+
+    Such a loss has a method `after_step`; what it keeps are buffers, which checkpoints hold. Every process has to
+    call it.
+    """
+    if hasattr(loss_fn, "after_step"):
+        loss_fn.after_step(world)
+
+
+@contextmanager
+def unchanged(loss_fn: Callable) -> Iterator[None]:
+    """Around forwards that no step comes of: what the loss keeps over steps is as before."""
+    buffers = list(loss_fn.buffers()) if isinstance(loss_fn, nn.Module) else []
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
 
 
 def loss_inputs(
@@ -69,6 +94,7 @@ def loss_inputs(
 def mismatched(pairs: list) -> list:
     """Returns the pairs with each prompt followed by the next pair's answers: what KTO's KL is estimated on.
 
+    They are laid out as the prompt's own ones are, so that it runs through the model once.
     Called with all pairs of a step, before they are shared between processes, it depends on neither.
     """
     return [replace(a, chosen=b.chosen, rejected=b.rejected) for a, b in zip(pairs, pairs[1:] + pairs[:1], strict=True)]
@@ -142,6 +168,11 @@ def _of_all(values: list, world: World):
     return torch.tensor(gathered, dtype=values[0].dtype, device=values[0].device)
 
 
+def num_answers(pairs: list) -> int:
+    """Returns how many answers there are: two a pair, one of an unpaired row."""
+    return sum(bool(pair.chosen) + bool(pair.rejected) for pair in pairs)
+
+
 def mean_chosen_length(pairs: list, *, score_end: bool = True) -> float:
     """Returns scored chosen tokens / pairs."""
     return sum(len(pair.chosen) - (not score_end) for pair in pairs) / max(1, len(pairs))
@@ -158,25 +189,29 @@ def example_inputs(loss_fn: Callable, num_pairs: int) -> dict[str, Tensor | floa
     return {name: known[name] for name in needs(loss_fn).inputs}
 
 
-def loss_at_start(loss_fn: Callable) -> float | None:
+def loss_at_start(loss_fn: Callable, *, has_chosen: bool = True, has_rejected: bool = True) -> float | None:
     """Returns the loss of a pair whose policy is the reference, or None if it depends on more than that.
 
     None: without a reference, with an sft term, with WPO's weights.
+
+    Args:
+        has_chosen, has_rejected: Of an unpaired row, one.
     """
     if not needs(loss_fn).reference:
         return None
-    first = _loss_of_reference(loss_fn, 0.0, 0.0, lengths=(1, 1), weights=(1.0, 1.0))
-    second = _loss_of_reference(loss_fn, -7.0, -11.0, lengths=(3, 5), weights=(0.5, 0.25))
+    first = _loss_of_reference(loss_fn, 0.0, 0.0, lengths=(has_chosen, has_rejected), weights=(1.0, 1.0))
+    logps, lengths = (-7.0 * has_chosen, -11.0 * has_rejected), (3 * has_chosen, 5 * has_rejected)
+    second = _loss_of_reference(loss_fn, *logps, lengths=lengths, weights=(0.5, 0.25))
     return first if math.isclose(first, second, rel_tol=1e-5, abs_tol=1e-6) else None
 
 
 def _loss_of_reference(loss_fn: Callable, chosen: float, rejected: float, *, lengths: tuple, weights: tuple) -> float:
     chosen, rejected = torch.tensor([chosen]), torch.tensor([rejected])
     inputs = {
-        **{"chosen_lengths": torch.tensor(lengths[:1]), "rejected_lengths": torch.tensor(lengths[1:])},
+        **{"chosen_lengths": torch.tensor(lengths[:1]).long(), "rejected_lengths": torch.tensor(lengths[1:]).long()},
         **{"chosen_weights": torch.tensor(weights[:1]), "rejected_weights": torch.tensor(weights[1:])},
         **{"whole_chosen_logps": chosen, "mean_chosen_length": float(lengths[0]), "kl": torch.tensor(0.0)},
     }
-    with torch.no_grad():
+    with torch.no_grad(), unchanged(loss_fn):
         values = loss_fn(chosen, rejected, chosen, rejected, **{name: inputs[name] for name in needs(loss_fn).inputs})
     return float(values[0])

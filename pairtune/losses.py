@@ -85,9 +85,9 @@ def robust(chosen: Tensor, rejected: Tensor, *, beta: float, label_smoothing: fl
     return (-(1 - e) * F.logsigmoid(z) + e * F.logsigmoid(-z)) / (1 - 2 * e)
 
 
-def bco_pair(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
-    """BCO, arXiv 2404.04656, with its reward shift at 0: of log-ratios."""
-    return -F.logsigmoid(beta * chosen) - F.logsigmoid(-beta * rejected)
+def bco_pair(chosen: Tensor, rejected: Tensor, *, beta: float, shift: Tensor | float = 0.0) -> Tensor:
+    """BCO, arXiv 2404.04656: of log-ratios. `shift` is the mean reward beta r so far, delta in the paper."""
+    return -F.logsigmoid(beta * chosen - shift) - F.logsigmoid(-(beta * rejected - shift))
 
 
 def sppo_hard(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:

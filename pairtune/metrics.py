@@ -29,7 +29,10 @@ class Meter:
         self._counts: dict[str, int] = {}
 
     def add(self, **values: Tensor) -> None:
-        """Adds vectors of one value a pair. `rewards_chosen` is called rewards/chosen where it is read."""
+        """Adds vectors of one value a pair. `rewards_chosen` is called rewards/chosen where it is read.
+
+        Unpaired rows have values of one answer: vectors may differ in length, and be empty.
+        """
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value.detach().sum(dtype=torch.float64)
             self._counts[name] = self._counts.get(name, 0) + value.numel()
@@ -46,14 +49,21 @@ class Meter:
             self._sums[name], self._counts[name] = total.to(device), int(count)
 
     def read(self, world: World, prefix: str = "") -> dict[str, float]:
-        """Returns the mean of every metric, the same in each process, and starts anew. Every process has to call it."""
+        """Returns the mean of every metric, the same in each process, and starts anew. Every process has to call it.
+
+        rewards/margins is the difference of the means of rewards/chosen and rewards/rejected; over pairs that is the
+        mean of their differences. A metric of which there is no value at all is left out.
+        """
         sums = torch.stack([*self._sums.values()])
         counts = torch.tensor([*self._counts.values()], dtype=torch.float64, device=sums.device)
-        means = (world.sum(sums) / world.sum(counts)).tolist()
-        names = [prefix + _SLASHED.get(name, name) for name in self._sums]
+        sums, counts = world.sum(sums).tolist(), world.sum(counts).tolist()
+        names = [_SLASHED.get(name, name) for name in self._sums]
+        means = {name: s / n for name, s, n in zip(names, sums, counts, strict=True) if n}
+        if {"rewards/chosen", "rewards/rejected"} <= means.keys():
+            means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
         self._sums.clear()
         self._counts.clear()
-        return dict(zip(names, means, strict=True))
+        return {prefix + name: value for name, value in means.items()}
 
 
 class RunLog:
@@ -128,9 +138,9 @@ def read_log(path: Path) -> list[dict]:
 
 
 def summary(results: dict[str, float], prefix: str = "") -> str:
-    """Returns loss, accuracy and margin in words."""
-    loss, accuracy, margin = (results[prefix + key] for key in ("loss", "rewards/accuracies", "rewards/margins"))
-    return f"loss {loss:.4f}, accuracy {accuracy:.3f}, margin {margin:+.3f}"
+    """Returns loss, accuracy and margin in words, as far as there are any."""
+    shown = {"loss": "loss {:.4f}", "rewards/accuracies": "accuracy {:.3f}", "rewards/margins": "margin {:+.3f}"}
+    return ", ".join(words.format(results[prefix + key]) for key, words in shown.items() if prefix + key in results)
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -159,7 +169,8 @@ def plot_curves(log_path: Path, png_path: Path) -> None:
     log = read_log(log_path)
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
-    for axis, (title, key, start) in zip(figure.subplots(1, len(CURVES)), CURVES, strict=True):
+    curves = [curve for curve in CURVES if not log or any(p + curve[1] in row for row in log for p in ("", "eval/"))]
+    for axis, (title, key, start) in zip(figure.subplots(1, len(curves)), curves, strict=True):
         axis.axhline(start, color="0.75", linewidth=1)
         for prefix, label, style in (("", "training", "-"), ("eval/", "held out", "o-")):
             points = [(row["step"], row[prefix + key]) for row in log if prefix + key in row]

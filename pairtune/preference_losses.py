@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from pairtune import losses
+from pairtune.dist import World
 from pairtune.errors import UserError
-from pairtune.loss_needs import Needs, needs
+from pairtune.loss_needs import Needs, after_step, needs
 from pairtune.rules import fits, nearest, show, wrong_kind
 
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
@@ -65,7 +66,7 @@ class PairLoss(nn.Module):
         self.function, self.beta, self.averaged, self.wpo = function, beta, averaged, wpo
         inputs = ("chosen_lengths", "rejected_lengths") if averaged else ()
         inputs += ("chosen_weights", "rejected_weights") if wpo else ()
-        self.needs = Needs(reference, needs_step, inputs, ld_alpha)
+        self.needs = Needs(reference, needs_step, inputs=inputs, ld_alpha=ld_alpha)
 
     def forward(
         self,
@@ -92,6 +93,34 @@ class PairLoss(nn.Module):
         if self.wpo:
             values = values * (chosen_weights * rejected_weights).detach()
         return values, *_rewards(self.beta, *rewards)
+
+
+class BcoPair(PairLoss):
+    """BCO: rewards above and below their running mean, so that a classifier of answers need not move it first.
+
+    The mean is over the rewards of all answers up to the step before, which are the same in every micro-batch and
+    process; the first step has 0. It is a buffer, so a checkpoint has it, and moves in `after_step`. With
+    running_mean=False it stays 0, as in TRL's DPO; TRL's BCO counts the micro-batch at hand, too.
+    """
+
+    def __init__(self, beta: float = 0.01, running_mean: bool = True, ld_alpha: float = 1.0, wpo: bool = False):
+        _check_positive("beta", beta, 0.01)
+        super().__init__(self._values, beta=beta, ld_alpha=ld_alpha, wpo=wpo)
+        self.running_mean = running_mean
+        self.register_buffer("seen", torch.zeros(2, dtype=torch.float64))  # the rewards' sum, and how many
+        self.register_buffer("in_step", torch.zeros(2, dtype=torch.float64))
+
+    def _values(self, chosen: Tensor, rejected: Tensor) -> Tensor:
+        rewards = self.beta * torch.cat([chosen, rejected]).detach()
+        self.in_step += torch.stack([rewards.sum(dtype=torch.float64).cpu(), torch.tensor(float(len(rewards)))])
+        total, count = self.seen.tolist()
+        return losses.bco_pair(chosen, rejected, beta=self.beta, shift=total / max(count, 1.0))
+
+    def after_step(self, world: World) -> None:
+        """Moves the mean by what the step's pairs had, in all processes; each has to call it."""
+        if self.running_mean:
+            self.seen += world.sum(self.in_step.to(world.device)).cpu()
+        self.in_step.zero_()
 
 
 class Aot(nn.Module):
@@ -185,12 +214,13 @@ class Cpo(nn.Module):
 class Kto(nn.Module):
     """KTO: each answer for itself, desirable or not, against how far the policy is from the reference altogether.
 
-    A pair is two answers: the loss of a pair is the mean of its two, so that a step's is the mean over its answers.
-    `kl` is one number for the whole step, from both answers of its `mismatched` pairs; TRL's is of the answers that its
-    micro-batch holds, over all processes. It stays constant while gradients are taken.
+    A pair is two answers: the loss of a pair is the mean of its two, so that a step's is the mean over its answers. An
+    answer without tokens, which an unpaired row has, does not count. `kl` is one number for the whole step, from all
+    answers of its `mismatched` pairs; TRL's is of the answers that its micro-batch holds, over all processes. It stays
+    constant while gradients are taken.
     """
 
-    needs = Needs(inputs=("kl",))
+    needs = Needs(both=False, inputs=("chosen_lengths", "rejected_lengths", "kl"))
 
     def __init__(self, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0):
         super().__init__()
@@ -207,20 +237,18 @@ class Kto(nn.Module):
         reference_chosen_logps: Tensor,
         reference_rejected_logps: Tensor,
         *,
+        chosen_lengths: Tensor,
+        rejected_lengths: Tensor,
         kl: Tensor,
     ) -> Values:
-        wanted = torch.ones_like(policy_chosen_logps, dtype=torch.bool)
-        chosen, chosen_rewards = self.answers(policy_chosen_logps, reference_chosen_logps, wanted, kl=kl)
-        rejected, rejected_rewards = self.answers(policy_rejected_logps, reference_rejected_logps, ~wanted, kl=kl)
-        return (chosen + rejected) / 2, chosen_rewards, rejected_rewards
-
-    def answers(
-        self, policy_logps: Tensor, reference_logps: Tensor, desirable: Tensor, *, kl: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Returns losses and rewards [A] of A answers that need not come in pairs; `desirable` is [A] bool."""
-        log_ratios = policy_logps - reference_logps
-        values = losses.kto(log_ratios, desirable, kl=kl.detach(), beta=self.beta, **self.weights)
-        return values, self.beta * log_ratios.detach()
+        chosen = policy_chosen_logps - reference_chosen_logps
+        rejected = policy_rejected_logps - reference_rejected_logps
+        has_chosen, has_rejected = ((lengths > 0).to(chosen.dtype) for lengths in (chosen_lengths, rejected_lengths))
+        options = {"kl": kl.detach(), "beta": self.beta, **self.weights}
+        wanted = torch.ones_like(chosen, dtype=torch.bool)
+        of_chosen, of_rejected = losses.kto(chosen, wanted, **options), losses.kto(rejected, ~wanted, **options)
+        values = (has_chosen * of_chosen + has_rejected * of_rejected) / (has_chosen + has_rejected)
+        return values, *_rewards(self.beta, chosen, rejected)
 
 
 class Mixture(nn.Module):
@@ -250,7 +278,8 @@ class Mixture(nn.Module):
             if step:
                 raise UserError(f"loss.ld_alpha={ld_alpha}: does not go with both sft and a loss that sorts (aot)")
             inputs["whole_chosen_logps"] = None
-        self.needs = Needs(any(n.reference for n in needed), step, tuple(inputs), ld_alpha)
+        reference, both = any(n.reference for n in needed), any(n.both for n in needed)
+        self.needs = Needs(reference, step, both, tuple(inputs), ld_alpha)
 
     def forward(
         self,
@@ -269,6 +298,11 @@ class Mixture(nn.Module):
             if rewards is None and not isinstance(term, Sft):
                 rewards = its_rewards
         return total, *(rewards or its_rewards)
+
+    def after_step(self, world: World) -> None:
+        """Passes it on to the terms that have it."""
+        for term in self.terms:
+            after_step(term, world)
 
 
 def _rewards(beta: float, chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
@@ -368,12 +402,6 @@ def robust(
     return PairLoss(function, beta=beta, f_divergence=f_divergence, f_alpha=f_alpha, ld_alpha=ld_alpha, wpo=wpo)
 
 
-def bco_pair(beta: float = 0.01, ld_alpha: float = 1.0, wpo: bool = False) -> PairLoss:
-    """BCO with its reward shift at 0, as in TRL's DPO; the paper's is a running mean of the rewards."""
-    _check_positive("beta", beta, 0.01)
-    return PairLoss(partial(losses.bco_pair, beta=beta), beta=beta, ld_alpha=ld_alpha, wpo=wpo)
-
-
 def sppo_hard(beta: float = 0.001, ld_alpha: float = 1.0, wpo: bool = False) -> PairLoss:
     """SPPO with certain preferences; beta is 1 / eta. TRL's default of 0.1 is not the authors', which is this."""
     _check_positive("beta", beta, 0.001)
@@ -452,7 +480,7 @@ def rpo(beta: float = 0.1, alpha: float = 1.0) -> Mixture:
 
 def mpo(beta: float = 0.1) -> Mixture:
     """MPO, arXiv 2411.10442: 0.8 sigmoid + 0.2 bco_pair + 1.0 sft. Other weights: a mixture."""
-    return Mixture([sigmoid(beta), bco_pair(beta), Sft()], [0.8, 0.2, 1.0])
+    return Mixture([sigmoid(beta), BcoPair(beta), Sft()], [0.8, 0.2, 1.0])
 
 
 def mixture(terms: list[dict]) -> Mixture:
@@ -482,7 +510,7 @@ LOSSES: dict[str, Callable[..., nn.Module]] = {
     "exo_pair": exo_pair,
     "nca_pair": nca_pair,
     "robust": robust,
-    "bco_pair": bco_pair,
+    "bco_pair": BcoPair,
     "sppo_hard": sppo_hard,
     "aot": Aot,
     "aot_unpaired": aot_unpaired,

@@ -57,16 +57,20 @@ class TrainState:
         *,
         world: World,
         fingerprint: dict,
+        loss_fn: Callable | None = None,
         reference=None,
     ):
         """
         Args:
+            loss_fn: If it is a module, its buffers are part of the state, such as bco_pair's running mean.
             reference: One that moves while training: its `tensors` are part of the state.
         """
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # in a run of one process it is
         self.step, self.evaluated, self.best, self.origin = 0, 0, None, None
         self.fingerprint = fingerprint
         self._model, self._reference = model, reference
+        buffers = loss_fn.state_dict() if isinstance(loss_fn, nn.Module) else {}
+        self._loss = {f"loss.{name}": buffer for name, buffer in buffers.items()}
         self._trained = {plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
         self._optimizer, self._scheduler, self._meter, self._world = optimizer, scheduler, meter, world
         if scheduler:
@@ -86,6 +90,7 @@ class TrainState:
         if self._world.device.type == "cuda":
             tensors[f"generator.{rank}.cuda"] = torch.cuda.get_rng_state(self._world.device)
         tensors[f"meter.{rank}"] = self._meter.state()[1]
+        tensors |= self._loss
         return tensors | (self._reference.tensors() if self._reference else {})
 
     def values(self) -> dict:
@@ -164,7 +169,7 @@ class TrainState:
     def _templates(self, saved: dict, values: dict) -> dict[str, Tensor]:
         """What to read: weights in place, and new tensors for all else that concerns this process."""
         rank, same_size = self._world.rank, values["num_processes"] == self._world.size
-        wanted = {f"model.{name}": p.data for name, p in self._trained.items()}
+        wanted = {f"model.{name}": p.data for name, p in self._trained.items()} | self._loss
         wanted |= self._reference.tensors() if self._reference else {}
         for key, found in saved.items():
             kind, _, rest = key.partition(".")

@@ -18,6 +18,7 @@ from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.formats import detect_format
 from pairtune.loader import Steps
+from pairtune.loss_needs import needs
 from pairtune.model_config import check_model
 from pairtune.reference import KNOWN, check_reference, is_own, open_second_model
 from pairtune.rows import looks_like_path
@@ -149,7 +150,7 @@ class Validation:
             first = data.Rows(part, source=rows.source, numbers=rows.numbers[: len(part)], key=key)
         pairs, report = data.tokenize_pairs(
             first, tokenizer, max_length=cfg.max_length, max_prompt_length=cfg.max_prompt_length,
-            overlong=source.overlong, progress=False, key=key,
+            overlong=source.overlong, unpaired=not needs(config.instantiate(cfg.loss)).both, progress=False, key=key,
         )  # fmt: skip
         num_pairs = len(pairs) if len(first) == len(rows) else len(rows)
         if source.get("val_fraction"):

@@ -14,13 +14,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from pairtune import checkpoint, config, contract, data, dist, generation, metrics, models, train_state
+from pairtune import checkpoint, config, contract, data, dist, generation, loss_needs, metrics, models, train_state
 from pairtune.batch import lay_out, longest_row
 from pairtune.fingerprint import check_same, fingerprint
 from pairtune.loader import Steps, share
 from pairtune.logps import answer_logps, answer_scores
 from pairtune.loss_advice import advice_for
-from pairtune.loss_needs import loss_inputs, mean_chosen_length, mismatched, needs, step_losses
 from pairtune.losses import kto_kl
 from pairtune.model_config import check_model
 from pairtune.reference import (
@@ -130,6 +129,7 @@ def main(cfg):
     files = checkpoint.open_weights(cfg.checkpointer, run_dir)
     tokenizer = adapt(config.instantiate(cfg.tokenizer))
     loss_fn = config.instantiate(cfg.loss)
+    needed = loss_needs.needs(loss_fn)
     check_reference(cfg.reference, loss_fn, METHOD, dtype=cfg.dtype)
     own = is_own(cfg.reference, METHOD, cfg.dtype)  # what the run starts from
     model = models.full(cfg.model, dtype=cfg.dtype)
@@ -145,7 +145,7 @@ def main(cfg):
     models.prepare(model, **prepared)
     check_model(model, checkpoint.read_config(cfg.checkpointer.checkpoint_dir))
     second = None
-    if has_second_model(cfg.reference, METHOD, cfg.dtype) and needs(loss_fn).reference:
+    if needed.reference and has_second_model(cfg.reference, METHOD, cfg.dtype):
         like = {"component": cfg.model, "dtype": cfg.dtype, "files": files, "tokenizer": tokenizer, "world": world}
         second = open_second_model(cfg.reference, METHOD, **like)
         second.prepare(**prepared)
@@ -153,7 +153,8 @@ def main(cfg):
     # 3. Preference pairs
     def read_pairs(key):
         limits = {name: cfg[name] for name in ("max_length", "max_prompt_length")}
-        return data.read_pairs(cfg[key], tokenizer, **limits, progress=world.is_main, key=key)
+        unpaired = not needed.both
+        return data.read_pairs(cfg[key], tokenizer, **limits, unpaired=unpaired, progress=world.is_main, key=key)
 
     train, report = read_pairs("dataset")
     held_out = []
@@ -167,13 +168,14 @@ def main(cfg):
     order = {name: cfg[name] for name in ("pairs_per_step", "batch_size", "seed", "shuffle")}
     steps = Steps(train, **order, rank=world.rank, size=world.size)
     total_steps = min(cfg.epochs * len(steps), cfg.max_steps or math.inf)
-    mixed = "kl" in needs(loss_fn).inputs  # KTO puts prompts before the answers to others
+    mixed = "kl" in needed.inputs  # KTO puts prompts before the answers to others
     row_length = longest_row([*train, *held_out], mixed=mixed) if model.dense_attention else None
 
     def batch_of(pairs):
         return lay_out(pairs, row_length, score_end=cfg.score_end).to(world.device)
 
     contract.check_pairs([*train, *held_out], tokenizer)
+    contract.check_loss(loss_fn, held_out, pairs_per_step=cfg.pairs_per_step, keep_best=cfg.keep_best)
     config.rehearse(cfg.optimizer, cfg.lr_scheduler, cfg.loss, num_training_steps=total_steps)
     identity = fingerprint(cfg, train, held_out, files, second.source["weight_files"] if second else ())
     if resumed:
@@ -184,24 +186,24 @@ def main(cfg):
         print(config.save(cfg, run_dir / "config.yaml", recipe=__file__))
 
     # 4. Weights
-    cache, ld_alpha = None, needs(loss_fn).ld_alpha
+    cache = None
 
     def fill(cache, reference):  # a few values of earlier runs are computed again; then those that are missing
         with reference.weights() as frozen:
             for pairs in share(cache.samples(16), cfg.batch_size, rank=world.rank, size=world.size):
                 batch = batch_of(pairs)
-                cache.check(pairs, *answer_logps(frozen, batch, ld_alpha))
+                cache.check(pairs, *answer_logps(frozen, batch, needed.ld_alpha))
             micro = share(cache.missing, cfg.batch_size, rank=world.rank, size=world.size)
             for pairs in tqdm(micro, desc="reference", leave=False, disable=not world.is_main):
                 world.beat("reference")
                 batch = batch_of(pairs)
-                cache.put(pairs, *answer_logps(frozen, batch, ld_alpha))
+                cache.put(pairs, *answer_logps(frozen, batch, needed.ld_alpha))
         cache.complete()
 
     if cfg.reference.name == "cached":
         folder = find_folder(cfg.reference.cache_dir)
         source = {"component": cfg.model, "weight_files": checkpoint.weight_files(files)}
-        source = (second.source if second else source) | {"ld_alpha": ld_alpha, "score_end": cfg.score_end}
+        source = (second.source if second else source) | {"ld_alpha": needed.ld_alpha, "score_end": cfg.score_end}
         found = identify(folder, second.model if second else model, world, **source)
         cache = ReferenceCache(folder, found, [*train, *held_out], world)
     if cache and second:  # it leaves before the policy comes; where the cache has every value, it does not come at all
@@ -225,14 +227,13 @@ def main(cfg):
     optimizer = config.instantiate(cfg.optimizer, [p for p in model.parameters() if p.requires_grad])
     scheduler = config.instantiate(cfg.lr_scheduler, optimizer, num_training_steps=total_steps, last_epoch=-1)
     contract.check_trained(model, optimizer)
-    for line in advice_for(cfg.loss, cfg.optimizer.lr, METHOD):
+    for line in advice_for(cfg.loss, cfg.optimizer.lr, METHOD, train):
         world.print(f"advice: {line}")
     torch.manual_seed(cfg.seed + world.rank)  # dropout, if it is on, differs between processes
     meter = metrics.Meter()
     moves = cfg.reference.name == "sync"
-    state = train_state.TrainState(
-        model, optimizer, scheduler, meter, world=world, fingerprint=identity, reference=reference if moves else None
-    )
+    kept = {"loss_fn": loss_fn, "reference": reference if moves else None}
+    state = train_state.TrainState(model, optimizer, scheduler, meter, world=world, fingerprint=identity, **kept)
     if resumed:
         state.load(resumed, run_dir, best_metric=cfg.keep_best)
     keeping = {key: cfg[key] for key in ("keep_last_n", "on_save_failure")}
@@ -246,8 +247,6 @@ def main(cfg):
     )
 
     # 6. What is done with pairs: score them, evaluate on them, answer their prompts
-    needed = needs(loss_fn)
-
     def reference_logps(pairs, batch):  # [P], [P]
         if not needed.reference:
             return None, None
@@ -262,26 +261,27 @@ def main(cfg):
         return answer_scores(model, batch, ld_alpha=needed.ld_alpha, weights=needed.weights)
 
     def of_whole_step(pairs, micro):  # pairs of all processes, and this one's: what some losses take of a whole step
-        known, values = {"mean_chosen_length": mean_chosen_length(pairs, score_end=cfg.score_end)}, [None] * len(micro)
+        known = {"mean_chosen_length": loss_needs.mean_chosen_length(pairs, score_end=cfg.score_end)}
+        values = [None] * len(micro)
         with torch.no_grad():
             if "kl" in needed.inputs:  # KTO's baseline: every prompt with the answers to another one
                 log_ratios = torch.zeros((), device=world.device, dtype=torch.float64)
-                for others in share(mismatched(pairs), cfg.batch_size, rank=world.rank, size=world.size):
+                for others in share(loss_needs.mismatched(pairs), cfg.batch_size, rank=world.rank, size=world.size):
                     batch = batch_of(others)
                     policy, base = answer_logps(model, batch), reference_logps(others, batch)
                     log_ratios += (torch.cat(policy) - torch.cat(base)).sum()
-                known["kl"] = kto_kl(world.sum(log_ratios), 2 * len(pairs))
+                known["kl"] = kto_kl(world.sum(log_ratios), loss_needs.num_answers(pairs))
             if needed.step:  # a loss that sorts the step's pairs: all values first, then each pair's gradient
                 batches = list(map(batch_of, micro))
                 scores, references = [scores_of(b) for b in batches], list(map(reference_logps, micro, batches))
-                values = step_losses(loss_fn, batches, scores, references, world, **known)
+                values = loss_needs.step_losses(loss_fn, batches, scores, references, world, **known)
         return known, values
 
     def pair_losses(pairs, batch, meter, known, values=None):  # [P], to be differentiated
         scores = scores_of(batch)
         chosen, rejected = scores.chosen_logps, scores.rejected_logps
         if values is None:
-            inputs = loss_inputs(loss_fn, batch, scores, **known)
+            inputs = loss_needs.loss_inputs(loss_fn, batch, scores, **known)
             losses, chosen_rewards, rejected_rewards = loss_fn(
                 chosen, rejected, *reference_logps(pairs, batch), **inputs
             )
@@ -291,12 +291,11 @@ def main(cfg):
             differentiable = chosen * values.chosen_gradients + rejected * values.rejected_gradients
         meter.add(
             loss=losses,
-            rewards_chosen=chosen_rewards,
-            rewards_rejected=rejected_rewards,
-            rewards_margins=chosen_rewards - rejected_rewards,
-            rewards_accuracies=(chosen_rewards > rejected_rewards).float(),  # a tie is not accurate
-            logps_chosen=chosen,
-            logps_rejected=rejected,
+            rewards_chosen=chosen_rewards[batch.with_chosen],
+            rewards_rejected=rejected_rewards[batch.with_rejected],
+            rewards_accuracies=(chosen_rewards > rejected_rewards)[batch.with_both].float(),  # a tie is not accurate
+            logps_chosen=chosen[batch.with_chosen],
+            logps_rejected=rejected[batch.with_rejected],
         )
         return differentiable
 
@@ -304,14 +303,13 @@ def main(cfg):
         meter = metrics.Meter()
         micro = share(held_out, cfg.batch_size, rank=world.rank, size=world.size)
         model.eval()
-        known, values = of_whole_step(held_out, micro)
-        progress = tqdm(
-            list(zip(micro, values, strict=True)), desc="evaluation", leave=False, disable=not world.is_main
-        )
-        with torch.no_grad():
-            for pairs, value in progress:
+        progress = tqdm(total=len(micro), desc="evaluation", leave=False, disable=not world.is_main)
+        with torch.no_grad(), loss_needs.unchanged(loss_fn), progress:
+            known, values = of_whole_step(held_out, micro)
+            for pairs, value in zip(micro, values, strict=True):
                 world.beat("evaluation")
                 pair_losses(pairs, batch_of(pairs), meter, known, value)
+                progress.update()
                 if interruption.requested():
                     break
         model.train()
@@ -343,7 +341,7 @@ def main(cfg):
     interruption = dist.Interruption(world)
     longest = contract.longest(train, cfg.batch_size * world.size)
     pairs = longest[world.rank :: world.size]
-    with contract.rehearsal(model, optimizer, pairs, world):
+    with contract.rehearsal(model, optimizer, loss_fn, pairs, world):
         known, (values,) = of_whole_step(longest, [pairs])
         rehearsed = metrics.Meter()
         losses = pair_losses(pairs, batch_of(pairs), rehearsed, known, values)
@@ -352,7 +350,8 @@ def main(cfg):
             grad_norm = models.clip_gradients(model, math.inf)
             is_reference = cfg.disable_dropout and needed.reference and own and cfg.reference.name != "none"
             losses = losses if values is None else values.losses
-            contract.check_start(losses, rehearsed.read(world), grad_norm, loss_fn=loss_fn, is_reference=is_reference)
+            means = rehearsed.read(world)
+            contract.check_start(losses, means, grad_norm, pairs=pairs, loss_fn=loss_fn, is_reference=is_reference)
     samples = run_dir / "samples.jsonl"
     before = generation.answers_before(samples, questions) if resumed else answer_prompts()
     if world.is_main:
@@ -391,6 +390,7 @@ def main(cfg):
         optimizer.zero_grad()
         if scheduler:
             scheduler.step()
+        loss_needs.after_step(loss_fn, world)
         if moves and step % (cfg.reference.every_n_steps or 512) == 0:
             reference.move(cfg.reference.alpha or 0.6)
         state.step = step

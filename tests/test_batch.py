@@ -23,6 +23,17 @@ def test_a_pair_is_laid_out_as_prefix_and_two_tails():
     assert batch.num_tokens == 9
 
 
+def test_an_unpaired_row_has_one_tail_and_says_which():
+    desirable, undesirable = (SimpleNamespace(**{**vars(PAIR), answer: []}) for answer in ("rejected", "chosen"))
+    batch = lay_out([desirable, PAIR, undesirable])
+    assert batch.tokens[0, :6].tolist() == [10, 11, 12, 20, 21, 2] and batch.tokens[0, -7:-4].tolist() == [10, 11, 12]
+    assert batch.tokens[0, -4:].tolist() == [20, 31, 32, 2] and batch.input_pos[0, -4:].tolist() == [3, 4, 5, 6]
+    assert batch.answer_lengths == (3, 3, 0, 0, 4, 4) and batch.num_tokens == 6 + 9 + 7
+    assert batch.with_chosen.tolist() == [0, 1] and batch.with_rejected.tolist() == [1, 2]
+    assert batch.with_both.tolist() == [1]
+    assert [document.tails for document in batch.rows[0]] == [(3,), (2, 3), (4,)]
+
+
 def test_each_row_of_the_mask_is_the_conversation_up_to_that_token():
     """The tokens that a token sees, read in order, are its own conversation so far: nothing more, nothing less."""
     pairs = random_pairs(4)

@@ -13,6 +13,7 @@ from pairtune import contract
 from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.metrics import read_log
+from pairtune.preference_losses import build
 from pairtune.train_state import complete_checkpoints
 
 WORLD = World(torch.device("cpu"))
@@ -28,7 +29,7 @@ def pair(prompt=(1, 5), chosen=(6, 2), rejected=(7, 2), row=3):
     [
         (pair(prompt=(1, 1, 5)), "row 3: begins with two BOS tokens"),
         (pair(prompt=(5,)), "row 0 begins with BOS, row 3 does not"),
-        (pair(chosen=()), "row 3: no token of chosen is scored"),
+        (pair(chosen=(), rejected=()), "row 3: has no token of an answer"),
         (pair(rejected=(7,)), "row 3: rejected must end in exactly one end token"),
         (pair(chosen=(6, 2, 2)), "row 3: chosen must end in exactly one end token"),
     ],
@@ -41,6 +42,33 @@ def test_pairs_that_teach_nonsense_are_refused_with_their_row(broken, words):
 def test_right_pairs_pass_whether_a_tokenizer_has_a_bos_or_not():
     contract.check_pairs(random_pairs(20), TOKENIZER)
     contract.check_pairs([pair(prompt=(5,)), pair(prompt=(8, 9))], SimpleNamespace(bos_id=None, end_ids={2}))
+    contract.check_pairs([pair(chosen=()), pair(rejected=())], TOKENIZER)  # unpaired rows
+
+
+def test_a_best_checkpoint_needs_a_metric_that_the_held_out_rows_have():
+    desirable, undesirable = pair(rejected=()), pair(chosen=())
+    kto = {"loss_fn": build("kto"), "pairs_per_step": 2}
+    contract.check_loss(**kto, held_out=[desirable, undesirable], keep_best="rewards/margins")
+    contract.check_loss(**kto, held_out=[pair()], keep_best="rewards/accuracies")
+    contract.check_loss(**kto, held_out=[desirable], keep_best="loss")
+    with pytest.raises(UserError, match="accuracies: the held-out rows are unpaired.* keep_best=rewards/margins"):
+        contract.check_loss(**kto, held_out=[desirable, undesirable], keep_best="rewards/accuracies")
+    with pytest.raises(UserError, match="margins: the held-out rows have one label only.* keep_best=loss"):
+        contract.check_loss(**kto, held_out=[desirable], keep_best="rewards/margins")
+
+
+def test_ktos_baseline_needs_a_second_pair():
+    contract.check_loss(build("sigmoid"), [], pairs_per_step=1, keep_best=None)
+    with pytest.raises(UserError, match="pairs_per_step=1: KTO's baseline .* nearest valid: pairs_per_step=2"):
+        contract.check_loss(build("kto"), [], pairs_per_step=1, keep_best=None)
+
+
+def test_a_start_of_unpaired_rows_is_that_of_their_labels():
+    loss_fn = build("kto", undesirable_weight=3.0)
+    options = {"loss_fn": loss_fn, "is_reference": True, "pairs": [pair(rejected=()), pair(chosen=()), pair()]}
+    contract.check_start(torch.tensor([0.5, 1.5, 1.0]), {}, torch.tensor(1.0), **options)
+    with pytest.raises(UserError, match="the loss of a pair is 0.5000 .* they must be 1.5000"):
+        contract.check_start(torch.tensor([0.5, 0.5, 1.0]), {}, torch.tensor(1.0), **options)
 
 
 def test_a_model_without_trained_parameters_is_refused():
@@ -66,7 +94,7 @@ def test_a_rehearsal_leaves_no_trace_and_has_the_optimizers_state_meanwhile(kind
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = kind(model.parameters(), lr=0.1, weight_decay=0.1)
     generator = torch.get_rng_state()
-    with contract.rehearsal(model, optimizer, [], WORLD):
+    with contract.rehearsal(model, optimizer, DPOLoss(), [], WORLD):
         assert kind is torch.optim.SGD or len(optimizer.state) == len(before)
         (model(torch.arange(9)[None]) * torch.rand(1)).sum().backward()
     assert not optimizer.state and optimizer.param_groups[0]["lr"] == 0.1
@@ -85,18 +113,16 @@ def test_out_of_memory_names_the_pairs_and_what_to_lower(error):
     model = tiny_llama()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     words = r"longest pairs \(rows 3; tokens 6\)\. Lower batch_size .* allocate"
-    with pytest.raises(UserError, match=words), contract.rehearsal(model, optimizer, [pair()], WORLD):
+    with pytest.raises(UserError, match=words), contract.rehearsal(model, optimizer, DPOLoss(), [pair()], WORLD):
         raise error
-    with pytest.raises(RuntimeError, match="another"), contract.rehearsal(model, optimizer, [pair()], WORLD):
+    with pytest.raises(RuntimeError, match="another"), contract.rehearsal(model, optimizer, DPOLoss(), [pair()], WORLD):
         raise RuntimeError("another")
 
 
 def check_start(losses, *, margin=0.0, grad_norm=1.0, loss_fn=None, is_reference=True):
-    means = {"rewards/margins": margin}
-    loss_fn = loss_fn or DPOLoss()
-    contract.check_start(
-        torch.tensor(losses), means, torch.tensor(grad_norm), loss_fn=loss_fn, is_reference=is_reference
-    )
+    means, pairs = {"rewards/margins": margin}, [pair()] * len(losses)
+    options = {"pairs": pairs, "loss_fn": loss_fn or DPOLoss(), "is_reference": is_reference}
+    contract.check_start(torch.tensor(losses), means, torch.tensor(grad_norm), **options)
 
 
 def test_a_start_at_the_loss_of_zero_margins_passes():

@@ -386,6 +386,28 @@ EXAMPLES = {
         {"instruction": "Q", "chosen": "B", "rejected": "W", "history": [], "system": "", "tools": "[]"},
         ([USER], "B", "W"),
     ),
+    "unpaired": ({"prompt": "Q", "completion": "B", "label": True}, ([USER], "B", None)),
+    "unpaired, undesirable": ({"prompt": "Q", "completion": "W", "label": False}, ([USER], None, "W")),
+    "unpaired, a number": ({"prompt": "Q", "completion": "W", "label": 0}, ([USER], None, "W")),
+    "unpaired, a text": ({"prompt": "Q", "completion": "B", "label": "True"}, ([USER], "B", None)),
+    "unpaired HH prompt": (
+        {"prompt": "\n\nHuman: a\n\nHuman: Q\n\nAssistant:", "completion": " W", "label": False},
+        (chat("a\n\nQ"), None, "W"),
+    ),
+    "unpaired prompt messages": ({"prompt": MULTI, "completion": [BETTER], "label": True}, (MULTI, "B", None)),
+    "unpaired prompt messages, text": (
+        {"prompt": [USER], "completion": "B", "label": True, "system": "S"},
+        (chat("Q", system="S"), "B", None),
+    ),
+    "unpaired conversations": ({"messages": [*MULTI, WORSE], "label": False}, (MULTI, None, "W")),
+    "unpaired ShareGPT": (
+        {"conversations": [*SHAREGPT, {"from": "gpt", "value": "B"}], "label": 1},
+        ([*chat("a", "b", system="S"), {"role": "tool", "content": "T"}], "B", None),
+    ),
+    "unpaired instruction": (
+        {"instruction": "Q", "input": "i", "output": "W", "label": False},
+        (chat("Q\ni"), None, "W"),
+    ),
 }
 
 
@@ -407,9 +429,69 @@ def test_a_row_through_arrow_is_the_same_row(tmp_path, name, chatml):
     row, _ = EXAMPLES[name]
     write_parquet(tmp_path / "a.parquet", [row])
     write_json(tmp_path / "a.json", [row])
-    (from_arrow,), _ = tokenize(read_rows(str(tmp_path / "a.parquet")), chatml)
-    (from_json,), _ = tokenize(read_rows(str(tmp_path / "a.json")), chatml)
+    (from_arrow,), _ = tokenize(read_rows(str(tmp_path / "a.parquet")), chatml, unpaired=True)
+    (from_json,), _ = tokenize(read_rows(str(tmp_path / "a.json")), chatml, unpaired=True)
     assert from_arrow == from_json
+
+
+# Unpaired rows
+
+
+def unpaired(rows):
+    """The rows' answers, each with its label."""
+    return [
+        {"prompt": row["prompt"], "completion": row[answer], "label": answer == "chosen"}
+        for row in rows
+        for answer in ("chosen", "rejected")
+    ]
+
+
+@pytest.mark.parametrize("template", ["chatml", "plain"])
+def test_an_unpaired_answer_has_the_tokens_that_it_has_in_a_pair(template, request):
+    tokenizer = request.getfixturevalue(template)
+    pairs, _ = tokenize(ROWS, tokenizer)
+    answers, report = tokenize(unpaired(ROWS), tokenizer, unpaired=True)
+    assert (report.num_kept, report.num_desirable) == (2 * len(ROWS), len(ROWS))
+    for pair, desirable, undesirable in zip(pairs, answers[::2], answers[1::2], strict=True):
+        assert (pair.prompt, pair.chosen, []) == (desirable.prompt, desirable.chosen, desirable.rejected)
+        assert (pair.prompt, [], pair.rejected) == (undesirable.prompt, undesirable.chosen, undesirable.rejected)
+
+
+def test_the_report_of_unpaired_rows_counts_labels(chatml):
+    _, report = tokenize(
+        [*unpaired(ROWS[:2]), {"prompt": "Q", "completion": " ", "label": True}], chatml, unpaired=True
+    )
+    shown = str(report)
+    assert re.search(r"of these, desirable +2 ", shown) and re.search(r"of these, undesirable +2 ", shown)
+    assert re.search(r"dropped: empty answer +1 .* row 4", shown)
+    assert re.search(r"\n  desirable ", shown) and "prompt + answer" in shown
+
+
+@pytest.mark.parametrize("label", ["good", None, 2, 0.5, ""])
+def test_a_label_that_is_neither_true_nor_false_is_an_error_with_its_row(chatml, label):
+    rows = [*unpaired(ROWS[:2]), {"prompt": "Q", "completion": "B", "label": label}]
+    with pytest.raises(UserError, match=r"row 4 \(from 0\): column 'label' holds .*, expected"):
+        tokenize(rows, chatml, unpaired=True)
+
+
+def test_a_loss_of_pairs_refuses_unpaired_rows(chatml):
+    with pytest.raises(UserError, match=r"rows holds answers with a label .* loss=kto takes each answer for itself"):
+        tokenize(unpaired(ROWS), chatml)
+
+
+def test_held_out_rows_that_training_sees_are_counted_by_their_only_answer(chatml):
+    answers, _ = tokenize(unpaired(ROWS), chatml, unpaired=True)
+    assert count_overlap(answers[:3], answers) == 3
+
+
+def test_llama_factorys_unpaired_demo_is_read_whole(chatml):
+    source = SHARED / "preference/llamafactory/kto_en_demo.json"
+    if not source.exists():
+        pytest.skip(f"{source} is not here")
+    answers, report = tokenize(read_rows(str(source)), chatml, max_length=20_000, unpaired=True)
+    raw = json.loads(source.read_text())
+    assert report.num_kept == len(answers) == len(raw) == 300
+    assert [bool(answer.chosen) for answer in answers] == [row["label"] for row in raw]
 
 
 def test_a_null_in_the_first_row_does_not_hide_the_format(chatml):

@@ -1,6 +1,7 @@
 """An answer's log-probability is the same number however it is laid out, masked, chunked and differentiated."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,6 +59,20 @@ def test_a_pair_alone_equals_itself_packed_in_any_order_and_width(back_end):
         for row_length in (None, 110, 128, 256):
             packed = ours(model, [pairs[i] for i in order], back_end=back_end, row_length=row_length).view(2, 6).T
             torch.testing.assert_close(packed, alone[order], atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("back_end", BACK_ENDS)
+def test_an_unpaired_answer_scores_what_it_does_in_its_pair(back_end):
+    model = tiny_llama().double()
+    models.prepare(model, max_length=128)
+    pairs = random_pairs(6)
+    expected = ours(model, pairs, back_end=back_end).view(2, 6)
+    apart = [SimpleNamespace(**(vars(p) | {("rejected", "chosen")[i % 2]: []})) for i, p in enumerate(pairs)]
+    for row_length in (None, 128):
+        values = ours(model, apart, back_end=back_end, row_length=row_length).view(2, 6)
+        for i in range(6):
+            assert values[1 - i % 2, i] == 0
+            torch.testing.assert_close(values[i % 2, i], expected[i % 2, i], atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("back_end", BACK_ENDS)

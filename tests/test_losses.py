@@ -24,9 +24,10 @@ from torchtune.rlhf.loss import DPOLoss, RSOLoss
 from pairtune import dist, loss_needs, losses, models
 from pairtune.batch import lay_out
 from pairtune.data import Pair
+from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.logps import answer_logps, answer_scores, token_logps
-from pairtune.loss_advice import ADVICE, advice
+from pairtune.loss_advice import ADVICE, advice, advice_for
 from pairtune.loss_needs import Needs, loss_at_start, needs, step_gradients
 from pairtune.preference_losses import LOSSES, Mixture, PairLoss, build
 
@@ -45,6 +46,7 @@ CASES = [
     ("robust", {"beta": 0.3, "label_smoothing": 0.0}),
     ("robust", {"beta": 0.3, "label_smoothing": 0.3}),
     ("bco_pair", {"beta": 0.3}),
+    ("bco_pair", {"beta": 0.3, "running_mean": False}),
     ("sppo_hard", {"beta": 0.3}),
     ("sppo_hard", {}),
     ("aot", {"beta": 0.3}),
@@ -406,6 +408,8 @@ def test_every_option_that_exists_changes_the_loss(name):
         elif option == "f_alpha":
             a, b = (build(name, f_divergence="alpha", f_alpha=x) for x in (0.5, 0.7))
             assert not torch.isclose(call(a, logps, inputs)[0].mean(), call(b, logps, inputs)[0].mean())
+        elif option == "running_mean":
+            pass  # see test_bcos_shift_is_the_mean_of_all_rewards_of_the_steps_before
         else:
             after = call(build(name, **{option: changes[option]}), logps, inputs)[0].mean()
             assert not torch.isclose(before, after), option
@@ -512,6 +516,36 @@ def test_terms_that_share_a_forward_share_ld_alpha_but_for_sft():
 # KTO
 
 
+def test_bcos_shift_is_the_mean_of_all_rewards_of_the_steps_before():
+    loss_fn, world, seen = build("bco_pair", beta=0.3), World(torch.device("cpu")), []
+    for seed in range(3):
+        logps, _ = random_step(seed=seed)
+        shift = torch.cat(seen).mean() if seen else 0.0
+        rewards = [0.3 * (logps[0] - logps[2]), 0.3 * (logps[1] - logps[3])]
+        expected = -torch.log(sg(rewards[0] - shift)) - torch.log(sg(shift - rewards[1]))
+        # Two micro-batches; and an evaluation and a rehearsal beside them, which do not count.
+        with loss_needs.unchanged(loss_fn):
+            loss_fn(*logps)
+        values = torch.cat([loss_fn(*(x[part] for x in logps))[0] for part in (slice(2), slice(2, None))])
+        torch.testing.assert_close(values, expected, atol=1e-9, rtol=1e-9)
+        loss_needs.after_step(loss_fn, world)
+        seen += rewards
+    fixed = build("bco_pair", beta=0.3, running_mean=False)
+    fixed(*logps)
+    loss_needs.after_step(fixed, world)
+    assert fixed.seen.tolist() == [0, 0] != loss_fn.seen.tolist()
+
+
+def test_a_mixture_moves_the_shift_of_its_terms():
+    loss_fn, alone = build("mpo"), build("bco_pair", beta=0.1)
+    logps, inputs = random_step()
+    loss_fn(*logps, mean_chosen_length=inputs["mean_chosen_length"])
+    alone(*logps)
+    for module in (loss_fn, alone):
+        loss_needs.after_step(module, World(torch.device("cpu")))
+    assert loss_fn.terms[1].seen.tolist() == alone.seen.tolist() and alone.seen[1] == 2 * len(logps[0])
+
+
 def test_ktos_kl_is_the_cut_mean_of_the_step_and_has_no_gradient():
     ratios = torch.tensor([-3.0, 1.0, 4.0], requires_grad=True)
     kl = losses.kto_kl(ratios.sum(), 3)
@@ -525,15 +559,25 @@ def test_ktos_kl_is_the_cut_mean_of_the_step_and_has_no_gradient():
 
 
 def test_kto_takes_answers_that_are_not_in_pairs():
+    """Rows 0-2 have a desirable answer, 3 and 4 an undesirable one, 5 both."""
     logps, inputs = random_step()
+    has_chosen, has_rejected = torch.tensor([1, 1, 1, 0, 0, 1]), torch.tensor([0, 0, 0, 1, 1, 1])
+    chosen, rejected = ([logps[i] * has, logps[i + 2] * has] for i, has in ((0, has_chosen), (1, has_rejected)))
     loss_fn = build("kto", desirable_weight=1.33)
-    policy, reference = torch.cat([logps[0], logps[1][:2]]), torch.cat([logps[2], logps[3][:2]])
-    desirable = torch.tensor([True] * 6 + [False] * 2)
-    values, rewards = loss_fn.answers(policy, reference, desirable, kl=inputs["kl"])
-    r, kl = policy - reference, inputs["kl"]
-    expected = torch.where(desirable, 1.33 * (1 - sg(0.1 * (r - kl))), 1 - sg(0.1 * (kl - r)))
+    lengths = {"chosen_lengths": 4 * has_chosen, "rejected_lengths": 7 * has_rejected}
+    values, *rewards = loss_fn(chosen[0], rejected[0], chosen[1], rejected[1], **lengths, kl=inputs["kl"])
+    r, kl = [logps[0] - logps[2], logps[1] - logps[3]], inputs["kl"]
+    wanted, unwanted = 1.33 * (1 - sg(0.1 * (r[0] - kl))), 1 - sg(0.1 * (kl - r[1]))
+    expected = torch.stack([*wanted[:3], *unwanted[3:5], (wanted[5] + unwanted[5]) / 2])
     torch.testing.assert_close(values, expected)
-    torch.testing.assert_close(rewards, 0.1 * r)
+    torch.testing.assert_close(rewards[0][has_chosen.bool()], 0.1 * r[0][has_chosen.bool()])
+    torch.testing.assert_close(rewards[1][has_rejected.bool()], 0.1 * r[1][has_rejected.bool()])
+
+
+def test_only_kto_takes_unpaired_rows():
+    assert [name for name in LOSSES if name != "mixture" and not needs(build(name)).both] == ["kto"]
+    assert not needs(build("mixture", terms=[{"name": "kto"}])).both
+    assert needs(build("mixture", terms=[{"name": "kto"}, {"name": "sft"}])).both
 
 
 def test_mismatched_pairs_have_each_answer_once_and_never_behind_its_own_prompt():
@@ -703,6 +747,17 @@ def test_a_batch_of_padding_has_scores_too():
 
 
 # Advice
+
+
+def test_kto_s_weights_are_held_against_the_number_of_labels():
+    """Three desirable answers to one undesirable one: a third of the weight balances them."""
+    pairs = [Pair([1], [2], [], 0)] * 3 + [Pair([1], [], [2], 3)]
+    kto = {"_component_": "pairtune.preference_losses.Kto"}
+    (sentence,) = advice_for(kto, None, "lora", pairs)
+    assert "weigh 3.00 to 1 altogether" in sentence and "loss.desirable_weight=0.333 to 0.444" in sentence
+    assert advice_for(kto | {"desirable_weight": 0.4}, None, "lora", pairs) == []
+    assert advice_for(kto | {"undesirable_weight": 3.0}, None, "lora", pairs) == []
+    assert advice_for(kto, None, "lora", pairs[:3]) == []  # nothing to weigh against
 
 
 def test_advice_is_given_outside_of_what_was_published_and_names_its_source():

@@ -191,7 +191,8 @@ def test_kto_is_trls(weights, kl):
     batch |= {"ref_KL_logps": torch.zeros(8), "label": torch.tensor([True] * 4 + [False] * 4)}
     theirs = KTOTrainer._compute_loss(trainer, FakeModel(policy[:, None]), batch, return_outputs=False)
     loss_fn = build("kto", beta=0.2, desirable_weight=weights[0], undesirable_weight=weights[1])
-    ours = loss_fn(*logps, kl=losses.kto_kl(mismatched.sum(), 8))[0].mean()
+    lengths = dict.fromkeys(("chosen_lengths", "rejected_lengths"), torch.ones(4, dtype=torch.long))
+    ours = loss_fn(*logps, **lengths, kl=losses.kto_kl(mismatched.sum(), 8))[0].mean()
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
 
 

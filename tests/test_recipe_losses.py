@@ -198,6 +198,55 @@ def test_kto_fits_its_rows_of_one_length(run):
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
 
 
+def take_apart(folder):
+    """Writes the pairs as one desirable and one undesirable row each; returns the overrides that read them."""
+    for name in ("train", "held_out"):
+        rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        apart = [
+            {"prompt": row["prompt"], "completion": row[answer], "label": answer == "chosen"}
+            for row in rows
+            for answer in ("chosen", "rejected")
+        ]
+        (folder / f"{name}_apart.jsonl").write_text("".join(json.dumps(row) + "\n" for row in apart))
+    sources = {"dataset": folder / "train_apart.jsonl", "eval_dataset": folder / "held_out_apart.jsonl"}
+    return ["loss=kto", *(f"{key}.source={path}" for key, path in sources.items())]
+
+
+@pytest.fixture(scope="module")
+def answers(inputs):
+    return take_apart(inputs)
+
+
+def test_kto_learns_from_answers_that_are_not_in_pairs(run, answers):
+    whole = run("lora_dpo_single_device", *answers, "batch_size=8")
+    cut = run("lora_dpo_single_device", *answers, "batch_size=1", "attention=mask", name="cut")
+    assert training(whole)[0]["loss"] == pytest.approx(0.5, rel=1e-5)
+    for one, other in zip(training(whole), training(cut), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-3, abs=1e-4), one["step"]
+    assert whole[-1]["eval/rewards/margins"] > 0.1
+    assert "eval/rewards/accuracies" not in whole[-1] and "rewards/accuracies" not in whole[0]
+
+
+def test_answers_taken_apart_have_the_gradient_of_their_pairs(run, answers):
+    """At the start, where KTO's baseline is 0 whichever answers it comes from."""
+    options = ["shuffle=false", "max_steps=1", "eval_every_n_steps=null"]
+    pairs = run("full_dpo_single_device", "loss=kto", *options, name="pairs")
+    apart = run("full_dpo_single_device", *answers, *options, "pairs_per_step=16", name="apart")
+    assert apart[0]["grad_norm"] == pytest.approx(pairs[0]["grad_norm"], rel=1e-5)
+    for key in ("logps/chosen", "logps/rejected"):
+        assert apart[0][key] == pytest.approx(pairs[0][key], rel=1e-6)
+    for key in ("eval/logps/chosen", "eval/rewards/chosen", "eval/rewards/margins"):
+        assert apart[-1][key] == pytest.approx(pairs[-1][key], rel=1e-3, abs=1e-6)
+
+
+def test_desirable_weights_weigh(run, answers):
+    plain = run("lora_dpo_single_device", *answers, "max_steps=1", name="plain")
+    heavy = run("lora_dpo_single_device", *answers, "loss.desirable_weight=3", "max_steps=1", name="heavy")
+    assert plain[0]["loss"] == pytest.approx(0.5, rel=1e-5)
+    num_desirable = 8 * (heavy[0]["loss"] / 0.5 - 1) / 2  # n of eight answers: the loss is (8 + 2 n) / 8 of 0.5
+    assert num_desirable == pytest.approx(round(num_desirable), abs=1e-3) and 1 <= round(num_desirable) <= 7
+
+
 def test_settings_outside_of_what_was_published_are_told_once_with_a_source(run, capsys):
     run("lora_dpo_single_device", "loss=ipo", "loss.beta=5", "max_steps=1")
     run("lora_dpo_single_device", "loss=sigmoid", "loss.beta=5", "max_steps=1", name="sigmoid")
@@ -216,6 +265,18 @@ def test_dpo_on_top_of_an_adapter_starts_at_ln_2_against_that_adapter(run, tmp_p
     assert log[-1]["eval/rewards/margins"] > 0
     with pytest.raises(UserError, match="the model without it is another one.* Use reference=start"):
         run("lora_dpo_single_device", adapter, name="refused")
+
+
+def test_a_running_mean_of_rewards_survives_resuming_bit_for_bit(run, tmp_path):
+    bco = ("loss=bco_pair", "loss.beta=0.1", "batch_size=4")
+    straight = run("lora_dpo_single_device", *bco, "save_every_n_steps=3", "keep_last_n=9", name="straight")
+    fixed = run("lora_dpo_single_device", *bco, "loss.running_mean=false", name="fixed")
+    assert straight[0]["loss"] == fixed[0]["loss"] and straight[5]["loss"] != fixed[5]["loss"]  # it has moved
+    checkpoint = tmp_path / "straight" / "checkpoints" / "step_3"
+    branch = run("lora_dpo_single_device", *bco, f"resume={checkpoint}", name="branch")
+    assert [{k: v for k, v in r.items() if k not in SPEED} for r in branch] == [
+        {k: v for k, v in r.items() if k not in SPEED} for r in straight
+    ]
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -293,10 +354,11 @@ def test_without_a_reference_dpo_is_its_loss_of_the_policy_alone(run):
 # Several processes
 
 
-@pytest.mark.parametrize("loss", ["loss=aot", "loss=kto", "loss=rpo", "reference=sync reference.every_n_steps=2"])
+@pytest.mark.parametrize("loss", ["loss=aot", "unpaired", "loss=rpo", "reference=sync reference.every_n_steps=2"])
 def test_two_processes_compute_the_losses_of_one(tmp_path, loss):
     write_inputs(tmp_path, sizes=SHARDED_SIZES)
-    overrides = [*loss.split(), "max_steps=4", "pairs_per_step=6", "batch_size=2", "optimizer.lr=0.002"]
+    settings = take_apart(tmp_path) if loss == "unpaired" else loss.split()
+    overrides = [*settings, "max_steps=4", "pairs_per_step=6", "batch_size=2", "optimizer.lr=0.002"]
     config = ["--config", str(tmp_path / "config.yaml"), f"output_dir={tmp_path / 'two'}", *overrides]
     recipe = str(ROOT / "recipes" / "lora_dpo_distributed.py")
     command = [sys.executable, "-m", "pairtune.cli", "run", "--nproc_per_node", "2", recipe, *config]
