@@ -110,7 +110,7 @@ def tune_run(work, num_processes, method, *overrides):
         *(sys.executable, "-m", "pairtune.cli", "run", "--nproc_per_node", str(num_processes)),
         *(str(ROOT / "recipes" / f"{method}_dpo_distributed.py"), "--config", str(work / "config.yaml"), *overrides),
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=300)
     return done.returncode, done.stdout + done.stderr
 
