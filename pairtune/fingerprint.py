@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from pairtune.checkpoint import ModelFolder
 from pairtune.data import Pair
 from pairtune.errors import UserError
 from pairtune.rules import show
@@ -25,17 +26,17 @@ BLOCKS = 256  # of pairs, each with a digest of its own, to tell where data diff
 SAMPLES, SAMPLE_BYTES = 64, 2**16  # of a weight file
 
 
-def fingerprint(cfg: DictConfig, train: list[Pair], held_out: list[Pair], checkpointer) -> dict:
+def fingerprint(cfg: DictConfig, train: list[Pair], held_out: list[Pair], files: ModelFolder) -> dict:
     """Returns what identifies a run: `config`, `pairs`, `held_out` and `weights`, as JSON can hold it.
 
     Args:
-        checkpointer: From checkpoint.open_weights.
+        files: From checkpoint.open_weights.
     """
     return {
         "config": OmegaConf.to_container(cfg, resolve=True),
         "pairs": digest_pairs(train),
         "held_out": digest_pairs(held_out),
-        "weights": digest_files([*checkpointer._checkpoint_paths, *_adapter_files(cfg.get("adapter"))]),
+        "weights": digest_files([*files.weight_files, *_adapter_files(cfg.get("adapter"))]),
     }
 
 

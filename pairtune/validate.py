@@ -3,7 +3,6 @@
 The answers are those of the functions that recipes call, on the meta device: no weight is read, nothing is computed.
 """
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
@@ -105,8 +104,7 @@ class Validation:
 
     def _weights(self, cfg: DictConfig) -> tuple[str, Any]:
         self._must_be_here(cfg.checkpointer.checkpoint_dir, "checkpointer.checkpoint_dir")
-        with tempfile.TemporaryDirectory() as run_dir:  # torchtune makes the run folder at once
-            weights = checkpoint.Weights(checkpoint.open_weights(cfg.checkpointer, Path(run_dir)))
+        weights = checkpoint.Weights(checkpoint.open_weights(cfg.checkpointer))
         base = models.full(cfg.model, dtype=cfg.dtype)  # adapters and NF4 change no name or shape of the base
         models.load(base, weights.empty, world=World(torch.device("meta")))
         return f"{len(weights):,} tensors, names and shapes as in the model", None

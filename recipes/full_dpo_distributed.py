@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from pairtune import checkpoint, config, contract, data, dist, generation, loss_needs, metrics, models, train_state
 from pairtune.batch import lay_out, longest_row
+from pairtune.export import export
 from pairtune.fingerprint import check_same, fingerprint
 from pairtune.loader import Steps, share
 from pairtune.logps import answer_logps, answer_scores
@@ -120,7 +121,7 @@ def main(cfg):
     torch.manual_seed(cfg.seed)
 
     # 2. Policy and reference, on the meta device: what is wrong with a config shows before a weight is read
-    files = checkpoint.open_weights(cfg.checkpointer, run_dir)
+    files = checkpoint.open_weights(cfg.checkpointer)
     tokenizer = adapt(config.instantiate(cfg.tokenizer))
     loss_fn = config.instantiate(cfg.loss)
     needed = loss_needs.needs(loss_fn)
@@ -139,7 +140,7 @@ def main(cfg):
             checkpoint_activations=cfg.enable_activation_checkpointing,
             compile_layers=cfg.compile,
         )
-    check_model(model, checkpoint.read_config(cfg.checkpointer.checkpoint_dir))
+    check_model(model, files.config)
 
     # 3. Preference pairs
     def read_pairs(key):
@@ -180,7 +181,7 @@ def main(cfg):
     cache = None
     if cfg.reference.name == "cached" and second:  # its pass over all pairs, before the policy takes memory
         folder = find_folder(cfg.reference.cache_dir)
-        source = {"component": cfg.model, "weight_files": checkpoint.weight_files(files)}
+        source = {"component": cfg.model, "weight_files": files.weight_files}
         scored = {"ld_alpha": needed.ld_alpha, "score_end": cfg.score_end}
         cache = ReferenceCache(folder, identify(folder, second, world, **source, **scored), [*train, *held_out], world)
         if cache.missing:
@@ -421,7 +422,7 @@ def main(cfg):
     gathered = models.gather_weights(model, world)
     dist.stop(world)  # distributed only
     if world.is_main:
-        exported = checkpoint.export(
+        exported = export(
             files,
             run_dir,
             merged=models.merge_adapters(model, gathered),
