@@ -1,6 +1,7 @@
-"""Adapters to start from: PEFT's layout, as PEFT, TRL and our own export write it, or torchtune's names.
+"""Adapters to start from and to give back: PEFT's layout, as PEFT, TRL and we write it, or torchtune's names.
 
-What is written is in checkpoint.py.
+PEFT adapts Hugging Face's layers, of which some hold several of ours (families.py): a fused one's adapter is read as
+one for each of them, and theirs are written as one whose matrices are put together block by block.
 """
 
 import json
@@ -8,19 +9,19 @@ import re
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from torchtune import training
-from torchtune.models.convert_weights import _FROM_HF, _TO_PEFT_TARGET_MODULES
 
 from pairtune import models
-from pairtune.checkpoint import Weights, pairs_together, read_shard
+from pairtune.checkpoint import ModelFolder, Weights, read_shard
 from pairtune.errors import UserError
+from pairtune.families import Family, Module, order_as_ours, order_as_theirs
+from pairtune.rules import LORA_LAYERS
 
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
-MLP = ("w1", "w2", "w3")
+REPO_ID_FILE = "original_repo_id.json"  # of `tune download`
 _PEFT_NAME = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<part>[AB])\.weight")
-_BASE_OUTPUT = "base_model.model.lm_head.base_layer.weight"
-_HF_LAYERS = {hf.removesuffix(".weight"): tune.removesuffix(".weight") for hf, tune in _FROM_HF.items() if tune}
+_BASE_WEIGHT = re.compile(r"base_model\.model\.(?P<layer>.+)\.base_layer\.weight")
 
 # Of adapter_config.json: what changes the adapted model in a way that ours cannot follow. Absent, null, false or empty
 # is as it should be, and so is what stands here.
@@ -32,11 +33,8 @@ CANNOT = {
     "modules_to_save": "whole layers that were trained",
     "trainable_token_indices": "trained embeddings",
     "target_parameters": "adapters of parameters that are no layers",
-    "rank_pattern": "ranks that differ between layers",
-    "alpha_pattern": "alphas that differ between layers",
     "layers_to_transform": "adapters in some layers only",
     "layer_replication": "layers used twice",
-    "fan_in_fan_out": "transposed weights",
     "use_qalora": "QA-LoRA, with pooled inputs",
     "alora_invocation_tokens": "adapters that are on for a part of the tokens",
     "arrow_config": "a mixture of adapters",
@@ -45,14 +43,14 @@ CANNOT = {
 HARMLESS_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # other init_lora_weights change the base weights
 
 
-def read_adapter(folder: str | Path, model: nn.Module, checkpointer, *, key: str = "adapter") -> dict[str, Tensor]:
+def read_adapter(folder: str | Path, model: nn.Module, base: ModelFolder, *, key: str = "adapter") -> dict[str, Tensor]:
     """Returns an adapter's matrices under torchtune's names and in its rotary order: what models.load starts from.
 
     Args:
         folder: Holds adapter_config.json and adapter_model.safetensors (or .bin) in PEFT's layout, or adapter_model.pt
             or .safetensors under torchtune's names; the latter say nothing about alpha, which is taken as it is.
         model: From models.lora; may be on the meta device. It tells rank, alpha, adapted layers and shapes.
-        checkpointer: From checkpoint.open_weights, of the base.
+        base: From checkpoint.open_weights.
         key: The config's name for `folder`, for messages.
 
     Raises:
@@ -63,16 +61,11 @@ def read_adapter(folder: str | Path, model: nn.Module, checkpointer, *, key: str
     key = f"{key}={folder}"
     path = find_weights(folder, key=key)
     found = read_shard(path)
-    if any(name.startswith("base_model.") for name in found):
-        _check_config(_read_config(folder, key), model, key)
-        if checkpointer._model_type in (training.ModelType.PHI3_MINI, training.ModelType.PHI4):
-            raise UserError(
-                f"{key}: PEFT adapts Phi's fused qkv_proj and gate_up_proj, which are separate layers here; take an "
-                "adapter that was exported here (adapter_model.pt), or merge it into the base and start from that"
-            )
-        found = _from_peft(found, checkpointer, path)
-    elif (folder / "adapter_config.json").is_file():
-        _check_config(_read_config(folder, key), model, key)
+    has_peft_names = any(name.startswith("base_model.") for name in found)
+    if has_peft_names or (folder / "adapter_config.json").is_file():
+        config = _read_config(folder, key)
+        _check_config(config, model, base.family, key)
+        found = _from_peft(found, config, model, base, path, key) if has_peft_names else found
     _check_tensors(found, models.adapter_shapes(model), path)
     return found
 
@@ -107,7 +100,7 @@ def _read_config(folder: Path, key: str) -> dict:
     return content
 
 
-def _check_config(config: dict, model: nn.Module, key: str) -> None:
+def _check_config(config: dict, model: nn.Module, family: Family, key: str) -> None:
     _check_kind(config, key)
     layers = models.adapted_modules(model)
     for _, layer in layers[:1]:  # all have the same
@@ -117,7 +110,7 @@ def _check_config(config: dict, model: nn.Module, key: str) -> None:
                     f"{key}: {setting} is {config.get(setting)} in its adapter_config.json, lora.{ours} is {value}; "
                     f"nearest valid: lora.{ours}={config.get(setting)}"
                 )
-    _check_layers(config.get("target_modules"), {name.rpartition(".")[2] for name, _ in layers}, key)
+    _check_layers(config.get("target_modules"), {name for name, _ in layers}, family, key)
 
 
 def _check_kind(config: dict, key: str) -> None:
@@ -135,80 +128,131 @@ def _check_kind(config: dict, key: str) -> None:
         )
 
 
-def _check_layers(targets, adapted: set[str], key: str) -> None:
-    """`targets` may be paths of layers, of which the last part counts; a pattern is left to the matrices' names."""
+def _check_layers(targets, adapted: set[str], family: Family, key: str) -> None:
+    """`targets` may be endings of layers' names; a pattern is left to the matrices' names."""
     if not isinstance(targets, list):
         return
-    ours = {theirs: name for name, theirs in _TO_PEFT_TARGET_MODULES.items()}
-    last = sorted({str(target).rpartition(".")[2] for target in targets})
-    strange = [target for target in last if target not in ours]
+    modules = {target: _modules_of(target, family) for target in map(str, targets)}
+    strange = sorted(target for target, found in modules.items() if not found)
     if strange:
+        known = dict.fromkeys(m.theirs.rpartition(".")[2] for m in family.modules if _modules_of(m.theirs, family))
         raise UserError(
-            f"{key}: target_modules has {', '.join(strange)}; layers that can be adapted here are "
-            f"{', '.join(_TO_PEFT_TARGET_MODULES.values())}"
+            f"{key}: target_modules has {', '.join(strange)}; layers that can be adapted here are {', '.join(known)}"
         )
-    wanted = {ours[target] for target in last}
-    if wanted == adapted:
-        return
-    if wanted & set(MLP) and not wanted.issuperset(MLP):
+    wanted = {models.without_numbers(part.name) for found in modules.values() for m in found for part in m.parts}
+    ours = {models.without_numbers(name) for name in adapted}
+    if wanted != ours:
         raise UserError(
-            f"{key}: target_modules is {', '.join(last)}; of gate_proj, up_proj and down_proj all are adapted here "
-            "(lora.modules: mlp), or none"
+            f"{key}: target_modules is {', '.join(sorted(modules))}, lora.modules is {_as_modules(ours)}; "
+            f"nearest valid: lora.modules={_as_modules(wanted)}"
         )
-    raise UserError(
-        f"{key}: target_modules is {', '.join(last)}, lora.modules is {_as_modules(adapted)}; "
-        f"nearest valid: lora.modules={_as_modules(wanted)}"
-    )
+
+
+def _modules_of(target: str, family: Family) -> list[Module]:
+    """Returns the modules that a target, the end of a layer's name or the whole of it, stands for."""
+    target = re.sub(r"\.\d+\.", ".{}.", target)
+    found = [m for m in family.modules if f".{m.theirs}".endswith(f".{target}")]
+    return [m for m in found if m.is_linear and m.parts[0].name != "tok_embeddings"]
 
 
 def _as_modules(layers: set[str]) -> str:
-    names = [name for name in _TO_PEFT_TARGET_MODULES if name in layers and name not in (*MLP, "output")]
-    names += ["mlp"] * layers.issuperset(MLP) + ["output"] * ("output" in layers)
-    return f"[{', '.join(names)}]"
+    """Returns what lora.modules says for these layers, the shortest way."""
+    names = []
+    for name, ours in LORA_LAYERS.items():
+        if set(ours) <= layers:
+            names.append(name)
+            layers = layers - set(ours)
+    return f"[{', '.join([*names, *sorted(layers)])}]"
 
 
-def _from_peft(found: dict[str, Tensor], checkpointer, path: Path) -> dict[str, Tensor]:
-    config, kind = checkpointer._config, checkpointer._model_type
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    converted = {}
+def _from_peft(
+    found: dict[str, Tensor], config: dict, model: nn.Module, base: ModelFolder, path: Path, key: str
+) -> dict[str, Tensor]:
+    adapted = dict(models.adapted_modules(model))
+    theirs: dict[str, dict[str, Tensor]] = {}  # layer to A and B
     for name, value in found.items():
-        if name == _BASE_OUTPUT:
-            _check_base_output(value, checkpointer, path)
+        if match := _BASE_WEIGHT.fullmatch(name):
+            _check_base_output(value, match["layer"], base, path)
+        elif match := _PEFT_NAME.fullmatch(name):
+            theirs.setdefault(match["layer"], {})[match["part"]] = value
+        else:
+            raise UserError(f"{path}: {name} is no matrix of a LoRA adapter")
+    converted = {}
+    for layer, matrices in theirs.items():
+        module, ours = base.family.find_theirs(layer) or (None, [])
+        if module is None:
+            raise UserError(f"{path}: {layer} is no layer of {base.family.name}, which the base is")
+        if matrices.keys() != {"A", "B"}:  # what lacks is told by the caller
+            converted |= {f"{ours[0]}.lora_{part.lower()}.weight": matrix for part, matrix in matrices.items()}
             continue
-        layer, part = _tune_layer(name, path)
-        last = layer.rpartition(".")[2]
-        if part == "b" and last in heads and kind is not training.ModelType.QWEN2:  # its rotary order is PEFT's
-            value = _rotary_order(value, heads[last], name, path)
-        converted[f"{layer}.lora_{part}.weight"] = value
+        rank, alpha = _scale_of(layer, config)
+        shapes = [list(matrices[part].shape) for part in "AB"]
+        if [len(shape) for shape in shapes] != [2, 2] or not rank == shapes[0][0] == shapes[1][1]:
+            raise UserError(
+                f"{path}: {layer}.lora_A is {shapes[0]} and {layer}.lora_B {shapes[1]}, which is not rank {rank}, as "
+                "adapter_config.json says; write or download the adapter again"
+            )
+        known = next((adapted[name] for name in ours if name in adapted), None)
+        if known is not None and abs(alpha / rank - known.alpha / known.rank) > 1e-6 * known.alpha:
+            raise UserError(
+                f"{key}: {layer} is scaled by {alpha:g} / {rank} there, and by lora.alpha / lora.rank = "
+                f"{known.alpha:g} / {known.rank} here; scales that differ between layers are not available"
+            )
+        our_rank = known.rank if known is not None else rank
+        try:
+            pieces = _take_apart(matrices["A"], matrices["B"], module, base.config, our_rank)
+        except RuntimeError:
+            raise UserError(f"{path}: {layer}.lora_B is {shapes[1]}: not rows of this base's heads") from None
+        if pieces is None:
+            raise UserError(
+                f"{key}: {layer} has one adapter of rank {rank} for all of {', '.join(ours)}; nearest valid: "
+                f"lora.rank={rank} with lora.alpha={alpha:g}"
+            )
+        for name, (a, b) in zip(ours, pieces, strict=True):
+            converted |= {f"{name}.lora_a.weight": a, f"{name}.lora_b.weight": b}
     return converted
 
 
-def _check_base_output(value: Tensor, checkpointer, path: Path) -> None:
+def _scale_of(layer: str, config: dict) -> tuple[int, float]:
+    """Returns a layer's rank and alpha; PEFT's patterns are ends of its name, as regular expressions."""
+    values = []
+    for setting, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        special = (v for end, v in (config.get(pattern) or {}).items() if re.fullmatch(rf"(.*\.)?({end})", layer))
+        values.append(next(special, config[setting]))
+    return values[0], values[1]
+
+
+def _take_apart(a: Tensor, b: Tensor, module: Module, config: dict, rank: int) -> list[tuple[Tensor, Tensor]] | None:
+    """Returns A and B, in our order of rows, of each of our layers in one of theirs; None if that takes another rank.
+
+    Of a fused layer all may share A, which each then has a copy of; or each has a block of its own, as we write it.
+    """
+    parts = module.parts
+    rows = b.split(module.sizes(len(b), config)) if len(parts) > 1 else [b]
+    if len(a) == rank:
+        return [(a, order_as_ours(r, part, config)) for r, part in zip(rows, parts, strict=True)]
+    blocks = [slice(i * rank, (i + 1) * rank) for i in range(len(parts))]
+    if len(a) != rank * len(parts):
+        return None
+    for r, own in zip(rows, blocks, strict=True):
+        rest = r.clone()
+        rest[:, own] = 0
+        if rest.any():  # a part reads another one's A
+            return None
+    own_parts = zip(rows, parts, blocks, strict=True)
+    return [(a[own], order_as_ours(r[:, own].contiguous(), part, config)) for r, part, own in own_parts]
+
+
+def _check_base_output(value: Tensor, layer: str, base: ModelFolder, path: Path) -> None:
     """PEFT saves the base weights of an output layer that it adapts: they tell whether the base is this one."""
-    base = Weights(checkpointer).get("output.weight")
+    _, (name, *_) = base.family.find_theirs(layer) or (None, [""])
+    own = Weights(base).get(f"{name}.weight")
     # One of them may have been rounded to the other's dtype.
-    if base is None or not (torch.equal(value, base.to(value.dtype)) or torch.equal(value.to(base.dtype), base)):
+    if own is None or not (torch.equal(value, own.to(value.dtype)) or torch.equal(value.to(own.dtype), own)):
         raise UserError(
-            f"{path}: {_BASE_OUTPUT} is not the base model's output layer; the adapter is of another base, or trained "
+            f"{path}: {layer}.base_layer is not the base model's layer; the adapter is of another base, or trained "
             "that layer, too: merge it into its base (PEFT's merge_and_unload) and start from that"
         )
-
-
-def _tune_layer(name: str, path: Path) -> tuple[str, str]:
-    """layers.0.attn.q_proj and a, for base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight."""
-    match = _PEFT_NAME.fullmatch(name)
-    number = re.search(r"\.(\d+)\.", match["layer"]) if match else None
-    layer = _HF_LAYERS.get(match["layer"].replace(number[0], ".{}.") if number else match["layer"]) if match else None
-    if layer is None:
-        raise UserError(f"{path}: {name} is no matrix of a LoRA adapter of a causal language model's linear layers")
-    return (layer.format(number[1]) if number else layer), match["part"].lower()
-
-
-def _rotary_order(matrix: Tensor, heads: int, name: str, path: Path) -> Tensor:
-    """Returns a projection's B, [rows, rank], from Hugging Face's rotary order in torchtune's."""
-    if matrix.dim() != 2 or matrix.shape[0] % (2 * heads):
-        raise UserError(f"{path}: {name} is {list(matrix.shape)}, not rows of {heads} heads: of another base model")
-    return pairs_together(matrix, heads)
 
 
 def _check_tensors(found: dict[str, Tensor], expected: dict[str, torch.Size], path: Path) -> None:
@@ -229,3 +273,83 @@ def _check_tensors(found: dict[str, Tensor], expected: dict[str, torch.Size], pa
             )
         if not value.isfinite().all():
             raise UserError(f"{path}: {name} holds NaN or infinite values; write or download it again")
+
+
+def write_adapter(folder: Path, adapter: dict[str, Tensor], base: ModelFolder, lora: dict) -> None:
+    """Writes an adapter in PEFT's layout.
+
+    Args:
+        folder: Is made.
+        adapter: models.only_adapters of the gathered weights.
+        base: What it belongs to.
+        lora: rank, alpha and dropout.
+    """
+    layers: dict[str, dict[int, str]] = {}  # their layer: our layers in it, by part
+    modules: dict[str, Module] = {}
+    for name in dict.fromkeys(key.partition(".lora_")[0] for key in adapter):
+        module, i, theirs = base.family.find_ours(name)
+        layers.setdefault(theirs, {})[i], modules[theirs] = name, module
+    tensors, ranks = {}, {}
+    for theirs, ours in layers.items():
+        parts = [(i, adapter[f"{name}.lora_a.weight"], adapter[f"{name}.lora_b.weight"]) for i, name in ours.items()]
+        a, b = _put_together(parts, modules[theirs], base.config)
+        tensors |= {f"base_model.model.{theirs}.lora_{part}.weight": m.contiguous() for part, m in (("A", a), ("B", b))}
+        ranks[theirs] = len(a)
+    targets = _targets(modules, base.family)
+    fused = {end: next(r for t, r in ranks.items() if f".{t}".endswith(f".{end}")) for end in targets}
+    special = {end: rank for end, rank in fused.items() if rank != lora["rank"]}
+    config = {
+        "base_model_name_or_path": _repo_id(base) or str(base.path.resolve()),
+        "r": lora["rank"],
+        "lora_alpha": lora["alpha"],
+        "rank_pattern": special,
+        "alpha_pattern": {end: lora["alpha"] * rank / lora["rank"] for end, rank in special.items()},
+        "target_modules": targets,
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "lora_dropout": lora["dropout"],
+        "bias": "none",
+        "fan_in_fan_out": any(module.transposed for module in modules.values()),
+        "inference_mode": True,
+    }
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _put_together(parts: list[tuple[int, Tensor, Tensor]], module: Module, config: dict) -> tuple[Tensor, Tensor]:
+    """Returns A and B of one of their layers, from those of our layers in it: block by block, in their order of rows.
+
+    Args:
+        parts: Number of the part, A and B, of the parts that are adapted.
+    """
+    blocks = {i: order_as_theirs(b, module.parts[i], config) for i, _, b in parts}
+    a, b = torch.cat([a for _, a, _ in parts]), torch.block_diag(*blocks.values())
+    if len(blocks) == len(module.parts):
+        return a, b
+    (i, block), *_ = blocks.items()
+    shares = module.sizes(sum(module.sizes(2**20, config)), config)  # how the rows of a whole one are shared out
+    rows = [len(block) * share // shares[i] for share in shares]
+    whole, done = b.new_zeros(sum(rows), len(a)), 0
+    for j, part_rows in enumerate(rows):
+        if j in blocks:
+            whole[sum(rows[:j]) : sum(rows[: j + 1])] = b[done : done + part_rows]
+            done += part_rows
+    return a, whole
+
+
+def _targets(modules: dict[str, Module], family: Family) -> list[str]:
+    """Returns the shortest ends of names that mean these layers and no others."""
+    adapted = list(dict.fromkeys(module.theirs for module in modules.values()))
+    others = [m.theirs for m in family.modules if m.theirs not in adapted]
+    targets = []
+    for theirs in adapted:
+        pieces = theirs.split(".")
+        ends = (".".join(pieces[-n:]) for n in range(1, len(pieces) + 1))
+        targets.append(next(end for end in ends if not any(f".{other}".endswith(f".{end}") for other in others)))
+    return list(dict.fromkeys(targets))
+
+
+def _repo_id(base: ModelFolder) -> str | None:
+    record = base.path / REPO_ID_FILE
+    return json.loads(record.read_text()).get("repo_id") if record.is_file() else None

@@ -1,27 +1,22 @@
-"""Weights in and out: Hugging Face folders are read and written by torchtune's checkpointers, found and named by us."""
+"""Weights in: a folder in Hugging Face layout, whose shards are found and read without a copy."""
 
 import json
-import logging
 import shutil
-import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
-from torchtune import config as torchtune_config
-from torchtune import training
-from torchtune.models import convert_weights
-from torchtune.models.phi3._convert_weights import phi3_hf_to_tune
-from torchtune.models.qwen2._convert_weights import qwen2_hf_to_tune
-from torchtune.training.checkpointing._utils import safe_torch_load
+from torchtune.training.checkpointing._utils import FormattedCheckpointFiles, safe_torch_load
 
 from pairtune.errors import UserError
+from pairtune.families import FAMILIES, Family
 from pairtune.metrics import lock
 from pairtune.model_config import check_config, check_model_type, model_type_of
-from pairtune.rules import one_line
+from pairtune.rules import nearest, one_line
 
 # In the order of preference: an index that names the shards, or one file.
 WEIGHT_FILES = (
@@ -32,23 +27,6 @@ WEIGHT_FILES = (
 )
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # others are quantized: they need their scales
-
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "chat_template*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
-EXPORTED = (
-    "model*.safetensors",
-    "model*.safetensors.index.json",
-    "config.json",
-    "generation_config.json",
-    "LICENSE*",
-    *TOKENIZER_FILES,
-)
 
 
 def find_weights(checkpoint_dir: str) -> list[str]:
@@ -91,47 +69,72 @@ def _read_index(path: Path) -> dict[str, str]:
     return shards
 
 
-def open_weights(checkpointer, run_dir: Path):
-    """Returns torchtune's checkpointer for the config's `checkpointer` block; no weight is read yet.
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model's folder in Hugging Face layout; no weight of it is read yet.
 
-    `checkpoint_files` may be left out: the shards are found. Exports go below `run_dir`.
+    Attributes:
+        path: The folder.
+        weight_files: The files of its weights.
+        config: Its config.json.
+        family: How its weights are named.
+    """
+
+    path: Path
+    weight_files: tuple[Path, ...]
+    config: dict
+    family: Family
+
+
+def open_weights(checkpointer) -> ModelFolder:
+    """Returns the folder of the config's `checkpointer` block.
+
+    The block names torchtune.training.FullModelHFCheckpointer, whose arguments it has; it is read here, for more
+    families and without a copy of the weights. `checkpoint_files` may be left out: the shards are found.
 
     Raises:
         UserError: The folder is not a model, its files are not complete, or `model_type` is not its architecture.
     """
-    arguments = OmegaConf.to_container(checkpointer, resolve=True)
-    files = arguments.pop("checkpoint_files", None) or find_weights(arguments["checkpoint_dir"])
-    check_model_type(arguments["model_type"], read_config(arguments["checkpoint_dir"]))
-    try:
-        return torchtune_config.instantiate(
-            OmegaConf.create(arguments), checkpoint_files=list(files), output_dir=str(run_dir)
+    block = OmegaConf.to_container(checkpointer, resolve=True) if OmegaConf.is_config(checkpointer) else checkpointer
+    folder, model_type = Path(block["checkpoint_dir"]), block["model_type"]
+    if model_type not in FAMILIES:
+        raise UserError(
+            f"checkpointer.model_type={model_type}: must be one of {', '.join(FAMILIES)}{nearest(model_type, FAMILIES)}"
         )
-    except KeyError as error:
-        known = ", ".join(t.value.upper() for t in training.ModelType)
-        raise UserError(f"checkpointer.model_type: {error} is not one of torchtune's: {known}") from None
+    names = _file_names(block.get("checkpoint_files")) or find_weights(str(folder))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise UserError(
+            f"checkpointer.checkpoint_files: {folder} has no {', '.join(missing)}; leave checkpoint_files out, and the "
+            "files are found"
+        )
+    config = read_config(str(folder))
+    check_model_type(model_type, config)
+    return ModelFolder(folder, tuple(folder / name for name in names), config, FAMILIES[model_type])
+
+
+def _file_names(files) -> list[str]:
+    """Returns a list of names as it is, and those of torchtune's {filename_format, max_filename}."""
+    if not isinstance(files, dict):
+        return list(files or [])
+    try:
+        return sorted(FormattedCheckpointFiles.from_dict(files).build_checkpoint_filenames())
     except ValueError as error:
-        raise UserError(f"checkpointer: {error}") from None
+        raise UserError(f"checkpointer.checkpoint_files: {error}") from None
 
 
-def open_like(checkpointer, checkpoint_dir: str):
-    """Returns torchtune's checkpointer for another folder, whose config.json says what architecture it has.
+def open_like(files: ModelFolder, checkpoint_dir: str) -> ModelFolder:
+    """Returns another model's folder, whose config.json says what family it is of.
 
     Args:
-        checkpointer: From open_weights; another name of the same conversion, such as LLAMA2, is kept.
+        files: Of the run; its name of the family, such as LLAMA2, is kept where it is one.
 
     Raises:
         UserError: As open_weights.
     """
     find_weights(checkpoint_dir)
-    model_type = model_type_of(read_config(checkpoint_dir), like=checkpointer._model_type.value.upper())
-    block = {"checkpoint_dir": checkpoint_dir, "model_type": model_type}
-    path = "torchtune.training.FullModelHFCheckpointer"
-    return open_weights(OmegaConf.create({"_component_": path, **block}), Path(checkpointer._output_dir))
-
-
-def weight_files(checkpointer) -> list[Path]:
-    """Returns the paths of the weight files that a checkpointer, from open_weights, will read."""
-    return [Path(path) for path in checkpointer._checkpoint_paths]
+    model_type = model_type_of(read_config(checkpoint_dir), like=files.family.name)
+    return open_weights({"checkpoint_dir": checkpoint_dir, "model_type": model_type})
 
 
 def read_config(checkpoint_dir: str) -> dict:
@@ -186,19 +189,17 @@ class Weights(Mapping):
             quantized, is none of this architecture's, or, when it is asked for, has a value that is not finite.
     """
 
-    def __init__(self, checkpointer):
-        self._checkpointer = checkpointer
+    def __init__(self, folder: ModelFolder):
+        self._folder = folder
         self._tensors: dict[str, Tensor] = {}
         self._files: dict[str, Path] = {}  # which file a tensor is in
-        checkpointer._weight_map = {}  # which shard a weight goes to when the model is saved: as in load_checkpoint
-        for number, path in enumerate(checkpointer._checkpoint_paths, start=1):
+        for path in folder.weight_files:
             shard = read_shard(path)
             for key in shard.keys() & self._files.keys():
                 raise UserError(f"{path}: {key} is there twice, also in {self._files[key].name}; remove one file")
             self._tensors |= shard
             self._files |= dict.fromkeys(shard, path)
-            checkpointer._weight_map |= dict.fromkeys(shard, f"{number:04}")
-        _check_index(checkpointer._checkpoint_dir, self._files)
+        _check_index(folder.path, self._files)
         self.empty: dict[str, Tensor] = {}
         self._sources: dict[str, str] = {}
         for key, value in self._tensors.items():
@@ -209,28 +210,14 @@ class Weights(Mapping):
     def _convert_empty(self, key: str, value: Tensor) -> dict[str, Tensor]:
         try:
             return self._convert(key, value.to("meta"))
-        except Exception as error:  # torchtune's conversions raise what Python raises
-            kind = self._checkpointer._model_type.value.upper()
+        except (KeyError, RuntimeError) as error:
             raise UserError(
-                f"{self._files[key]}: {key} {list(value.shape)} is no weight of checkpointer.model_type={kind}, or not "
-                f"of the sizes in config.json: {one_line(error)}"
+                f"{self._files[key]}: {key} {list(value.shape)} is no weight of checkpointer.model_type="
+                f"{self._folder.family.name}, or not of the sizes in config.json: {one_line(error)}"
             ) from None
 
     def _convert(self, key: str, value: Tensor) -> dict[str, Tensor]:
-        config, kind = self._checkpointer._config, self._checkpointer._model_type
-        heads = {
-            "num_heads": config["num_attention_heads"],
-            "num_kv_heads": config["num_key_value_heads"],
-            "dim": config["hidden_size"],
-        }
-        if kind in (training.ModelType.PHI3_MINI, training.ModelType.PHI4):
-            # torchtune's conversion reads a fused matrix as three equal parts unless it is told of fewer key heads.
-            grouped = heads["num_heads"] != heads["num_kv_heads"]
-            return phi3_hf_to_tune({key: value}, **(heads if grouped else dict.fromkeys(heads)))
-        if kind is training.ModelType.QWEN2:
-            tied = config["tie_word_embeddings"]
-            return qwen2_hf_to_tune({key: value}, **heads, tie_word_embeddings=tied)
-        return convert_weights.hf_to_tune({key: value}, **heads, head_dim=config.get("head_dim"))
+        return self._folder.family.to_ours(key, value, self._folder.config)
 
     def __getitem__(self, name: str) -> Tensor:
         key = self._sources[name]
@@ -283,129 +270,3 @@ def _check_index(folder: Path, files: dict[str, Path]) -> None:
                 f"{index}: {len(absent)} weights are not in the file it names, such as {absent[0]} in "
                 f"{shards[absent[0]]}; download the folder again"
             )
-
-
-def export(
-    checkpointer,
-    run_dir: Path,
-    *,
-    merged: dict[str, Tensor],
-    adapter: dict[str, Tensor] | None = None,
-    lora: dict | None = None,
-    tokenizer: dict | None = None,
-) -> Path:
-    """Writes run_dir/export: the merged weights in Hugging Face layout, with the config and tokenizer of the base.
-
-    An adapter goes to run_dir/export/adapter in PEFT layout, with the tokenizer beside it. The folder takes its name
-    when it is complete.
-
-    Args:
-        merged: models.merge_adapters of the gathered weights.
-        adapter: models.only_adapters of the same; empty without adapters.
-        lora: rank, alpha, dropout and modules, with an adapter.
-        tokenizer: The config's `tokenizer` block: its `path`, if a folder, is where the tokenizer's files are, and its
-            `chat_template` is the one that goes with them.
-    """
-    checkpoint_dir = Path(checkpointer._checkpoint_dir)
-    dtype = str(next(iter(merged.values())).dtype).removeprefix("torch.")
-    state = {training.MODEL_KEY: merged}
-    if adapter:
-        if checkpointer._model_type is training.ModelType.QWEN2:
-            adapter = _undo_rotary_order(adapter, checkpointer._config)
-        state |= {training.ADAPTER_KEY: adapter, training.ADAPTER_CONFIG: _adapter_config(lora)}
-    with tempfile.TemporaryDirectory(dir=run_dir, prefix=".export-") as name:
-        written, folder = Path(name) / "epoch_0", Path(name) / "export"
-        checkpointer._output_dir = Path(name)
-        torchtune_log = logging.getLogger("torchtune.utils._logging")  # it names files that are about to move
-        torchtune_log.disabled = True
-        checkpointer.save_checkpoint(state, epoch=0)
-        torchtune_log.disabled = False
-        folder.mkdir()
-        # torchtune copies all that lies in the base's folder, an adapter of an earlier run included.
-        for file in [file for pattern in EXPORTED for file in written.glob(pattern) if file.is_file()]:
-            file.rename(folder / file.name)
-        _copy_tokenizer(tokenizer or {}, checkpoint_dir, folder)
-        _edit_json(folder / "config.json", torch_dtype=dtype, dtype=dtype)
-        if adapter:
-            _move_adapter(written, folder, checkpoint_dir)
-        exported = run_dir / "export"
-        if exported.exists():
-            exported.rename(Path(name) / "earlier")
-        folder.rename(exported)
-    return exported
-
-
-def pairs_together(matrix: Tensor, heads: int) -> Tensor:
-    """Returns the rows of [rows, rank] as torchtune orders them for its rotary embedding.
-
-    Hugging Face keeps a head's first halves of rotated pairs before its second ones, torchtune keeps pairs together.
-    """
-    rows, rank = matrix.shape
-    return matrix.view(heads, 2, rows // heads // 2, rank).transpose(1, 2).reshape(rows, rank)
-
-
-def _undo_rotary_order(adapter: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
-    """Reorders B of q_proj and k_proj so that torchtune's conversion to PEFT gives back the order it has.
-
-    torchtune reorders them for every architecture, from its own rotary layout to Hugging Face's; Qwen 2's weights
-    never left the latter.
-    """
-    reordered = dict(adapter)
-    for name, value in adapter.items():
-        for projection, key in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
-            if f"{projection}.lora_b" in name:
-                reordered[name] = pairs_together(value, config[key])
-    return reordered
-
-
-def _adapter_config(lora: dict) -> dict:
-    names = [m for m in lora["modules"] if m != "mlp"] + (["w1", "w2", "w3"] if "mlp" in lora["modules"] else [])
-    return {
-        "r": lora["rank"],
-        "lora_alpha": lora["alpha"],
-        "target_modules": names,
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "lora_dropout": lora["dropout"],
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-    }
-
-
-def _move_adapter(written: Path, folder: Path, checkpoint_dir: Path) -> None:
-    target = folder / "adapter"
-    target.mkdir()
-    if not (written / "adapter_model.safetensors").exists():
-        (written / "adapter_model.pt").rename(target / "adapter_model.pt")
-        print("adapter: torchtune knows no PEFT layout of this architecture; adapter_model.pt has torchtune's names")
-        return
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        (written / name).rename(target / name)
-    for file in _tokenizer_files(folder):
-        shutil.copy(file, target / file.name)
-    if "base_model_name_or_path" not in json.loads((target / "adapter_config.json").read_text()):
-        _edit_json(target / "adapter_config.json", base_model_name_or_path=str(checkpoint_dir.resolve()))
-
-
-def _copy_tokenizer(tokenizer: dict, checkpoint_dir: Path, folder: Path) -> None:
-    """Puts the run's tokenizer and chat template into a folder that has the base model's."""
-    path, template = tokenizer.get("path"), tokenizer.get("chat_template")
-    if path and Path(path).is_dir() and Path(path).resolve() != checkpoint_dir.resolve():
-        for file in _tokenizer_files(Path(path)):
-            shutil.copy(file, folder / file.name)
-    elif path and Path(path).is_file():
-        shutil.copy(path, folder / Path(path).name)
-    if template and template != "plain":
-        text = Path(template).read_text() if "{" not in template else template
-        (folder / "chat_template.jinja").write_text(text)
-
-
-def _tokenizer_files(folder: Path) -> list[Path]:
-    return [file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()]
-
-
-def _edit_json(path: Path, **values) -> None:
-    edited = json.dumps(json.loads(path.read_text()) | values, indent=2) + "\n"
-    path.unlink()  # a copy of a read-only file is read-only
-    path.write_text(edited)

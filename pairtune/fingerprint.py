@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from pairtune.checkpoint import ModelFolder
 from pairtune.data import Pair
 from pairtune.errors import UserError
 from pairtune.rules import show
@@ -29,20 +30,20 @@ SAMPLES, SAMPLE_BYTES = 64, 2**16  # of a weight file
 
 
 def fingerprint(
-    cfg: DictConfig, train: list[Pair], held_out: list[Pair], checkpointer, reference_files: Sequence[Path] = ()
+    cfg: DictConfig, train: list[Pair], held_out: list[Pair], files: ModelFolder, reference: ModelFolder | None = None
 ) -> dict:
     """Returns what identifies a run: `config`, `pairs`, `held_out`, `weights` and `reference`, as JSON can hold it.
 
     Args:
-        checkpointer: From checkpoint.open_weights.
-        reference_files: The weight files of a second model.
+        files: From checkpoint.open_weights.
+        reference: A second model's.
     """
     return {
         "config": OmegaConf.to_container(cfg, resolve=True),
         "pairs": digest_pairs(train),
         "held_out": digest_pairs(held_out),
-        "weights": digest_files([*checkpointer._checkpoint_paths, *_adapter_files(cfg.get("adapter"))]),
-        "reference": digest_files(reference_files),
+        "weights": digest_files([*files.weight_files, *_adapter_files(cfg.get("adapter"))]),
+        "reference": digest_files(reference.weight_files if reference else ()),
     }
 
 

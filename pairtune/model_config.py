@@ -9,17 +9,8 @@ from pathlib import Path
 from torchtune.modules import RMSNorm, TiedLinear, TransformerDecoder
 
 from pairtune.errors import UserError
+from pairtune.families import config_types, of_config_type
 from pairtune.rules import fits, kind_words, show
-
-# config.json's model_type to torchtune's names for checkpointers.
-MODEL_TYPES = {
-    "llama": ("LLAMA2", "LLAMA3", "LLAMA3_2"),
-    "mistral": ("MISTRAL",),
-    "gemma": ("GEMMA",),
-    "qwen2": ("QWEN2",),
-    "phi3": ("PHI3_MINI", "PHI4"),
-}
-
 
 # What is read of config.json, here and in the conversion of weights.
 NEEDED = {"model_type": str, "hidden_size": int, "num_attention_heads": int, "num_key_value_heads": int}
@@ -67,39 +58,32 @@ def _check_kind(path: Path, key: str, value, kind: type) -> None:
 
 
 def check_model_type(model_type: str, config: dict) -> None:
-    """Refuses a `checkpointer.model_type` that converts another architecture's weights, or that is known to be wrong.
+    """Refuses a `checkpointer.model_type` that converts another architecture's weights.
 
     Raises:
         UserError: As said; `config` is the folder's config.json.
     """
-    if model_type == "GEMMA2":
-        raise UserError(
-            "checkpointer.model_type=GEMMA2: torchtune 0.6.1 swaps two of Gemma 2's norms when it converts weights and "
-            "caps hidden states in the place of logits, so the model would not be Gemma 2; no config mends this"
-        )
     theirs = config.get("model_type")
-    expected = MODEL_TYPES.get(theirs)
-    if theirs is not None and expected is None:
+    expected = of_config_type(theirs)
+    if theirs is not None and not expected:
         raise UserError(
-            f"config.json: model_type={theirs}: is none of {', '.join(MODEL_TYPES)}, which torchtune "
-            "0.6.1 has; another architecture may have the same weights and compute something else with them"
+            f"config.json: model_type={theirs}: is none of {', '.join(config_types())}; another architecture may have "
+            "the same weights and compute something else with them"
         )
     if expected and model_type not in expected:
         raise UserError(
             f"checkpointer.model_type={model_type}: the folder's config.json says model_type={theirs}, "
             f"which is {' or '.join(expected)} here"
         )
-    if model_type == "QWEN2" and config.get("tie_word_embeddings") is None:
-        raise UserError("config.json: tie_word_embeddings: is missing; set it to true or false, as the model has it")
 
 
 def model_type_of(config: dict, *, like: str) -> str:
-    """Returns torchtune's name for the architecture of a folder's config.json: `like` if that is one of its names.
+    """Returns the `checkpointer.model_type` of a folder's config.json: `like` if that is one of its names.
 
     Raises:
-        UserError: torchtune does not have it.
+        UserError: There is none.
     """
-    known = MODEL_TYPES.get(config.get("model_type"), ())
+    known = of_config_type(config.get("model_type"))
     model_type = like if like in known or not known else known[0]
     check_model_type(model_type, config)
     return model_type

@@ -4,6 +4,7 @@ A model is built on the meta device, where size costs nothing and mistakes show,
 """
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -24,6 +25,7 @@ from torchtune.training import compile_model, set_activation_checkpointing, set_
 from pairtune import logps
 from pairtune.dist import World
 from pairtune.errors import UserError
+from pairtune.rules import LORA_LAYERS
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 NF4_BLOCK = 64 * 256  # torchao quantizes scales of 256 blocks of 64 weights together
@@ -49,17 +51,15 @@ def full(component: dict, *, dtype: str, quantize: bool = False, world: World | 
     model = _build(path, arguments, dtype)
     if quantize:
         _check_nf4(model, world, "reference.quantize=true", way_out="reference.quantize=false")
-        _quantize(model.layers)
+        _quantize(model, dtype)
     return model
 
 
-def _quantize(layers: nn.Module) -> None:
-    for module in list(layers.modules()):
-        for name, linear in module.named_children():
-            if type(linear) is nn.Linear:
-                shape, dtype = (linear.in_features, linear.out_features), linear.weight.dtype
-                biased = linear.bias is not None
-                setattr(module, name, FrozenNF4Linear(*shape, bias=biased, device="meta", dtype=dtype))
+def _quantize(model: TransformerDecoder, dtype: str) -> None:
+    with torch.device("meta"), set_default_dtype(DTYPES[dtype]):
+        for name, linear in [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear and n != "output"]:
+            sizes, biased = (linear.in_features, linear.out_features), linear.bias is not None
+            model.set_submodule(name, FrozenNF4Linear(*sizes, bias=biased))
 
 
 def lora(
@@ -77,39 +77,59 @@ def lora(
     """Returns the same model with LoRA adapters (arXiv 2106.09685), on the meta device; only they are trainable.
 
     Args:
-        component: As for `full`: the base builder, whose lora_ twin is used.
-        modules: From q_proj, k_proj, v_proj, output_proj, mlp (all of its linear layers) and output.
+        component: As for `full`: the base builder; adapters are put into what it builds.
+        modules: Which layers have adapters: keys of rules.LORA_LAYERS.
         quantize_base: Base weights of all linear layers in NF4 (QLoRA, arXiv 2305.14314); not the output layer.
         frozen_copy: Room for a second set of adapters, which `load` makes a copy of the first: reference.AdapterCopy.
         world: The processes that share these.
 
     Raises:
-        UserError: No lora_ twin, an argument that it does not take, or a weight whose size NF4 does not accept.
+        UserError: An argument that the builder does not take, a layer that the model does not have, or a weight whose
+            size NF4 does not accept.
     """
     path, arguments = _split(component)
-    if quantize_base:
-        _check_nf4(_build(path, arguments, dtype), world, "QLoRA", way_out="a lora_ recipe")
-    package, _, name = path.rpartition(".")
+    name = path.rpartition(".")[2]
     if name.startswith(("lora_", "qlora_")):
         raise UserError(
             f"model._component_={path}: name the base builder ({name.split('_', 1)[1]}); the recipe adds LoRA"
         )
-    path = f"{package}.lora_{name}"
-    adapters = {
-        "lora_attn_modules": [m for m in modules if m not in ("mlp", "output")],
-        "apply_lora_to_mlp": "mlp" in modules,
-        "lora_rank": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": dropout,
-        "quantize_base": quantize_base,
-    }
-    if "output" in modules:
-        adapters["apply_lora_to_output"] = True
-    model = _build(path, {**arguments, **adapters}, dtype)
+    model = _build(path, arguments, dtype)
+    if quantize_base:
+        _check_nf4(model, world, "QLoRA", way_out="a lora_ recipe")
+    adapted = _layers_of(modules, model)
+    with torch.device("meta"), set_default_dtype(DTYPES[dtype]):
+        for name, linear in [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear]:
+            sizes, biased = (linear.in_features, linear.out_features), linear.bias is not None
+            quantized = quantize_base and name != "output"
+            if name in adapted:
+                options = {"use_bias": biased, "quantize_base": quantized}
+                model.set_submodule(name, LoRALinear(*sizes, rank, alpha, dropout, **options))
+            elif quantized:
+                model.set_submodule(name, FrozenNF4Linear(*sizes, bias=biased))
     if frozen_copy:
         _add_frozen_copy(model)
     set_trainable_params(model, get_adapter_params(model))
     return model
+
+
+def _layers_of(modules: list[str], model: TransformerDecoder) -> set[str]:
+    """Returns the full names of the linear layers that lora.modules means."""
+    linear = {name: without_numbers(name) for name, m in model.named_modules() if type(m) is nn.Linear}
+    found = {}
+    for module in modules:
+        found[module] = {name for name, plain in linear.items() if plain in LORA_LAYERS[module]}
+        if found[module]:
+            continue
+        if module in ("output", "lm_head"):
+            raise UserError(f"lora.modules: {module}: the output layer is the embedding (tied), which has no adapter")
+        there = [known for known, layers in LORA_LAYERS.items() if set(layers) & set(linear.values())]
+        raise UserError(f"lora.modules: {module}: this model has no such layer; it has {', '.join(there)}")
+    return set().union(*found.values())
+
+
+def without_numbers(layer: str) -> str:
+    """Returns attn.q_proj for layers.3.attn.q_proj: what is alike in all layers."""
+    return re.sub(r"^layers\.(\d+|{})\.|\.(\d+|{})(?=\.)", "", layer)
 
 
 def _add_frozen_copy(model: nn.Module) -> None:
@@ -135,8 +155,8 @@ def _build(path: str, arguments: dict, dtype: str) -> TransformerDecoder:
     unknown = [name for name in arguments if name not in inspect.signature(builder).parameters]
     if unknown:
         raise UserError(
-            f"model: {path.rsplit('.', 1)[-1]} takes no {unknown[0]} (with lora.modules=[output] or tied embeddings "
-            f"this is lora on the output layer); it takes {', '.join(inspect.signature(builder).parameters)}"
+            f"model: {path.rsplit('.', 1)[-1]} takes no {unknown[0]}; it takes "
+            f"{', '.join(inspect.signature(builder).parameters)}"
         )
     try:
         with torch.device("meta"), set_default_dtype(DTYPES[dtype]):

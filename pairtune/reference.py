@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torchtune.modules import TransformerDecoder
 
 from pairtune import checkpoint, models
+from pairtune.checkpoint import ModelFolder
 from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.loss_needs import needs
@@ -96,7 +97,7 @@ class FrozenModel:
 
     model: TransformerDecoder
     component: Mapping
-    files: object
+    files: ModelFolder
     block: Mapping
 
     def prepare(self, **settings) -> None:
@@ -112,7 +113,7 @@ class FrozenModel:
     @property
     def source(self) -> dict:
         """What reference_cache.identify takes of it."""
-        return {"component": self.component, "weight_files": checkpoint.weight_files(self.files)}
+        return {"component": self.component, "weight_files": self.files.weight_files}
 
 
 def frozen_model(
@@ -141,7 +142,7 @@ def open_second_model(
     *,
     component: Mapping,
     dtype: str,
-    files,
+    files: ModelFolder,
     tokenizer,
     world: World | None = None,
 ) -> FrozenModel:
@@ -160,7 +161,7 @@ def open_second_model(
     if folder:
         with _told_of(reference):
             files = checkpoint.open_like(files, folder)
-            check_model(model, checkpoint.read_config(folder))
+            check_model(model, files.config)
             check_vocabulary(tokenizer, Path(folder))
             whole = models.full(reference.get("model") or component, dtype=dtype)  # NF4 changes no name or shape
             models.load(whole, checkpoint.Weights(files).empty, world=World(torch.device("meta")))

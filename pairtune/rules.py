@@ -54,16 +54,31 @@ def text(nullable=True):
     return Rule(lambda v: nullable or v.strip(), "text, and not empty", None, str, nullable)
 
 
-LORA_MODULES = ("q_proj", "k_proj", "v_proj", "output_proj", "mlp", "output")
-ATTENTION_MODULES = LORA_MODULES[:4]
-
-
+# What lora.modules may hold, and which layers that is, without numbers: torchtune's names, then Hugging Face's.
+LORA_LAYERS = {
+    "q_proj": ("attn.q_proj",),
+    "k_proj": ("attn.k_proj",),
+    "v_proj": ("attn.v_proj",),
+    "output_proj": ("attn.output_proj",),
+    "mlp": ("mlp.w1", "mlp.w2", "mlp.w3"),
+    "output": ("output",),
+    "o_proj": ("attn.output_proj",),
+    "gate_proj": ("mlp.w1",),
+    "up_proj": ("mlp.w3",),
+    "down_proj": ("mlp.w2",),
+    "lm_head": ("output",),
+    "qkv_proj": ("attn.q_proj", "attn.k_proj", "attn.v_proj"),
+    "gate_up_proj": ("mlp.w1", "mlp.w3"),
+    "c_attn": ("attn.q_proj", "attn.k_proj", "attn.v_proj"),
+    "c_proj": ("attn.output_proj", "mlp.w2"),
+    "c_fc": ("mlp.w1",),
+    "all-linear": ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.output_proj", "mlp.w1", "mlp.w2", "mlp.w3"),
+}
 BEST_METRICS = ("loss", "rewards/accuracies", "rewards/margins")
 
 
 def _nearest_lora_modules(modules: list) -> list:
-    known = [m for m in modules if m in LORA_MODULES]
-    return known if any(m in ATTENTION_MODULES for m in known) else ["q_proj", "v_proj", *known]
+    return [m for m in modules if m in tuple(LORA_LAYERS)] or ["q_proj", "v_proj"]
 
 
 RULES = {
@@ -111,8 +126,8 @@ RULES = {
     "lora.alpha": above(0),
     "lora.dropout": between(0, 1),
     "lora.modules": Rule(
-        lambda v: all(m in LORA_MODULES for m in v) and any(m in ATTENTION_MODULES for m in v),
-        f"a list from {', '.join(LORA_MODULES)} with at least one of the first four",
+        lambda v: v and all(m in tuple(LORA_LAYERS) for m in v),
+        f"a list of at least one of {', '.join(LORA_LAYERS)}",
         _nearest_lora_modules,
     ),
     "clip_grad_norm": above(0, nullable=True),

@@ -3,7 +3,6 @@
 The answers are those of the functions that recipes call, on the meta device: no weight is read, nothing is computed.
 """
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
@@ -110,8 +109,7 @@ class Validation:
 
     def _weights(self, cfg: DictConfig) -> tuple[str, Any]:
         self._must_be_here(cfg.checkpointer.checkpoint_dir, "checkpointer.checkpoint_dir")
-        with tempfile.TemporaryDirectory() as run_dir:  # torchtune makes the run folder at once
-            weights = checkpoint.Weights(checkpoint.open_weights(cfg.checkpointer, Path(run_dir)))
+        weights = checkpoint.Weights(checkpoint.open_weights(cfg.checkpointer))
         base = models.full(cfg.model, dtype=cfg.dtype)  # adapters and NF4 change no name or shape of the base
         models.load(base, weights.empty, world=World(torch.device("meta")))
         return f"{len(weights):,} tensors, names and shapes as in the model", None
@@ -125,9 +123,7 @@ class Validation:
             self._must_be_here(reference.checkpoint_dir, "reference.checkpoint_dir")
         self._must_be_here(cfg.checkpointer.checkpoint_dir, "checkpointer.checkpoint_dir")
         like = {"component": cfg.model, "dtype": cfg.dtype, "tokenizer": tokenizer}
-        with tempfile.TemporaryDirectory() as run_dir:
-            files = checkpoint.open_weights(cfg.checkpointer, Path(run_dir))
-            second = open_second_model(reference, method, files=files, **like)
+        second = open_second_model(reference, method, files=checkpoint.open_weights(cfg.checkpointer), **like)
         second.prepare(
             max_length=cfg.max_length, vocab_size=tokenizer.vocab_size if tokenizer else 0,
             attention=cfg.attention, compile_layers=cfg.compile,

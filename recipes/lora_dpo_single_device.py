@@ -28,6 +28,7 @@ from pairtune import (
     train_state,
 )
 from pairtune.batch import lay_out, longest_row
+from pairtune.export import export
 from pairtune.fingerprint import check_same, fingerprint
 from pairtune.loader import Steps, share
 from pairtune.logps import answer_logps, answer_scores
@@ -147,7 +148,7 @@ def main(cfg):
     torch.manual_seed(cfg.seed)
 
     # 2. Policy and reference, on the meta device: what is wrong with a config shows before a weight is read
-    files = checkpoint.open_weights(cfg.checkpointer, run_dir)
+    files = checkpoint.open_weights(cfg.checkpointer)
     tokenizer = adapt(config.instantiate(cfg.tokenizer))
     loss_fn = config.instantiate(cfg.loss)
     needed = loss_needs.needs(loss_fn)
@@ -165,7 +166,7 @@ def main(cfg):
         "compile_layers": cfg.compile,
     }
     models.prepare(model, **prepared)
-    check_model(model, checkpoint.read_config(cfg.checkpointer.checkpoint_dir))
+    check_model(model, files.config)
     adapter = adapters.read_adapter(cfg.adapter, model, files) if cfg.adapter else None
     second = None
     if needed.reference and has_second_model(cfg.reference, METHOD, cfg.dtype):
@@ -200,7 +201,7 @@ def main(cfg):
     contract.check_pairs([*train, *held_out], tokenizer)
     contract.check_loss(loss_fn, held_out, pairs_per_step=cfg.pairs_per_step, keep_best=cfg.keep_best)
     config.rehearse(cfg.optimizer, cfg.lr_scheduler, cfg.loss, num_training_steps=total_steps)
-    identity = fingerprint(cfg, train, held_out, files, second.source["weight_files"] if second else ())
+    identity = fingerprint(cfg, train, held_out, files, second.files if second else None)
     if resumed:
         changes = check_same(train_state.read_values(resumed), identity, resumed, total_steps=total_steps)
         world.print("\n".join([f"resuming from {resumed}", *(f"  changed: {line}" for line in changes)]), "\n")
@@ -225,7 +226,7 @@ def main(cfg):
 
     if cfg.reference.name == "cached":
         folder = find_folder(cfg.reference.cache_dir)
-        source = {"component": cfg.model, "weight_files": checkpoint.weight_files(files)}
+        source = {"component": cfg.model, "weight_files": files.weight_files}
         if cfg.adapter:
             source["adapter_files"] = [adapters.find_weights(cfg.adapter)]
         source = (second.source if second else source) | {"ld_alpha": needed.ld_alpha, "score_end": cfg.score_end}
@@ -460,7 +461,7 @@ def main(cfg):
     after = answer_prompts()
     gathered = models.gather_weights(model, world)
     if world.is_main:
-        exported = checkpoint.export(
+        exported = export(
             files,
             run_dir,
             merged=models.merge_adapters(model, gathered),

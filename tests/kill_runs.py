@@ -109,7 +109,7 @@ def kill(run: subprocess.Popen, rng: random.Random) -> None:
 def result(run_dir: Path) -> tuple[list, dict]:
     """What a run ends with, but for how fast it was."""
     log = [{k: v for k, v in row.items() if k not in SPEED} for row in read_log(run_dir / "metrics.jsonl")]
-    return log, load_file(run_dir / "export" / "model-00001-of-00001.safetensors")
+    return log, load_file(run_dir / "export" / "model.safetensors")
 
 
 def same(one: tuple[list, dict], other: tuple[list, dict]) -> bool:

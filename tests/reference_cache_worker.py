@@ -29,15 +29,13 @@ class Reference:
     def __init__(self, folder, base, *, world=ONE, dtype="fp32", sizes=SIZES, lora=None, attention="auto", **identity):
         self.component = {"_component_": LLAMA, **sizes}
         settings = {"_component_": "torchtune.training.FullModelHFCheckpointer", "model_type": "LLAMA3"}
-        files = checkpoint.open_weights(
-            OmegaConf.create(settings | {"checkpoint_dir": str(base)}), Path(base).parent / "run"
-        )
+        files = checkpoint.open_weights(OmegaConf.create(settings | {"checkpoint_dir": str(base)}))
         self.world, self.num_forwards, self.ld_alpha = world, 0, identity.get("ld_alpha", 1.0)
         self.model = (
             models.lora(self.component, **lora, dtype=dtype) if lora else models.full(self.component, dtype=dtype)
         )
         models.prepare(self.model, max_length=128, attention=attention)
-        paths = {"component": self.component, "weight_files": files._checkpoint_paths}
+        paths = {"component": self.component, "weight_files": files.weight_files}
         self.identity = reference_cache.identify(folder, self.model, world, **paths | identity)
         self.model.requires_grad_(False).eval()
         models.load(self.model, checkpoint.Weights(files), world=world)

@@ -109,7 +109,7 @@ def test_any_number_of_processes_gives_the_numbers_of_one_device(work, single, m
     assert [r["step"] for r in log if "loss" in r] == list(range(1, 11))
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert_same_numbers(log, expected)
-    for name in ("model-00001-of-00001.safetensors", "adapter/adapter_model.safetensors"):
+    for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
         if (single_folder / "export" / name).exists():
             weights, wanted = (load_file(f / "export" / name) for f in (folder, single_folder))
             assert weights.keys() == wanted.keys()

@@ -22,6 +22,7 @@ from pairtune import adapters, checkpoint, models
 from pairtune.batch import lay_out
 from pairtune.dist import World
 from pairtune.errors import UserError
+from pairtune.export import export
 from pairtune.logps import answer_logps
 from pairtune.reference import AdapterCopy, AdaptersOff, SecondModel, open_second_model
 from pairtune.tokenizer import HFTokenizer
@@ -105,7 +106,7 @@ def saved_base(kind, folder, *, seed=0):
     model.save_pretrained(folder)
     cfg = {"checkpoint_dir": str(folder), "model_type": model_type}
     cfg = OmegaConf.create({"_component_": "torchtune.training.FullModelHFCheckpointer", **cfg})
-    files = checkpoint.open_weights(cfg, folder.parent / "run")
+    files = checkpoint.open_weights(cfg)
     return files, {"_component_": path, **HEADS, "max_seq_len": 128, "norm_eps": 1e-5, **ours}
 
 
@@ -126,7 +127,7 @@ def test_an_exported_adapter_is_read_back_bit_for_bit(tmp_path, kind):
     only = models.only_adapters(trained, gathered)
     assert {name: value.tolist() for name, value in only.items()} == {n: v.tolist() for n, v in adapter.items()}
     merged = models.merge_adapters(trained, gathered)
-    exported = checkpoint.export(files, tmp_path / "run", merged=merged, adapter=only, lora=LORA)
+    exported = export(files, tmp_path / "run", merged=merged, adapter=only, lora=LORA)
     read = adapters.read_adapter(exported / "adapter", model, files)
     assert read.keys() == adapter.keys()
     for name, value in read.items():
@@ -235,7 +236,7 @@ def read_from(peft_folder, folder, **changes):
         ("lora_alpha", 32, ["lora_alpha is 32", "lora.alpha is 8.0", "lora.alpha=32"]),
         ("target_modules", ["q_proj"], ["target_modules is q_proj", "lora.modules=[q_proj]"]),
         ("target_modules", ["o_proj", "lm_head", "gate_proj", "up_proj", "down_proj"], ["[output_proj, mlp, output]"]),
-        ("target_modules", ["q_proj", "up_proj"], ["gate_proj, up_proj and down_proj"]),
+        ("target_modules", ["q_proj", "up_proj"], ["target_modules is q_proj, up_proj", "[q_proj, up_proj]"]),
         ("target_modules", ["q_proj", "embed_tokens"], ["embed_tokens", "lm_head"]),
         ("peft_type", "IA3", ["peft_type is IA3"]),
         ("use_rslora", True, ["use_rslora=True", "sqrt(rank)", "merge_and_unload"]),
@@ -243,9 +244,8 @@ def read_from(peft_folder, folder, **changes):
         ("bias", "lora_only", ["bias=lora_only"]),
         ("lora_bias", True, ["lora_bias"]),
         ("modules_to_save", ["lm_head"], ["modules_to_save", "lm_head"]),
-        ("rank_pattern", {"q_proj": 8}, ["rank_pattern"]),
-        ("alpha_pattern", {"q_proj": 8}, ["alpha_pattern"]),
-        ("fan_in_fan_out", True, ["fan_in_fan_out"]),
+        ("rank_pattern", {"q_proj": 8}, ["q_proj.lora_A is [4, 64]", "not rank 8"]),
+        ("alpha_pattern", {"q_proj": 16}, ["q_proj is scaled by 16 / 4 there", "8 / 4 here"]),
         ("layers_to_transform", [0], ["layers_to_transform"]),
         ("init_lora_weights", "pissa", ["init_lora_weights=pissa", "base weights"]),
     ],
@@ -257,7 +257,7 @@ def test_settings_of_an_adapter_that_the_run_does_not_share_are_refused_by_name(
     write_adapter(tmp_path / "sft", config | {setting: value}, tensors)
     with pytest.raises(UserError) as error:
         read_from(peft_folder, tmp_path / "sft")
-    for word in ["adapter=", *words]:
+    for word in [str(tmp_path / "sft"), *words]:
         assert word in str(error.value)
 
 
@@ -283,8 +283,8 @@ Q, V = (f"{LAYER_1}.{name}_proj.lora_B.weight" for name in "qv")
         (Q.replace(".1.", ".9."), torch.ones(64, 4), ["not in the model's adapters", "layers.9"]),
         ("base_model.model.model.embed_tokens.weight", torch.ones(3), ["embed_tokens", "no matrix"]),
         ("base_model.model.lm_head.base_layer.weight", torch.ones(320, 64), ["lm_head", "another base"]),
-        (V, torch.zeros(32, 5), ["v_proj.lora_b", "[32, 5]", "[32, 4]"]),
-        (Q, torch.zeros(63, 4), ["q_proj.lora_B", "[63, 4]", "4 heads"]),
+        (V, torch.zeros(32, 5), ["v_proj.lora_B", "[32, 5]", "not rank 4"]),
+        (Q, torch.zeros(63, 4), ["q_proj.lora_B", "[63, 4]", "this base's heads"]),
         (V, torch.full((32, 4), math.nan), ["v_proj.lora_b", "NaN"]),
     ],
 )
@@ -317,13 +317,62 @@ def test_a_folder_without_an_adapter_is_told_and_a_pickle_runs_no_code(tmp_path,
     assert len(read_from(peft_folder, tmp_path / "bin")) == 8
 
 
-def test_an_adapter_of_pefts_fused_phi_layers_is_refused(tmp_path, peft_folder):
-    _, _, config, _ = peft_folder
+@pytest.mark.parametrize("modules", [["qkv_proj", "gate_up_proj"], ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]])
+def test_an_adapter_of_pefts_fused_phi_layers_is_theirs_here_and_ours_there(tmp_path, modules):
+    """PEFT's has one A for queries, keys and values; each of ours has a copy of it, and is written as three blocks."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
     files, component = saved_base("Phi3", tmp_path / "base")
-    name = "base_model.model.model.layers.0.self_attn.qkv_proj.lora_A.weight"
-    write_adapter(tmp_path / "sft", config | {"target_modules": r".*qkv_proj"}, {name: torch.zeros(4, 64)})
-    with pytest.raises(UserError, match="fused qkv_proj"):
-        adapters.read_adapter(tmp_path / "sft", models.lora(component, **LORA, dtype="fp32"), files)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=modules, init_lora_weights=False)
+    theirs = peft.get_peft_model(base, settings)
+    theirs.save_pretrained(tmp_path / "peft")
+    lora = LORA | {"modules": modules}
+    model = models.lora(component, **lora, dtype="fp32")
+    adapter = adapters.read_adapter(tmp_path / "peft", model, files)
+    models.prepare(model, max_length=128)
+    models.load(model, checkpoint.Weights(files), world=ONE, adapter=adapter)
+    tokens = torch.randint(3, 320, (2, 30))
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        torch.testing.assert_close(model(tokens), expected, atol=1e-4, rtol=1e-4)
+        for module in (m for _, m in models.adapted_modules(model)):  # as after training
+            module.lora_a.weight.add_(torch.randn_like(module.lora_a.weight) * 0.05)
+        trained = model(tokens)
+    gathered = models.gather_weights(model, ONE)
+    adapters.write_adapter(tmp_path / "ours", models.only_adapters(model, gathered), files, lora)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    with torch.no_grad():
+        found = peft.PeftModel.from_pretrained(base, tmp_path / "ours")(tokens).logits
+    torch.testing.assert_close(found, trained, atol=1e-4, rtol=1e-4)
+    assert (trained - expected).abs().max() > 0.01
+    back = adapters.read_adapter(tmp_path / "ours", models.lora(component, **lora, dtype="fp32"), files)
+    own = models.only_adapters(model, gathered)
+    assert back.keys() == own.keys() and all(torch.equal(back[name], own[name]) for name in own)
+    wrong = models.lora(component, **lora | {"rank": 2, "alpha": 4.0}, dtype="fp32")
+    with pytest.raises(UserError, match="r is 4 in its adapter_config.json, lora.rank is 2"):
+        adapters.read_adapter(tmp_path / "peft", wrong, files)
+
+
+def test_one_of_fused_layers_alone_is_written_with_rows_of_zero_for_the_others(tmp_path):
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    files, component = saved_base("Phi3", tmp_path / "base")
+    lora = LORA | {"modules": ["k_proj", "up_proj"]}
+    model = models.lora(component, **lora, dtype="fp32")
+    models.prepare(model, max_length=128)
+    models.load(model, checkpoint.Weights(files), world=ONE)
+    for _, module in models.adapted_modules(model):
+        torch.nn.init.normal_(module.lora_b.weight, std=0.1)
+    adapter = models.only_adapters(model, models.gather_weights(model, ONE))
+    adapters.write_adapter(tmp_path / "ours", adapter, files, lora)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    tokens = torch.randint(3, 320, (2, 30))
+    with torch.no_grad():
+        found = peft.PeftModel.from_pretrained(base, tmp_path / "ours")(tokens).logits
+        torch.testing.assert_close(found, model(tokens), atol=1e-4, rtol=1e-4)
 
 
 # The reference that the run started from
@@ -549,7 +598,7 @@ def two_llamas(tmp_path_factory):
         save_llama(folder / name, seed=seed)
     cfg = {"checkpoint_dir": str(folder / "base"), "model_type": "LLAMA3"}
     cfg = OmegaConf.create({"_component_": "torchtune.training.FullModelHFCheckpointer", **cfg})
-    return checkpoint.open_weights(cfg, folder / "run"), component(NF4_SIZES), folder / "other"
+    return checkpoint.open_weights(cfg), component(NF4_SIZES), folder / "other"
 
 
 def test_a_reference_in_4_bits_computes_with_what_torchao_makes_of_its_weights(two_llamas):

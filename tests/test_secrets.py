@@ -116,7 +116,7 @@ def test_code_in_a_weights_file_does_not_run(tmp_path, monkeypatch, make):
     block = {"_component_": "torchtune.training.FullModelHFCheckpointer", "checkpoint_dir": str(tmp_path / "base")}
     with pytest.raises(UserError, match=r"pytorch_model\.bin: cannot be read"):
         block = OmegaConf.create(block | {"model_type": "LLAMA3"})
-        checkpoint.Weights(checkpoint.open_weights(block, tmp_path / "run"))
+        checkpoint.Weights(checkpoint.open_weights(block))
     assert not (tmp_path / "executed").exists()
 
 

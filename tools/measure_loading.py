@@ -73,7 +73,7 @@ def load(folder: Path) -> None:
         "checkpoint_dir": str(folder),
         "model_type": "LLAMA3",
     }
-    files = checkpoint.open_weights(OmegaConf.create(cfg), folder.parent / "run")
+    files = checkpoint.open_weights(OmegaConf.create(cfg))
     model = models.full({"_component_": "torchtune.models.llama3.llama3", **MODEL}, dtype="fp32")
     models.prepare(model, max_length=512)
     world.barrier()

@@ -1,0 +1,89 @@
+"""Weights out: a folder that transformers, PEFT and vLLM load, with the base model's config, tokenizer and template."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor
+
+from pairtune import adapters
+from pairtune.checkpoint import ModelFolder
+
+SHARD_BYTES = 5 * 10**9
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "chat_template*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+COPIED = ("config.json", "generation_config.json", "LICENSE*", *TOKENIZER_FILES)
+
+
+def export(
+    base: ModelFolder,
+    run_dir: Path,
+    *,
+    merged: dict[str, Tensor],
+    adapter: dict[str, Tensor] | None = None,
+    lora: dict | None = None,
+    tokenizer: dict | None = None,
+) -> Path:
+    """Writes run_dir/export: the merged weights in Hugging Face layout, with the config and tokenizer of the base.
+
+    An adapter goes to run_dir/export/adapter in PEFT layout, with the tokenizer beside it. The folder takes its name
+    when it is complete.
+
+    Args:
+        base: The model that training started from.
+        merged: models.merge_adapters of the gathered weights.
+        adapter: models.only_adapters of the same; empty without adapters.
+        lora: rank, alpha, dropout and modules, with an adapter.
+        tokenizer: The config's `tokenizer` block: its `path`, if a folder, is where the tokenizer's files are, and its
+            `chat_template` is the one that goes with them.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    dtype = str(next(iter(merged.values())).dtype).removeprefix("torch.")
+    with tempfile.TemporaryDirectory(dir=run_dir, prefix=".export-") as name:
+        folder = Path(name) / "export"
+        folder.mkdir()
+        save_torch_state_dict(base.family.to_theirs(merged, base.config), folder, max_shard_size=SHARD_BYTES)
+        for file in _files(base.path, COPIED):
+            shutil.copy(file, folder / file.name)
+        _copy_tokenizer(tokenizer or {}, base.path, folder)
+        _edit_json(folder / "config.json", torch_dtype=dtype, dtype=dtype)
+        if adapter:
+            adapters.write_adapter(folder / "adapter", adapter, base, lora)
+            for file in _files(folder, TOKENIZER_FILES):
+                shutil.copy(file, folder / "adapter" / file.name)
+        exported = run_dir / "export"
+        if exported.exists():
+            exported.rename(Path(name) / "earlier")
+        folder.rename(exported)
+    return exported
+
+
+def _copy_tokenizer(tokenizer: dict, checkpoint_dir: Path, folder: Path) -> None:
+    """Puts the run's tokenizer and chat template into a folder that has the base model's."""
+    path, template = tokenizer.get("path"), tokenizer.get("chat_template")
+    if path and Path(path).is_dir() and Path(path).resolve() != checkpoint_dir.resolve():
+        for file in _files(Path(path), TOKENIZER_FILES):
+            shutil.copy(file, folder / file.name)
+    elif path and Path(path).is_file():
+        shutil.copy(path, folder / Path(path).name)
+    if template and template != "plain":
+        text = Path(template).read_text() if "{" not in template else template
+        (folder / "chat_template.jinja").write_text(text)
+
+
+def _files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    return [file for pattern in patterns for file in folder.glob(pattern) if file.is_file()]
+
+
+def _edit_json(path: Path, **values) -> None:
+    edited = json.dumps(json.loads(path.read_text()) | values, indent=2) + "\n"
+    path.unlink()  # a copy of a read-only file is read-only
+    path.write_text(edited)
