@@ -13,10 +13,13 @@ import functools
 import importlib.util
 import logging
 import os
+import re
 import runpy
+import shlex
 import shutil
 import signal
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -175,14 +178,23 @@ def plan(argv: list[str]) -> int:
 
 
 def download(argv: list[str]) -> int:
-    """Fetch a model from the Hugging Face Hub or from Kaggle, and say how to train it."""
+    """Fetch a model or a data set from the Hugging Face Hub, or a model from Kaggle, and say how to train it.
+
+    The same command again goes on where it stopped, and fetches anew what is not the repository's.
+    """
     parser = _parser(download)
     parser.add_argument("repo_id", metavar="REPO_ID", help="owner/name, or a Kaggle model handle")
+    parser.add_argument("--repo-type", choices=["model", "dataset"], default="model")
     parser.add_argument("--output-dir", type=Path, metavar="DIR", help="default: /tmp/NAME")
     parser.add_argument("--revision", help="a branch, tag or commit; default: main")
+    endpoint_help = (
+        "a mirror that speaks the Hub's protocol (it gets your token, too); default: HF_ENDPOINT, else the Hub"
+    )
+    parser.add_argument("--endpoint", metavar="URL", help=endpoint_help)
     parser.add_argument("--hf-token", metavar="TOKEN", help="for gated models; default: HF_TOKEN, else `hf auth login`")
     ignore_help = "leave out just these files (no pattern: none); default: what DPO does not read"
     parser.add_argument("--ignore-patterns", nargs="*", action="extend", metavar="PATTERN", help=ignore_help)
+    parser.add_argument("--dry-run", action="store_true", help="say what would be fetched, and fetch nothing")
     parser.add_argument("--source", choices=["huggingface", "kaggle"], default="huggingface")
     parser.add_argument("--kaggle-username", metavar="NAME")
     parser.add_argument("--kaggle-api-key", metavar="KEY")
@@ -192,12 +204,21 @@ def download(argv: list[str]) -> int:
     from pairtune import hub
 
     folder = args.output_dir or Path("/tmp") / args.repo_id.rpartition("/")[2]
-    choice = {"revision": args.revision, "token": args.hf_token, "ignore_patterns": args.ignore_patterns}
-    folder = hub.download(args.repo_id, folder, **choice)
-    print(f"{folder} holds")
-    for path, size in hub.sizes(folder).items():
-        print(f"{hub.show_size(size):>12}  {path}")
-    print(f"Train it:\n  {_next_command(folder)}")
+    source = hub.Source(args.repo_id, args.repo_type, args.revision, args.endpoint, args.hf_token)
+    try:
+        planned = hub.plan(source, folder, ignore_patterns=args.ignore_patterns)
+    except hub.Unreachable:
+        if args.dry_run:  # what follows from the id alone
+            print(f"{source}, to {folder.expanduser().absolute()}; its files are not known")
+            if args.repo_type == "model" and args.ignore_patterns is None:
+                print(f"Left out: {hub.rules()}")
+            print(_next_command(source, folder.expanduser().absolute(), lambda: None))
+        raise
+    print(planned)
+    if not args.dry_run:
+        hub.fetch(planned)
+        print(f"{planned.folder} is complete, every file as the repository states it")
+    print(_next_command(source, planned.folder, lambda: hub.read_json(planned, "config.json")))
     return 0
 
 
@@ -531,23 +552,49 @@ def _validate_torchtunes(path: Path, overrides: list[str]) -> int:
 def _download_from_kaggle(args: argparse.Namespace) -> int:
     if args.revision:
         raise UserError("--revision: on Kaggle the handle ends with the version: owner/model/framework/variation/1")
+    hubs = {"--endpoint": args.endpoint, "--dry-run": args.dry_run, "--repo-type": args.repo_type != "model"}
+    if given := [option for option, value in hubs.items() if value]:
+        raise UserError(f"{given[0]}: has no effect on --source kaggle; leave it out")
     from torchtune._cli.download import Download
 
     Download(argparse.ArgumentParser(prog=_prog()).add_subparsers())._download_cmd(args)
     return 0
 
 
-def _next_command(folder: Path) -> str:
-    """Returns the command that trains the model in `folder`, with the config that is for it, if there is one."""
-    recipe = next((name for name in own("recipe") if name.startswith("lora") and "single" in name), "RECIPE")
-    config = "CONFIG"
-    for name, path in own("config").items():
-        home = Path(((_load_yaml(path) or {}).get("checkpointer") or {}).get("checkpoint_dir") or "")
-        if home == folder:
-            return f"tune run {recipe} --config {name}"
-        if home.name == folder.name:  # the same model in another place
-            config = name
-    return f"tune run {recipe} --config {config} checkpointer.checkpoint_dir={folder}"
+def _next_command(source, folder: Path, read_config: Callable[[], dict | None]) -> str:
+    """Returns the command that trains what a hub.Source brought to `folder`, in words that begin with what it is.
+
+    The config is the one whose comments download this id, else the one whose model config.json is nearest to.
+    """
+    recipe = next((f"recipes/{name}" for name in own("recipe") if re.match("lora.*single", name)), "RECIPE")
+    if source.repo_type == "dataset":
+        return f"Train on it:\n  tune run {recipe} --config CONFIG {shlex.quote(f'dataset.source={folder}')}"
+    home = shlex.quote(f"checkpointer.checkpoint_dir={folder}")
+    ids = _downloads()
+    if name := next((name for name in ids if source.repo_id.lower() in map(str.lower, ids[name])), None):
+        return f"Train it:\n  tune run {recipe} --config configs/{name}.yaml {home}"
+    unknown = f"Train it, with a CONFIG of yours (none here names it):\n  tune run {recipe} --config CONFIG {home}"
+    config = read_config()
+    if config is None:
+        return unknown
+    from pairtune import fitting
+
+    try:
+        fit = fitting.nearest(config, {name: own("config")[name] for name in ids})
+    except UserError as error:
+        return f"{unknown}\nNo config here fits: {error}"
+    line = f"  tune run {recipe} --config configs/{fit.config}.yaml {home}"
+    if not fit.different:
+        return f"Train it, with a config of its architecture and sizes:\n{line}"
+    changed = " \\\n    ".join([line, *fit.overrides])
+    return f"Train it, with the nearest config and what it needs set ({'; '.join(fit.different)}):\n{changed}"
+
+
+def _downloads() -> dict[str, list[str]]:
+    """Returns the ids of `tune download ID` in each config's comments, for configs that have one."""
+    pattern = re.compile(r"^#.*\btune download ([\w.-]+/[\w.-]*\w)", re.MULTILINE)
+    found = {name: pattern.findall(path.read_text()) for name, path in own("config").items()}
+    return {name: ids for name, ids in found.items() if ids}
 
 
 if __name__ == "__main__":

@@ -3,18 +3,29 @@
 import hashlib
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+import torch
+import transformers
+import yaml
+from huggingface_hub.utils import WeakFileLock
 
-from pairtune import cli, hub
+from pairtune import cli, config, fitting, hub, models
+from pairtune.errors import UserError
+from pairtune.model_config import check_model
+from pairtune.rows import read_rows
 
 ROOT = Path(cli.__file__).parents[1]
 TUNE = Path(sys.executable).with_name("tune")
+NOBODY = "http://127.0.0.1:9"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 INDEX = json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}})
 MODEL = {
@@ -27,59 +38,116 @@ MODEL = {
     "pytorch_model.bin": b"and again",
 }
 KEPT = {name for name in MODEL if not name.endswith((".pth", ".bin"))}
+PAIRS = [{"prompt": f"{i}?", "chosen": "yes", "rejected": "no"} for i in range(3)]
+ROWS = "".join(json.dumps(row) + "\n" for row in PAIRS).encode()
+LFS = (".safetensors", ".bin", ".pth", ".model", ".jsonl")
+CHUNK = 10 * 2**20  # what the client writes at a time
+LLAMA3_8B = "meta-llama/Meta-Llama-3-8B-Instruct"
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Answers as huggingface.co does: a model's listing is open to all, a gated model's files need its token."""
+    """Answers as huggingface.co does: listings are open to all, a gated model's files need its token.
+
+    Files in LFS come from a store under another name, localhost, to which a redirect leads.
+    """
 
     protocol_version = "HTTP/1.1"
 
     def do_GET(self):
-        path = self.path.partition("?")[0].removeprefix("/api/models").strip("/")
+        path = self.path.partition("?")[0].strip("/")
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        if path.startswith("elsewhere/"):
+            return self.reply(200, b"<html>not a Hub</html>", {"Content-Type": "text/html"})
+        if path.startswith("store/"):
+            self.server.tokens_in_store.append(token)
+            return self.reply_file(*path.removeprefix("store/").split("@"))
+        kind, path = ("datasets", path) if path.removeprefix("api/").startswith("datasets/") else ("models", path)
+        path = path.removeprefix("api/").removeprefix(f"{kind}/")
         if path.count("/") == 1:
             path += "/revision/main"
         owner, name, verb, revision, *file = path.split("/", 4)
-        files = self.server.models.get(f"{owner}/{name}")
+        files = self.server.repos.get(f"{kind}/{owner}/{name}")
+        if token == "unknown":
+            return self.reply(401, message="Invalid credentials in Authorization header")
+        if token == "narrow":
+            return self.reply(403, message="Please enable access to public gated repositories in your token's settings")
         if files is None:
-            return self.reply(404, error="RepoNotFound")
+            return self.reply(404 if token else 401, error="RepoNotFound")
         if revision not in ("main", COMMIT):
             return self.reply(404, error="RevisionNotFound")
-        sizes = {file: self.server.pretended_sizes.get(file, len(body)) for file, body in files.items()}
         if verb == "revision":
-            siblings = [{"rfilename": file, "size": size} for file, size in sizes.items()]
+            siblings = [{"rfilename": file} for file in files]
             return self.reply_json({"id": f"{owner}/{name}", "sha": COMMIT, "siblings": siblings})
         if verb == "tree":
-            rows = [{"type": "file", "path": file, "size": size, "oid": file} for file, size in sizes.items()]
-            return self.reply_json(rows)
-        if name == "gated" and self.headers.get("Authorization") != "Bearer right":
-            return self.reply(403, error="GatedRepo")
-        self.server.fetched += file
-        body = files[file[0]]
-        self.reply(200, body, {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X-Repo-Commit": COMMIT})
+            return self.reply_json([self.row(file, body) for file, body in files.items()])
+        if name == "gated" and token != "right":
+            return self.reply(403 if token else 401, error="GatedRepo")
+        if file[0].endswith(LFS):
+            store = f"http://localhost:{self.server.server_port}/store/{kind}/{owner}/{name}@{file[0]}"
+            linked = {"X-Linked-Size": str(len(files[file[0]])), "X-Linked-ETag": sha256(files[file[0]])}
+            return self.reply(302, b"", {"Location": store, "X-Repo-Commit": COMMIT, **linked})
+        self.reply_file(f"{kind}/{owner}/{name}", file[0])
 
     do_HEAD = do_GET
+
+    def row(self, file, body):
+        size = self.server.pretended_sizes.get(file, len(body))
+        row = {"type": "file", "path": file, "size": size, "oid": hashlib.sha1(b"blob %d\0" % size + body).hexdigest()}
+        if file.endswith(LFS):
+            row |= {"oid": "1" * 40, "lfs": {"oid": sha256(body), "size": size, "pointerSize": 130}}
+        return row
+
+    def reply_file(self, repo, file):
+        body = self.server.repos[repo][file]
+        headers = {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X-Repo-Commit": COMMIT}
+        if self.command == "HEAD":
+            return self.reply(200, body, headers)
+        if file in self.server.down:
+            return self.reply(500)
+        self.server.fetched.append(file)
+        if self.server.spoilt.get(file):
+            self.server.spoilt[file] -= 1
+            body = body[::-1]
+        start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").rstrip("-"))
+        self.server.sent[file] = len(body) - start
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
+        cut = self.server.cuts.pop(file, None)
+        if cut is not None:  # and the file cannot be had any more, so that the client gives up soon
+            self.server.down.add(file)
+        self.reply(206 if start else 200, body[start:], headers, cut=cut)
 
     def reply_json(self, value):
         self.reply(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
-    def reply(self, status, body=b"", headers=None, error=None):
+    def reply(self, status, body=b"", headers=None, error=None, message=None, cut=None):
         self.send_response(status)
-        headers = {"Content-Length": str(len(body)), **(headers or {}), **({"X-Error-Code": error} if error else {})}
+        headers = {"Content-Length": str(len(body)), **(headers or {})}
+        headers |= {"X-Error-Code": error} if error else {}
+        headers |= {"X-Error-Message": message} if message else {}
         for key, value in headers.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(body)
+            self.wfile.write(body[:cut])
+        self.close_connection = cut is not None
 
     def log_message(self, *args):
         pass
 
 
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()
+
+
 @pytest.fixture
 def server():
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    httpd.models = {"org/tiny": dict(MODEL), "org/gated": dict(MODEL)}
-    httpd.pretended_sizes, httpd.fetched = {}, []
+    httpd.repos = {f"models/{name}": dict(MODEL) for name in ("org/tiny", "org/gated", LLAMA3_8B)}
+    httpd.repos["datasets/org/pairs"] = {"README.md": b"# Pairs\n", "data/train.jsonl": ROWS, "data/test.jsonl": ROWS}
+    httpd.pretended_sizes, httpd.fetched, httpd.sent, httpd.tokens_in_store = {}, [], {}, []
+    httpd.cuts, httpd.down, httpd.spoilt = {}, set(), {}
+    httpd.url = f"http://127.0.0.1:{httpd.server_port}"
     thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield httpd
@@ -89,33 +157,67 @@ def server():
 
 
 @pytest.fixture
-def download(server, tmp_path):
-    """Runs `tune download` in a process of its own: the client reads HF_ENDPOINT when it is imported."""
-    own = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
+def tune(tmp_path, monkeypatch, capsys):
+    """Runs one command line in this process; returns its status, its output and its one line of error."""
+    monkeypatch.setattr(sys, "argv", ["tune"])
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    huggingface_hub.close_session()
+
+    def run(*words):
+        status = cli.main(list(map(str, words)))
+        out, err = capsys.readouterr()
+        errors = [line for line in err.splitlines() if line.startswith("tune: error: ")]
+        assert len(errors) == (status != 0) and (status == 0 or err.rstrip().endswith(errors[0])), err
+        return status, out, "".join(errors)
+
+    return run
+
+
+@pytest.fixture
+def download(tune, server):
+    """The same for `tune download` with the server as its endpoint."""
+    return lambda *words: tune("download", *words, "--endpoint", server.url)
+
+
+@pytest.fixture
+def download_alone(server, tmp_path):
+    """Runs `tune download` in a process of its own: the client reads its environment when it is imported."""
+    own = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home")}
     env = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")} | own
 
     def run(*words, command=(TUNE, "download"), **more):
         result = subprocess.run([*command, *words], env=env | more, capture_output=True, text=True, timeout=60)
         assert "Traceback" not in result.stderr, result.stderr
-        return result
+        return result.returncode, result.stdout, result.stderr
 
     return run
 
 
 def names(folder):
-    return set(hub.sizes(folder))
+    """The files in a folder, without bookkeeping."""
+    files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    return {str(path) for path in files if path.parts[0] != ".cache"}
+
+
+def succeeds(result):
+    status, out, err = result
+    assert status == 0, err
+    return out
 
 
 def fails_with(result):
-    assert result.returncode == 2
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("tune: error: ")]
-    assert result.stderr.rstrip().endswith(line)
-    return line
+    status, _, error = result
+    assert status == 2
+    return error
+
+
+# What comes
 
 
 def test_a_download_holds_what_the_hub_has_and_knows_where_it_came_from(download, server, tmp_path):
-    result = download("org/tiny", "--output-dir", tmp_path / "m")
-    assert result.returncode == 0, result.stderr
+    succeeds(download("org/tiny", "--output-dir", tmp_path / "m"))
     assert names(tmp_path / "m") == KEPT | {hub.REPO_ID_FILE}
     for name in KEPT:
         assert (tmp_path / "m" / name).read_bytes() == MODEL[name]
@@ -123,79 +225,169 @@ def test_a_download_holds_what_the_hub_has_and_knows_where_it_came_from(download
     assert set(server.fetched) == KEPT  # what is left out is not fetched and deleted, but never asked for
 
 
-def test_a_download_ends_with_its_files_and_the_next_command(download, tmp_path):
-    out = download("org/tiny", "--output-dir", tmp_path / "m").stdout
-    assert "2.9 KiB  model-00001-of-00002.safetensors" in out and "original/consolidated.00.pth" in out
-    assert out.rstrip().endswith(f"checkpointer.checkpoint_dir={tmp_path}/m")
-    assert out.rstrip().splitlines()[-1].strip().startswith("tune run ")
+def test_a_download_tells_its_files_and_ends_with_the_command_that_trains_it(download, tmp_path):
+    lines = succeeds(download(LLAMA3_8B, "--output-dir", tmp_path / "a b")).splitlines()
+    assert "     2.9 KiB  model-00001-of-00002.safetensors" in lines
+    assert "     6.0 KiB  together, 5 files" in lines
+    assert any("original/consolidated.00.pth" in line and "pytorch_model.bin" in line for line in lines)
+    recipe = "recipes/lora_dpo_single_device"
+    expected = ["tune", "run", recipe, "--config", "configs/llama3_8b.yaml"]
+    assert shlex.split(lines[-1]) == [*expected, f"checkpointer.checkpoint_dir={tmp_path}/a b"]
 
 
-def test_the_script_in_tools_downloads_the_same(download, tmp_path):
+def test_the_script_in_tools_and_the_endpoint_of_the_environment_do_the_same(download_alone, tmp_path):
     script = (sys.executable, ROOT / "tools/download.py")
-    assert download("org/tiny", "--output-dir", tmp_path / "m", command=script).returncode == 0
+    succeeds(download_alone(LLAMA3_8B, "--output-dir", tmp_path / "m", command=script))
     assert names(tmp_path / "m") == KEPT | {hub.REPO_ID_FILE}
 
 
 def test_ignore_patterns_replace_the_default_choice(download, tmp_path):
-    assert download("org/tiny", "--output-dir", tmp_path / "all", "--ignore-patterns").returncode == 0
+    succeeds(download("org/tiny", "--output-dir", tmp_path / "all", "--ignore-patterns"))
     assert names(tmp_path / "all") == MODEL.keys() | {hub.REPO_ID_FILE}
-    patterns = ["--ignore-patterns", "*.safetensors", "original/*"]
-    assert download("org/tiny", "--output-dir", tmp_path / "bin", *patterns).returncode == 0
-    assert names(tmp_path / "bin") == {
-        "config.json",
-        "model.safetensors.index.json",
-        "pytorch_model.bin",
-        hub.REPO_ID_FILE,
-    }
+    succeeds(download("org/tiny", "--output-dir", tmp_path / "bin", "--ignore-patterns", "*.safetensors", "original/*"))
+    few = {"config.json", "model.safetensors.index.json", "pytorch_model.bin"}
+    assert names(tmp_path / "bin") == few | {hub.REPO_ID_FILE}
+
+
+def test_a_data_set_comes_whole_and_is_read_from_its_folder(download, server, tmp_path):
+    out = succeeds(download("org/pairs", "--repo-type", "dataset", "--output-dir", tmp_path / "d"))
+    assert names(tmp_path / "d") == set(server.repos["datasets/org/pairs"])
+    assert out.rstrip().endswith(f" dataset.source={tmp_path}/d")
+    for split in ("train", "test"):
+        assert list(read_rows(str(tmp_path / "d"), split=split)) == PAIRS
+
+
+# Going on
 
 
 def test_the_same_command_again_fetches_only_what_is_missing(download, server, tmp_path):
-    download("org/tiny", "--output-dir", tmp_path / "m")
+    succeeds(download("org/tiny", "--output-dir", tmp_path / "m"))
     (tmp_path / "m/config.json").unlink()
     server.fetched.clear()
-    assert download("org/tiny", "--output-dir", tmp_path / "m").returncode == 0
+    succeeds(download("org/tiny", "--output-dir", tmp_path / "m"))
     assert (tmp_path / "m/config.json").read_bytes() == MODEL["config.json"]
-    assert server.fetched.count("config.json") == 2  # its HEAD and its GET
-    assert all(server.fetched.count(name) <= 1 for name in KEPT - {"config.json"})
+    assert server.fetched == ["config.json"]
 
 
-def test_a_shard_that_the_index_names_and_nobody_uploaded_is_an_error(download, server, tmp_path):
-    del server.models["org/tiny"]["model-00002-of-00002.safetensors"]
+def test_a_connection_that_breaks_off_leaves_what_arrived_and_the_same_command_fetches_the_rest(
+    download, server, tmp_path
+):
+    shard = "model-00002-of-00002.safetensors"
+    body = server.repos["models/org/tiny"][shard] = bytes(range(256)) * (3 * CHUNK // 512)  # 1.5 chunks
+    server.cuts[shard] = CHUNK + 1000
+    error = fails_with(download("org/tiny", "--output-dir", tmp_path / "m"))
+    assert "org/tiny" in error and not (tmp_path / "m" / shard).exists()
+    assert not (tmp_path / "m" / hub.REPO_ID_FILE).exists()  # the mark of a whole download
+    server.down.clear()
+    server.fetched.clear()
+    out = succeeds(download("org/tiny", "--output-dir", tmp_path / "m"))
+    assert "15.0 MiB  together, 5 files, of which 10.0 MiB are there" in out
+    assert server.fetched == [shard] and server.sent[shard] == len(body) - CHUNK
+    assert (tmp_path / "m" / shard).read_bytes() == body
+    assert names(tmp_path / "m") == KEPT | {hub.REPO_ID_FILE}
+    assert not list((tmp_path / "m/.cache").rglob("model*"))  # no part is left behind
+
+
+@pytest.mark.parametrize("damaged", [b"TWO" * 1000, b"two" * 999, b""])
+@pytest.mark.parametrize("name", ["model-00002-of-00002.safetensors", "config.json"])
+def test_a_file_with_other_bytes_is_named_and_fetched_again(download, server, tmp_path, name, damaged):
+    succeeds(download("org/tiny", "--output-dir", tmp_path / "m"))
+    (tmp_path / "m" / name).write_bytes(damaged)
+    server.fetched.clear()
+    assert f"{tmp_path}/m/{name}: is not the repository's" in succeeds(
+        download("org/tiny", "--output-dir", tmp_path / "m")
+    )
+    assert server.fetched == [name] and (tmp_path / "m" / name).read_bytes() == MODEL[name]
+
+
+def test_what_arrives_with_a_wrong_checksum_is_fetched_once_more_and_then_an_error(download, server, tmp_path):
+    shard = "model-00001-of-00002.safetensors"
+    server.spoilt[shard] = 2
+    error = fails_with(download("org/tiny", "--output-dir", tmp_path / "m"))
+    assert shard in error and sha256(MODEL[shard]) in error and not (tmp_path / "m" / shard).exists()
+    server.spoilt[shard] = 1
+    out = succeeds(download("org/tiny", "--output-dir", tmp_path / "m"))
+    assert f"{shard}: what arrived has not the checksum" in out
+    assert (tmp_path / "m" / shard).read_bytes() == MODEL[shard]
+
+
+def test_two_downloads_into_one_folder_are_one_too_many(download, tmp_path):
+    lock = tmp_path / "m" / hub.BOOKKEEPING / "lock"
+    lock.parent.mkdir(parents=True)
+    with WeakFileLock(lock):
+        assert "another `tune download`" in fails_with(download("org/tiny", "--output-dir", tmp_path / "m"))
+    succeeds(download("org/tiny", "--output-dir", tmp_path / "m"))
+
+
+# What does not come
+
+
+def test_a_shard_that_the_index_names_and_nobody_uploaded_is_told_before_the_weights_come(download, server, tmp_path):
+    del server.repos["models/org/tiny"]["model-00002-of-00002.safetensors"]
     error = fails_with(download("org/tiny", "--output-dir", tmp_path / "m"))
     assert "model-00002-of-00002.safetensors" in error and "upload is incomplete" in error
-    assert not (tmp_path / "m" / hub.REPO_ID_FILE).exists()  # the mark of a whole download
+    assert server.fetched == ["model.safetensors.index.json"]
+    assert not (tmp_path / "m" / hub.REPO_ID_FILE).exists()
 
 
 def test_a_gated_model_says_where_its_licence_is_and_how_to_give_a_token(download, tmp_path):
     error = fails_with(download("org/gated", "--output-dir", tmp_path / "m"))
-    assert "/org/gated" in error and "--hf-token" in error and "hf auth login" in error
-    assert fails_with(download("org/gated", "--output-dir", tmp_path / "m", "--hf-token", "wrong")) == error
+    assert "/org/gated, then give your token" in error and "--hf-token" in error and "hf auth login" in error
+    error = fails_with(download("org/gated", "--output-dir", tmp_path / "m", "--hf-token", "wrong"))
+    assert "/org/gated, wait where" in error and "--hf-token" in error
 
 
 @pytest.mark.parametrize("words, env", [(["--hf-token", "right"], {}), ([], {"HF_TOKEN": "right"})])
-def test_a_gated_model_comes_with_a_token_from_the_option_or_the_environment(download, tmp_path, words, env):
-    assert download("org/gated", "--output-dir", tmp_path / "m", *words, **env).returncode == 0
+def test_a_token_from_the_option_or_the_environment_opens_a_gated_model_and_stays_at_the_hub(
+    download, server, monkeypatch, tmp_path, words, env
+):
+    for key, value in env.items():
+        monkeypatch.setenv(key, value)
+    succeeds(download("org/gated", "--output-dir", tmp_path / "m", *words))
     assert names(tmp_path / "m") == KEPT | {hub.REPO_ID_FILE}
+    assert server.tokens_in_store == [""] * 3  # two shards and the tokenizer
 
 
 @pytest.mark.parametrize(
     "words, says",
     [
         (["org/nothing"], "org/nothing: no such model"),
+        (["org/nothing", "--hf-token", "right"], "org/nothing: no such model"),
+        (["org/pairs"], "a data set: --repo-type dataset"),
+        (["org/tiny", "--repo-type", "dataset"], "org/tiny: no such data set"),
         (["org/tiny", "--revision", "v9"], "org/tiny has no revision v9"),
+        (["org/tiny", "--hf-token", "unknown"], "may be mistyped, expired or revoked"),
+        (["org/tiny", "--hf-token", "narrow"], "403 Forbidden: Please enable access to public gated repositories"),
         (["a/b/c"], "a model is named owner/name"),
         (["org/tiny", "--revision", "1", "--source", "kaggle"], "the handle ends with the version"),
+        (["org/tiny", "--dry-run", "--source", "kaggle"], "--endpoint: has no effect on --source kaggle"),
     ],
 )
-def test_a_wrong_name_is_one_sentence(download, tmp_path, words, says):
-    assert says in fails_with(download(*words, "--output-dir", tmp_path / "m"))
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+def test_a_wrong_name_or_token_is_one_sentence(download, tmp_path, words, says, dry_run):
+    assert says in fails_with(download(*words, *dry_run, "--output-dir", tmp_path / "m"))
     assert not (tmp_path / "m").exists()
 
 
-def test_without_a_network_the_address_that_failed_is_named(download, tmp_path):
-    error = fails_with(download("org/tiny", "--output-dir", tmp_path / "m", HF_ENDPOINT="http://127.0.0.1:9"))
-    assert "http://127.0.0.1:9 cannot be reached" in error
-    assert "cannot be reached" in fails_with(download("org/tiny", "--output-dir", tmp_path / "m", HF_HUB_OFFLINE="1"))
+@pytest.mark.parametrize(
+    "endpoint, says",
+    [
+        (NOBODY, f"{NOBODY} cannot be reached (ConnectError"),
+        ("{server}/elsewhere", "does not answer as the Hub does"),
+        ("huggingface.co", "must be a URL"),
+        ("http://[::1", "must be a URL"),
+        ("https://me:hush@mirror.example", "endpoint at mirror.example: a URL with a password"),
+        ("https://www.modelscope.cn", "modelscope download --model org/tiny --local_dir /tmp/tiny"),
+    ],
+)
+def test_an_endpoint_that_is_no_hub_is_named(tune, server, tmp_path, endpoint, says):
+    words = ["org/tiny", "--output-dir", tmp_path / "m", "--endpoint", endpoint.format(server=server.url)]
+    assert says in fails_with(tune("download", *words))
+    assert not (tmp_path / "m").exists()
+
+
+def test_offline_mode_is_named(download_alone, tmp_path):
+    assert "HF_HUB_OFFLINE is set" in fails_with(download_alone("org/tiny", "--dry-run", HF_HUB_OFFLINE="1"))
 
 
 def test_a_model_larger_than_the_disk_is_refused_before_its_first_byte(download, server, tmp_path):
@@ -210,10 +402,48 @@ def test_a_folder_that_cannot_be_written_names_the_option(download, tmp_path):
 
 
 def test_another_model_in_the_folder_is_left_alone(download, server, tmp_path):
-    download("org/gated", "--output-dir", tmp_path / "m", "--hf-token", "right")
+    succeeds(download("org/gated", "--output-dir", tmp_path / "m", "--hf-token", "right"))
+    succeeds(download("org/pairs", "--output-dir", tmp_path / "d", "--repo-type", "dataset"))
     server.fetched.clear()
     assert "holds org/gated" in fails_with(download("org/tiny", "--output-dir", tmp_path / "m"))
+    assert "holds org/pairs" in fails_with(download("org/tiny", "--output-dir", tmp_path / "d"))
     assert server.fetched == []
+
+
+def test_a_name_that_leads_out_of_the_folder_is_refused(download, server, tmp_path):
+    server.repos["models/org/tiny"]["../outside.json"] = b"{}"
+    assert "../outside.json" in fails_with(download("org/tiny", "--output-dir", tmp_path / "m"))
+    assert server.fetched == [] and not (tmp_path / "outside.json").exists()
+
+
+# Before anything comes
+
+
+def test_a_dry_run_tells_the_plan_and_fetches_nothing(download, server, tmp_path):
+    words = (LLAMA3_8B, "--output-dir", tmp_path / "m")
+    planned = succeeds(download(*words, "--dry-run"))
+    assert server.fetched == [] and not (tmp_path / "m").exists()
+    fetched = succeeds(download(*words))
+    done = f"{tmp_path}/m is complete, every file as the repository states it\n"
+    assert done in fetched and fetched.replace(done, "") == planned  # which the test above reads
+    assert "6.0 KiB are there" in succeeds(download(*words, "--dry-run"))
+
+
+def test_a_dry_run_reads_config_json_where_no_config_names_the_id(download, server, tmp_path):
+    server.repos["models/org/tiny"]["config.json"] = sizes("llama").to_json_string().encode()
+    out = succeeds(download("org/tiny", "--output-dir", tmp_path / "m", "--dry-run"))
+    assert "model._component_=torchtune.models.llama3.llama3" in out
+    assert server.fetched == ["config.json"] and not (tmp_path / "m").exists()
+
+
+def test_a_dry_run_without_a_network_tells_what_follows_from_the_id(tune, tmp_path):
+    words = ["download", LLAMA3_8B, "--output-dir", tmp_path / "m", "--endpoint", NOBODY, "--dry-run"]
+    status, out, error = tune(*words)
+    assert status == 2 and f"{NOBODY} cannot be reached" in error
+    assert f"model {LLAMA3_8B} (main) from {NOBODY}, to {tmp_path}/m" in out
+    assert "Left out: *.msgpack" in out and "*.bin" in out
+    assert f"--config configs/llama3_8b.yaml checkpointer.checkpoint_dir={tmp_path}/m" in out
+    assert not (tmp_path / "m").exists()
 
 
 @pytest.mark.parametrize(
@@ -252,12 +482,82 @@ def test_the_file_that_names_the_model_is_torchtunes():
     assert f"{REPO_ID_FNAME}.json" == hub.REPO_ID_FILE
 
 
-def test_a_folder_that_a_config_expects_needs_no_override():
-    for name in cli.own("config"):
-        home = (cli._load_yaml(cli.own("config")[name]).get("checkpointer") or {}).get("checkpoint_dir")
-        if home and str(home).startswith("/"):
-            command = cli._next_command(Path(home))
-            assert "checkpoint_dir" not in command and "--config CONFIG" not in command
-            moved = cli._next_command(Path("/elsewhere") / Path(home).name)
-            assert moved.endswith(f"checkpointer.checkpoint_dir=/elsewhere/{Path(home).name}")
-            assert "--config CONFIG" not in moved
+# Which config
+
+
+def test_each_id_that_a_config_names_gets_that_config():
+    named = {}
+    for name, path in cli.own("config").items():
+        for line in path.read_text().splitlines():
+            if match := re.match(r"#\s+tune download ([\w.-]+/[\w.-]+)", line):
+                named[match[1]] = name
+    assert named[LLAMA3_8B] == "llama3_8b"
+    for repo_id, name in named.items():
+        command = cli._next_command(hub.Source(repo_id), Path("/f"), lambda: pytest.fail("the id is enough"))
+        assert command.endswith(f"--config configs/{name}.yaml checkpointer.checkpoint_dir=/f")
+
+
+def sizes(kind, **changes):
+    """A small model of an architecture, as transformers describes it."""
+    common = {"vocab_size": 1000, "hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 3}
+    common |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
+    special = {"phi3": {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}, "gemma": {"head_dim": 64}}.get(
+        kind, {}
+    )
+    return transformers.AutoConfig.for_model(kind, **(common | special | changes))
+
+
+SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+SCALED |= {"original_max_position_embeddings": 8192, "rope_theta": 500000.0}
+
+
+@pytest.mark.parametrize(
+    "kind, model_type, nearest, changes",
+    [
+        ("llama", "LLAMA2", "llama2.llama2_7b", {}),
+        ("llama", "LLAMA3", "llama3.llama3_8b", {}),
+        ("llama", "LLAMA3", "llama3.llama3_8b", {"rope_parameters": SCALED}),
+        ("llama", "LLAMA3", "llama3.llama3_8b", {"rope_parameters": SCALED, "tie_word_embeddings": True}),
+        ("mistral", "MISTRAL", "mistral.mistral_7b", {}),
+        ("gemma", "GEMMA", "gemma.gemma_2b", {}),
+        ("qwen2", "QWEN2", "qwen2_5.qwen2_5_0_5b", {}),
+        ("qwen2", "QWEN2", "qwen2.qwen2_7b", {"tie_word_embeddings": True}),
+        ("phi3", "PHI3_MINI", "phi3.phi3_mini", {}),
+    ],
+)
+def test_what_the_nearest_config_needs_set_makes_the_model_of_config_json(tmp_path, kind, model_type, nearest, changes):
+    text = yaml.safe_load(cli.own("config")["llama3_8b"].read_text())
+    text["model"] = {"_component_": f"torchtune.models.{nearest}"}
+    text["checkpointer"]["model_type"] = model_type
+    (tmp_path / "near.yaml").write_text(yaml.safe_dump(text))
+    made = sizes(kind, **changes)
+    written = json.loads(made.to_json_string(use_diff=False))
+    fit = fitting.nearest(written, {"near": tmp_path / "near.yaml"})
+    cfg = config.load("lora", cli._read_recipe("lora_dpo_single_device")[1], [tmp_path / "near.yaml"], fit.overrides)
+    model = models.full(cfg.model, dtype="fp32")
+    check_model(model, written)  # what a run asks
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(made)
+    assert models.num_parameters(model)[0] == sum(p.numel() for p in theirs.parameters())
+
+
+def test_a_model_of_a_configs_sizes_gets_that_config_and_nothing_to_set(tmp_path):
+    llama3_8b = sizes(
+        "llama",
+        **{"vocab_size": 128256, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32},
+        **{
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"},
+        },
+    )
+    fit = fitting.nearest(json.loads(llama3_8b.to_json_string()), cli.own("config"))
+    assert (fit.config, fit.different, fit.overrides) == ("llama3_8b", [], [])
+
+
+def test_an_architecture_that_torchtune_has_not_is_named():
+    with pytest.raises(UserError, match="model_type=gpt2: torchtune 0.6.1 has llama"):
+        fitting.nearest(sizes("llama").to_dict() | {"model_type": "gpt2"}, cli.own("config"))
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    with pytest.raises(UserError, match="rope_type=dynamic"):
+        fitting.nearest(sizes("llama", rope_parameters=dynamic).to_dict(), cli.own("config"))

@@ -1,4 +1,4 @@
-"""Fetches a model from the Hugging Face Hub: the same as `tune download`.
+"""Fetches a model or a data set from the Hugging Face Hub: the same as `tune download`.
 
 python tools/download.py Qwen/Qwen2.5-0.5B-Instruct --output-dir /tmp/Qwen2.5-0.5B-Instruct
 """

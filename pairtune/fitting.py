@@ -1,0 +1,116 @@
+"""Which config is for a downloaded model that no config names: by architecture and sizes, as in its config.json."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from pairtune import models
+from pairtune.errors import UserError
+from pairtune.model_config import MODEL_TYPES, check_config, describe, describe_config
+
+# torchtune's builders of an architecture in any size, and what they call config.json's values. Llama's: see _component.
+BUILDERS = {"mistral": "mistral.mistral", "gemma": "gemma.gemma", "qwen2": "qwen2.qwen2", "phi3": "phi3.phi3"}
+ARGUMENTS = {
+    "vocab_size": "vocab_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "embed_dim": "hidden_size",
+    "intermediate_dim": "intermediate_size",
+    "max_seq_len": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "rope_base": "rope_theta",
+}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The nearest config: what differs, in words, and what to set so that nothing does; both empty if it fits."""
+
+    config: str
+    different: list[str]
+    overrides: list[str]
+
+
+def nearest(config: dict, configs: dict[str, Path]) -> Fit:
+    """Returns the config whose model is nearest to a config.json's: fewest differences, then nearest in size.
+
+    Args:
+        config: A config.json's content.
+        configs: Name to file.
+
+    Raises:
+        UserError: torchtune has no such architecture, or its weights cannot be trained; or no config has it.
+    """
+    check_config(config, Path("config.json"))
+    kinds = MODEL_TYPES.get(config["model_type"])
+    if kinds is None:
+        known = ", ".join(MODEL_TYPES)
+        raise UserError(f"config.json: model_type={config['model_type']}: torchtune 0.6.1 has {known} and not this one")
+    wanted = {name: value for name, value in describe_config(config).items() if value is not None}
+    candidates = []
+    for name, path in configs.items():
+        own = OmegaConf.load(path)
+        kind = OmegaConf.select(own, "checkpointer.model_type")
+        if kind in kinds and OmegaConf.select(own, "model._component_"):
+            candidates.append((name, kind, _describe(own.model)))
+    if not candidates:
+        raise UserError(
+            f"no config here is for model_type={config['model_type']}, which torchtune calls {' or '.join(kinds)}"
+        )
+    name, kind, found = min(candidates, key=lambda candidate: _distance(candidate[2], wanted))
+    different = _differences(found, wanted)
+    if not different:
+        return Fit(name, [], [])
+    path, arguments, needed = _component(config, wanted, kind)
+    if left := _differences(_describe({"_component_": path, **arguments}), wanted):
+        raise UserError(f"torchtune 0.6.1 cannot build it: {'; '.join(left)}")
+    overrides = [f"model._component_={path}", *(f"model.{key}={value}" for key, value in arguments.items())]
+    overrides += [f"checkpointer.model_type={needed}"] if needed != kind else []
+    return Fit(name, different, overrides)
+
+
+def _describe(component: dict) -> dict:
+    return describe(models.full(component, dtype="bf16"))  # on the meta device
+
+
+def _distance(found: dict, wanted: dict) -> tuple[int, float]:
+    size = [values["num_hidden_layers"] * values["hidden_size"] ** 2 for values in (found, wanted)]
+    return len(_differences(found, wanted)), abs(math.log(size[0] / size[1]))
+
+
+def _differences(found: dict, wanted: dict) -> list[str]:
+    return [
+        f"{name} is {value} and there {found[name]}"
+        for name, value in wanted.items()
+        if name in found and found[name] != value
+    ]
+
+
+def _component(config: dict, wanted: dict, kind: str) -> tuple[str, dict, str]:
+    """Returns a builder's path, its arguments for a config.json, and the checkpointer's model_type for it."""
+    family, more = BUILDERS.get(config["model_type"]), {}
+    if config["model_type"] == "llama":
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if (scaling := rope.get("rope_type", rope.get("type", "default"))) not in ("default", "llama3"):
+            raise UserError(
+                f"config.json: rope_type={scaling}: torchtune 0.6.1 scales as Llama 3.1 does, or not at all"
+            )
+        scale = int(wanted.get("rope_scaling.factor", 1))
+        if wanted.get("tie_word_embeddings"):
+            family, kind, more = "llama3_2.llama3_2", "LLAMA3_2", {"scale_factor": scale}
+        elif scale != 1:
+            family, kind, more = "llama3_1.llama3_1", "LLAMA3", {"scale_factor": scale}
+        else:
+            family = "llama2.llama2" if kind == "LLAMA2" else "llama3.llama3"
+    if config["model_type"] == "gemma":
+        more = {"head_dim": wanted["head_dim"]}
+    if config["model_type"] == "qwen2":
+        more = {"tie_word_embeddings": wanted.get("tie_word_embeddings", False)}
+    values = config | wanted
+    arguments = {ours: values[theirs] for ours, theirs in ARGUMENTS.items() if values.get(theirs) is not None}
+    if "rope_base" in arguments:
+        arguments["rope_base"] = int(arguments["rope_base"])
+    return f"torchtune.models.{family}", arguments | more, kind
