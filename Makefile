@@ -11,7 +11,7 @@ demo: .venv/ready
 	$(BIN)/python tools/judge_reviewer2.py runs/reviewer2 --check
 
 test: .venv/ready-test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 check: .venv/ready-test
 	$(BIN)/ruff check .
