@@ -16,18 +16,17 @@ from pairtune import models
 from pairtune.checkpoint import ModelFolder, Weights, read_shard
 from pairtune.errors import UserError
 from pairtune.families import Family, Module, order_as_ours, order_as_theirs
-from pairtune.rules import LORA_LAYERS
+from pairtune.rules import LORA_LAYERS, show
 
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
 REPO_ID_FILE = "original_repo_id.json"  # of `tune download`
-_PEFT_NAME = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<part>[AB])\.weight")
+# PEFT saves magnitudes with and without ".weight", by its version.
+_PEFT_NAME = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<part>A|B|magnitude_vector)(\.weight)?")
 _BASE_WEIGHT = re.compile(r"base_model\.model\.(?P<layer>.+)\.base_layer\.weight")
 
 # Of adapter_config.json: what changes the adapted model in a way that ours cannot follow. Absent, null, false or empty
 # is as it should be, and so is what stands here.
 CANNOT = {
-    "use_rslora": "scales by alpha / sqrt(rank)",
-    "use_dora": "DoRA, with a magnitude",
     "lora_bias": "biases of adapters",
     "bias": "trained biases",
     "modules_to_save": "whole layers that were trained",
@@ -102,15 +101,19 @@ def _read_config(folder: Path, key: str) -> dict:
 
 def _check_config(config: dict, model: nn.Module, family: Family, key: str) -> None:
     _check_kind(config, key)
-    layers = models.adapted_modules(model)
-    for _, layer in layers[:1]:  # all have the same
-        for setting, ours, value in (("r", "rank", layer.rank), ("lora_alpha", "alpha", layer.alpha)):
-            if config.get(setting) != value:
-                raise UserError(
-                    f"{key}: {setting} is {config.get(setting)} in its adapter_config.json, lora.{ours} is {value}; "
-                    f"nearest valid: lora.{ours}={config.get(setting)}"
-                )
-    _check_layers(config.get("target_modules"), {name for name, _ in layers}, family, key)
+    for setting, ours in (
+        ("use_dora", "use_dora"),
+        ("use_rslora", "use_rslora"),
+        ("r", "rank"),
+        ("lora_alpha", "alpha"),
+    ):
+        value = config.get(setting) or (False if setting == ours else None)
+        if value != model.lora[ours]:
+            raise UserError(
+                f"{key}: {setting} is {value} in its adapter_config.json, lora.{ours} is {model.lora[ours]}; "
+                f"nearest valid: lora.{ours}={show(value)}"
+            )
+    _check_layers(config.get("target_modules"), {name for name, _ in models.adapted_modules(model)}, family, key)
 
 
 def _check_kind(config: dict, key: str) -> None:
@@ -182,6 +185,7 @@ def _from_peft(
         module, ours = base.family.find_theirs(layer) or (None, [])
         if module is None:
             raise UserError(f"{path}: {layer} is no layer of {base.family.name}, which the base is")
+        magnitude = matrices.pop("magnitude_vector", None)
         if matrices.keys() != {"A", "B"}:  # what lacks is told by the caller
             converted |= {f"{ours[0]}.lora_{part.lower()}.weight": matrix for part, matrix in matrices.items()}
             continue
@@ -193,10 +197,11 @@ def _from_peft(
                 "adapter_config.json says; write or download the adapter again"
             )
         known = next((adapted[name] for name in ours if name in adapted), None)
-        if known is not None and abs(alpha / rank - known.alpha / known.rank) > 1e-6 * known.alpha:
+        divisor = rank**0.5 if model.lora["use_rslora"] else rank
+        if known is not None and abs(alpha / divisor - known.alpha / known.rank) > 1e-6 * known.alpha:
             raise UserError(
-                f"{key}: {layer} is scaled by {alpha:g} / {rank} there, and by lora.alpha / lora.rank = "
-                f"{known.alpha:g} / {known.rank} here; scales that differ between layers are not available"
+                f"{key}: {layer} is scaled by {alpha:g} / {divisor:g} there and by {known.alpha:g} / {known.rank} "
+                "here; scales that differ between layers are not available"
             )
         our_rank = known.rank if known is not None else rank
         try:
@@ -210,6 +215,10 @@ def _from_peft(
             )
         for name, (a, b) in zip(ours, pieces, strict=True):
             converted |= {f"{name}.lora_a.weight": a, f"{name}.lora_b.weight": b}
+        if magnitude is not None:
+            parts = magnitude.flatten().split([len(b) for _, b in pieces])
+            for name, values, part in zip(ours, parts, module.parts, strict=True):
+                converted[f"{name}.magnitude"] = order_as_ours(values, part, base.config)
     return converted
 
 
@@ -282,11 +291,11 @@ def write_adapter(folder: Path, adapter: dict[str, Tensor], base: ModelFolder, l
         folder: Is made.
         adapter: models.only_adapters of the gathered weights.
         base: What it belongs to.
-        lora: rank, alpha and dropout.
+        lora: rank, alpha, dropout, use_dora and use_rslora.
     """
     layers: dict[str, dict[int, str]] = {}  # their layer: our layers in it, by part
     modules: dict[str, Module] = {}
-    for name in dict.fromkeys(key.partition(".lora_")[0] for key in adapter):
+    for name in dict.fromkeys(re.sub(r"\.(lora_[ab]\.weight|magnitude)$", "", key) for key in adapter):
         module, i, theirs = base.family.find_ours(name)
         layers.setdefault(theirs, {})[i], modules[theirs] = name, module
     tensors, ranks = {}, {}
@@ -295,19 +304,26 @@ def write_adapter(folder: Path, adapter: dict[str, Tensor], base: ModelFolder, l
         a, b = _put_together(parts, modules[theirs], base.config)
         tensors |= {f"base_model.model.{theirs}.lora_{part}.weight": m.contiguous() for part, m in (("A", a), ("B", b))}
         ranks[theirs] = len(a)
+        if lora.get("use_dora"):
+            tensors[f"base_model.model.{theirs}.lora_magnitude_vector"] = _magnitudes(
+                adapter, ours, modules[theirs], base, theirs
+            )
     targets = _targets(modules, base.family)
     fused = {end: next(r for t, r in ranks.items() if f".{t}".endswith(f".{end}")) for end in targets}
     special = {end: rank for end, rank in fused.items() if rank != lora["rank"]}
+    power = 0.5 if lora.get("use_rslora") else 1  # a fused layer's larger rank must not change its scale
     config = {
         "base_model_name_or_path": _repo_id(base) or str(base.path.resolve()),
         "r": lora["rank"],
         "lora_alpha": lora["alpha"],
         "rank_pattern": special,
-        "alpha_pattern": {end: lora["alpha"] * rank / lora["rank"] for end, rank in special.items()},
+        "alpha_pattern": {end: lora["alpha"] * (rank / lora["rank"]) ** power for end, rank in special.items()},
         "target_modules": targets,
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "lora_dropout": lora["dropout"],
+        "use_dora": bool(lora.get("use_dora")),
+        "use_rslora": bool(lora.get("use_rslora")),
         "bias": "none",
         "fan_in_fan_out": any(module.transposed for module in modules.values()),
         "inference_mode": True,
@@ -336,6 +352,22 @@ def _put_together(parts: list[tuple[int, Tensor, Tensor]], module: Module, confi
             whole[sum(rows[:j]) : sum(rows[: j + 1])] = b[done : done + part_rows]
             done += part_rows
     return a, whole
+
+
+def _magnitudes(
+    adapter: dict[str, Tensor], ours: dict[int, str], module: Module, base: ModelFolder, theirs: str
+) -> Tensor:
+    """Returns the magnitudes [out] of one of their layers; a part without an adapter has its rows' norms."""
+    weights, (_, names) = None, base.family.find_theirs(theirs)
+    pieces = []
+    for i, (name, part) in enumerate(zip(names, module.parts, strict=True)):
+        if i in ours:
+            values = adapter[f"{name}.magnitude"]
+        else:
+            weights = weights or Weights(base)
+            values = torch.linalg.vector_norm(weights[f"{name}.weight"].float(), dim=1)
+        pieces.append(order_as_theirs(values, part, base.config))
+    return torch.cat([piece.to(pieces[0].dtype) for piece in pieces]).contiguous()
 
 
 def _targets(modules: dict[str, Module], family: Family) -> list[str]:

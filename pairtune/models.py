@@ -4,6 +4,7 @@ A model is built on the meta device, where size costs nothing and mistakes show,
 """
 
 import inspect
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,11 +20,12 @@ from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 from torchtune.config._utils import _get_component_from_path
 from torchtune.modules import MultiHeadAttention, TransformerDecoder, TransformerSelfAttentionLayer
 from torchtune.modules.low_precision import FrozenNF4Linear
-from torchtune.modules.peft import DoRALinear, LoRALinear, disable_adapter, get_adapter_params, set_trainable_params
+from torchtune.modules.peft import LoRALinear, disable_adapter, get_adapter_params, set_trainable_params
 from torchtune.training import compile_model, set_activation_checkpointing, set_default_dtype
 
 from pairtune import logps
 from pairtune.dist import World
+from pairtune.dora import DoRALinear, row_norms
 from pairtune.errors import UserError
 from pairtune.rules import LORA_LAYERS
 
@@ -70,15 +72,21 @@ def lora(
     dropout: float,
     modules: list[str],
     dtype: str,
+    use_dora: bool = False,
+    use_rslora: bool = False,
     quantize_base: bool = False,
     frozen_copy: bool = False,
     world: World | None = None,
 ) -> TransformerDecoder:
     """Returns the same model with LoRA adapters (arXiv 2106.09685), on the meta device; only they are trainable.
 
+    It keeps `lora`, their settings.
+
     Args:
         component: As for `full`: the base builder; adapters are put into what it builds.
         modules: Which layers have adapters: keys of rules.LORA_LAYERS.
+        use_dora: DoRA (arXiv 2402.09353): each row of an adapted weight has a magnitude besides.
+        use_rslora: rsLoRA (arXiv 2312.03732): scaled by alpha / sqrt(rank), not alpha / rank.
         quantize_base: Base weights of all linear layers in NF4 (QLoRA, arXiv 2305.14314); not the output layer.
         frozen_copy: Room for a second set of adapters, which `load` makes a copy of the first: reference.AdapterCopy.
         world: The processes that share these.
@@ -103,9 +111,13 @@ def lora(
             quantized = quantize_base and name != "output"
             if name in adapted:
                 options = {"use_bias": biased, "quantize_base": quantized}
-                model.set_submodule(name, LoRALinear(*sizes, rank, alpha, dropout, **options))
+                kind, scaled = DoRALinear if use_dora else LoRALinear, alpha * math.sqrt(rank) if use_rslora else alpha
+                layer = kind(*sizes, rank, scaled, dropout, **options)
+                layer.rank, layer.alpha = rank, scaled  # DoRA's has their ratio only
+                model.set_submodule(name, layer)
             elif quantized:
                 model.set_submodule(name, FrozenNF4Linear(*sizes, bias=biased))
+    model.lora = {"rank": rank, "alpha": alpha, "use_dora": use_dora, "use_rslora": use_rslora}
     if frozen_copy:
         _add_frozen_copy(model)
     set_trainable_params(model, get_adapter_params(model))
@@ -136,7 +148,10 @@ def _add_frozen_copy(model: nn.Module) -> None:
     """The copy's matrices are modules beside the trained ones: sharded and offloaded with them."""
     for _, module in adapted_modules(model):
         if isinstance(module, DoRALinear):
-            raise UserError("reference: DoRA adapters cannot be copied; use LoRA, or the base model as the reference")
+            raise UserError(
+                "lora.use_dora=true: magnitudes have no frozen copy, which reference=start and sync need; nearest "
+                "valid: reference=cached, or lora.use_dora=false"
+            )
         for name, copy in COPIES.items():
             weight = getattr(module, name).weight
             setattr(module, copy, nn.Linear(*reversed(weight.shape), bias=False, device="meta", dtype=weight.dtype))
@@ -315,8 +330,12 @@ def _fill_adapter(
 ) -> None:
     module.lora_a.to_empty(device=home)
     module.lora_b.to_empty(device=home)
+    if isinstance(module, DoRALinear):
+        module.magnitude = nn.Parameter(torch.empty_like(module.magnitude, device=home))
     if adapter is None:
         module.initialize_parameters()
+        if isinstance(module, DoRALinear):
+            module.initialize_dora_magnitude()
     else:
         for leaf in module.adapter_params():
             module.get_parameter(leaf).copy_(adapter[f"{name}.{leaf}"])
@@ -463,15 +482,18 @@ def gather_weights(model: nn.Module, world: World) -> dict[str, Tensor]:
 def merge_adapters(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns gathered weights with W + (alpha / rank) B A in the place of each adapted W, summed in float32.
 
+    DoRA's rows are scaled to their magnitudes.
+
     QLoRA: W is what was trained on, so the merged model is the trained policy. `model` tells alpha and rank only.
     """
     weights = dict(weights)
     for name, module in adapted_modules(model):
-        if isinstance(module, DoRALinear):
-            raise UserError("model: DoRA adapters cannot be merged yet")
         a, b = weights.pop(f"{name}.lora_a.weight"), weights.pop(f"{name}.lora_b.weight")
-        weight = weights[f"{name}.weight"]
-        merged = weight.float() + (module.alpha / module.rank) * (b.float() @ a.float())
+        weight, scaling = weights[f"{name}.weight"], module.alpha / module.rank
+        merged = weight.float() + scaling * (b.float() @ a.float())
+        if isinstance(module, DoRALinear):
+            magnitude = weights.pop(f"{name}.magnitude").float()
+            merged *= (magnitude / row_norms(weight, a, b, scaling))[:, None]
         weights[f"{name}.weight"] = merged.to(weight.dtype)
     return weights
 

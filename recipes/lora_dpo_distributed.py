@@ -69,7 +69,9 @@ DEFAULTS = {
         "rank": 8,  # width of the adapters: their memory and capacity
         "alpha": 16.0,  # their output is scaled by alpha / rank
         "dropout": 0.0,  # on their input; has an effect with disable_dropout=false only
-        "modules": ["q_proj", "k_proj", "v_proj", "output_proj", "mlp"],  # also: output (the vocabulary layer)
+        "modules": ["q_proj", "k_proj", "v_proj", "output_proj", "mlp"],  # or Hugging Face's names; also: output
+        "use_dora": False,  # a magnitude for each row besides: often better at small ranks, slower
+        "use_rslora": False,  # scaled by alpha / sqrt(rank): for large ranks
     },
     "adapter": None,  # a folder: start from its adapter (ours, PEFT's), such as one of supervised fine-tuning
     "reference": {

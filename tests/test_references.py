@@ -239,8 +239,8 @@ def read_from(peft_folder, folder, **changes):
         ("target_modules", ["q_proj", "up_proj"], ["target_modules is q_proj, up_proj", "[q_proj, up_proj]"]),
         ("target_modules", ["q_proj", "embed_tokens"], ["embed_tokens", "lm_head"]),
         ("peft_type", "IA3", ["peft_type is IA3"]),
-        ("use_rslora", True, ["use_rslora=True", "sqrt(rank)", "merge_and_unload"]),
-        ("use_dora", True, ["use_dora"]),
+        ("use_rslora", True, ["use_rslora is True", "lora.use_rslora is False", "lora.use_rslora=true"]),
+        ("use_dora", True, ["use_dora is True", "lora.use_dora=true"]),
         ("bias", "lora_only", ["bias=lora_only"]),
         ("lora_bias", True, ["lora_bias"]),
         ("modules_to_save", ["lm_head"], ["modules_to_save", "lm_head"]),
@@ -353,6 +353,63 @@ def test_an_adapter_of_pefts_fused_phi_layers_is_theirs_here_and_ours_there(tmp_
     wrong = models.lora(component, **lora | {"rank": 2, "alpha": 4.0}, dtype="fp32")
     with pytest.raises(UserError, match="r is 4 in its adapter_config.json, lora.rank is 2"):
         adapters.read_adapter(tmp_path / "peft", wrong, files)
+
+
+KINDS = {"dora": {"use_dora": True}, "rslora": {"use_rslora": True}, "both": {"use_dora": True, "use_rslora": True}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Phi3"])  # rotary order; biases; fused layers
+def test_dora_and_rslora_are_pefts_in_both_directions_and_merge(tmp_path, family, kind):
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    files, component = saved_base(family, tmp_path / "base")
+    modules = ["qkv_proj", "o_proj", "gate_up_proj"] if family == "Phi3" else ["q_proj", "k_proj", "o_proj", "up_proj"]
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=modules, init_lora_weights=False, **KINDS[kind])
+    theirs = peft.get_peft_model(base, settings)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "magnitude" in name:  # as after training
+                parameter.mul_(torch.empty_like(parameter).uniform_(0.5, 1.5))
+    theirs.save_pretrained(tmp_path / "peft")
+    lora = LORA | {"modules": modules} | KINDS[kind]
+    model = models.lora(component, **lora, dtype="fp32")
+    adapter = adapters.read_adapter(tmp_path / "peft", model, files)
+    models.prepare(model, max_length=128)
+    models.load(model, checkpoint.Weights(files), world=ONE, adapter=adapter)
+    tokens = torch.randint(3, 320, (2, 30))
+    gathered = models.gather_weights(model, ONE)
+    merged = models.merge_adapters(model, gathered)
+    exported = export(files, tmp_path / "run", merged=merged, adapter=models.only_adapters(model, gathered), lora=lora)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        found = {
+            "here": model(tokens),
+            "there": peft.PeftModel.from_pretrained(base, exported / "adapter")(tokens).logits,
+            "merged": AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)(tokens).logits,
+            "merged by peft": theirs.merge_and_unload()(tokens).logits,
+        }
+    for where, logits in found.items():
+        torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-4, msg=where)
+
+
+def test_dora_starts_as_the_base_and_its_magnitudes_are_trained():
+    model = models.lora(component(), **LORA, dtype="fp32", use_dora=True)
+    models.prepare(model, max_length=128)
+    models.load(model, tiny_llama().state_dict(), world=ONE)
+    pairs = random_pairs(3)
+    with models.reference_of(model):
+        expected = scores(model, pairs)
+    torch.testing.assert_close(scores(model, pairs), expected, atol=1e-4, rtol=0)
+    sum(answer_logps(model, lay_out(pairs))).sum().backward()
+    trained = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.grad is not None}
+    assert trained == {"weight", "magnitude"}
+    assert all(m.magnitude.grad.abs().sum() > 0 for _, m in models.adapted_modules(model))
+    with pytest.raises(UserError, match="lora.use_dora=true: magnitudes have no frozen copy.*reference=cached"):
+        models.lora(component(), **LORA, dtype="fp32", use_dora=True, frozen_copy=True)
 
 
 def test_one_of_fused_layers_alone_is_written_with_rows_of_zero_for_the_others(tmp_path):

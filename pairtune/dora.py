@@ -1,0 +1,40 @@
+"""DoRA, arXiv 2402.09353: a low-rank update of a weight's direction, and a magnitude for each of its rows."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchao.dtypes.nf4tensor import NF4Tensor, linear_nf4
+from torchtune.modules.peft import DoRALinear as TorchtuneDoRALinear
+
+
+class DoRALinear(TorchtuneDoRALinear):
+    """torchtune's layer with another forward, that of PEFT and of the merged weight.
+
+    torchtune's scales the bias with the weight's rows, which merging cannot; and it multiplies an identity of the
+    input's width by A and B in each forward, to get at their product.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns [..., out] for x [..., in]; the rows' norms are constants to the gradient (section 4.3)."""
+        base = linear_nf4(input=x, weight=self.weight) if self._quantize_base else F.linear(x, self.weight)
+        if not self.disabled:
+            update = self.lora_b(self.lora_a(self.dropout(x)))
+            scale = (self.magnitude / self.row_norms()).to(x.dtype)
+            base = scale * (base + self.scaling * update)
+        return base if self.bias is None else base + self.bias
+
+    @torch.no_grad()
+    def row_norms(self) -> Tensor:
+        """Returns the norms [out] of the rows of W + (alpha / rank) B A, float32."""
+        return row_norms(self.weight, self.lora_a.weight, self.lora_b.weight, self.scaling)
+
+    @torch.no_grad()
+    def initialize_dora_magnitude(self) -> None:
+        """Makes the magnitudes the rows' norms: the layer computes what it would as LoRA."""
+        self.magnitude.copy_(self.row_norms())
+
+
+def row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """Returns the norms [out] of the rows of weight + scaling * b @ a, in float32."""
+    weight = weight.get_original_weight() if isinstance(weight, NF4Tensor) else weight
+    return torch.linalg.vector_norm(weight.float() + scaling * (b.float() @ a.float()), dim=1)
