@@ -230,6 +230,15 @@ class Weights(Mapping):
             )
         return self._convert(key, value)[name]
 
+    def name_of(self, name: str) -> str:
+        """Returns what one of our weights is called in a folder of this family, or in these files."""
+        if name in self._sources:
+            return self._sources[name]
+        layer, _, leaf = name.rpartition(".")
+        module, _, theirs = self._folder.family.find_ours(layer) or (None, 0, "")
+        leaves = {ours: t for t, ours in module.leaves.items()} if module else {}
+        return f"{theirs}.{leaves[leaf]}" if leaf in leaves else "nothing"
+
     def __iter__(self):
         return iter(self._sources)
 

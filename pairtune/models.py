@@ -33,6 +33,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 NF4_BLOCK = 64 * 256  # torchao quantizes scales of 256 blocks of 64 weights together
 _WRAPPED = "_checkpoint_wrapped_module."
 COPIES = {"lora_a": "frozen_a", "lora_b": "frozen_b"}  # an adapter's matrices, and where a frozen copy of them is
+LISTED = 20  # of weights that do not fit
 _STRANGERS = "`model` and `checkpointer.checkpoint_dir` do not belong together"
 
 
@@ -278,7 +279,7 @@ def load(
     home = torch.device("cpu") if world.cpu_offload else world.device
     adapters = adapter_shapes(model).keys()
     assert adapter is None or adapter.keys() == adapters, "adapters.read_adapter knows the model's adapters"
-    _check_names({name for name, _ in _own_parameters(model)} - adapters, set(state_dict))
+    _check_weights({name: p.shape for name, p in _own_parameters(model) if name not in adapters}, state_dict)
     names = {id(module): plain_name(name) for name, module in model.named_modules()}
     for block in [*model.layers, model]:
         world.beat("loading weights")
@@ -295,13 +296,24 @@ def plain_name(name: str) -> str:
     return name.replace(_WRAPPED, "").removesuffix("." + _WRAPPED[:-1])
 
 
-def _check_names(expected: set[str], found: set[str]) -> None:
-    for names, what in (
-        (expected - found, "of the model are not in the checkpoint"),
-        (found - expected, "of the checkpoint are not in the model"),
-    ):
-        if names:
-            raise UserError(f"checkpointer: {len(names)} weights {what}, such as {min(names)}: {_STRANGERS}")
+def _check_weights(expected: dict[str, torch.Size], weights: Mapping[str, Tensor]) -> None:
+    """Refuses a checkpoint that is not the model's; all that differs is listed, under the names of both sides."""
+    found = {name: value.shape for name, value in getattr(weights, "empty", weights).items()}
+    lines = [f"  not in the checkpoint: {_both(name, weights)}" for name in sorted(expected.keys() - found.keys())]
+    lines += [f"  not in the model: {_both(name, weights)}" for name in sorted(found.keys() - expected.keys())]
+    for name in sorted(expected.keys() & found.keys()):
+        if expected[name] != found[name]:
+            shapes = f"{list(found[name])} in the checkpoint, {list(expected[name])} in the model"
+            lines.append(f"  {shapes}: {_both(name, weights)}")
+    if lines:
+        more = [f"  and {len(lines) - LISTED:,} more"] if len(lines) > LISTED else []
+        shown = "\n".join([*lines[:LISTED], *more])
+        raise UserError(f"checkpointer: {len(lines)} weights do not fit: {_STRANGERS}\n{shown}")
+
+
+def _both(name: str, weights: Mapping[str, Tensor]) -> str:
+    theirs = weights.name_of(name) if hasattr(weights, "name_of") else name
+    return name if theirs == name else f"{name} ({theirs} in the folder)"
 
 
 def _fill(module: nn.Module, name: str, state_dict: Mapping[str, Tensor], home: torch.device, device: torch.device):
@@ -311,9 +323,6 @@ def _fill(module: nn.Module, name: str, state_dict: Mapping[str, Tensor], home: 
         value = state_dict.get(full_name) if parameter.is_meta else None
         if value is None:
             continue
-        if value.shape != parameter.shape:
-            found, expected = list(value.shape), list(parameter.shape)
-            raise UserError(f"checkpointer: {full_name} is {found} there and {expected} in the model: {_STRANGERS}")
         value = value.to(device=home, dtype=parameter.dtype, copy=True)
         if isinstance(parameter, NF4Tensor):
             value = to_nf4(value, parameter.block_size, parameter.scaler_block_size)

@@ -450,7 +450,7 @@ MODELS = [
     ("the header cut short", cut(FIRST, 40), [FIRST, "cannot be read", "download it again"]),
     ("the tensors cut short", cut(FIRST, 20_000), [FIRST, "cannot be read", "download it again"]),
     ("a wrong shape", tensors(lambda w: w.update({EMBEDDING: torch.ones(300, 64)})),
-     ["tok_embeddings.weight is [300, 64]"]),
+     ["[300, 64] in the checkpoint, [320, 64] in the model: tok_embeddings.weight (model.embed_tokens.weight"]),
     ("a wrong shape of a query", tensors(lambda w: w.update({QUERY: torch.ones(63, 64)})), [FIRST, QUERY, "[63, 64]"]),
     ("a vector for a matrix", tensors(lambda w: w.update({QUERY: torch.ones(64)})), [FIRST, QUERY, "[64]"]),
     ("int8 weights", tensors(lambda w: w.update({QUERY: w[QUERY].to(torch.int8)})),

@@ -172,10 +172,10 @@ def test_what_cannot_be_built_is_told(call, words):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda weights: weights.pop("norm.scale"), ["1 weights of the model are not in the checkpoint", "norm.scale"]),
+        (lambda weights: weights.pop("norm.scale"), ["1 weights do not fit", "not in the checkpoint: norm.scale"]),
         (
             lambda weights: weights.update(extra=torch.zeros(1)),
-            ["1 weights of the checkpoint are not in the model", "extra"],
+            ["1 weights do not fit", "not in the model: extra"],
         ),
         (lambda weights: weights.update({"norm.scale": torch.zeros(3)}), ["norm.scale", "[3]", "[64]"]),
     ],

@@ -704,7 +704,16 @@ def edited(folder, **values):
         ({}, lambda f: (f / "config.json").unlink(), {}, ["reference.checkpoint_dir=", "no config.json"]),
         ({}, lambda f: (f / "model.safetensors").unlink(), {}, ["reference.checkpoint_dir=", "holds no weights"]),
         ({"num_layers": 2}, None, {}, ["num_hidden_layers is 3 in `model` (reference.model is null) and 2"]),
-        ({"intermediate_dim": 64}, None, {}, ["layers.0.mlp.w1.weight is [64, 128] there", "reference.checkpoint_dir"]),
+        (
+            {"intermediate_dim": 64},
+            None,
+            {},
+            [
+                "[64, 128] in the checkpoint",
+                "layers.0.mlp.w1.weight (model.layers.0.mlp.gate_proj",
+                "reference.checkpoint_dir",
+            ],
+        ),
         ({}, None, {"model": component(NF4_SIZES | {"num_layers": 2})}, ["is 2 in `reference.model` and 3"]),
         ({}, None, {"model": component(NF4_SIZES | {"width": 3})}, ["reference: model: llama3 takes no width"]),
         ({}, lambda f: edited(f, model_type="gemma2"), {}, ["config.json: model_type=gemma2: is none of"]),

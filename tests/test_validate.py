@@ -174,7 +174,7 @@ def break_weights(work, edit):
         ("model", lambda w: change(w / "my.yaml", max_length=200), "max_length=200: the model has 128 positions"),
         ("weights", lambda w: change(w / "base/config.json", model_type="mistral"), "which is MISTRAL here"),
         ("weights", lambda w: (w / "base/model.safetensors").write_bytes(b""), "model.safetensors: cannot be read"),
-        ("weights", lambda w: break_weights(w, lambda t: t.pop("lm_head.weight")), "1 weights of the model are not in"),
+        ("weights", lambda w: break_weights(w, lambda t: t.pop("lm_head.weight")), "1 weights do not fit"),
         ("weights", lambda w: break_weights(w, lambda t: t.update({"lm_head.weight": torch.ones(9, 128)})), "[9, 128]"),
         ("dataset", lambda w: (w / "pairs.jsonl").write_text("{"), "pairs.jsonl, line 1: invalid JSON"),
         ("dataset", lambda w: change(w / "my.yaml", max_length=4, max_prompt_length=2), "there is nothing left of"),
