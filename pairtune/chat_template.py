@@ -13,6 +13,7 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
 
 from pairtune.errors import UserError
+from pairtune.tokenizer_files import read_json
 
 MARK = "\ue000"  # private use: stands behind an answer to find what a template writes after it
 MOST_STEPS = 1_000_000  # of a template's counting loops, in one conversation
@@ -36,7 +37,7 @@ class ChatTemplate:
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"]
         )
         environment.filters["tojson"] = _tojson
-        environment.globals["range"] = self._range
+        environment.globals.update(range=self._range, dict=_Dict(), namespace=_Namespace)
         self._steps = 0
         # One date for the whole run, or pairs tokenized after midnight would differ from those before.
         environment.globals.update(raise_exception=_raise, strftime_now=datetime.now().strftime)
@@ -138,16 +139,22 @@ def _read(file: Path) -> str:
 
 
 def _own_template(folder: Path, config: dict) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():  # newer folders; it wins, as in transformers
-        return _read(file)
-    own = config.get("chat_template")
-    if own is None or isinstance(own, str):
-        return own
-    entries = own if isinstance(own, list) else [own]
-    if not all(isinstance(entry, dict) and {"name", "template"} <= entry.keys() for entry in entries):
-        raise UserError(f"{folder}/tokenizer_config.json: chat_template must be text, or a list of name and template.")
-    named = {entry["name"]: entry["template"] for entry in entries}
+    """Returns the template that transformers would use: in files, in tokenizer_config.json, for a processor."""
+    files = {"default": folder / "chat_template.jinja"}
+    files |= {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    named = {name: _read(file) for name, file in files.items() if file.is_file()}
+    if not named:
+        own = config.get("chat_template")
+        if own is None:
+            own = read_json(folder / "chat_template.json").get("chat_template")
+        if own is None or isinstance(own, str):
+            return own
+        entries = own if isinstance(own, list) else [own]
+        if not all(isinstance(entry, dict) and {"name", "template"} <= entry.keys() for entry in entries):
+            raise UserError(
+                f"{folder}/tokenizer_config.json: chat_template must be text, or a list of name and template."
+            )
+        named = {entry["name"]: entry["template"] for entry in entries}
     if "default" not in named:
         names = ", ".join(named)
         raise UserError(
@@ -162,6 +169,29 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def unsafe_undefined(self, obj, attribute: str):
         raise jinja2.sandbox.SecurityError(f"access to attribute {attribute!r} of a {type(obj).__name__} is unsafe")
+
+
+class _Dict:
+    """A template's dict(...) and dict.fromkeys(...), and nothing else that Python's class can do."""
+
+    fromkeys = staticmethod(dict.fromkeys)
+
+    def __call__(self, *args, **kwargs) -> dict:
+        return dict(*args, **kwargs)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """A template's namespace(...), which takes no name of Python's inside."""
+
+    def __init__(self, /, *args, **kwargs):
+        values = dict(*args, **kwargs)
+        for name in values:
+            _check_name(name)
+        super().__init__(values)
+
+    def __setitem__(self, name, value):
+        _check_name(name)
+        super().__setitem__(name, value)
 
 
 class _CountedRange(Sequence):
@@ -191,6 +221,11 @@ class _GenerationTag(Extension):
 def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
     """Jinja's own filter escapes <, > and & for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _check_name(name: str) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.sandbox.SecurityError(f"a namespace's attribute {name!r} begins with an underscore")
 
 
 def _raise(message: str):

@@ -55,6 +55,8 @@ class Report:
     trimmed: list[int] = field(default_factory=list)  # rows whose prompt was cut
     unordered: list[int] = field(default_factory=list)  # rows whose prompt does not go system, user, assistant, user
     ends_taken_off: list[int] = field(default_factory=list)  # rows with an answer that was written with an end token
+    special: list[int] = field(default_factory=list)  # rows with a special token written in their text
+    special_as: str = "text"  # what it became
     merges: list[int] = field(default_factory=list)  # rows where a token spans the prompt's end
     # Tokens of every row that was tokenized, before limits: what max_length would have to be
     lengths: dict[str, list[int]] = field(default_factory=lambda: {"prompt": [], "chosen": [], "rejected": []})
@@ -78,6 +80,8 @@ class Report:
             lines.append(self._line("of these, roles out of order", len(self.unordered), self.unordered))
         if self.ends_taken_off:
             lines.append(self._line("end token's text taken off", len(self.ends_taken_off), self.ends_taken_off))
+        if self.special:
+            lines.append(self._line(f"special tokens, as {self.special_as}", len(self.special), self.special))
         for reason, rows in sorted(self.dropped.items(), key=lambda item: -len(item[1])):
             lines.append(self._line(f"dropped: {reason}", len(rows), rows))
         if self.merges:
@@ -200,7 +204,7 @@ def tokenize_pairs(
     prompt rendered alone, generation prompt included: a token that spans the prompt's end belongs to the answers.
     Dropped are rows whose prompts differ, end with an answer, or are empty; with an empty answer, identical answers or
     tool calls; too long; or refused by the chat template. From an answer that ends in an end token's text, that text is
-    taken off.
+    taken off; a special token's text elsewhere stays, as the tokenizer's special_tokens_in_text says.
 
     Args:
         rows: From `read_rows`, or a list of dicts.
@@ -230,7 +234,8 @@ def tokenize_pairs(
             f"{key}: {rows.source} holds answers with a label ({', '.join(form.columns)}), and this loss compares the "
             "two answers of a pair; loss=kto takes each answer for itself"
         )
-    report = Report(rows.source, form.name, tokenizer.style, len(rows))
+    special_as = tokenizer.special_tokens_in_text
+    report = Report(rows.source, form.name, tokenizer.style, len(rows), special_as=special_as)
     pairs = []
     bar = tqdm(rows, desc="tokenize", leave=False, disable=not progress or len(rows) < 500)
     for number, row in zip(rows.numbers, bar, strict=True):
@@ -280,6 +285,8 @@ def _notes(report: Report, tokenizer, max_length: int, max_prompt_length: int | 
         notes.append(f"max_prompt_length = max_length = {max_length}: a prompt that long leaves no room to answer")
     if "strftime_now" in (tokenizer.chat_template or ""):
         notes.append("the chat template writes today's date: a run resumed on another day reads other tokens")
+    if report.special and report.special_as == "text":
+        notes.append("special tokens in text are no tokens, unless hf_tokenizer gets special_tokens_in_text=control")
     if tokenizer.chat_template and any(reason.startswith(REFUSED) for reason in report.dropped):
         notes.append("rows refused: tokenizer.chat_template=FILE.jinja, or =plain, gives a template that takes them")
     return notes
@@ -309,6 +316,8 @@ def _tokenize(example: Example, number: int, tokenizer, *, limits: _Limits, repo
         report.unordered.append(number)
     if example != whole:
         report.ends_taken_off.append(number)
+    if any(map(tokenizer.holds_special, [*(message["content"] for message in example.prompt), *texts])):
+        report.special.append(number)
     if len(prompt) < len(asked):
         report.merges.append(number)
     return Pair(fitted, chosen, rejected, number)

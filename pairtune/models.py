@@ -279,7 +279,7 @@ def load(
     home = torch.device("cpu") if world.cpu_offload else world.device
     adapters = adapter_shapes(model).keys()
     assert adapter is None or adapter.keys() == adapters, "adapters.read_adapter knows the model's adapters"
-    _check_weights({name: p.shape for name, p in _own_parameters(model) if name not in adapters}, state_dict)
+    check_weights(model, state_dict)
     names = {id(module): plain_name(name) for name, module in model.named_modules()}
     for block in [*model.layers, model]:
         world.beat("loading weights")
@@ -296,8 +296,14 @@ def plain_name(name: str) -> str:
     return name.replace(_WRAPPED, "").removesuffix("." + _WRAPPED[:-1])
 
 
-def _check_weights(expected: dict[str, torch.Size], weights: Mapping[str, Tensor]) -> None:
-    """Refuses a checkpoint that is not the model's; all that differs is listed, under the names of both sides."""
+def check_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Compares names and shapes with a model's, adapters left out; no value is read.
+
+    Raises:
+        UserError: They differ. All that does is listed, under the names of both sides.
+    """
+    adapters = adapter_shapes(model).keys()
+    expected = {name: parameter.shape for name, parameter in _own_parameters(model) if name not in adapters}
     found = {name: value.shape for name, value in getattr(weights, "empty", weights).items()}
     lines = [f"  not in the checkpoint: {_both(name, weights)}" for name in sorted(expected.keys() - found.keys())]
     lines += [f"  not in the model: {_both(name, weights)}" for name in sorted(found.keys() - expected.keys())]

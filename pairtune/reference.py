@@ -164,7 +164,7 @@ def open_second_model(
             check_model(model, files.config)
             check_vocabulary(tokenizer, Path(folder))
             whole = models.full(reference.get("model") or component, dtype=dtype)  # NF4 changes no name or shape
-            models.load(whole, checkpoint.Weights(files).empty, world=World(torch.device("meta")))
+            models.check_weights(whole, checkpoint.Weights(files))
     return FrozenModel(model, reference.get("model") or component, files, reference)
 
 

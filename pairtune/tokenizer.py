@@ -4,7 +4,7 @@ A conversation is rendered whole, and with an answer at its end it ends in exact
 masks, so a pad token that is also the end token harms nothing. Where the answer begins is for data.py to say.
 """
 
-import json
+import re
 from bisect import bisect_right
 from inspect import signature
 from pathlib import Path
@@ -13,13 +13,16 @@ import tokenizers
 
 from pairtune.chat_template import ChatTemplate, Refusal, choose_template, plain_text
 from pairtune.errors import UserError
+from pairtune.special_text import SpecialText
+from pairtune.tokenizer_files import model_stop_ids, read_backend, read_json, special_tokens
 
 # Special tokens that end a turn in one family of models or another; a folder names only some of them as its eos.
 END_OF_TURN = (
     *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>", "<|eot|>", "<turn|>", "<|return|>"),
     *("<|end_of_turn|>", "<|END_OF_TURN_TOKEN|>", "<|end_of_text|>", "<|endoftext|>"),
 )
-SPECIAL_KEYS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+SENTENCEPIECE_CONTROL = ("<s>", "</s>", "<bos>", "<eos>")  # special tokens, though Phi 3's folder says not of </s>
+POLICIES = ("text", "control")  # what a special token's text in a message becomes
 
 
 class HFTokenizer:
@@ -32,11 +35,24 @@ class HFTokenizer:
         vocab_size: The largest id plus one: ids may have gaps.
         chat_template: Jinja text, None for plain text.
         style: How conversations are written, in words.
+        special_tokens_in_text: See `hf_tokenizer`.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, special: dict[str, str], *, stop_ids, add_bos, template, style):
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        special: dict[str, str],
+        *,
+        stop_ids: list[int],
+        add_bos: bool,
+        template: str | None,
+        style: str,
+        special_tokens_in_text: str = "text",
+    ):
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
-        self.bos_id, self.eos_id, self.pad_id = (backend.token_to_id(special.get(k, "")) for k in SPECIAL_KEYS[:3])
+        self.bos_id, self.eos_id, self.pad_id = (
+            backend.token_to_id(special.get(key, "")) for key in ("bos_token", "eos_token", "pad_token")
+        )
         turn_ends = {name: backend.token_to_id(name) for name in END_OF_TURN if backend.token_to_id(name) is not None}
         written = [token for name, token in turn_ends.items() if template and name in template]
         self.stop_ids = _distinct([self.eos_id, *stop_ids, *written])
@@ -45,10 +61,19 @@ class HFTokenizer:
         self.chat_template, self.style, self.is_plain = template, style, template is None
         self._template = None if template is None else ChatTemplate(template, special)
         self._backend, self._add_bos = backend, add_bos
+        added = backend.get_added_tokens_decoder().items()
+        control = {i for i, token in added if token.special or token.content in SENTENCEPIECE_CONTROL}
+        control |= self.end_ids | ({self.bos_id} - {None})
+        self.special_tokens_in_text = special_tokens_in_text
+        self._special_text = SpecialText(backend, {text: i for i in control if (text := backend.id_to_token(i))})
 
     def encode(self, text: str) -> list[int]:
-        """Returns the text's tokens; none is added, special tokens written in the text are recognised."""
-        return self._encode(text).ids
+        """Returns the text's tokens; none is added, and special tokens written in it become what the option says."""
+        return self._encode(self._marked(text), text).ids
+
+    def holds_special(self, text: str) -> bool:
+        """Says whether a special token is written in the text."""
+        return self._special_text.is_in(text)
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """Returns the tokens' text."""
@@ -62,8 +87,11 @@ class HFTokenizer:
         """
         if self.is_plain:
             return self.render_text(*plain_text(messages, add_generation_prompt=add_generation_prompt))
-        text = self._template.render(messages, add_generation_prompt=add_generation_prompt)
-        encoding = self._encode(text)
+        unmarked = text = self._template.render(messages, add_generation_prompt=add_generation_prompt)
+        marked = [{**message, "content": self._marked(message["content"])} for message in messages]
+        if marked != messages:
+            messages, text = marked, self._template.render(marked, add_generation_prompt=add_generation_prompt)
+        encoding = self._encode(text, unmarked)
         if add_generation_prompt or messages[-1]["role"] != "assistant":
             return encoding.ids
         answer_stop = len(text) - self._template.tail_length(messages, text)
@@ -78,9 +106,17 @@ class HFTokenizer:
             ids = [self.bos_id, *ids]
         return ids if answer is None else [*ids, self.eos_id]
 
-    def _encode(self, text: str) -> tokenizers.Encoding:
+    def _marked(self, text: str) -> str:
+        return self._special_text.mark(text) if self.special_tokens_in_text == "text" else text
+
+    def _encode(self, marked: str, text: str) -> tokenizers.Encoding:
+        """Returns the tokens of a text, and their places in it with its marks, if it has any."""
         try:
-            return self._backend.encode(text, add_special_tokens=False)
+            if marked == text:
+                return self._backend.encode(text, add_special_tokens=False)
+            return self._special_text.encode(marked, text)
+        except UserError:
+            raise
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"tokenizer.json cannot write this text as tokens: {error}") from error
 
@@ -88,7 +124,7 @@ class HFTokenizer:
 class TorchtuneTokenizer:
     """torchtune's own tokenizers behind HFTokenizer's interface; their template is what `tokenize_messages` writes."""
 
-    is_plain, chat_template = False, None
+    is_plain, chat_template, special_tokens_in_text = False, None, "text"
     _PROBES = ("Yes", "No", "0")  # answers that share no token at either end
     _SENTENCEPIECE_ENDS = ("</s>", "<eos>")  # Llama 2's and Mistral's, Gemma's
 
@@ -109,6 +145,10 @@ class TorchtuneTokenizer:
         )
         self.end_texts = [name for name, i in special.items() if i in self.end_ids] or list(self._SENTENCEPIECE_ENDS)
         self._tokenizer = tokenizer
+        names = sorted({*special, *END_OF_TURN, *self._SENTENCEPIECE_ENDS})
+        self._special_text = re.compile("|".join(map(re.escape, names)))
+        reserved = {*special.values(), *self.end_ids, self.bos_id}
+        self._recognised = [name for name in names if reserved.intersection(self.encode(name))]
         # Messages are encoded one by one, so what follows an answer does not depend on it.
         backwards = [ids[::-1] for ids in self._probe([{"role": "user", "content": "Hello"}])]
         self._tail = common_prefix(*backwards)[::-1]
@@ -125,8 +165,21 @@ class TorchtuneTokenizer:
         known = signature(self._tokenizer.decode).parameters
         return self._tokenizer.decode(ids, **{name: value for name, value in flags.items() if name in known})
 
+    def holds_special(self, text: str) -> bool:
+        """Says whether a special token is written in the text."""
+        return self._special_text.search(text) is not None
+
     def render(self, messages: list[dict], *, add_generation_prompt: bool = False) -> list[int]:
-        """Returns the tokens of a conversation; ends as HFTokenizer.render's do."""
+        """Returns the tokens of a conversation; ends as HFTokenizer.render's do.
+
+        Raises:
+            Refusal: The template refuses the conversation, or torchtune's tokenizer, such as Qwen 2's, would make a
+                special token of a message's text.
+        """
+        for name in self._recognised:
+            if any(name in message["content"] for message in messages):
+                reason = f"{self.style} would make a token of the text {name}"
+                raise Refusal(f"{reason}. Use pairtune.tokenizer.hf_tokenizer with the model's folder.", reason)
         if add_generation_prompt:
             return common_prefix(*self._probe(messages))
         ids = self._ids(messages)
@@ -158,21 +211,25 @@ class TorchtuneTokenizer:
             raise Refusal(message, repr(error)) from error
 
 
-def hf_tokenizer(path: str, chat_template: str | None = None) -> HFTokenizer:
-    """Returns the tokenizer of a Hugging Face model folder, from its tokenizer.json.
+def hf_tokenizer(path: str, chat_template: str | None = None, special_tokens_in_text: str = "text") -> HFTokenizer:
+    """Returns the tokenizer of a Hugging Face model folder: of tokenizer.json, or of vocab.json and merges.txt.
 
     Args:
         chat_template: None for the folder's own, or plain text where it has none; "plain" for plain text;
             a path to a .jinja file; or the template's text.
+        special_tokens_in_text: What a special token that is written in a message, such as `</s>`, becomes. "text":
+            ordinary characters. "control": the token, as in transformers and for texts that are rendered already.
 
     Raises:
-        UserError: The folder or a file is missing or broken, no eos is named, or `chat_template` is none of these.
+        UserError: The folder or a file is missing or broken, no eos is named, or an argument is none of these.
     """
+    if special_tokens_in_text not in POLICIES:
+        raise UserError(f"tokenizer.special_tokens_in_text={special_tokens_in_text!r}: must be text or control.")
     folder = Path(path).expanduser()
-    backend = _backend(folder)
-    config = _json(folder / "tokenizer_config.json")
-    special = _special_tokens(folder, config)
-    stop_ids = _model_stop_ids(folder)
+    config = read_json(folder / "tokenizer_config.json")
+    backend = read_backend(folder, config)
+    special = special_tokens(folder, config)
+    stop_ids = model_stop_ids(folder)
     if "eos_token" not in special and stop_ids:
         special["eos_token"] = backend.id_to_token(stop_ids[0]) or f"token {stop_ids[0]}"
     for key in ("bos_token", "eos_token"):
@@ -186,7 +243,15 @@ def hf_tokenizer(path: str, chat_template: str | None = None) -> HFTokenizer:
     template, style = choose_template(folder, config, chat_template)
     add_bos = _adds_bos(backend, config, special)
     try:
-        return HFTokenizer(backend, special, stop_ids=stop_ids, add_bos=add_bos, template=template, style=style)
+        return HFTokenizer(
+            backend,
+            special,
+            stop_ids=stop_ids,
+            add_bos=add_bos,
+            template=template,
+            style=style,
+            special_tokens_in_text=special_tokens_in_text,
+        )
     except UserError as error:
         raise UserError(f"tokenizer.path={path}: {error}") from error
 
@@ -217,7 +282,8 @@ def check_vocabulary(tokenizer: HFTokenizer | TorchtuneTokenizer, folder: Path) 
     """
     if not isinstance(tokenizer, HFTokenizer) or not (folder / "tokenizer.json").is_file():
         return
-    ours, theirs = (b.get_vocab(with_added_tokens=False) for b in (tokenizer._backend, _backend(folder)))
+    backend = read_backend(folder, read_json(folder / "tokenizer_config.json"))
+    ours, theirs = (b.get_vocab(with_added_tokens=False) for b in (tokenizer._backend, backend))
     different = sorted((i, token) for token, i in ours.items() if theirs.get(token) != i)
     if different:
         i, token = different[0]
@@ -242,54 +308,6 @@ def _end_once(ids: list[int], start: int, tokenizer) -> list[int]:
 
 def _distinct(ids: list[int]) -> list[int]:
     return list(dict.fromkeys(ids))
-
-
-def _backend(folder: Path) -> tokenizers.Tokenizer:
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        what = "has no tokenizer.json" if folder.is_dir() else "does not exist; `tune download` fetches a model"
-        raise UserError(
-            f"tokenizer.path: the folder {folder} {what}. A SentencePiece or tiktoken file alone is read by "
-            "torchtune's tokenizers, such as torchtune.models.llama2.llama2_tokenizer."
-        )
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{file} cannot be read: {error}") from error
-    backend.no_truncation()  # many folders store the truncation of their last use
-    backend.no_padding()
-    return backend
-
-
-def _json(file: Path) -> dict:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (ValueError, RecursionError, OSError) as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} must hold keys and values, holds a {type(content).__name__}.")
-    return content
-
-
-def _special_tokens(folder: Path, config: dict) -> dict[str, str]:
-    """Returns {"bos_token": "<s>", ...}; as in transformers, an old folder's special_tokens_map.json comes first."""
-    table = _json(folder / "special_tokens_map.json")
-    merged = {**table, **config} if "added_tokens_decoder" in config else {**config, **table}
-    values = {key: merged.get(key) for key in SPECIAL_KEYS}
-    texts = {key: value.get("content", value) if isinstance(value, dict) else value for key, value in values.items()}
-    return {key: text for key, text in texts.items() if text is not None}
-
-
-def _model_stop_ids(folder: Path) -> list[int]:
-    """Returns eos_token_id of generation_config.json, else of config.json: a number or a list there."""
-    for file in ("generation_config.json", "config.json"):
-        ids = _json(folder / file).get("eos_token_id")
-        if ids is not None:
-            ids = ids if isinstance(ids, list) else [ids]
-            if not all(type(i) is int and 0 <= i < 2**32 for i in ids):
-                raise UserError(f"{folder / file}: eos_token_id={ids}: must be a token's number, or a list of them.")
-            return ids
-    return []
 
 
 def _adds_bos(backend: tokenizers.Tokenizer, config: dict, special: dict[str, str]) -> bool:

@@ -9,11 +9,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 
 from pairtune import checkpoint, config, data, models
-from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.formats import detect_format
 from pairtune.loader import Steps
@@ -111,7 +109,7 @@ class Validation:
         self._must_be_here(cfg.checkpointer.checkpoint_dir, "checkpointer.checkpoint_dir")
         weights = checkpoint.Weights(checkpoint.open_weights(cfg.checkpointer))
         base = models.full(cfg.model, dtype=cfg.dtype)  # adapters and NF4 change no name or shape of the base
-        models.load(base, weights.empty, world=World(torch.device("meta")))
+        models.check_weights(base, weights)
         return f"{len(weights):,} tensors, names and shapes as in the model", None
 
     def _reference(self, method: str, cfg: DictConfig, tokenizer) -> tuple[str, Any]:

@@ -654,9 +654,11 @@ def test_a_pad_token_that_is_eos_changes_no_pair(tmp_path, plain):
 
 def test_a_doubled_bos_is_refused(tmp_path):
     bare = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    tokenizer = hf_tokenizer(save(tmp_path, chat_template=bare))
+    folder, rows = save(tmp_path, chat_template=bare), [ROWS[0], {**ROWS[1], "prompt": "<s>Q"}]
     with pytest.raises(UserError, match=r"row 1 \(from 0\): .*two BOS"):
-        tokenize([ROWS[0], {**ROWS[1], "prompt": "<s>Q"}], tokenizer)
+        tokenize(rows, hf_tokenizer(folder, special_tokens_in_text="control"))
+    tokenizer = hf_tokenizer(folder)
+    assert [pair.prompt.count(tokenizer.bos_id) for pair in tokenize(rows, tokenizer)[0]] == [1, 1]
 
 
 # Rows that are dropped
@@ -734,6 +736,22 @@ def test_an_end_tokens_text_is_taken_off_an_answer_and_counted(request, name, en
     assert first.rejected[-1] in tokenizer.end_ids and first.rejected[-2] not in tokenizer.end_ids
     assert report.ends_taken_off == [1, 2] and not report.dropped
     assert re.search(r"end token's text taken off +2 +66.7 %   row 1, 2\n", str(report))
+
+
+@pytest.mark.parametrize("template", [CHATML, None])
+@pytest.mark.parametrize(("policy", "ends"), [("text", 1), ("control", 2)])
+def test_rows_with_special_tokens_in_their_text_are_counted_and_kept(tmp_path, template, policy, ends):
+    tokenizer = hf_tokenizer(save(tmp_path, chat_template=template), special_tokens_in_text=policy)
+    row = {"prompt": "Q", "chosen": "B", "rejected": "W"}
+    rows = [row, {**row, "prompt": "What does </s> do?"}, {**row, "chosen": "</s> ends."}, {**row, "chosen": "B</s>"}]
+    pairs, report = tokenize(rows, tokenizer)
+    assert len(pairs) == 4 and report.special == [1, 2] and report.ends_taken_off == [3]
+    assert re.search(rf"special tokens, as {policy} +2 +50.0 %   row 1, 2\n", str(report))
+    assert ("unless hf_tokenizer gets special_tokens_in_text=control" in str(report)) == (policy == "text")
+    asked, answered = (pairs[1].prompt + pairs[1].chosen, pairs[2].chosen)
+    for ids, usual in ((asked, pairs[0].prompt + pairs[0].chosen), (answered, pairs[0].chosen)):
+        assert sum(i in tokenizer.end_ids for i in ids) == sum(i in tokenizer.end_ids for i in usual) + ends - 1
+    assert "What does </s> do?" in text(tokenizer, asked) and text(tokenizer, answered).startswith("</s> ends.")
 
 
 def test_an_end_tokens_text_is_taken_off_a_transcript_alone(plain):

@@ -1,14 +1,18 @@
 """Rendering conversations: against transformers, torchtune, and by hand."""
 
+import functools
 import json
 import random
 from pathlib import Path
 
+import jinja2
 import pytest
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from pairtune.chat_template import Refusal
 from pairtune.errors import UserError
+from pairtune.special_text import MARK
 from pairtune.tokenizer import adapt, common_prefix, hf_tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -106,7 +110,8 @@ def test_templates_render_as_transformers_renders_them(folders, name, conversati
     if name == "gemma" and conversation[0]["role"] == "system":
         pytest.skip("the template refuses system messages")
     transformers = pytest.importorskip("transformers")
-    tokenizer, peer = hf_tokenizer(folders[name]), transformers.AutoTokenizer.from_pretrained(folders[name])
+    tokenizer = hf_tokenizer(folders[name], special_tokens_in_text="control")
+    peer = transformers.AutoTokenizer.from_pretrained(folders[name])
 
     def peers(messages, **options):
         return peer.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
@@ -175,7 +180,7 @@ def test_plain_text_has_the_bos_that_the_tokenizer_adds(tmp_path, options, has_b
 
 
 def test_plain_text_that_brings_its_own_bos_gets_no_second_one(tmp_path):
-    tokenizer = hf_tokenizer(save(tmp_path))
+    tokenizer = hf_tokenizer(save(tmp_path), special_tokens_in_text="control")
     assert tokenizer.render_text("<s>Hi") == tokenizer.render_text("Hi")
 
 
@@ -195,9 +200,12 @@ def test_plain_text_is_tokenized_as_transformers_does(text):
     tokenizer, peer = hf_tokenizer(str(folder)), transformers.AutoTokenizer.from_pretrained(str(folder))
     assert tokenizer.is_plain and tokenizer.style == "plain text: the tokenizer has no chat template"
     assert tokenizer.vocab_size == len(peer) == 512
-    assert tokenizer.render_text(text) == peer(text)["input_ids"]
-    assert tokenizer.render_text(text, " The end") == [*peer(text + " The end")["input_ids"], peer.eos_token_id]
-    assert tokenizer.encode(text) == peer(text, add_special_tokens=False)["input_ids"]
+    for policy in ("text", "control"):
+        tokenizer, split = hf_tokenizer(str(folder), special_tokens_in_text=policy), policy == "text"
+        theirs = functools.partial(peer, split_special_tokens=split)
+        assert tokenizer.render_text(text) == theirs(text)["input_ids"]
+        assert tokenizer.render_text(text, " The end") == [*theirs(text + " The end")["input_ids"], peer.eos_token_id]
+        assert tokenizer.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
 
 
 @pytest.mark.parametrize(
@@ -258,6 +266,58 @@ def test_the_folders_template_is_the_jinja_file_then_the_default_of_the_config(t
     assert not hf_tokenizer(with_file).is_plain
 
 
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ({"additional_chat_templates/rag.jinja": GEMMA, "chat_template.jinja": LLAMA_3}, LLAMA_3),
+        ({"additional_chat_templates/default.jinja": GEMMA, "additional_chat_templates/rag.jinja": LLAMA_3}, GEMMA),
+        ({"chat_template.json": {"chat_template": GEMMA}}, LLAMA_2),
+    ],
+)
+def test_templates_beside_the_config_are_found_as_transformers_finds_them(tmp_path, files, found):
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "additional_chat_templates").mkdir()
+    folder = save(tmp_path, chat_template=LLAMA_2, files=files)
+    assert hf_tokenizer(folder).chat_template == found
+    assert transformers.AutoTokenizer.from_pretrained(folder).get_chat_template() == found
+
+
+def test_a_processors_template_is_the_last_to_be_taken(tmp_path):
+    assert hf_tokenizer(save(tmp_path, files={"chat_template.json": {"chat_template": GEMMA}})).chat_template == GEMMA
+
+
+def test_templates_without_a_default_are_named(tmp_path):
+    (tmp_path / "additional_chat_templates").mkdir()
+    files = {f"additional_chat_templates/{name}.jinja": GEMMA for name in ("tool_use", "rag")}
+    with pytest.raises(UserError, match=r"\(rag, tool_use\) but none named default"):
+        hf_tokenizer(save(tmp_path, files=files))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% set d = dict(a=1, b='z') %}{{ d.b }}{% set n = namespace(a=1, self=2) %}{% set n.a = n.self %}{{ n.a }}",
+        "{{ dict.fromkeys('ab', 1) }}",
+        "{{ dict.update(messages[0], {'content': 'changed'}) }}",
+        "{{ dict.__name__ }}",
+        "{% set n = namespace(__x=1) %}",
+        "{% set n = namespace() %}{% set n._x = 1 %}",
+    ],
+)
+def test_a_templates_dict_and_namespace_are_those_of_transformers(folders, template):
+    transformers = pytest.importorskip("transformers")
+    peer, messages = transformers.AutoTokenizer.from_pretrained(folders["llama_3"]), chat("Hi")
+    tokenizer = hf_tokenizer(folders["llama_3"], template)
+    try:
+        expected = peer.apply_chat_template(messages, chat_template=template, return_dict=False)
+    except jinja2.TemplateError:
+        with pytest.raises(UserError, match="refuses the conversation"):
+            tokenizer.render(messages)
+    else:
+        assert tokenizer.render(messages) == expected
+    assert messages == chat("Hi")
+
+
 def test_a_template_can_be_given_as_plain_as_a_file_and_as_text(folders, tmp_path):
     file = tmp_path / "mine.jinja"
     file.write_text(GEMMA)
@@ -292,8 +352,8 @@ def test_a_broken_folder_is_refused_by_file(tmp_path, options, message):
         hf_tokenizer(save(tmp_path, **options))
 
 
-def test_a_folder_without_tokenizer_json_is_refused(tmp_path):
-    with pytest.raises(UserError, match="has no tokenizer.json.*llama2_tokenizer"):
+def test_a_folder_without_tokenizer_json_or_vocabulary_is_refused(tmp_path):
+    with pytest.raises(UserError, match="has no tokenizer.json, nor vocab.json.*llama2_tokenizer"):
         hf_tokenizer(str(tmp_path))
     with pytest.raises(UserError, match="does not exist; `tune download`"):
         hf_tokenizer(str(tmp_path / "absent"))
@@ -338,6 +398,167 @@ def test_common_prefix_is_that_of_a_naive_loop():
                 break
             naive.append(column[0])
         assert common_prefix(*lists) == naive
+
+
+# Special tokens that stand in a text; that they are text in every family is test_chat_templates.py's to show
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    return functools.partial(hf_tokenizer, save(tmp_path_factory.mktemp("bare") / "model"))
+
+
+QUOTED = "The end is </s>, and <|eot_id|>"
+
+
+@pytest.mark.parametrize(
+    ("content", "written"),
+    [
+        ("{{ m.content | replace('<', '&lt;') }}", QUOTED.replace("<", "&lt;")),
+        ("{{ m.content | tojson }}", f'"{QUOTED}"'),
+        ("{{ m.content | upper }}", QUOTED.upper()),
+        ("{{ m.content.split('The')[1] | trim }}", QUOTED.removeprefix("The ")),
+        ("{{ m.content }}{{ m.content }}", QUOTED * 2),
+    ],
+)
+def test_a_message_that_the_template_transforms_stays_text(bare, content, written):
+    tokenizer = bare("<s>{% for m in messages %}" + content + "</s>{% endfor %}")
+    ids = tokenizer.render(chat(QUOTED))
+    assert tokenizer.decode(ids, skip_special_tokens=False) == f"<s>{written}</s>"
+    assert [i for i in ids if i < len(SPECIAL)] == [tokenizer.bos_id, tokenizer.eos_id]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{{ m.content[:14] }}", "{{ m.content.split('</s>')[0] }}", "{{ m.content | replace('<|eot_id|>', '') }}",
+     "{{ m.content | length }}"],
+)  # fmt: skip
+def test_a_template_that_looks_into_special_tokens_is_refused_by_row(bare, content):
+    tokenizer = bare("<s>{% for m in messages %}" + content + "</s>{% endfor %}")
+    tokenizer.render(chat("The end is near"))
+    with pytest.raises(Refusal, match="changes a message that holds a special token's text.*in_text=control"):
+        tokenizer.render(chat(QUOTED))
+
+
+def test_a_text_that_holds_the_mark_itself_beside_a_special_token_is_refused(bare):
+    tokenizer = bare(CHATML)
+    assert f"a{MARK}b" in tokenizer.decode(tokenizer.render(chat(f"a{MARK}b")))
+    with pytest.raises(Refusal, match="changes a message"):
+        tokenizer.render(chat(f"a{MARK}b", "</s>"))
+
+
+def test_special_tokens_that_overlap_or_hold_each_other_are_text(tmp_path):
+    backend = byte_level_bpe([*SPECIAL, "<a", "a>", "<a>"])
+    tokenizer = hf_tokenizer(save(tmp_path, backend=backend, chat_template=CHATML))
+    text = "<a><a<aa>>a>"
+    ids = tokenizer.render(chat(text))
+    assert text in tokenizer.decode(ids)  # which leaves special tokens out
+    assert hf_tokenizer(save(tmp_path, backend=backend)).encode(text) == ids[-len(text) - 2 : -2]
+
+
+def test_a_vocabulary_that_makes_a_special_token_of_plain_characters_is_refused(tmp_path):
+    backend = tokenizers.Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2, "near": 3}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(["<s>", "</s>", "<unk>"])
+    tokenizer = hf_tokenizer(save(tmp_path, backend=backend))
+    assert tokenizer.encode("near or <s>far") == [3, 2, 2]
+    with pytest.raises(Refusal, match="makes the special token </s> of plain characters"):
+        tokenizer.encode("near </s>")
+
+
+def test_an_unknown_way_with_special_tokens_is_refused(folders):
+    with pytest.raises(UserError, match="special_tokens_in_text='ignore': must be text or control"):
+        hf_tokenizer(folders["chatml"], special_tokens_in_text="ignore")
+
+
+# Folders that have no tokenizer.json, and what transformers makes of those that have one
+
+
+@needs_shared
+@pytest.mark.parametrize(
+    ("kind", "files"),
+    [
+        ({"model_type": "gpt2"}, {"tokenizer_config.json": {"model_max_length": 1024}}),
+        ({"model_type": "gpt2"}, {}),
+        ({"model_type": "llama"},
+         {"tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}}),
+        ({"model_type": "qwen2"}, {"added_tokens.json": {"<|im_start|>": 50257, "<|im_end|>": 50258},
+                                   "special_tokens_map.json": {"eos_token": "<|im_end|>"}}),
+        ({"model_type": "qwen3"}, {"tokenizer_config.json": {
+            "tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "bos_token": None, "chat_template": CHATML,
+            "added_tokens_decoder": {
+                str(i): {"content": text, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False,
+                         "special": i < 50259}
+                for i, text in enumerate(["<|im_start|>", "<|im_end|>", "<think>"], 50257)}}}),
+    ],
+)  # fmt: skip
+def test_vocabulary_and_merges_are_read_as_transformers_reads_them(tmp_path, kind, files):
+    transformers = pytest.importorskip("transformers")
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).symlink_to(SHARED / "tokenizers/gpt2" / name)
+    for name, content in {"config.json": kind, **files}.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    tokenizer, peer = hf_tokenizer(str(tmp_path)), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert (tokenizer.eos_id, tokenizer.vocab_size) == (peer.eos_token_id, len(peer))
+    for text in (*TRAINING_TEXT, "x  2024\n\n  é e\u0301 it's  ", "<think>\nno\n</think>", ""):
+        assert tokenizer.render_text(text) == peer(text)["input_ids"]
+        if peer.chat_template:
+            assert tokenizer.render(chat(text)) == peer.apply_chat_template(chat(text), return_dict=False)
+
+
+@needs_shared
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"tokenizer_class": "CodeGenTokenizer"}, "tokenizer_class is CodeGenTokenizer"),
+        ({}, "tokenizer_class is None. Set it"),
+        ({"tokenizer_class": "GPT2Tokenizer", "added_tokens_decoder": {"60000": {"content": "<x>"}}},
+         "<x> is token 60000 .* would be token 50257"),
+        ({"tokenizer_class": "GPT2Tokenizer", "added_tokens_decoder": {"x": {"content": "<x>"}}}, "cannot be read"),
+        ({"tokenizer_class": "GPT2Tokenizer", "added_tokens_decoder": ["<x>"]}, "added tokens cannot be read"),
+    ],
+)  # fmt: skip
+def test_a_vocabulary_that_cannot_be_read_as_transformers_does_is_refused(tmp_path, content, message):
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).symlink_to(SHARED / "tokenizers/gpt2" / name)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        hf_tokenizer(str(tmp_path))
+
+
+def test_a_broken_vocabulary_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "vocab.json").write_text("{")
+    (tmp_path / "merges.txt").write_text("a b")
+    with pytest.raises(UserError, match="vocab.json and merges.txt cannot be read"):
+        hf_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", None])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"legacy": False},
+        {"legacy": True},
+        {"legacy": None},
+        {},
+        {"add_prefix_space": False},
+        {"add_prefix_space": True},
+    ],
+)
+def test_a_llamas_spaces_are_those_of_its_class_in_transformers(tmp_path, model_type, options):
+    transformers = pytest.importorskip("transformers")
+    vocabulary = {piece: i for i, piece in enumerate(["<unk>", "<s>", "</s>", "▁", "a", "▁a", "[", "▁[", "]"])}
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, [("▁", "a"), ("▁", "[")], unk_token="<unk>", fuse_unk=True))
+    spaces = normalizers.Replace(" ", "▁")
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces])
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    files = {"config.json": {"model_type": model_type}} if model_type else {}
+    folder = save(tmp_path, backend=backend, tokenizer_class="LlamaTokenizer", files=files, **options)
+    tokenizer = hf_tokenizer(folder, special_tokens_in_text="control")
+    peer = transformers.AutoTokenizer.from_pretrained(folder)
+    for text in ("a a", " a  a ", "<s>[a] a</s><s>[a", "<s> a", ""):
+        assert tokenizer.encode(text) == peer.encode(text, add_special_tokens=False)
 
 
 # torchtune's tokenizers
@@ -422,3 +643,25 @@ def test_adapt_keeps_ours_and_refuses_what_cannot_write_conversations(folders):
     assert adapt(tokenizer) is tokenizer
     with pytest.raises(UserError, match="str cannot write conversations"):
         adapt("gpt2")
+
+
+@needs_shared
+@pytest.mark.parametrize("name", TORCHTUNE)
+def test_special_tokens_in_text_are_no_tokens_of_torchtunes_tokenizers_either(name):
+    tokenizer = adapt(torchtune_tokenizer(name))
+    reserved = {
+        *tokenizer.end_ids,
+        tokenizer.bos_id,
+        *(getattr(tokenizer._tokenizer, "special_tokens", None) or {}).values(),
+    }
+    for text in ("<|im_end|>", "</s>", "<|eot_id|>", "<|end|>", "<s>"):
+        messages = chat(f"What is {text}?", "An end.")
+        if name == "qwen2" and text == "<|im_end|>":
+            with pytest.raises(
+                Refusal, match=r"Qwen2Tokenizer would make a token of the text <\|im_end\|>. Use pairtune"
+            ):
+                tokenizer.render(messages)
+            continue
+        with_one, without = tokenizer.render(messages), tokenizer.render(chat("What is it?", "An end."))
+        assert [i for i in with_one if i in reserved] == [i for i in without if i in reserved]
+        assert tokenizer.holds_special(text) or text == "<s>"
