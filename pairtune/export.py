@@ -5,12 +5,18 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
-from pairtune import adapters
-from pairtune.checkpoint import ModelFolder
+from pairtune import adapters, models
+from pairtune.batch import PairBatch
+from pairtune.checkpoint import ModelFolder, Weights, open_weights
+from pairtune.errors import UserError
+from pairtune.logps import answer_logps
 
+# Nats a token that rounding of merged weights makes; another order of rows, or a lost layer, makes several.
+TOLERANCE = {"fp32": 0.01, "bf16": 0.1}
 SHARD_BYTES = 5 * 10**9
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -64,6 +70,47 @@ def export(
             exported.rename(Path(name) / "earlier")
         folder.rename(exported)
     return exported
+
+
+def check_export(
+    exported: Path,
+    base: ModelFolder,
+    component: dict,
+    batch: PairBatch,
+    trained: tuple[Tensor, Tensor],
+    *,
+    dtype: str,
+    other_base: bool = False,
+    **prepared,
+) -> str:
+    """Reads an export again and compares what it computes with what the trained model did; returns a sentence.
+
+    Only one layer of it is in memory at a time.
+
+    Args:
+        component: The config's `model` block.
+        batch: A few pairs, on the device to compute on.
+        trained: Their chosen and rejected log-probabilities, [P] each, under the trained model.
+        other_base: It was merged into weights that training did not compute with: the difference is told only.
+        prepared: What models.prepare got.
+
+    Raises:
+        UserError: It is not the trained model.
+    """
+    folder = open_weights({"checkpoint_dir": str(exported), "model_type": base.family.name})
+    model = models.full(component, dtype=dtype)
+    models.prepare(model, **prepared | {"checkpoint_activations": False, "compile_layers": False})
+    with models.streamed(model, Weights(folder), batch.tokens.device):
+        again = torch.cat(answer_logps(model, batch))
+    lengths = torch.tensor(batch.answer_lengths, device=again.device).clamp(min=1)
+    difference = float(((again - torch.cat(trained)).abs() / lengths).max())
+    told = f"read again, its log-probabilities are within {difference:.2g} nats a token of the trained model's"
+    if not other_base and not difference <= TOLERANCE[dtype]:
+        raise UserError(
+            f"{exported}: {told}; rounding makes at most {TOLERANCE[dtype]}: this is not the trained model. The "
+            "checkpoints of the run are; this is a mistake in the export, which its authors should hear of"
+        )
+    return told
 
 
 def _copy_tokenizer(tokenizer: dict, checkpoint_dir: Path, folder: Path) -> None:

@@ -291,6 +291,43 @@ def load(
             _shard(block, world, is_root=block is model)
 
 
+@contextmanager
+def streamed(model: TransformerDecoder, weights: Mapping[str, Tensor], device: torch.device) -> Iterator[nn.Module]:
+    """Lets a model on the meta device compute with one layer's weights in memory at a time: slow, for a forward or two.
+
+    Args:
+        model: From `full`, prepared without activation checkpointing and compilation.
+        weights: As for `load`.
+
+    Raises:
+        UserError: As `load`.
+    """
+    check_weights(model, weights)
+    names = {id(module): name for name, module in model.named_modules()}
+
+    def fill(block: nn.Module, *_) -> None:
+        for module in block.modules():
+            _fill(module, names[id(module)], weights, device, device)
+
+    def empty(block: nn.Module, *_) -> None:
+        for module in block.modules():
+            for leaf, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, leaf, nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+    hooks = [layer.register_forward_pre_hook(fill) for layer in model.layers]
+    hooks += [layer.register_forward_hook(empty) for layer in model.layers]
+    in_layers = {id(module) for layer in model.layers for module in layer.modules()}
+    for module in model.modules():
+        if id(module) not in in_layers:
+            _fill(module, names[id(module)], weights, device, device)
+    try:
+        with frozen(model):
+            yield model
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def plain_name(name: str) -> str:
     """Returns a module's or parameter's name without what activation checkpointing wraps around it."""
     return name.replace(_WRAPPED, "").removesuffix("." + _WRAPPED[:-1])
@@ -493,13 +530,23 @@ def gather_weights(model: nn.Module, world: World) -> dict[str, Tensor]:
     return weights
 
 
+def with_original_base(weights: dict[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns gathered weights with the base's own in the place of those that were quantized for training.
+
+    Args:
+        base: checkpoint.Weights.
+    """
+    return {name: base[name].to(value.dtype) if name in base else value for name, value in weights.items()}
+
+
 @torch.no_grad()
 def merge_adapters(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns gathered weights with W + (alpha / rank) B A in the place of each adapted W, summed in float32.
 
     DoRA's rows are scaled to their magnitudes.
 
-    QLoRA: W is what was trained on, so the merged model is the trained policy. `model` tells alpha and rank only.
+    QLoRA: gathered W is what was trained on, so the merged model is the trained policy; of `with_original_base` it is
+    one that the adapters were not trained on, and W without its rounding to 4 bits. `model` tells alpha and rank only.
     """
     weights = dict(weights)
     for name, module in adapted_modules(model):

@@ -90,6 +90,7 @@ RULES = {
     ),
     "dtype": one_of("bf16", "fp32"),
     "attention": one_of("auto", "segments", "mask"),
+    "merge_into": one_of("original", "dequantized"),
     "checkpointer._component_": Rule(
         lambda v: v.rpartition(".")[2] == "FullModelHFCheckpointer",
         "FullModelHFCheckpointer: no format but Hugging Face folders is supported",

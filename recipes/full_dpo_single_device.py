@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from pairtune import checkpoint, config, contract, data, dist, generation, loss_needs, metrics, models, train_state
 from pairtune.batch import lay_out, longest_row
-from pairtune.export import export
+from pairtune.export import check_export, export
 from pairtune.fingerprint import check_same, fingerprint
 from pairtune.loader import Steps, share
 from pairtune.logps import answer_logps, answer_scores
@@ -434,20 +434,27 @@ def main(cfg):
     if cfg.export_best:
         world.print(f"\n{checkpoints.load_best(state)}")
     after = answer_prompts()
+    compared = batch_of((held_out or train)[:4])
+    with models.frozen(model):
+        trained = answer_logps(model, compared)
     gathered = models.gather_weights(model, world)
     if world.is_main:
+        other_base = cfg.get("merge_into") == "original"  # QLoRA's
+        whole = models.with_original_base(gathered, checkpoint.Weights(files)) if other_base else gathered
         exported = export(
             files,
             run_dir,
-            merged=models.merge_adapters(model, gathered),
+            merged=models.merge_adapters(model, whole),
             adapter=models.only_adapters(model, gathered),
             lora=cfg.get("lora"),
             tokenizer=cfg.tokenizer,
         )
+        same = {"dtype": cfg.dtype, "other_base": other_base, **prepared}
+        difference = check_export(exported, files, cfg.model, compared, trained, **same)
         generation.write_samples(samples, questions, before, after)
         generation.show_samples(samples)
         metrics.plot_curves(log.path, run_dir / "curves.png")
-        print(f"\nrun folder {run_dir}, exported weights {exported}")
+        print(f"\nrun folder {run_dir}, exported weights {exported}: {difference}")
 
 
 if __name__ == "__main__":

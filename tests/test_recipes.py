@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import runpy
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from helpers import NF4_SIZES, ROOT, padded_logps, random_pairs, run_recipe, sav
 from safetensors.torch import load_file, save_file
 from torchtune.models.convert_weights import hf_to_tune
 
-from pairtune import config, models
+from pairtune import checkpoint, config, models
 from pairtune.batch import lay_out
 from pairtune.dist import World
 from pairtune.errors import UserError
+from pairtune.export import check_export
 from pairtune.logps import answer_logps
 
 RECIPES = ("full_dpo_single_device", "lora_dpo_single_device", "qlora_dpo_single_device")
@@ -262,7 +264,7 @@ def scores_in_transformers(model, pairs):
     return torch.stack(logps)
 
 
-def trained_scores(work, pairs, monkeypatch, recipe):
+def trained_scores(work, pairs, monkeypatch, recipe, *overrides):
     """Runs a recipe and returns what its trained policy, adapters on, gives these pairs."""
     scores = {}
     original = models.gather_weights
@@ -273,7 +275,7 @@ def trained_scores(work, pairs, monkeypatch, recipe):
         return original(model, world)
 
     monkeypatch.setattr(models, "gather_weights", gather_weights)
-    run(work, recipe, "epochs=8")
+    run(work, recipe, "epochs=8", *overrides)
     return scores["policy"]
 
 
@@ -282,7 +284,8 @@ def test_merged_weights_are_the_policy_in_transformers(work, recipe, monkeypatch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     pairs = random_pairs(6, seed=2)
-    trained = trained_scores(work, pairs, monkeypatch, recipe)
+    as_trained = ["merge_into=dequantized"] if recipe.startswith("qlora") else []
+    trained = trained_scores(work, pairs, monkeypatch, recipe, *as_trained)
     exported = AutoModelForCausalLM.from_pretrained(work / "run" / "export", attn_implementation="eager")
     assert exported.dtype == torch.float32
     torch.testing.assert_close(scores_in_transformers(exported, pairs), trained, rtol=1e-5, atol=1e-4)
@@ -298,6 +301,48 @@ def test_the_adapter_on_the_base_is_the_policy_in_peft(work, monkeypatch):
     trained = trained_scores(work, pairs, monkeypatch, "lora_dpo_single_device")
     model = AutoPeftModelForCausalLM.from_pretrained(work / "run" / "export" / "adapter", dtype=torch.float32)
     torch.testing.assert_close(scores_in_transformers(model, pairs), trained, rtol=1e-5, atol=1e-4)
+
+
+# What an export is compared with before the run says that it is done
+
+
+def test_qloras_adapters_go_into_the_original_base_and_the_difference_is_told(work, capsys):
+    run(work, "qlora_dpo_single_device", "epochs=2", "lora.modules=[q_proj]")
+    (told,) = [line for line in capsys.readouterr().out.splitlines() if "exported weights" in line]
+    difference = float(re.search(r"within (\S+) nats a token of the trained model's", told)[1])
+    assert 1e-3 < difference < 1  # what 4 bits round away
+    base, exported = (load_file(work / folder / "model.safetensors") for folder in ("base", "run/export"))
+    adapter = load_file(work / "run" / "export" / "adapter" / "adapter_model.safetensors")
+    for name, value in exported.items():
+        layer, expected = f"base_model.model.{name.removesuffix('.weight')}", base[name]
+        if "q_proj" in name:
+            a, b = (adapter[f"{layer}.lora_{part}.weight"].double() for part in "AB")
+            expected = (expected.double() + 2.0 * b @ a).float()
+        torch.testing.assert_close(value, expected, atol=1e-6, rtol=0, msg=name)
+    run(work, "qlora_dpo_single_device", "epochs=2", "lora.modules=[q_proj]", "merge_into=dequantized")
+    (told,) = [line for line in capsys.readouterr().out.splitlines() if "exported weights" in line]
+    assert float(re.search(r"within (\S+) nats", told)[1]) < 1e-4
+
+
+def test_an_export_that_is_not_the_trained_model_is_refused(work):
+    run(work, "lora_dpo_single_device", "max_steps=2")
+    exported = work / "run" / "export"
+    files = checkpoint.open_weights({"checkpoint_dir": str(work / "base"), "model_type": "LLAMA3"})
+    component = {"_component_": "torchtune.models.llama3.llama3", **NF4_SIZES}
+    model = models.full(component, dtype="fp32")
+    models.prepare(model, max_length=96)
+    pairs = random_pairs(3)
+    weights = checkpoint.Weights(checkpoint.open_weights({"checkpoint_dir": str(exported), "model_type": "LLAMA3"}))
+    models.load(model, weights, world=World(torch.device("cpu")))
+    with torch.no_grad():
+        trained = answer_logps(model, lay_out(pairs))
+    same = {"dtype": "fp32", "max_length": 96, "attention": "auto"}
+    assert "within 0 nats" in check_export(exported, files, component, lay_out(pairs), trained, **same)
+    changed = load_file(exported / "model.safetensors")
+    changed["model.layers.1.self_attn.q_proj.weight"] = changed["model.layers.1.self_attn.q_proj.weight"].flip(0)
+    save_file(changed, exported / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="nats a token.*this is not the trained model"):
+        check_export(exported, files, component, lay_out(pairs), trained, **same)
 
 
 # torchtune's own recipe, on the same weights, pairs, order and adapters
