@@ -12,11 +12,12 @@ from types import SimpleNamespace
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from pairtune import data, models
+from pairtune import checkpoint, data, models
 from pairtune.config import instantiate, load
 from pairtune.errors import UserError
 from pairtune.loss_needs import needs
 from pairtune.memory import PARTS, Setting, StepMemory, step_memory, worst_batch
+from pairtune.model_config import windows
 
 GIB = 2**30
 USABLE = 0.9  # of a GPU; the rest is left to CUDA, NCCL and what the allocator cannot use
@@ -160,6 +161,7 @@ def plan_config(cfg: DictConfig, method: str, run: Run) -> Plan:
         cpu_offload=cfg.get("fsdp_cpu_offload", False),
     )
     reference_name = (cfg.get("reference") or {}).get("name", "model")
+    folder = cfg.checkpointer.checkpoint_dir
     policy, reference = build(
         method,
         cfg.model,
@@ -173,6 +175,7 @@ def plan_config(cfg: DictConfig, method: str, run: Run) -> Plan:
         dropout=not cfg.disable_dropout,
         setting=setting,
         num_processes=run.gpus,
+        base_config=checkpoint.read_config(folder) if (Path(folder) / "config.json").is_file() else None,
     )
     max_tokens = 2 * cfg.max_length - 1
     row_length = math.ceil(max_tokens / ROW_MULTIPLE) * ROW_MULTIPLE if policy.dense_attention else None
@@ -212,12 +215,14 @@ def build(
     num_processes: int = 1,
     second_model: bool = True,
     frozen_copy: bool = False,
+    base_config: dict | None = None,
 ):
     """Returns a recipe's policy and its second model, on the meta device; for LoRA and QLoRA the second is None.
 
     Args:
         second_model: The reference of full DPO is a model in memory.
         frozen_copy: That of LoRA and QLoRA is a copy of the adapters.
+        base_config: The base folder's config.json, where it is here: it tells of sliding windows, which take masks.
     """
     reference = None
     if method == "full":
@@ -236,6 +241,7 @@ def build(
                 model,
                 max_length=max_length,
                 attention=attention,
+                windows=windows(base_config or {}, len(model.layers)),
                 checkpoint_activations=checkpoint_activations,
             )
     return policy, reference

@@ -21,7 +21,7 @@ from pairtune.loader import Steps, share
 from pairtune.logps import answer_logps, answer_scores
 from pairtune.loss_advice import advice_for
 from pairtune.losses import kto_kl
-from pairtune.model_config import check_model
+from pairtune.model_config import check_model, windows
 from pairtune.reference import SecondModel, check_name
 from pairtune.reference_cache import ReferenceCache, find_folder, identify
 from pairtune.tokenizer import adapt
@@ -125,16 +125,18 @@ def main(cfg):
         second = models.full(cfg.model, dtype=cfg.dtype).requires_grad_(False).eval()
     if cfg.disable_dropout and models.disable_dropout(model):
         world.print("disable_dropout=true: the model's dropout has no effect\n")
+    base_config = checkpoint.read_config(cfg.checkpointer.checkpoint_dir)
+    check_model(model, base_config)
     for built in filter(None, (model, second)):
         models.prepare(
             built,
             max_length=cfg.max_length,
             vocab_size=tokenizer.vocab_size,
             attention=cfg.attention,
+            windows=windows(base_config, len(model.layers)),
             checkpoint_activations=cfg.enable_activation_checkpointing,
             compile_layers=cfg.compile,
         )
-    check_model(model, checkpoint.read_config(cfg.checkpointer.checkpoint_dir))
 
     # 3. Preference pairs
     def read_pairs(key):

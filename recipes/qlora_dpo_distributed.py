@@ -32,7 +32,7 @@ from pairtune.loader import Steps, share
 from pairtune.logps import answer_logps, answer_scores
 from pairtune.loss_advice import advice_for
 from pairtune.losses import kto_kl
-from pairtune.model_config import check_model
+from pairtune.model_config import check_model, windows
 from pairtune.reference import AdapterCopy, AdaptersOff, check_name
 from pairtune.reference_cache import ReferenceCache, find_folder, identify
 from pairtune.tokenizer import adapt
@@ -149,15 +149,17 @@ def main(cfg):
     model = models.lora(cfg.model, **cfg.lora, **build)
     if cfg.disable_dropout and models.disable_dropout(model):
         world.print("disable_dropout=true: the model's dropout, such as lora.dropout, has no effect\n")
+    base_config = checkpoint.read_config(cfg.checkpointer.checkpoint_dir)
+    check_model(model, base_config)
     models.prepare(
         model,
         max_length=cfg.max_length,
         vocab_size=tokenizer.vocab_size,
         attention=cfg.attention,
+        windows=windows(base_config, len(model.layers)),
         checkpoint_activations=cfg.enable_activation_checkpointing,
         compile_layers=cfg.compile,
     )
-    check_model(model, checkpoint.read_config(cfg.checkpointer.checkpoint_dir))
     adapter = adapters.read_adapter(cfg.adapter, model, files) if cfg.adapter else None
 
     # 3. Preference pairs
