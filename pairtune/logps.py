@@ -23,9 +23,7 @@ CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**27}  # logits that exist at a time: 16 
 KEEP_LOGITS_BYTES = 2**30  # a trainable head keeps its logits for backward up to this size, and recomputes above
 
 
-def install(
-    model: TransformerDecoder, back_end: str = "segments", windows: Sequence[int | None] | None = None
-) -> None:
+def install(model: TransformerDecoder, back_end: str = "segments", windows: Sequence[int | None] | None = None) -> None:
     """Gives this decoder an `unembed` that returns token log-probabilities [N] while a batch is being scored.
 
     Without a batch (generation) it is torchtune's own and returns logits.
@@ -148,10 +146,11 @@ def token_logps(
 ) -> Tensor:
     """Returns log softmax(hidden @ weight.T) at `target`, [N] float32, for hidden [N, D], weight [V, D], target [N].
 
-    With a `softcap`, logits z are softcap * tanh(z / softcap). A frozen weight's gradient with respect to `hidden` is made in the forward, so that backward is one product by a
-    scalar a token. A trainable weight keeps its logits, in the model's dtype, up to `keep_bytes`, and recomputes them
-    above. `chunk_size` is in tokens. `log_collision` [N], where given, is filled with log sum_v p_v^2, the
-    log-probability that two samples are the same token; no gradient passes through it.
+    With a `softcap`, softcap * tanh(logits / softcap) takes the place of the logits, as in Gemma 2. A frozen weight's
+    gradient with respect to `hidden` is made in the forward, so that backward is one product by a scalar a token. A
+    trainable weight keeps its logits, in the model's dtype, up to `keep_bytes`, and recomputes them above.
+    `chunk_size` is in tokens. `log_collision` [N], where given, is filled with log sum_v p_v^2, the log-probability
+    that two samples are the same token; no gradient passes through it.
     """
     chunk_size = chunk_size or _chunk_size(hidden.device, weight.shape[0])
     if not torch.is_grad_enabled() or not (hidden.requires_grad or weight.requires_grad):
