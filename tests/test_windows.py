@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 import windows_worker
-from helpers import random_pairs
+from helpers import NF4_SIZES, random_pairs, run_config, run_recipe, save_llama, save_pairs, tiny_llama
 from torchtune.models.convert_weights import hf_to_tune
 from torchtune.models.phi3._convert_weights import phi3_hf_to_tune
 from torchtune.models.qwen2._convert_weights import qwen2_hf_to_tune
@@ -209,6 +209,39 @@ def test_two_processes_compute_what_one_does(tmp_path):
     for case, result in zip(cases, json.loads(path.read_text()), strict=True):
         expected = windows_worker.measure(*case, ONE)
         assert len(expected) > 20 and result == pytest.approx(expected, rel=1e-4), case
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_recipes_train_with_the_window_of_config_json(tmp_path, method):
+    """Before its first update a policy is its base, which the log's first line tells the log-probabilities of."""
+    save_llama(tmp_path / "base")
+    path, pairs = tmp_path / "base" / "config.json", random_pairs(8, prompt=(20, 40), answer=(12, 20))
+    config = json.loads(path.read_text()) | {"model_type": "mistral", "sliding_window": 8}
+    path.write_text(json.dumps(config))
+    for name in ("train", "held_out"):
+        save_pairs(tmp_path / f"{name}.jsonl", pairs)
+    component = {"_component_": "torchtune.models.mistral.mistral", **NF4_SIZES}
+    cfg = run_config(
+        tmp_path, model=component, checkpointer={"checkpoint_dir": str(path.parent), "model_type": "MISTRAL"},
+        max_steps=1, samples={"num_prompts": 0}, keep_last_n=0,
+    )  # fmt: skip
+    if method == "full":
+        del cfg["lora"]
+    (tmp_path / "config.yaml").write_text(json.dumps(cfg))
+    log = run_recipe(f"{method}_dpo_single_device", config_paths=[tmp_path / "config.yaml"])
+    found = next(row["logps/chosen"] for row in log if "logps/chosen" in row)
+    by_window = {}
+    for window in (8, None):
+        if method == "full":
+            model = models.full(component, dtype="fp32")
+        else:
+            model = models.lora(component, **LORA, dtype="fp32", quantize_base=method == "qlora")
+        models.prepare(model, max_length=128, windows=[window] * NF4_SIZES["num_layers"])
+        models.load(model, tiny_llama(**NF4_SIZES).state_dict(), world=ONE)
+        with torch.no_grad():
+            by_window[window] = float(logps.answer_logps(model, lay_out(pairs))[0].mean())
+    assert found == pytest.approx(by_window[8], rel=1e-5)
+    assert found != pytest.approx(by_window[None], rel=1e-3)
 
 
 # What a config.json says
