@@ -153,12 +153,12 @@ def _model(method: str, cfg: DictConfig, tokenizer) -> tuple[str, Any]:
         model = models.lora(cfg.model, **cfg.lora, dtype=cfg.dtype, quantize_base=method == "qlora")
     here = Path(cfg.checkpointer.checkpoint_dir).is_dir()
     base_config = checkpoint.read_config(cfg.checkpointer.checkpoint_dir) if here else {}
-    check_model(model, base_config)
     models.prepare(
         model, max_length=cfg.max_length, vocab_size=tokenizer.vocab_size if tokenizer else 0,
         attention=cfg.attention, windows=windows(base_config, len(model.layers)),
         checkpoint_activations=cfg.enable_activation_checkpointing, compile_layers=cfg.compile,
     )  # fmt: skip
+    check_model(model, base_config)
     num_parameters, num_trained = models.num_parameters(model)
     compared = "as in config.json" if here else "not compared with config.json, which is not here"
     return f"{num_parameters:,} parameters, {num_trained:,} trained, {compared}", None

@@ -126,7 +126,6 @@ def main(cfg):
     if cfg.disable_dropout and models.disable_dropout(model):
         world.print("disable_dropout=true: the model's dropout has no effect\n")
     base_config = checkpoint.read_config(cfg.checkpointer.checkpoint_dir)
-    check_model(model, base_config)
     for built in filter(None, (model, second)):
         models.prepare(
             built,
@@ -137,6 +136,7 @@ def main(cfg):
             checkpoint_activations=cfg.enable_activation_checkpointing,
             compile_layers=cfg.compile,
         )
+    check_model(model, base_config)
 
     # 3. Preference pairs
     def read_pairs(key):

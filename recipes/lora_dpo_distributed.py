@@ -149,7 +149,6 @@ def main(cfg):
     if cfg.disable_dropout and models.disable_dropout(model):
         world.print("disable_dropout=true: the model's dropout, such as lora.dropout, has no effect\n")
     base_config = checkpoint.read_config(cfg.checkpointer.checkpoint_dir)
-    check_model(model, base_config)
     models.prepare(
         model,
         max_length=cfg.max_length,
@@ -159,6 +158,7 @@ def main(cfg):
         checkpoint_activations=cfg.enable_activation_checkpointing,
         compile_layers=cfg.compile,
     )
+    check_model(model, base_config)
     adapter = adapters.read_adapter(cfg.adapter, model, files) if cfg.adapter else None
 
     # 3. Preference pairs
