@@ -145,7 +145,7 @@ def _check_layers(targets, adapted: set[str], family: Family, key: str) -> None:
 def _modules_of(target: str, family: Family) -> list[Module]:
     """Returns the modules that a target, the end of a layer's name or the whole of it, stands for."""
     target = re.sub(r"\.\d+\.", ".{}.", target)
-    found = [m for m in family.modules if f".{m.theirs}".endswith(f".{target}")]
+    found = [m for m in family.modules if any(f".{name}".endswith(f".{target}") for name in (m.theirs, m.adapted))]
     return [m for m in found if m.is_linear and not m.parts[0].name.endswith("_embeddings")]
 
 
@@ -280,6 +280,7 @@ def write_adapter(folder: Path, adapter: dict[str, Tensor], base: ModelFolder, l
     modules: dict[str, Module] = {}
     for name in dict.fromkeys(key.partition(".lora_")[0] for key in adapter):
         module, i, theirs = base.family.find_ours(name)
+        theirs = module.loaded or theirs
         layers.setdefault(theirs, {})[i], modules[theirs] = name, module
     tensors, ranks = {}, {}
     for theirs, ours in layers.items():
@@ -328,8 +329,8 @@ def _put_together(parts: list[tuple[int, Tensor, Tensor]], module: Module, confi
 
 def _targets(modules: dict[str, Module], family: Family) -> list[str]:
     """Returns the shortest ends of names that mean these layers and no others."""
-    adapted = list(dict.fromkeys(module.theirs for module in modules.values()))
-    others = [m.theirs for m in family.modules if m.theirs not in adapted]
+    adapted = list(dict.fromkeys(module.adapted for module in modules.values()))
+    others = [m.adapted for m in family.modules if m.adapted not in adapted]
     targets = []
     for theirs in adapted:
         pieces = theirs.split(".")

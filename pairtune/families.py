@@ -39,6 +39,7 @@ class Module:
         leaves: Their names of its tensors to ours.
         transposed: Its matrix is [in, out], as in GPT-2's Conv1D.
         interleaved: Its parts take turns, a head each, as in GPT-NeoX's query_key_value.
+        loaded: What transformers 5 calls it in memory, and PEFT after it, where files have another name.
     """
 
     theirs: str
@@ -46,6 +47,12 @@ class Module:
     leaves: Mapping[str, str] = field(default_factory=lambda: {"weight": "weight", "bias": "bias"})
     transposed: bool = False
     interleaved: bool = False
+    loaded: str | None = None
+
+    @property
+    def adapted(self) -> str:
+        """What an adapter calls it."""
+        return self.loaded or self.theirs
 
     @property
     def is_linear(self) -> bool:
@@ -106,7 +113,7 @@ class Family:
 
     @cached_property
     def _theirs(self) -> list[tuple[re.Pattern, Module]]:
-        return [(_pattern(module.theirs), module) for module in self.modules]
+        return [(_pattern(name), m) for m in self.modules for name in dict.fromkeys((m.theirs, m.adapted))]
 
     @cached_property
     def _ours(self) -> list[tuple[re.Pattern, Module, int]]:
@@ -292,7 +299,7 @@ GPT_NEOX = (
     Module(f"{NEOX_LAYER}post_attention_layernorm", (Part("layers.{}.mlp_norm"),)),
     Module("gpt_neox.embed_in", (Part("tok_embeddings"),)),
     Module("gpt_neox.final_layer_norm", (Part("norm"),)),
-    Module("embed_out", (Part("output"),)),
+    Module("embed_out", (Part("output"),), loaded="lm_head"),
 )
 
 # Masks and angles that older folders keep among the weights.

@@ -34,11 +34,13 @@ class LearnedPositionsDecoder(TransformerDecoder):
         Args:
             tokens: [B, S].
             mask: As in torchtune's decoder.
-            input_pos: [B, S] or [S], below the number of learned positions. None: 0 to S - 1.
+            input_pos: [B, S], below the number of learned positions; while generating, torchtune gives [S] for all rows
+                and [B] for one more token each. None: 0 to S - 1.
         """
-        self._validate_inputs(tokens.shape[1], mask=mask, input_pos=input_pos)
-        positions = torch.arange(tokens.shape[1], device=tokens.device) if input_pos is None else input_pos
-        h = self.tok_embeddings(tokens) + self.pos_embeddings(positions)  # [B, S, D]
+        size = tokens.shape[1]
+        self._validate_inputs(size, mask=mask, input_pos=input_pos)
+        positions = torch.arange(size, device=tokens.device) if input_pos is None else input_pos
+        h = self.tok_embeddings(tokens) + self.pos_embeddings(positions.view(-1, size))  # [B, S, D]
         for layer in self.layers:
             h = layer(h, mask=mask, input_pos=input_pos)
         return self.unembed(h)
