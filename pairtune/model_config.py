@@ -28,7 +28,7 @@ READ = NEEDED | {
     "rope_scaling": dict,
     "rope_parameters": dict,
 }
-# Settings of which one value is what the builders compute, by config.json's model_type; the first one is its default.
+# Settings of which only these values are what the builders compute, by config.json's model_type.
 ONLY = {
     "gpt2": {
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"),

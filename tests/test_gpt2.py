@@ -1,11 +1,13 @@
 """GPT-2 computes, loads and exports what transformers and PEFT do: learned positions, fused and transposed layers."""
 
 import json
+import subprocess
+import sys
 
 import hf_peers
 import pytest
 import torch
-from helpers import random_pairs
+from helpers import ROOT, SHARED, random_pairs
 from safetensors.torch import load_file, save_file
 
 from pairtune import checkpoint, generation, gpt2, models
@@ -51,13 +53,14 @@ def test_other_sizes_of_the_mlp_and_an_untied_output_are_those_of_transformers(t
     hf_peers.check_logps_and_gradients(peer, hf_peers.load_ours(files, component), files)
 
 
-def test_compiled_layers_compute_the_same(base):
-    files, _ = base
-    pairs = random_pairs(4)
-    plain, compiled = (hf_peers.load_ours(files, COMPONENT, compile_layers=c) for c in (False, True))
+def test_compiled_layers_compute_the_same(tmp_path):
+    pairs, peer = random_pairs(4), hf_peers.save_peer(tmp_path, config(n_layer=1))
+    files = hf_peers.open_folder(tmp_path, "GPT2")
+    model = hf_peers.load_ours(files, COMPONENT | {"num_layers": 1}, compile_layers=True)
     with torch.no_grad():
-        expected = hf_peers.our_logps(plain, pairs)
-        torch.testing.assert_close(hf_peers.our_logps(compiled, pairs), expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            hf_peers.our_logps(model, pairs), hf_peers.peer_logps(peer, pairs), rtol=1e-5, atol=0
+        )
 
 
 def test_positions_restart_with_each_document_and_each_answer(base):
@@ -143,12 +146,8 @@ def test_what_a_run_exports_is_what_it_measured(base, method):
     hf_peers.check_run(base[0].path.parent, method)
 
 
-@pytest.mark.parametrize("method", ["full", "qlora"])
-def test_two_processes_give_the_numbers_of_one(tmp_path, method):
-    """Sharded in two, each matrix of NF4 has to hold 2 x 16,384 weights."""
-    hf_peers.save_peer(tmp_path / "base", config(n_embd=256))
-    hf_peers.write_config(tmp_path, COMPONENT | {"embed_dim": 256}, "GPT2", lora=LORA)
-    hf_peers.check_two_processes(tmp_path, method)
+def test_two_processes_give_the_numbers_of_one(base):
+    hf_peers.check_two_processes(base[0].path.parent, "full")
 
 
 @pytest.mark.parametrize(
@@ -205,3 +204,69 @@ def test_a_config_of_another_gpt_2_is_refused(tmp_path, change, words):
     with pytest.raises(UserError) as error:
         check_config(GPT2 | change, tmp_path)
     assert words in str(error.value)
+
+
+# The tutorial's config
+
+
+@pytest.fixture
+def tutorial(tmp_path):
+    """A tiny GPT-2 with its own tokenizer, the files as the Hub has them, and 50 rows with the data set's columns."""
+    tokenizers = pytest.importorskip("tokenizers")
+    files = SHARED / "tokenizers" / "gpt2"
+    if not files.is_dir():
+        pytest.skip(f"{files} is not here: GPT-2's vocabulary")
+    hf_peers.save_peer(tmp_path / "base", config(n_embd=32, n_positions=512, vocab_size=50_257, eos_token_id=50_256))
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE.from_file(str(files / "vocab.json"), str(files / "merges.txt"))
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(tmp_path / "base" / "tokenizer.json"))
+    (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 1024}))
+
+    def conversation(prompt, answer):
+        return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+
+    with (tmp_path / "rows.jsonl").open("w") as file:
+        for n in range(60):  # ten more than dataset.limit
+            prompt = f"What do you think of paper number {n}?"
+            row = {"source": "evol_instruct", "prompt": prompt, "chosen-rating": 5.0, "chosen-model": "a"}
+            row |= {"chosen": conversation(prompt, f"Its {n} proofs are careful."), "rejected-rating": 1.0}
+            row |= {"rejected": conversation(prompt, "No idea."), "rejected-model": "b"}
+            file.write(json.dumps(row) + "\n")
+    return tmp_path
+
+
+def test_the_tutorial_runs_as_one_command_and_says_what_came_of_it(tutorial):
+    sizes = "vocab_size: 50257, num_layers: 2, num_heads: 4, embed_dim: 32, max_seq_len: 512"
+    command = [sys.executable, "-m", "pairtune.cli", "run", str(ROOT / "recipes" / "lora_dpo_single_device")]
+    command += ["--config", str(ROOT / "configs" / "gpt2_tutorial.yaml"), "device=cpu"]
+    command += [f"model={{_component_: pairtune.gpt2.gpt2, {sizes}}}", f"output_dir={tutorial / 'run'}"]
+    command += [f"checkpointer.checkpoint_dir={tutorial / 'base'}", f"dataset.source={tutorial / 'rows.jsonl'}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    out = done.stdout
+    assert done.returncode == 0, out + done.stderr
+    assert "plain text: the tokenizer has no chat template" in out
+    assert "45 pairs, 5 held out; 45 steps of 1 pairs" in out
+    steps = [json.loads(line) for line in (tutorial / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in steps if "eval/loss" in row] == [45]
+    assert [row["lr"] for row in steps[:3]] == pytest.approx([1e-4 / 3, 2e-4 / 3, 1e-4])
+    samples = [json.loads(line) for line in (tutorial / "run" / "samples.jsonl").read_text().splitlines()]
+    changed = sum(sample["before"] != sample["after"] for sample in samples)
+    assert len(samples) == 5 and f"{changed} of 5 answers changed" in out
+    assert (tutorial / "run" / "curves.png").exists()
+    settings = json.loads((tutorial / "run" / "export" / "adapter" / "adapter_config.json").read_text())
+    assert settings["fan_in_fan_out"] is True and settings["lora_dropout"] == 0.1
+    assert settings["target_modules"] == ["c_attn", "c_proj"]
+
+
+@pytest.mark.parametrize(
+    ("after", "words"),
+    [(["x", "y"], "0 of 2 answers changed: the policy barely moved"), (["x", "z"], "1 of 2 answers changed")],
+)
+def test_samples_say_how_many_answers_changed(tmp_path, capsys, after, words):
+    generation.write_samples(tmp_path / "samples.jsonl", ["a", "b"], ["x", "y"], after)
+    generation.show_samples(tmp_path / "samples.jsonl")
+    assert capsys.readouterr().out.endswith(f"{words}\n")
