@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pairtune import models
 from pairtune.checkpoint import ModelFolder, Weights, read_shard
 from pairtune.errors import UserError
-from pairtune.families import Family, Module, order_as_ours, order_as_theirs
+from pairtune.families import Family, Module
 from pairtune.rules import LORA_LAYERS, show
 
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
@@ -154,8 +154,8 @@ def _check_layers(targets, adapted: set[str], family: Family, key: str) -> None:
 def _modules_of(target: str, family: Family) -> list[Module]:
     """Returns the modules that a target, the end of a layer's name or the whole of it, stands for."""
     target = re.sub(r"\.\d+\.", ".{}.", target)
-    found = [m for m in family.modules if f".{m.theirs}".endswith(f".{target}")]
-    return [m for m in found if m.is_linear and m.parts[0].name != "tok_embeddings"]
+    found = [m for m in family.modules if any(f".{name}".endswith(f".{target}") for name in (m.theirs, m.adapted))]
+    return [m for m in found if m.is_linear and not m.parts[0].name.endswith("_embeddings")]
 
 
 def _as_modules(layers: set[str]) -> str:
@@ -216,9 +216,8 @@ def _from_peft(
         for name, (a, b) in zip(ours, pieces, strict=True):
             converted |= {f"{name}.lora_a.weight": a, f"{name}.lora_b.weight": b}
         if magnitude is not None:
-            parts = magnitude.flatten().split([len(b) for _, b in pieces])
-            for name, values, part in zip(ours, parts, module.parts, strict=True):
-                converted[f"{name}.magnitude"] = order_as_ours(values, part, base.config)
+            values = zip(ours, module.split(magnitude.flatten(), base.config), strict=True)
+            converted |= {f"{name}.magnitude": value for name, value in values}
     return converted
 
 
@@ -236,20 +235,18 @@ def _take_apart(a: Tensor, b: Tensor, module: Module, config: dict, rank: int) -
 
     Of a fused layer all may share A, which each then has a copy of; or each has a block of its own, as we write it.
     """
-    parts = module.parts
-    rows = b.split(module.sizes(len(b), config)) if len(parts) > 1 else [b]
+    rows = module.split(b, config)
     if len(a) == rank:
-        return [(a, order_as_ours(r, part, config)) for r, part in zip(rows, parts, strict=True)]
-    blocks = [slice(i * rank, (i + 1) * rank) for i in range(len(parts))]
-    if len(a) != rank * len(parts):
+        return [(a, r) for r in rows]
+    blocks = [slice(i * rank, (i + 1) * rank) for i in range(len(rows))]
+    if len(a) != rank * len(rows):
         return None
     for r, own in zip(rows, blocks, strict=True):
         rest = r.clone()
         rest[:, own] = 0
         if rest.any():  # a part reads another one's A
             return None
-    own_parts = zip(rows, parts, blocks, strict=True)
-    return [(a[own], order_as_ours(r[:, own].contiguous(), part, config)) for r, part, own in own_parts]
+    return [(a[own], r[:, own].contiguous()) for r, own in zip(rows, blocks, strict=True)]
 
 
 def _check_base_output(value: Tensor, layer: str, base: ModelFolder, path: Path) -> None:
@@ -297,6 +294,7 @@ def write_adapter(folder: Path, adapter: dict[str, Tensor], base: ModelFolder, l
     modules: dict[str, Module] = {}
     for name in dict.fromkeys(re.sub(r"\.(lora_[ab]\.weight|magnitude)$", "", key) for key in adapter):
         module, i, theirs = base.family.find_ours(name)
+        theirs = module.loaded or theirs
         layers.setdefault(theirs, {})[i], modules[theirs] = name, module
     tensors, ranks = {}, {}
     for theirs, ours in layers.items():
@@ -339,19 +337,15 @@ def _put_together(parts: list[tuple[int, Tensor, Tensor]], module: Module, confi
     Args:
         parts: Number of the part, A and B, of the parts that are adapted.
     """
-    blocks = {i: order_as_theirs(b, module.parts[i], config) for i, _, b in parts}
-    a, b = torch.cat([a for _, a, _ in parts]), torch.block_diag(*blocks.values())
-    if len(blocks) == len(module.parts):
-        return a, b
-    (i, block), *_ = blocks.items()
-    shares = module.sizes(sum(module.sizes(2**20, config)), config)  # how the rows of a whole one are shared out
-    rows = [len(block) * share // shares[i] for share in shares]
-    whole, done = b.new_zeros(sum(rows), len(a)), 0
-    for j, part_rows in enumerate(rows):
-        if j in blocks:
-            whole[sum(rows[:j]) : sum(rows[: j + 1])] = b[done : done + part_rows]
-            done += part_rows
-    return a, whole
+    i, _, b = parts[0]
+    unit = len(b) // module.shares(config)[i]
+    width = sum(len(a) for _, a, _ in parts)
+    blocks = [b.new_zeros(unit * share, width) for share in module.shares(config)]  # of each part, adapted or not
+    start = 0
+    for i, a, own in parts:
+        blocks[i][:, start : start + len(a)] = own
+        start += len(a)
+    return torch.cat([a for _, a, _ in parts]), module.join(blocks, config)
 
 
 def _magnitudes(
@@ -360,20 +354,20 @@ def _magnitudes(
     """Returns the magnitudes [out] of one of their layers; a part without an adapter has its rows' norms."""
     weights, (_, names) = None, base.family.find_theirs(theirs)
     pieces = []
-    for i, (name, part) in enumerate(zip(names, module.parts, strict=True)):
+    for i, name in enumerate(names):
         if i in ours:
             values = adapter[f"{name}.magnitude"]
         else:
             weights = weights or Weights(base)
             values = torch.linalg.vector_norm(weights[f"{name}.weight"].float(), dim=1)
-        pieces.append(order_as_theirs(values, part, base.config))
-    return torch.cat([piece.to(pieces[0].dtype) for piece in pieces]).contiguous()
+        pieces.append(values.to(next(iter(adapter.values())).dtype))
+    return module.join(pieces, base.config).contiguous()
 
 
 def _targets(modules: dict[str, Module], family: Family) -> list[str]:
     """Returns the shortest ends of names that mean these layers and no others."""
-    adapted = list(dict.fromkeys(module.theirs for module in modules.values()))
-    others = [m.theirs for m in family.modules if m.theirs not in adapted]
+    adapted = list(dict.fromkeys(module.adapted for module in modules.values()))
+    others = [m.adapted for m in family.modules if m.adapted not in adapted]
     targets = []
     for theirs in adapted:
         pieces = theirs.split(".")

@@ -194,12 +194,12 @@ class Weights(Mapping):
         self._tensors: dict[str, Tensor] = {}
         self._files: dict[str, Path] = {}  # which file a tensor is in
         for path in folder.weight_files:
-            shard = read_shard(path)
+            shard = read_shard(path, ignored=folder.family.ignored)
             for key in shard.keys() & self._files.keys():
                 raise UserError(f"{path}: {key} is there twice, also in {self._files[key].name}; remove one file")
             self._tensors |= shard
             self._files |= dict.fromkeys(shard, path)
-        _check_index(folder.path, self._files)
+        _check_index(folder, self._files)
         self.empty: dict[str, Tensor] = {}
         self._sources: dict[str, str] = {}
         for key, value in self._tensors.items():
@@ -246,8 +246,12 @@ class Weights(Mapping):
         return len(self._sources)
 
 
-def read_shard(path: Path) -> dict[str, Tensor]:
-    """Returns a file's tensors by name, memory-mapped. A pickle may hold tensors only: none of its code is run."""
+def read_shard(path: Path, *, ignored: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """Returns a file's tensors by name, memory-mapped. A pickle may hold tensors only: none of its code is run.
+
+    Args:
+        ignored: Endings of names that are left out, whatever is behind them: masks may be of any type.
+    """
     try:
         shard = safe_torch_load(path)
     except ValueError as error:
@@ -258,6 +262,7 @@ def read_shard(path: Path) -> dict[str, Tensor]:
         ) from error
     if not isinstance(shard, dict):
         raise UserError(f"{path}: holds a {type(shard).__name__}, not weights by name; save the model's state_dict")
+    shard = {key: value for key, value in shard.items() if not str(key).endswith(ignored)}
     for key, value in shard.items():
         if not isinstance(value, Tensor):
             raise UserError(f"{path}: {key} is a {type(value).__name__}: not weights by name; save the state_dict")
@@ -267,12 +272,13 @@ def read_shard(path: Path) -> dict[str, Tensor]:
     return shard
 
 
-def _check_index(folder: Path, files: dict[str, Path]) -> None:
+def _check_index(folder: ModelFolder, files: dict[str, Path]) -> None:
     """Every weight that an index names is in the file that it names, as far as that file is read."""
     read = {path.name for path in files.values()}
-    for index in (folder / name for name in WEIGHT_FILES if name.endswith(".index.json")):
+    for index in (folder.path / name for name in WEIGHT_FILES if name.endswith(".index.json")):
         shards = _read_index(index) if index.is_file() else {}
-        elsewhere = (key for key, shard in shards.items() if key not in files or files[key].name != shard)
+        weights = (key for key in shards if not key.endswith(folder.family.ignored))
+        elsewhere = (key for key in weights if key not in files or files[key].name != shards[key])
         absent = [key for key in elsewhere if shards[key] in read]
         if absent:
             raise UserError(

@@ -38,12 +38,21 @@ class Module:
         parts: In the order of its rows.
         leaves: Their names of its tensors to ours.
         transposed: Its matrix is [in, out], as in GPT-2's Conv1D.
+        interleaved: Its parts take turns, a head each, as in GPT-NeoX's query_key_value.
+        loaded: What transformers 5 calls it in memory, and PEFT after it, where files have another name.
     """
 
     theirs: str
     parts: tuple[Part, ...]
     leaves: Mapping[str, str] = field(default_factory=lambda: {"weight": "weight", "bias": "bias"})
     transposed: bool = False
+    interleaved: bool = False
+    loaded: str | None = None
+
+    @property
+    def adapted(self) -> str:
+        """What an adapter calls it."""
+        return self.loaded or self.theirs
 
     @property
     def is_linear(self) -> bool:
@@ -52,13 +61,33 @@ class Module:
 
     def sizes(self, rows: int, config: dict) -> list[int]:
         """Returns how many of a matrix's rows each part has."""
-        if len(self.parts) == 1:
-            return [rows]
-        heads = {"q": num_heads(config, "q"), "kv": num_heads(config, "kv")}
+        shares = self.shares(config)
+        return [rows * share // sum(shares) for share in shares]
+
+    def shares(self, config: dict) -> list[int]:
+        """Returns how its rows are shared out: how many each part has, of as many as they add up to."""
         if self.parts[0].rows == "equal":
-            return [rows // len(self.parts)] * len(self.parts)
-        total = sum(heads[part.rows] for part in self.parts)
-        return [rows * heads[part.rows] // total for part in self.parts]
+            return [1] * len(self.parts)
+        return [num_heads(config, part.rows) for part in self.parts]
+
+    def split(self, tensor: Tensor, config: dict) -> list[Tensor]:
+        """Returns the rows [rows] or [rows, n] of each part, in our order.
+
+        Raises:
+            RuntimeError: They cannot be cut so.
+        """
+        if self.interleaved:  # [heads, parts, rows a head, ...] to [parts, heads, rows a head, ...]
+            tensor = tensor.unflatten(0, (num_heads(config, "q"), len(self.parts), -1)).transpose(0, 1).flatten(0, 2)
+        pieces = tensor.split(self.sizes(len(tensor), config)) if len(self.parts) > 1 else [tensor]
+        return [order_as_ours(piece, part, config) for piece, part in zip(pieces, self.parts, strict=True)]
+
+    def join(self, pieces: list[Tensor], config: dict) -> Tensor:
+        """Returns the rows of all parts as theirs: what `split` takes apart."""
+        pieces = [order_as_theirs(piece, part, config) for piece, part in zip(pieces, self.parts, strict=True)]
+        whole = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        if self.interleaved:
+            whole = whole.unflatten(0, (len(self.parts), num_heads(config, "q"), -1)).transpose(0, 1).flatten(0, 2)
+        return whole
 
 
 @dataclass(frozen=True)
@@ -84,7 +113,7 @@ class Family:
 
     @cached_property
     def _theirs(self) -> list[tuple[re.Pattern, Module]]:
-        return [(_pattern(module.theirs), module) for module in self.modules]
+        return [(_pattern(name), m) for m in self.modules for name in dict.fromkeys((m.theirs, m.adapted))]
 
     @cached_property
     def _ours(self) -> list[tuple[re.Pattern, Module, int]]:
@@ -125,12 +154,8 @@ class Family:
         if module.is_linear and leaf == "weight" and value.dim() != 2:
             raise RuntimeError("it is no matrix")
         value = value.T if module.transposed and value.dim() == 2 else value
-        sizes = module.sizes(value.shape[0], config)
-        pieces = value.split(sizes) if len(sizes) > 1 else [value]
-        return {
-            f"{name}.{module.leaves[leaf]}": order_as_ours(piece, part, config)
-            for name, piece, part in zip(ours, pieces, module.parts, strict=True)
-        }
+        pieces = module.split(value, config)
+        return {f"{name}.{module.leaves[leaf]}": piece for name, piece in zip(ours, pieces, strict=True)}
 
     def to_theirs(self, weights: Mapping[str, Tensor], config: dict) -> dict[str, Tensor]:
         """Returns whole weights of a model under their names.
@@ -148,19 +173,20 @@ class Family:
             if i:  # is taken along with the first part
                 continue
             _, ours = self.find_theirs(theirs)
-            pieces = [
-                order_as_theirs(weights[f"{part_name}.{our_leaf}"], part, config)
-                for part_name, part in zip(ours, module.parts, strict=True)
-            ]
-            whole = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+            whole = module.join([weights[f"{part_name}.{our_leaf}"] for part_name in ours], config)
             converted[f"{theirs}.{leaf}"] = (whole.T if module.transposed and whole.dim() == 2 else whole).contiguous()
         return converted
 
 
 def num_heads(config: dict, kind: str) -> int:
     """Returns how many heads the rows of queries (q) or of keys and values (kv) belong to."""
-    heads = config.get("num_attention_heads") or config["n_head"]
-    return heads if kind == "q" else config.get("num_key_value_heads") or heads
+    heads = config[config_key("num_attention_heads", config)]
+    return heads if kind == "q" else config.get(config_key("num_key_value_heads", config)) or heads
+
+
+def config_key(name: str, config: Mapping) -> str:
+    """Returns what this config.json calls a setting that Llama's calls `name`."""
+    return CONFIG_KEYS.get(str(config.get("model_type")), {}).get(name, name)
 
 
 def order_as_ours(tensor: Tensor, part: Part, config: dict) -> Tensor:
@@ -184,6 +210,25 @@ def _pattern(name: str) -> re.Pattern:
 
 
 # The tables
+
+# By config.json's model_type, what it calls settings that have another name in Llama's. Where every head of queries has
+# keys and values of its own, one key tells the number of both.
+CONFIG_KEYS = {
+    "gpt2": {
+        "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "num_key_value_heads": "n_head",
+        "max_position_embeddings": "n_positions",
+        "rms_norm_eps": "layer_norm_epsilon",
+    },
+    "gpt_neox": {
+        "num_key_value_heads": "num_attention_heads",
+        "rms_norm_eps": "layer_norm_eps",
+        "rope_theta": "rotary_emb_base",
+        "partial_rotary_factor": "rotary_pct",
+    },
+}
 
 NORM = {"weight": "scale"}
 LAYER = "model.layers.{}."
@@ -236,6 +281,40 @@ PHI = (
     *ENDS,
 )
 
+H = "transformer.h.{}."
+GPT2 = (
+    Module(f"{H}attn.c_attn", tuple(Part(f"layers.{{}}.attn.{n}_proj") for n in "qkv"), transposed=True),
+    Module(f"{H}attn.c_proj", (Part("layers.{}.attn.output_proj"),), transposed=True),
+    Module(f"{H}mlp.c_fc", (Part("layers.{}.mlp.w1"),), transposed=True),
+    Module(f"{H}mlp.c_proj", (Part("layers.{}.mlp.w2"),), transposed=True),
+    Module(f"{H}ln_1", (Part("layers.{}.sa_norm"),)),
+    Module(f"{H}ln_2", (Part("layers.{}.mlp_norm"),)),
+    Module("transformer.wte", (Part("tok_embeddings"),)),
+    Module("transformer.wpe", (Part("pos_embeddings"),)),
+    Module("transformer.ln_f", (Part("norm"),)),
+    Module("lm_head", (Part("output"),)),
+)
+NEOX_LAYER = "gpt_neox.layers.{}."
+GPT_NEOX = (
+    Module(
+        f"{NEOX_LAYER}attention.query_key_value",
+        tuple(Part(f"layers.{{}}.attn.{n}_proj") for n in "qkv"),
+        interleaved=True,
+    ),
+    Module(f"{NEOX_LAYER}attention.dense", (Part("layers.{}.attn.output_proj"),)),
+    Module(f"{NEOX_LAYER}mlp.dense_h_to_4h", (Part("layers.{}.mlp.w1"),)),
+    Module(f"{NEOX_LAYER}mlp.dense_4h_to_h", (Part("layers.{}.mlp.w2"),)),
+    Module(f"{NEOX_LAYER}input_layernorm", (Part("layers.{}.sa_norm"),)),
+    Module(f"{NEOX_LAYER}post_attention_layernorm", (Part("layers.{}.mlp_norm"),)),
+    Module("gpt_neox.embed_in", (Part("tok_embeddings"),)),
+    Module("gpt_neox.final_layer_norm", (Part("norm"),)),
+    Module("embed_out", (Part("output"),), loaded="lm_head"),
+)
+
+# Masks and angles that older folders keep among the weights.
+GPT2_BUFFERS = (".attn.bias", ".attn.masked_bias")
+GPT_NEOX_BUFFERS = (".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq")
+
 FAMILIES = {
     family.name: family
     for family in (
@@ -248,6 +327,8 @@ FAMILIES = {
         Family("QWEN2", ("qwen2",), QWEN2),
         Family("PHI3_MINI", ("phi3",), PHI),
         Family("PHI4", ("phi3",), PHI),
+        Family("GPT2", ("gpt2",), GPT2, GPT2_BUFFERS, tied=True, prefix="transformer."),
+        Family("GPT_NEOX", ("gpt_neox",), GPT_NEOX, GPT_NEOX_BUFFERS, output="embed_out", prefix="gpt_neox."),
     )
 }
 

@@ -109,7 +109,8 @@ def show_samples(path: Path, count: int = 3) -> None:
     for sample in samples[:count]:
         print("\n" + "\n".join(f"{name + ':':<8}{str(text).strip()}" for name, text in sample.items()))
     changed = sum(sample["before"] != sample["after"] for sample in samples)
-    print(f"\n{changed} of {len(samples)} answers changed")
+    barely = ": the policy barely moved" if samples and not changed else ""
+    print(f"\n{changed} of {len(samples)} answers changed{barely}")
 
 
 def _read_samples(path: Path) -> list[dict]:

@@ -7,23 +7,27 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch import nn
 from torchtune.modules import RMSNorm, TiedLinear, TransformerDecoder
 
 from pairtune.errors import UserError
-from pairtune.families import config_types, of_config_type
+from pairtune.families import config_key, config_types, of_config_type
 from pairtune.rules import fits, kind_words, show
 
 # Architectures whose layers may have a sliding window, and the one that they have where config.json has no such key.
 DEFAULT_WINDOWS = {"mistral": 4096, "phi3": None, "qwen2": 4096, "qwen3": 4096, "gemma2": 4096}
 
-# What is read of config.json, here and in the conversion of weights.
+# What is read of config.json, here and in the conversion of weights, under Llama's names: see families.CONFIG_KEYS.
 NEEDED = {"model_type": str, "hidden_size": int, "num_attention_heads": int, "num_key_value_heads": int}
 READ = NEEDED | {
     "num_hidden_layers": int,
     "vocab_size": int,
     "head_dim": int,
     "rope_theta": float,
+    "max_position_embeddings": int,
     "rms_norm_eps": float,
+    "partial_rotary_factor": float,
+    "use_parallel_residual": bool,
     "tie_word_embeddings": bool,
     "rope_scaling": dict,
     "rope_parameters": dict,
@@ -37,23 +41,36 @@ READ = NEEDED | {
 }
 MAY_BE_ZERO = ("max_window_layers",)
 SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+# Settings of which only these values are what the builders compute, by config.json's model_type.
+ONLY = {
+    "gpt2": {
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "reorder_and_upcast_attn": (False,),
+        "add_cross_attention": (False,),
+    },
+    "gpt_neox": {"hidden_act": ("gelu",), "attention_bias": (True,)},
+}
 
 
 def check_config(config, path: Path) -> None:
     """Checks the kinds of what is read of a config.json.
 
     Raises:
-        UserError: It is no object, lacks a key, has one of the wrong kind, or is of a quantized model.
+        UserError: It is no object, lacks a key, has one of the wrong kind, is of a quantized model, or of a variant
+            that no builder computes.
     """
     if not isinstance(config, dict):
         raise UserError(f"{path}: must hold keys and values, holds {show(config)}")
-    for key, kind in READ.items():
+    for name, kind in READ.items():
+        key = config_key(name, config)
         if config.get(key) is not None:
             _check_kind(path, key, config[key], kind)
-        elif key in NEEDED:
+        elif name in NEEDED:
             raise UserError(f"{path}: {key}: is missing; download the file again, or set it as the model's authors say")
     for block in ("rope_scaling", "rope_parameters"):
-        for key in ("factor", "rope_theta"):
+        for key in ("factor", "rope_theta", "partial_rotary_factor"):
             if (config.get(block) or {}).get(key) is not None:
                 _check_kind(path, f"{block}.{key}", config[block][key], float)
     if config.get("quantization_config"):
@@ -61,6 +78,12 @@ def check_config(config, path: Path) -> None:
             f"{path}: quantization_config={show(config['quantization_config'])}: the weights are quantized, which "
             "training cannot undo; take the model that they were made from, with a qlora_ recipe if memory is short"
         )
+    for key, values in ONLY.get(config["model_type"], {}).items():
+        if config.get(key) not in (None, *values):
+            raise UserError(
+                f"{path}: {key}={show(config[key])}: must be {' or '.join(map(show, values))}; models of "
+                f"model_type={config['model_type']} that compute something else are not available"
+            )
 
 
 def _check_kind(path: Path, key: str, value, kind: type) -> None:
@@ -151,7 +174,7 @@ def check_model(model: TransformerDecoder, config: dict) -> None:
     """
     built, expected = describe(model), describe_config(config)
     different = [
-        f"{name} is {built[name]} in `model` and {value} in config.json"
+        f"{config_key(name, config)} is {built[name]} in `model` and {value} in config.json"
         for name, value in expected.items()
         if value is not None and name in built and built[name] != value
     ]
@@ -163,7 +186,7 @@ def check_model(model: TransformerDecoder, config: dict) -> None:
 
 
 def describe(model: TransformerDecoder) -> dict:
-    """Returns what a model is, under config.json's names."""
+    """Returns what a model is, under the names that READ has."""
     attention = model.layers[0].attn
     rope, scale = attention.pos_embeddings, getattr(attention._attention_call, "scale", None)
     description = {
@@ -174,13 +197,18 @@ def describe(model: TransformerDecoder) -> dict:
         "num_key_value_heads": attention.num_kv_heads,
         "head_dim": attention.head_dim,
         "tie_word_embeddings": isinstance(model.output, TiedLinear),
-        "rope_theta": float(rope.base),
-        "rope_scaling.factor": float(getattr(rope, "scale_factor", 1.0)),
         "query_pre_attn_scalar": round(scale**-2, 6) if scale else float(attention.head_dim),
         "attn_logit_softcapping": float(getattr(attention._attention_call, "softcap", None) or 0),
         "final_logit_softcapping": float(getattr(model.output, "softcap", None) or 0),
+        "use_parallel_residual": getattr(model.layers[0], "use_parallel_residual", False),
     }
-    if isinstance(model.norm, RMSNorm):
+    if rope is not None:
+        description["rope_theta"] = float(rope.base)
+        description["rope_scaling.factor"] = float(getattr(rope, "scale_factor", 1.0))
+        description["partial_rotary_factor"] = rope.dim / attention.head_dim
+    if hasattr(model, "pos_embeddings"):
+        description["max_position_embeddings"] = model.pos_embeddings.num_embeddings
+    if isinstance(model.norm, (RMSNorm, nn.LayerNorm)):
         description["rms_norm_eps"] = model.norm.eps
     return description
 
@@ -188,20 +216,19 @@ def describe(model: TransformerDecoder) -> dict:
 def describe_config(config: dict) -> dict:
     """Returns the same from a config.json of transformers 4 or 5; None where it does not say."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    heads, width = config.get("num_attention_heads"), config.get("hidden_size")
-    theta = rope.get("rope_theta", config.get("rope_theta"))
-    llama = config.get("model_type") == "llama"  # where scaling is known to mean what torchtune's scale_factor does
-    return {
-        "num_hidden_layers": config.get("num_hidden_layers"),
-        "vocab_size": config.get("vocab_size"),
+    said = {name: config.get(config_key(name, config)) for name in READ}
+    heads, width = said["num_attention_heads"], said["hidden_size"]
+    theta = rope.get("rope_theta", said["rope_theta"])
+    # Where scaling is known to mean what torchtune's scale_factor does
+    scales = config.get("model_type") in ("llama", "gpt_neox") and theta is not None
+    named = ("num_hidden_layers", "vocab_size", "num_key_value_heads", "tie_word_embeddings", "use_parallel_residual")
+    return {name: said[name] for name in (*named, "max_position_embeddings", "rms_norm_eps")} | {
         "hidden_size": width,
         "num_attention_heads": heads,
-        "num_key_value_heads": config.get("num_key_value_heads"),
-        "head_dim": config.get("head_dim") or (width // heads if heads and width else None),
-        "tie_word_embeddings": config.get("tie_word_embeddings"),
+        "head_dim": said["head_dim"] or (width // heads if heads and width else None),
         "rope_theta": float(theta) if theta is not None else None,
-        "rope_scaling.factor": float(rope.get("factor", 1.0)) if llama and theta is not None else None,
-        "rms_norm_eps": config.get("rms_norm_eps"),
+        "rope_scaling.factor": float(rope.get("factor", 1.0)) if scales else None,
+        "partial_rotary_factor": rope.get("partial_rotary_factor", said["partial_rotary_factor"]),
         **{key: float(config[key] or 0) for key in SOFTCAPS if key in config},  # null: no cap
         "query_pre_attn_scalar": config.get("query_pre_attn_scalar"),
     }

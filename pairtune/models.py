@@ -368,7 +368,8 @@ def _fill(module: nn.Module, name: str, state_dict: Mapping[str, Tensor], home: 
         value = state_dict.get(full_name) if parameter.is_meta else None
         if value is None:
             continue
-        value = value.to(device=home, dtype=parameter.dtype, copy=True)
+        # A transposed matrix is a view of what is on the disk; FSDP2 and NF4 want rows that lie one behind the other.
+        value = value.to(device=home, dtype=parameter.dtype, copy=True, memory_format=torch.contiguous_format)
         if isinstance(parameter, NF4Tensor):
             value = to_nf4(value, parameter.block_size, parameter.scaler_block_size)
         setattr(module, leaf, nn.Parameter(value, requires_grad=parameter.requires_grad))

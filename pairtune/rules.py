@@ -72,6 +72,11 @@ LORA_LAYERS = {
     "c_attn": ("attn.q_proj", "attn.k_proj", "attn.v_proj"),
     "c_proj": ("attn.output_proj", "mlp.w2"),
     "c_fc": ("mlp.w1",),
+    "query_key_value": ("attn.q_proj", "attn.k_proj", "attn.v_proj"),
+    "dense": ("attn.output_proj",),
+    "dense_h_to_4h": ("mlp.w1",),
+    "dense_4h_to_h": ("mlp.w2",),
+    "embed_out": ("output",),
     "all-linear": ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.output_proj", "mlp.w1", "mlp.w2", "mlp.w3"),
 }
 BEST_METRICS = ("loss", "rewards/accuracies", "rewards/margins")

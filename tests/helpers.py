@@ -96,7 +96,12 @@ def save_llama(folder, *, sizes=NF4_SIZES, seed=0):
         "eos_token_id": 2,
     }
     (folder / "config.json").write_text(json.dumps(config))
-    words = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, sizes["vocab_size"])}}
+    save_tokenizer(folder, sizes["vocab_size"])
+
+
+def save_tokenizer(folder, vocab_size):
+    """Writes a tokenizer of numbered words: `w7` is token 7; 1 and 2 are its BOS and end."""
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, vocab_size)}}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
