@@ -35,7 +35,7 @@ def fingerprint(cfg: DictConfig, train: list[Pair], held_out: list[Pair], checkp
         "config": OmegaConf.to_container(cfg, resolve=True),
         "pairs": digest_pairs(train),
         "held_out": digest_pairs(held_out),
-        "weights": digest_files([*checkpointer._checkpoint_paths, *_adapter_files(cfg.get("adapter"))]),
+        "weights": digest_samples([*checkpointer._checkpoint_paths, *_adapter_files(cfg.get("adapter"))]),
     }
 
 
@@ -58,12 +58,12 @@ def _digest_block(pairs: list[Pair]) -> str:
     return hashed.hexdigest()[:16]
 
 
-def digest_files(paths: Sequence[Path]) -> dict[str, str]:
+def digest_samples(paths: Sequence[Path]) -> dict[str, str]:
     """Returns a digest a file, by name: of its size and 64 samples of 64 KiB, the first and last bytes included."""
-    return {Path(path).name: _digest_samples(Path(path)) for path in paths}
+    return {Path(path).name: _digest_samples_of(Path(path)) for path in paths}
 
 
-def _digest_samples(path: Path) -> str:
+def _digest_samples_of(path: Path) -> str:
     size = path.stat().st_size
     hashed = hashlib.sha256(str(size).encode())
     last = max(0, size - SAMPLE_BYTES)

@@ -269,6 +269,19 @@ def test_discopop_is_finite_where_its_exponential_alone_overflows():
     assert torch.autograd.grad(value, far)[0].item() == -1.0
 
 
+def test_discopops_small_margins_shrink_at_first():
+    """The numbers of its docstring."""
+    z = torch.linspace(-1, 1, 20_001, dtype=torch.float64, requires_grad=True)
+    slopes = {}
+    for tau in (0.05, 0.102, 0.103):
+        value = losses.discopop(z, torch.zeros_like(z), beta=1.0, tau=tau)
+        slopes[tau] = torch.autograd.grad(value.sum(), z)[0]
+        assert slopes[tau][10_000].item() == pytest.approx((1 - math.log(2)) / (4 * tau) - 0.75, abs=1e-9)
+    assert slopes[0.102][10_000] > 0 > slopes[0.103][10_000]
+    signs = slopes[0.05].sign()
+    assert z[1:][signs[1:] != signs[:-1]].tolist() == pytest.approx([-0.119, 0.072], abs=1e-3)
+
+
 # What is logged
 
 
