@@ -261,6 +261,7 @@ WITH_OPTIONS = {
 def test_two_processes_compute_every_loss_as_one_does(inputs, tmp_path):
     """Metrics of two steps and an evaluation, each step's last micro-batch uneven, and what was learned."""
     settings = {name: [OPTIONS.get(name, f"loss={name}")] for name in LOSSES} | WITH_OPTIONS
+    settings["sigmoid_norm"].append("loss.beta=0.5")  # 5 would multiply the log-probabilities' rounding
     shared = ["max_steps=2", "pairs_per_step=6", "batch_size=2", "keep_last_n=0", "lora.modules=[q_proj,mlp]"]
     shared += [
         "optimizer._component_=torch.optim.SGD",
@@ -270,6 +271,7 @@ def test_two_processes_compute_every_loss_as_one_does(inputs, tmp_path):
     path = str(inputs / "config.yaml")
     runs = [["lora_dpo_distributed", path, [*o, f"output_dir={tmp_path / 'two' / n}"]] for n, o in overrides.items()]
     start_two(ROOT / "tests" / "recipe_worker.py", json.dumps(runs))
+    at_a_tie = {"rewards/accuracies", "eval/rewards/accuracies"}  # margins are small: rounding may turn their sign
     for name, its_overrides in overrides.items():
         one = run_recipe(
             "lora_dpo_single_device", *its_overrides, f"output_dir={tmp_path / 'one' / name}", config_paths=[Path(path)]
@@ -277,13 +279,13 @@ def test_two_processes_compute_every_loss_as_one_does(inputs, tmp_path):
         two = read_log(tmp_path / "two" / name / "metrics.jsonl")
         assert len(one) == 3
         for row, expected in zip(two, one, strict=True):
-            for key in expected.keys() - SPEED:
+            for key in expected.keys() - SPEED - at_a_tie:
                 assert row[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-5), (name, row["step"], key)
         exports = (tmp_path / n / name / "export" / "adapter" / "adapter_model.safetensors" for n in ("two", "one"))
         weights, expected = map(load_file, exports)
         assert any(weights[key].any() for key in weights if "lora_B" in key), name
         for key in weights:
-            torch.testing.assert_close(weights[key], expected[key], atol=1e-5, rtol=0, msg=f"{name}: {key}")
+            torch.testing.assert_close(weights[key], expected[key], atol=1e-6, rtol=0, msg=f"{name}: {key}")
 
 
 def start_two(program, *words):
