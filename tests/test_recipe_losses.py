@@ -263,10 +263,8 @@ def test_two_processes_compute_every_loss_as_one_does(inputs, tmp_path):
     settings = {name: [OPTIONS.get(name, f"loss={name}")] for name in LOSSES} | WITH_OPTIONS
     settings["sigmoid_norm"].append("loss.beta=0.5")  # 5 would multiply the log-probabilities' rounding
     shared = ["max_steps=2", "pairs_per_step=6", "batch_size=2", "keep_last_n=0", "lora.modules=[q_proj,mlp]"]
-    shared += [
-        "optimizer._component_=torch.optim.SGD",
-        "optimizer.lr=0.1",
-    ]  # Adam divides small gradients by themselves
+    # Not Adam, which divides small gradients by themselves and makes steps of their rounding.
+    shared += ["optimizer._component_=torch.optim.SGD", "optimizer.lr=1.0"]
     overrides = {name: [*words, *shared] for name, words in settings.items()}
     path = str(inputs / "config.yaml")
     runs = [["lora_dpo_distributed", path, [*o, f"output_dir={tmp_path / 'two' / n}"]] for n, o in overrides.items()]
