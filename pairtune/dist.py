@@ -237,7 +237,8 @@ class Watchdog:
             signal.set_wakeup_fd(written, warn_on_full_buffer=False)
             # A connection of its own: the other may be held by the very call that does not come back.
             self._store = torch_dist.distributed_c10d._get_default_store().clone()
-            threading.Thread(target=self._watch, daemon=True).start()
+            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._thread.start()
 
     def beat(self, doing: str, *, patient: bool = False) -> None:
         """Says what the main thread does from now on, such as "step 17"; `patient` if SIGTERM may not cut it short."""
@@ -247,10 +248,15 @@ class Watchdog:
         self._doing, self._last = doing, now
 
     def end(self) -> None:
-        """Stops watching: from here on processes no longer wait for each other."""
+        """Stops watching: from here on processes no longer wait for each other.
+
+        The thread is over when it returns: one that lets go of its connection while Python shuts down aborts it.
+        """
         self._ended.set()
         if self._size > 1:
-            signal.set_wakeup_fd(-1)
+            self._thread.join()
+            os.close(signal.set_wakeup_fd(-1))
+            os.close(self._heard)
 
     def _watch(self) -> None:
         told_to_stop = None

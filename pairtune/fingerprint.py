@@ -42,8 +42,8 @@ def fingerprint(
         "config": OmegaConf.to_container(cfg, resolve=True),
         "pairs": digest_pairs(train),
         "held_out": digest_pairs(held_out),
-        "weights": digest_files([*files.weight_files, *_adapter_files(cfg.get("adapter"))]),
-        "reference": digest_files(reference.weight_files if reference else ()),
+        "weights": digest_samples([*files.weight_files, *_adapter_files(cfg.get("adapter"))]),
+        "reference": digest_samples(reference.weight_files if reference else ()),
     }
 
 
@@ -66,12 +66,12 @@ def _digest_block(pairs: list[Pair]) -> str:
     return hashed.hexdigest()[:16]
 
 
-def digest_files(paths: Sequence[Path]) -> dict[str, str]:
+def digest_samples(paths: Sequence[Path]) -> dict[str, str]:
     """Returns a digest a file, by name: of its size and 64 samples of 64 KiB, the first and last bytes included."""
-    return {Path(path).name: _digest_samples(Path(path)) for path in paths}
+    return {Path(path).name: _digest_samples_of(Path(path)) for path in paths}
 
 
-def _digest_samples(path: Path) -> str:
+def _digest_samples_of(path: Path) -> str:
     size = path.stat().st_size
     hashed = hashlib.sha256(str(size).encode())
     last = max(0, size - SAMPLE_BYTES)

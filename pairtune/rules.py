@@ -79,7 +79,7 @@ LORA_LAYERS = {
     "embed_out": ("output",),
     "all-linear": ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.output_proj", "mlp.w1", "mlp.w2", "mlp.w3"),
 }
-BEST_METRICS = ("loss", "rewards/accuracies", "rewards/margins")
+HIGHER_IS_BETTER = {"loss": False, "rewards/accuracies": True, "rewards/margins": True}  # what keep_best goes by
 
 
 def _nearest_lora_modules(modules: list) -> list:
@@ -148,7 +148,7 @@ RULES = {
     "save_every_n_steps": at_least(1, nullable=True),
     "keep_last_n": at_least(0),
     "keep_best": Rule(
-        lambda v: v in BEST_METRICS, f"one of {', '.join(BEST_METRICS)}, or null", lambda v: BEST_METRICS[0], str, True
+        lambda v: v in HIGHER_IS_BETTER, f"one of {', '.join(HIGHER_IS_BETTER)}, or null", lambda v: "loss", str, True
     ),
     "on_save_failure": one_of("stop", "continue"),
     "resume": Rule(lambda v: v != "", "true, false, auto, or the path of a checkpoint", None, bool | str),

@@ -29,11 +29,11 @@ from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.metrics import Meter
 from pairtune.models import forget_gathered, plain_name
+from pairtune.rules import HIGHER_IS_BETTER
 
 MARKER, VALUES = "COMPLETE", "state.json"
 FILE_BYTES = 2**30  # of tensors a file: safetensors holds a file's bytes a second time while it writes them
 _WAY_OUT = "remove that folder to go on from the one before it"
-HIGHER_IS_BETTER = {"loss": False, "rewards/accuracies": True, "rewards/margins": True}
 
 
 class TrainState:

@@ -1,38 +1,55 @@
 """A step of any loss, as a recipe does it, in one process or, run by torchrun, in several.
 
-As a program it writes every case's loss and gradient norms by method, as JSON, to argv[1].
+As a program it writes every case's numbers as JSON to argv[1].
 """
 
+import inspect
 import json
 import os
 import sys
 
 import torch
 from helpers import SHARDED_SIZES, random_pairs, tiny_llama
+from torchtune.rlhf.loss import DPOLoss, RSOLoss
 
 from pairtune import dist, losses, models
 from pairtune.batch import lay_out
 from pairtune.data import Pair
 from pairtune.loader import share
 from pairtune.logps import answer_logps, answer_scores
-from pairtune.loss_needs import loss_inputs, mismatched, needs, step_gradients
-from pairtune.preference_losses import build
+from pairtune.loss_needs import loss_inputs, mean_chosen_length, mismatched, needs, step_losses
+from pairtune.preference_losses import LOSSES, build
+
+# Margins of a policy that is not the reference are large on random models: at these betas losses that sort, and
+# those with an exponential in them, are not flat.
+BETAS = {"aot": 0.5, "aot_unpaired": 0.5, "nca_pair": 0.1, "robust": 0.1, "bco_pair": 0.1, "sppo_hard": 0.1}
+
+
+def variants():
+    """Every loss by its name, and again with LD-DPO and WPO where it has them."""
+    found = []
+    for name, make in LOSSES.items():
+        known, options = inspect.signature(make).parameters, {"beta": BETAS[name]} if name in BETAS else {}
+        found += [(name, options)] if name != "mixture" else []
+        further = {"ld_alpha": 0.3, "wpo": True}
+        if further := {key: value for key, value in further.items() if key in known}:
+            found.append((name, options | further))
+    return found
+
 
 STEPS = [
-    ("sigmoid", {}),
-    ("sigmoid", {"wpo": True, "ld_alpha": 0.3}),
-    ("ipo", {"ld_alpha": 0.5}),
-    ("sft", {}),
-    ("aot", {"beta": 0.5}),
-    ("aot", {"beta": 0.5, "ld_alpha": 0.5}),
-    ("aot_unpaired", {"beta": 0.5}),
-    ("kto", {}),
-    ("simpo", {}),
-    ("rpo", {}),
-    ("mixture", {"terms": [{"name": "aot"}, {"name": "sft", "weight": 0.2}, {"name": "ipo"}]}),
+    *variants(),
+    ("mixture", {"terms": [{"name": "aot", "beta": 0.5}, {"name": "sft", "weight": 0.2}, {"name": "ipo"}]}),
     ("mixture", {"terms": [{"name": "aot_unpaired"}, {"name": "sigmoid", "wpo": True}]}),
     ("mixture", {"terms": [{"name": "sigmoid", "ld_alpha": 0.3, "wpo": True}, {"name": "sft"}]}),
+    ("torchtune.rlhf.loss.DPOLoss", {"beta": 0.3, "label_smoothing": 0.1}),
+    ("torchtune.rlhf.loss.RSOLoss", {"gamma": 0.2}),
 ]
+
+
+def loss_of(name, options):
+    theirs = {"torchtune.rlhf.loss.DPOLoss": DPOLoss, "torchtune.rlhf.loss.RSOLoss": RSOLoss}
+    return theirs[name](**options) if name in theirs else build(name, **options)
 
 
 def as_pairs(count):
@@ -40,13 +57,11 @@ def as_pairs(count):
 
 
 def train_step(loss_fn, model, reference, pairs, batch_size, world):
-    """Returns the step's mean loss; the gradients are the model's."""
+    """Returns the step's mean loss, and d (mean loss) / d log-probabilities by pair; the gradients are the model's."""
     model.zero_grad()
-    needed, step_inputs = needs(loss_fn), {}
-    if "mean_chosen_length" in needed.inputs:
-        step_inputs["mean_chosen_length"] = sum(len(p.chosen) for p in pairs) / len(pairs)
+    needed, known = needs(loss_fn), {"mean_chosen_length": mean_chosen_length(pairs)}
     if "kl" in needed.inputs:
-        step_inputs["kl"] = kl_of(model, reference, pairs, batch_size, world)
+        known["kl"] = kl_of(model, reference, pairs, batch_size, world)
 
     def reference_logps(batch):
         if not needed.reference:
@@ -54,42 +69,35 @@ def train_step(loss_fn, model, reference, pairs, batch_size, world):
         with torch.no_grad():
             return answer_logps(reference, batch, needed.ld_alpha)
 
-    def gather(values):
-        return torch.tensor(world.gather(values.tolist()), dtype=values.dtype)
-
     def score(batch):
         return answer_scores(model, batch, ld_alpha=needed.ld_alpha, weights=needed.weights)
 
-    batches = [lay_out(m) for m in share(pairs, batch_size, rank=world.rank, size=world.size)]
-    if needed.step:  # all of the step's values first, without gradients; then micro-batch by micro-batch with them
+    micro = share(pairs, batch_size, rank=world.rank, size=world.size)
+    batches, values = [lay_out(m) for m in micro], [None] * len(micro)
+    if needed.step:
         with torch.no_grad():
-            scores = [score(b) for b in batches]
-            logps = [
-                (s.chosen_logps, s.rejected_logps, *reference_logps(b)) for b, s in zip(batches, scores, strict=True)
-            ]
-        inputs = [loss_inputs(loss_fn, b, s, **step_inputs) for b, s in zip(batches, scores, strict=True)]
-        inputs = {
-            name: gather(torch.cat([i[name] for i in inputs])) if isinstance(value, torch.Tensor) else value
-            for name, value in inputs[0].items()
-        }
-        step = step_gradients(loss_fn, *[gather(torch.cat(column)) for column in zip(*logps, strict=True)], **inputs)
-    first = sum(len(pairs[rank :: world.size]) for rank in range(world.rank))  # where this process's pairs begin
-    total = torch.zeros((), dtype=torch.float64)
-    for n, batch in enumerate(batches):
+            scores, references = [score(b) for b in batches], [reference_logps(b) for b in batches]
+            values = step_losses(loss_fn, batches, scores, references, world, **known)
+    total, rows = torch.zeros((), dtype=torch.float64), []
+    for n, (its_pairs, batch, value) in enumerate(zip(micro, batches, values, strict=True)):
         models.sync_gradients(model, n == len(batches) - 1)
         scores = score(batch)
-        chosen, rejected = scores.chosen_logps, scores.rejected_logps
-        if needed.step:
-            mine = slice(first, first + batch.num_pairs)
-            values = chosen * step.chosen_gradients[mine] + rejected * step.rejected_gradients[mine]
-            total += step.losses[mine].sum()
-            first = mine.stop
+        logps = scores.chosen_logps, scores.rejected_logps
+        for vector in (*logps, scores.whole_chosen_logps):
+            vector.retain_grad()
+        if value is None:
+            inputs = loss_inputs(loss_fn, batch, scores, **known)
+            per_pair = loss_fn(*logps, *reference_logps(batch), **inputs)[0]
+            total += per_pair.detach().sum()
         else:
-            inputs = loss_inputs(loss_fn, batch, scores, **step_inputs)
-            values = loss_fn(chosen, rejected, *reference_logps(batch), **inputs)[0]
-            total += values.detach().sum()
-        (values.sum() * world.size / len(pairs)).backward()
-    return world.sum(total).item() / len(pairs)
+            per_pair = logps[0] * value.chosen_gradients + logps[1] * value.rejected_gradients
+            total += value.losses.sum()
+        (per_pair.sum() * world.size / len(pairs)).backward()
+        whole = scores.whole_chosen_logps if scores.whole_chosen_logps is not logps[0] else None
+        columns = [v.grad if v is not None and v.grad is not None else torch.zeros(len(its_pairs))
+                   for v in (*logps, whole)]  # fmt: skip
+        rows += zip([p.row for p in its_pairs], (torch.stack(columns, 1) / world.size).tolist(), strict=True)
+    return world.sum(total).item() / len(pairs), [gradients for _, gradients in sorted(world.gather(rows))]
 
 
 def kl_of(model, reference, pairs, batch_size, world):
@@ -102,27 +110,26 @@ def kl_of(model, reference, pairs, batch_size, world):
     return losses.kto_kl(world.sum(total), 2 * len(pairs))
 
 
-def measure(method, world, batch_size):
+def measure(world, batch_size):
+    """Returns loss, gradients by pair and gradient norms by weight of a step with each of STEPS."""
     component = {"_component_": "torchtune.models.llama3.llama3", **SHARDED_SIZES}
-    lora = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "modules": ["q_proj", "v_proj", "mlp"]}
-    # The policy is not the reference: their weights differ.
-    model = models.full(component, dtype="fp32") if method == "full" else models.lora(component, **lora, dtype="fp32")
-    reference = models.full(component, dtype="fp32").requires_grad_(False)
-    for seed, policy in enumerate((model, reference)):
-        torch.manual_seed(0)
+    model, reference = (models.full(component, dtype="fp32") for _ in range(2))
+    reference.requires_grad_(False)
+    for seed, policy in enumerate((model, reference)):  # the policy is not the reference
         models.prepare(policy, max_length=128)
         models.load(policy, tiny_llama(seed=seed, **SHARDED_SIZES).state_dict(), world=world)
     results = []
     for name, options in STEPS:
-        loss = train_step(build(name, **options), model, reference, as_pairs(7), batch_size, world)
-        norms = [p.grad.norm() for p in model.parameters() if p.requires_grad]
-        results.append([loss, *(float(n.full_tensor() if hasattr(n, "full_tensor") else n) for n in norms)])
+        loss, gradients = train_step(loss_of(name, options), model, reference, as_pairs(7), batch_size, world)
+        norms = [p.grad.norm() for p in model.parameters()]
+        norms = [float(n.full_tensor() if hasattr(n, "full_tensor") else n) for n in norms]
+        results.append({"loss": loss, "gradients": gradients, "norms": norms})
     return results
 
 
-def main(path, *methods):
+def main(path):
     world = dist.connect(dist.start("cpu"))
-    results = {method: measure(method, world, batch_size=1) for method in methods}
+    results = measure(world, batch_size=1)
     if world.is_main:
         with open(path, "w") as file:
             json.dump(results, file)
@@ -131,4 +138,4 @@ def main(path, *methods):
 
 if __name__ == "__main__":
     assert "RANK" in os.environ
-    main(*sys.argv[1:])
+    main(sys.argv[1])

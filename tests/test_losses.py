@@ -16,7 +16,7 @@ import losses_worker
 import pytest
 import torch
 from helpers import tiny_llama
-from losses_worker import STEPS, as_pairs, train_step
+from losses_worker import STEPS, as_pairs, loss_of, train_step
 from torch import nn
 from torchtune.modules.peft import LoRALinear
 from torchtune.rlhf.loss import DPOLoss, RSOLoss
@@ -269,6 +269,19 @@ def test_discopop_is_finite_where_its_exponential_alone_overflows():
     value = losses.discopop(far, torch.zeros(1), beta=1.0, tau=0.05)
     assert value.item() == 2000.0  # the logistic loss: the margin is wrong, and the exponential has no part in it
     assert torch.autograd.grad(value, far)[0].item() == -1.0
+
+
+def test_discopops_small_margins_shrink_at_first():
+    """The numbers of its docstring."""
+    z = torch.linspace(-1, 1, 20_001, dtype=torch.float64, requires_grad=True)
+    slopes = {}
+    for tau in (0.05, 0.102, 0.103):
+        value = losses.discopop(z, torch.zeros_like(z), beta=1.0, tau=tau)
+        slopes[tau] = torch.autograd.grad(value.sum(), z)[0]
+        assert slopes[tau][10_000].item() == pytest.approx((1 - math.log(2)) / (4 * tau) - 0.75, abs=1e-9)
+    assert slopes[0.102][10_000] > 0 > slopes[0.103][10_000]
+    signs = slopes[0.05].sign()
+    assert z[1:][signs[1:] != signs[:-1]].tolist() == pytest.approx([-0.119, 0.072], abs=1e-3)
 
 
 # What is logged
@@ -596,35 +609,45 @@ def prepared(seed):
     return model
 
 
+def test_every_loss_and_option_for_scores_is_among_the_steps():
+    assert {name for name, _ in STEPS} >= LOSSES.keys()
+    for option in ("wpo", "ld_alpha"):
+        have = {name for name, make in LOSSES.items() if option in inspect.signature(make).parameters}
+        assert {name for name, options in STEPS if option in options} == have
+
+
 @each(STEPS)
 def test_a_step_does_not_depend_on_its_micro_batches(name, options):
-    loss_fn, model, reference, pairs = build(name, **options), prepared(0), prepared(1), as_pairs(8)
+    """Eight of one are one of eight, and three, three and two."""
+    loss_fn, model, reference, pairs = loss_of(name, options), prepared(0), prepared(1), as_pairs(8)
 
     def step(batch_size):
-        loss = train_step(loss_fn, model, reference, pairs, batch_size, dist.start("cpu"))
-        return loss, torch.cat([p.grad.flatten() for p in model.parameters()])
+        loss, by_pair = train_step(loss_fn, model, reference, pairs, batch_size, dist.start("cpu"))
+        return loss, torch.tensor(by_pair), torch.cat([p.grad.flatten() for p in model.parameters()])
 
-    loss, gradients = step(8)
+    loss, *gradients = step(8)
+    assert all(g.any() for g in gradients)
     for batch_size in (1, 3):
-        other_loss, other_gradients = step(batch_size)
+        other_loss, *others = step(batch_size)
         assert other_loss == pytest.approx(loss, abs=1e-6)
         # Models compute in float64; what is left is WPO's weights, which are float32.
-        assert (other_gradients - gradients).norm() / gradients.norm() < 1e-6
+        assert all((o - g).norm() / g.norm() < 1e-6 for o, g in zip(others, gradients, strict=True))
 
 
 def test_a_step_does_not_depend_on_the_number_of_processes(tmp_path):
-    """On models that FSDP2 shards, with 7 pairs on 2 processes: the last micro-batch of one of them is empty."""
+    """On a model that FSDP2 shards, with 7 pairs on 2 processes: the last micro-batch of one of them is empty."""
     worker, path = Path(__file__).with_name("losses_worker.py"), tmp_path / "results.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command += [str(worker), str(path), "full", "lora"]
-    done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=300)
+    done = subprocess.run([*command, str(worker), str(path)], env=environment, text=True, capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    for method, results in json.loads(path.read_text()).items():
-        alone = losses_worker.measure(method, dist.start("cpu"), batch_size=7)
-        for (name, _), got, expected in zip(STEPS, results, alone, strict=True):
-            assert len(got) > 10
-            assert got == pytest.approx(expected, rel=1e-4, abs=1e-5), (method, name)  # float32
+    alone = losses_worker.measure(dist.start("cpu"), batch_size=7)
+    for case, got, expected in zip(STEPS, json.loads(path.read_text()), alone, strict=True):
+        assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5, abs=1e-5), case  # float32
+        assert len(got["gradients"]) == 7
+        for which in ("gradients", "norms"):
+            ours, theirs = torch.tensor(got[which]), torch.tensor(expected[which])
+            assert theirs.any() and (ours - theirs).norm() / theirs.norm() < 1e-4, (case, which)
 
 
 @each([("aot", {"beta": 1.0}), ("aot_unpaired", {"beta": 1.0}), ("sft", {})])

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from helpers import NF4_SIZES, ROOT, random_pairs, save_pairs, tiny_llama
+from helpers import NF4_SIZES, ROOT, random_pairs, run_config, run_recipe, save_llama, save_pairs, tiny_llama
+from torch.profiler import ProfilerActivity, profile, record_function
 from torchao.dtypes.nf4tensor import to_nf4
 from torchtune.models.llama3 import lora_llama3
 
@@ -237,6 +238,30 @@ def test_a_second_model_that_fills_a_cache_is_planned_for_the_time_before_traini
     (change,), changed = plan.smallest_change(run, cli._read_recipe)
     assert change.words == "reference.quantize=true" and changed.fits
     assert "\nreference's pass " in str(cached) and "reference's pass" not in str(alone)
+
+
+def allocated(work, *overrides):
+    """The most bytes of tensors in a whole run of full DPO, by torch.profiler's record: the same on every machine."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, record_function("training"):
+        run_recipe("full_dpo_single_device", *overrides, config_paths=[work / "config.yaml"])
+    return TOOL["_peak"](profiler)
+
+
+def test_full_dpo_with_a_cached_reference_takes_the_memory_of_plain_fine_tuning(tmp_path, one_thread):
+    """Within 5 %, filling the cache included; a live reference is seen, and costs about its weights."""
+    sizes = NF4_SIZES | {"vocab_size": 2000}
+    save_llama(tmp_path / "base", sizes=sizes)
+    save_pairs(tmp_path / "train.jsonl", random_pairs(16))
+    cfg = run_config(tmp_path, sizes=sizes, eval_dataset={"source": None}, batch_size=2, pairs_per_step=4, max_steps=2)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(cfg | {"keep_last_n": 0, "samples": {"num_prompts": 0}}))
+    cached = ("loss=sigmoid", "reference=cached", f"reference.cache_dir={tmp_path / 'cache'}")
+    plain, filling, found, live = (
+        allocated(tmp_path, *settings)
+        for settings in (["loss=sft"], cached, cached, ["loss=sigmoid", "reference=model"])
+    )
+    assert [filling, found] == pytest.approx([plain] * 2, rel=0.05)
+    weights = 4 * sum(p.numel() for p in tiny_llama(**sizes).parameters())
+    assert live - plain == pytest.approx(weights, rel=0.2) and live > 1.15 * plain
 
 
 def test_only_distributed_recipes_are_given_more_gpus(path):

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from helpers import (
     tiny_llama,
 )
 from safetensors.torch import load_file
+from test_losses import naive
 
 from pairtune import models
 from pairtune.errors import UserError
@@ -98,12 +100,41 @@ def test_a_loss_by_its_name_learns_and_does_not_depend_on_micro_batches(run, nam
     for one, other in zip(training(whole), training(cut), strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-3, abs=1e-4), one["step"]
     evaluation = whole[-1]
-    # sft is about likelihood; DiscoPOP's slope at zero is positive: it is flat behind a bump, and small margins shrink.
-    if name in ("sft", "discopop"):
+    start = margin_of_the_base(name) if name in ("simpo", "orpo", "cpo") else 0.0
+    if name in ("sft", "discopop"):  # sft is about likelihood; DiscoPOP's small margins shrink at first
         assert evaluation["eval/loss"] < training(whole)[0]["loss"]
     else:
-        assert evaluation["eval/rewards/margins"] > 0.5 * training(whole)[0]["rewards/margins"]
+        assert evaluation["eval/rewards/margins"] > start
         assert evaluation["eval/rewards/accuracies"] > 0.5
+
+
+def values_of_the_base(pairs):
+    """What `naive` takes, of a policy that is the reference, by torchtune's padded forward in float64."""
+    with torch.no_grad():
+        logps = padded_logps(tiny_llama(**NF4_SIZES).double(), pairs).chunk(2)
+    lengths = [torch.tensor([len(getattr(pair, answer)) for pair in pairs]) for answer in ("chosen", "rejected")]
+    return [*logps, *logps], {"chosen_lengths": lengths[0], "rejected_lengths": lengths[1]}
+
+
+def margin_of_the_base(name):
+    """The held-out margin before training, of a loss without a reference."""
+    (chosen, rejected, *_), lengths = values_of_the_base(random_pairs(8, seed=2))
+    if name == "cpo":
+        margins = 0.1 * (chosen - rejected)
+    else:
+        beta = {"simpo": 2.0, "orpo": 0.1}[name]
+        margins = beta * (chosen / lengths["chosen_lengths"] - rejected / lengths["rejected_lengths"])
+    return margins.mean().item()
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in AT_START])
+def test_a_loss_that_needs_more_than_margins_starts_at_its_closed_form(run, name):
+    """The first step is the whole data set."""
+    log = run("lora_dpo_single_device", OPTIONS.get(name, f"loss={name}"), "pairs_per_step=40", "max_steps=1")
+    terms = [{"name": "sigmoid"}, {"name": "aot", "weight": 0.5}, {"name": "sft", "weight": 0.2}]
+    logps, lengths = values_of_the_base(random_pairs(40, seed=1))
+    expected = naive(name, {"terms": terms} if name == "mixture" else {}, logps, lengths).mean().item()
+    assert training(log)[0]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(("name", "same"), [("sigmoid", "DPOLoss"), ("hinge", "RSOLoss")])
@@ -354,28 +385,133 @@ def test_without_a_reference_dpo_is_its_loss_of_the_policy_alone(run):
 # Several processes
 
 
-@pytest.mark.parametrize("loss", ["loss=aot", "unpaired", "loss=rpo", "reference=sync reference.every_n_steps=2"])
-def test_two_processes_compute_the_losses_of_one(tmp_path, loss):
-    write_inputs(tmp_path, sizes=SHARDED_SIZES)
-    settings = take_apart(tmp_path) if loss == "unpaired" else loss.split()
-    overrides = [*settings, "max_steps=4", "pairs_per_step=6", "batch_size=2", "optimizer.lr=0.002"]
-    config = ["--config", str(tmp_path / "config.yaml"), f"output_dir={tmp_path / 'two'}", *overrides]
-    recipe = str(ROOT / "recipes" / "lora_dpo_distributed.py")
-    command = [sys.executable, "-m", "pairtune.cli", "run", "--nproc_per_node", "2", recipe, *config]
+WITH_OPTIONS = {
+    "sigmoid_wpo": ["loss=sigmoid", "loss.wpo=true", "loss.ld_alpha=0.3"],
+    "sigmoid_smoothed": ["loss=sigmoid", "loss.label_smoothing=0.2", "loss.f_divergence=js"],
+    "hinge_wpo": ["loss=hinge", "loss.wpo=true"],
+    "ipo_ld": ["loss=ipo", "loss.ld_alpha=0.5"],
+    "aot_ld": ["loss=aot", "loss.ld_alpha=0.5"],
+    "rpo_of_llama_3": ["loss=rpo", "loss.alpha=0.2", "score_end=false"],
+    "mixture_wpo": ["loss=[{name: sigmoid, wpo: true, ld_alpha: 0.3},{name: sft, weight: 0.2}]"],
+    "mixture_aot": ["loss=[{name: aot_unpaired},{name: sigmoid, wpo: true},{name: sft, weight: 0.2}]"],
+    "dpo_loss": ["loss=torchtune.rlhf.loss.DPOLoss", "loss.label_smoothing=0.1"],
+    "rso_loss": ["loss=torchtune.rlhf.loss.RSOLoss"],
+    "sync": ["reference=sync", "reference.every_n_steps=1"],
+    "none": ["reference=none"],
+}
+
+
+def test_two_processes_compute_every_loss_as_one_does(inputs, tmp_path):
+    """Metrics of two steps and an evaluation, each step's last micro-batch uneven, and what was learned."""
+    settings = {name: [OPTIONS.get(name, f"loss={name}")] for name in LOSSES} | WITH_OPTIONS
+    settings["sigmoid_norm"].append("loss.beta=0.5")  # 5 would multiply the log-probabilities' rounding
+    shared = ["max_steps=2", "pairs_per_step=6", "batch_size=2", "keep_last_n=0", "lora.modules=[q_proj,mlp]"]
+    # Not Adam, which divides small gradients by themselves and makes steps of their rounding.
+    shared += ["optimizer._component_=torch.optim.SGD", "optimizer.lr=1.0"]
+    overrides = {name: [*words, *shared] for name, words in settings.items()}
+    overrides["unpaired"] = [*take_apart(inputs), *shared]
+    overrides["dora"] = ["lora.use_dora=true", *shared]
+    path = str(inputs / "config.yaml")
+    runs = [["lora_dpo_distributed", path, [*o, f"output_dir={tmp_path / 'two' / n}"]] for n, o in overrides.items()]
+    start_two(ROOT / "tests" / "recipe_worker.py", json.dumps(runs))
+    at_a_tie = {"rewards/accuracies", "eval/rewards/accuracies"}  # margins are small: rounding may turn their sign
+    for name, its_overrides in overrides.items():
+        one = run_recipe(
+            "lora_dpo_single_device", *its_overrides, f"output_dir={tmp_path / 'one' / name}", config_paths=[Path(path)]
+        )
+        two = read_log(tmp_path / "two" / name / "metrics.jsonl")
+        assert len(one) == 3
+        for row, expected in zip(two, one, strict=True):
+            for key in expected.keys() - SPEED - at_a_tie:
+                assert row[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-5), (name, row["step"], key)
+        exports = (tmp_path / n / name / "export" / "adapter" / "adapter_model.safetensors" for n in ("two", "one"))
+        weights, expected = map(load_file, exports)
+        assert any(weights[key].any() for key in weights if "lora_B" in key), name
+        for key in weights:
+            torch.testing.assert_close(weights[key], expected[key], atol=1e-6, rtol=0, msg=f"{name}: {key}")
+
+
+def start_two(program, *words):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     done = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, capture_output=True, timeout=300
+        [*command, str(program), *words], env=environment, text=True, capture_output=True, timeout=300
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    one = run_recipe("lora_dpo_single_device", *overrides, config_paths=[tmp_path / "config.yaml"])
-    two = read_log(tmp_path / "two" / "metrics.jsonl")
-    for row, expected in zip(two, one, strict=True):
-        for key in ("loss", "grad_norm", "eval/loss", "rewards/margins"):
-            if key in expected:
-                assert row[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-5), (row["step"], key)
-    exports = (tmp_path / name / "export" / "model.safetensors" for name in ("two", "run"))
-    weights, expected = map(load_file, exports)
-    for name in weights:
-        torch.testing.assert_close(weights[name], expected[name], atol=1e-5, rtol=0)
+
+
+# Faults that other libraries have
+
+
+def final(log):
+    return [row for row in log if "eval/loss" in row][-1]
+
+
+def test_fault_label_smoothing_is_accepted_and_ignored(run):
+    """Each step's loss is the smoothed one of the margin that its pair has by then."""
+    log = run("lora_dpo_single_device", "loss=sigmoid", "loss.label_smoothing=0.15", "pairs_per_step=1", "batch_size=1")
+    for row in training(log):  # of one pair each
+        margin = row["rewards/margins"]
+        expected = 0.85 * math.log1p(math.exp(-margin)) + 0.15 * math.log1p(math.exp(margin))
+        assert row["loss"] == pytest.approx(expected, abs=1e-5)
+    assert max(abs(row["rewards/margins"]) for row in training(log)) > 0.5
+    with pytest.raises(UserError, match=r"loss.label_smoothing: ipo has no such argument"):
+        run("lora_dpo_single_device", "loss=ipo", "loss.label_smoothing=0.15", name="ipo")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["loss=sigmod"], "loss.name=sigmod"),
+        (["loss=torchtune.rlhf.loss.DPOLos"], "DPOLos"),
+        (["loss=sigmoid", "loss.bta=0.1"], "loss.bta"),
+        (["loss=ipo", "loss.beta=-0.1"], "loss.beta=-0.1"),
+        (["loss.beta=-0.1"], "loss.beta=-0.1"),  # torchtune's own, which takes it
+        (["loss=[{name: sigmoid},{name: ipo,beta: -1.0}]"], "loss.terms[1]: loss.beta=-1.0"),
+        (["loss=robust", "loss.label_smoothing=0.5"], "loss.label_smoothing=0.5"),
+        (["loss=sigmoid", "loss.ld_alpha=2.0"], "loss.ld_alpha=2.0"),
+        (["loss=sft", "loss.wpo=true"], "loss.wpo"),
+        (["reference=sink"], "reference.name=sink"),
+    ],
+)
+def test_fault_what_is_wrong_with_a_loss_shows_after_tokenizing_or_never(run, tmp_path, settings, words):
+    """Here before a row is read, and before there is a run folder: these rows would be refused too."""
+    (tmp_path / "pairs.jsonl").write_text("no JSON")
+    data = [f"dataset.source={tmp_path / 'pairs.jsonl'}", f"eval_dataset.source={tmp_path / 'pairs.jsonl'}"]
+    with pytest.raises(UserError) as refusal:
+        run("lora_dpo_single_device", *data, *settings)
+    assert words in str(refusal.value) and "pairs.jsonl" not in str(refusal.value)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    with pytest.raises(UserError, match="pairs.jsonl"):
+        run("lora_dpo_single_device", *data)
+
+
+@pytest.mark.parametrize("loss", [["loss=hinge", "loss.wpo=true"], ["loss=[{name: sigmoid, wpo: true},{name: sft}]"]])
+def test_fault_wpo_crashes_with_hinge_and_sft(run, loss):
+    log = run("lora_dpo_single_device", *loss, "max_steps=2")
+    assert len(training(log)) == 2
+
+
+@pytest.mark.parametrize("setting", ["loss.ld_alpha=0.5", "score_end=false"])
+def test_fault_a_cache_is_stale_after_ld_alpha_changed(run, tmp_path, setting):
+    cached = ("loss=sigmoid", "reference=cached", f"reference.cache_dir={tmp_path / 'cache'}", "max_steps=1")
+    run("lora_dpo_single_device", *cached, name="before")
+    log = run("lora_dpo_single_device", *cached, setting, name="after")
+    assert training(log)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    live = run("lora_dpo_single_device", "loss=sigmoid", "max_steps=1", setting, name="live")
+    for key in ("eval/loss", "eval/rewards/margins", "eval/logps/chosen"):
+        assert final(log)[key] == pytest.approx(final(live)[key], abs=1e-5)
+
+
+def test_fault_a_mix_up_coefficient_is_ignored(run):
+    """After two small steps the reference goes `alpha` of the way: the rest of it is what margins are made of."""
+    settings = ("max_steps=2", "optimizer._component_=torch.optim.SGD", "optimizer.lr=0.1")
+    whole = final(run("full_dpo_single_device", *settings, name="fixed"))["eval/rewards/margins"]
+    assert abs(whole) > 1e-4
+    for alpha in (0.25, 0.75, 1.0):
+        moved = ("reference=sync", "reference.every_n_steps=2", f"reference.alpha={alpha}")
+        log = run("full_dpo_single_device", *settings, *moved, name=str(alpha))
+        assert final(log)["eval/rewards/margins"] == pytest.approx((1 - alpha) * whole, abs=0.05 * abs(whole))
 
 
 # The cache

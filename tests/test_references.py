@@ -11,7 +11,18 @@ import sys
 import pytest
 import tokenizers
 import torch
-from helpers import NF4_SIZES, ROOT, SIZES, padded_logps, random_pairs, save_llama, tiny_llama
+from helpers import (
+    NF4_SIZES,
+    ROOT,
+    SIZES,
+    padded_logps,
+    random_pairs,
+    run_config,
+    run_recipe,
+    save_llama,
+    save_pairs,
+    tiny_llama,
+)
 from omegaconf import OmegaConf
 from reference_worker import train
 from safetensors.torch import load_file, save_file
@@ -778,3 +789,55 @@ def test_processes_that_share_the_work_have_the_references_of_one(tmp_path, num_
         assert (expected["losses"][0] == pytest.approx(math.log(2), abs=1e-6)) == ("second" not in case)
         moved = max(abs(a - b) for a, b in zip(expected["policy"], expected["reference"], strict=True))
         assert moved > 0.05, case
+
+
+# From TRL
+
+PEERS = ("peft", "datasets", "trl")
+
+
+def test_an_adapter_that_trl_wrote_is_read_and_trained_on(tmp_path, monkeypatch):
+    """Two steps of its SFTTrainer; then DPO on top of what it saved, which starts at ln 2 against it."""
+    peft, datasets, trl = (pytest.importorskip(name, reason=f"{name} is not installed") for name in PEERS)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    save_llama(tmp_path / "base", sizes=NF4_SIZES)
+    save_pairs(tmp_path / "train.jsonl", random_pairs(8, seed=1))
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+    lora = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    options = {"max_steps": 2, "learning_rate": 0.02, "per_device_train_batch_size": 4, "report_to": "none"}
+    trainer = trl.SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32),
+        args=trl.SFTConfig(str(tmp_path / "trl"), use_cpu=True, bf16=False, save_strategy="no", **options),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(tmp_path / "base", pad_token="</s>"),
+        peft_config=peft.LoraConfig(**lora),
+    )
+    trainer.train()
+    trainer.save_model(tmp_path / "sft")
+
+    cfg = run_config(tmp_path, dataset={"source": str(tmp_path / "train.jsonl")}, eval_dataset={"source": None})
+    cfg |= {"adapter": str(tmp_path / "sft"), "lora": {"rank": 4, "alpha": 8, "modules": ["q_proj", "v_proj"]}}
+    cfg |= {"reference": {"name": "start"}, "epochs": 3, "samples": {"num_prompts": 0}, "lr_scheduler": None}
+    (tmp_path / "config.yaml").write_text(json.dumps(cfg | {"optimizer": {"lr": 0.01}}))
+    log = run_recipe("lora_dpo_single_device", config_paths=[tmp_path / "config.yaml"])
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and log[0]["rewards/margins"] == 0
+    assert log[-1]["loss"] < 0.65
+
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    pairs = random_pairs(8, seed=1)
+    before = transformers_scores(base, pairs)
+    expected = transformers_scores(peft.PeftModel.from_pretrained(base, tmp_path / "sft"), pairs)
+    assert (expected - before).abs().max() > 0.5  # it has learned something
+    chosen, rejected = expected.chunk(2)
+    assert log[0]["logps/chosen"] == pytest.approx(chosen.mean().item(), rel=1e-5)
+    assert log[0]["logps/rejected"] == pytest.approx(rejected.mean().item(), rel=1e-5)
+    files = OmegaConf.create({"_component_": "torchtune.training.FullModelHFCheckpointer", **cfg["checkpointer"]})
+    files = checkpoint.open_weights(files)
+    options = {"modules": ["q_proj", "v_proj"]}
+    model = models.lora(component(NF4_SIZES), **LORA | options, dtype="fp32")
+    read = adapters.read_adapter(tmp_path / "sft", model, files)
+    found = scores(built(files, component(NF4_SIZES), adapter=read, **options), pairs)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
