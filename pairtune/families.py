@@ -48,7 +48,7 @@ class Module:
     @property
     def is_linear(self) -> bool:
         """A matrix and perhaps a bias, not a norm's scale."""
-        return "norm" not in self.parts[0].name
+        return self.leaves["weight"] == "weight" and "norm" not in self.parts[0].name
 
     def sizes(self, rows: int, config: dict) -> list[int]:
         """Returns how many of a matrix's rows each part has."""
@@ -213,6 +213,15 @@ ENDS = (
     Module("model.norm", (Part("norm"),), NORM),
     Module("lm_head", (Part("output"),)),
 )
+GEMMA2_NORMS = tuple(
+    Module(f"{LAYER}{theirs}", (Part(f"layers.{{}}.{ours}"),), NORM)
+    for theirs, ours in (
+        ("input_layernorm", "sa_norm"),
+        ("post_attention_layernorm", "sa_scale"),
+        ("pre_feedforward_layernorm", "mlp_norm"),
+        ("post_feedforward_layernorm", "mlp_scale"),
+    )
+)
 LLAMA = (*_attention(rotary=True), *MLP, *NORMS, *ENDS)
 QWEN2 = (*_attention(rotary=False), *MLP, *NORMS, *ENDS)
 PHI = (
@@ -235,6 +244,7 @@ FAMILIES = {
         Family("LLAMA3_2", ("llama",), LLAMA),
         Family("MISTRAL", ("mistral",), LLAMA),
         Family("GEMMA", ("gemma",), LLAMA, tied=True),
+        Family("GEMMA2", ("gemma2",), (*_attention(rotary=True), *MLP, *GEMMA2_NORMS, *ENDS), tied=True),
         Family("QWEN2", ("qwen2",), QWEN2),
         Family("PHI3_MINI", ("phi3",), PHI),
         Family("PHI4", ("phi3",), PHI),

@@ -6,6 +6,7 @@ logits exist only for scored tokens, and only a chunk of them at a time.
 N scored tokens, P pairs, V vocabulary, D width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
@@ -22,15 +23,17 @@ CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**27}  # logits that exist at a time: 16 
 KEEP_LOGITS_BYTES = 2**30  # a trainable head keeps its logits for backward up to this size, and recomputes above
 
 
-def install(model: TransformerDecoder, back_end: str = "segments") -> None:
+def install(model: TransformerDecoder, back_end: str = "segments", windows: Sequence[int | None] | None = None) -> None:
     """Gives this decoder an `unembed` that returns token log-probabilities [N] while a batch is being scored.
 
     Without a batch (generation) it is torchtune's own and returns logits.
 
     Args:
         back_end: segments or mask, see attention.py.
+        windows: Of the layers, as attention.install takes them.
     """
-    attention.install(model)
+    attention.install(model, windows)
+    model.windows = sorted({window for window in windows or () if window})
     model.dense_attention = back_end == "mask"
     model.scored_batch = None
     model.log_collision = None
@@ -86,7 +89,10 @@ def answer_scores(
 
 def _token_logps(model: TransformerDecoder, batch: PairBatch) -> Tensor:
     """Returns [N] float32."""
-    mask = attention.dense_mask(batch) if model.dense_attention else attention.segments(batch)
+    if model.dense_attention:
+        mask = attention.dense_masks(batch, model.windows)
+    else:
+        mask = attention.Segments(batch.rows, batch.tokens.device)
     model.scored_batch = batch
     try:
         return model(batch.tokens, mask=mask, input_pos=batch.input_pos)
@@ -115,7 +121,8 @@ def _unembed(model: TransformerDecoder, hidden: Tensor) -> Tensor:
     weight = _plain_weight(model.output)
     if weight is None:
         return _checkpointed_token_logps(hidden, batch.target, model.output, model.log_collision)
-    return token_logps(hidden, weight, batch.target, log_collision=model.log_collision)
+    softcap = getattr(model.output, "softcap", None)
+    return token_logps(hidden, weight, batch.target, softcap=softcap, log_collision=model.log_collision)
 
 
 def _plain_weight(output) -> Tensor | None:
@@ -132,25 +139,27 @@ def token_logps(
     weight: Tensor,
     target: Tensor,
     *,
+    softcap: float | None = None,
     chunk_size: int | None = None,
     keep_bytes: int = KEEP_LOGITS_BYTES,
     log_collision: Tensor | None = None,
 ) -> Tensor:
     """Returns log softmax(hidden @ weight.T) at `target`, [N] float32, for hidden [N, D], weight [V, D], target [N].
 
-    A frozen weight's gradient with respect to `hidden` is made in the forward, so that backward is one product by a
-    scalar a token. A trainable weight keeps its logits, in the model's dtype, up to `keep_bytes`, and recomputes them
-    above. `chunk_size` is in tokens. `log_collision` [N], where given, is filled with log sum_v p_v^2, the
-    log-probability that two samples are the same token; no gradient passes through it.
+    With a `softcap`, softcap * tanh(logits / softcap) takes the place of the logits, as in Gemma 2. A frozen weight's
+    gradient with respect to `hidden` is made in the forward, so that backward is one product by a scalar a token. A
+    trainable weight keeps its logits, in the model's dtype, up to `keep_bytes`, and recomputes them above.
+    `chunk_size` is in tokens. `log_collision` [N], where given, is filled with log sum_v p_v^2, the log-probability
+    that two samples are the same token; no gradient passes through it.
     """
     chunk_size = chunk_size or _chunk_size(hidden.device, weight.shape[0])
     if not torch.is_grad_enabled() or not (hidden.requires_grad or weight.requires_grad):
         chunks = _chunks(chunk_size, hidden, target, log_collision)
-        return torch.cat([_chunk_logps(h @ weight.T, t, c)[0] for h, t, c in chunks])
+        return torch.cat([_chunk_logps(_capped(h @ weight.T, softcap), t, c)[0] for h, t, c in chunks])
     if not weight.requires_grad:
-        return _FrozenHead.apply(hidden, weight, target, chunk_size, log_collision)
+        return _FrozenHead.apply(hidden, weight, target, softcap, chunk_size, log_collision)
     keep = hidden.shape[0] * weight.shape[0] * hidden.element_size() <= keep_bytes
-    return _TrainableHead.apply(hidden, weight, target, chunk_size, keep, log_collision)
+    return _TrainableHead.apply(hidden, weight, target, softcap, chunk_size, keep, log_collision)
 
 
 def _chunk_size(device: torch.device, vocabulary: int) -> int:
@@ -162,9 +171,19 @@ def _chunks(chunk_size: int, first: Tensor, *others: Tensor | None):
     return zip(pieces, *(t.split(chunk_size) if t is not None else [None] * len(pieces) for t in others), strict=True)
 
 
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Returns the logits in float32, or float64 as they are, capped if there is a cap."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits if softcap is None else (logits / softcap).tanh_().mul_(softcap)
+
+
+def _slope(capped: Tensor, softcap: float) -> Tensor:
+    """Returns d capped / d logit = 1 - tanh(logit / softcap)^2."""
+    return (capped / softcap).square_().neg_().add_(1)
+
+
 def _chunk_logps(logits: Tensor, target: Tensor, log_collision: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Returns log-probabilities [n] at the targets and the float32 log-sum-exp [n]; fills `log_collision` [n]."""
-    logits = logits.float() if logits.dtype != torch.float64 else logits
+    """Returns log-probabilities [n] at the targets and the log-sum-exp [n] of _capped logits; fills `log_collision`."""
     lse = logits.logsumexp(-1)
     if log_collision is not None:
         with torch.no_grad():
@@ -173,39 +192,49 @@ def _chunk_logps(logits: Tensor, target: Tensor, log_collision: Tensor | None = 
 
 
 class _FrozenHead(torch.autograd.Function):
-    """d logp_n / d hidden_n = weight[target_n] - softmax(logits_n) @ weight, known as soon as the logits are."""
+    """d logp_n / d hidden_n = weight[target_n] - softmax(logits_n) @ weight, known as soon as the logits are.
+
+    With a softcap, row v of `weight` counts as much as its logit's slope.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, weight, target, chunk_size, log_collision):
+    def forward(ctx, hidden, weight, target, softcap, chunk_size, log_collision):
         logps, gradient = [], torch.empty_like(hidden)
         for h, t, out, c in _chunks(chunk_size, hidden, target, gradient, log_collision):
-            logits = h @ weight.T
-            logits = logits if logits.dtype == torch.float64 else logits.float()
+            logits = _capped(h @ weight.T, softcap)
             logp, lse = _chunk_logps(logits, t, c)
             logps.append(logp)
-            probabilities = logits.sub_(lse[:, None]).exp_().to(weight.dtype)  # in place: the largest tensor there is
-            torch.mm(probabilities, weight, out=out).neg_().add_(weight[t])
+            wanted = weight[t]
+            slope = None if softcap is None else _slope(logits, softcap)
+            probabilities = logits.sub_(lse[:, None]).exp_()  # in place: the largest tensor there is
+            if slope is not None:
+                probabilities.mul_(slope)
+                wanted = wanted * slope.gather(-1, t[:, None])
+            torch.mm(probabilities.to(weight.dtype), weight, out=out).neg_().add_(wanted)
         ctx.save_for_backward(gradient)
         return torch.cat(logps)
 
     @staticmethod
     def backward(ctx, grad_logps):
         (gradient,) = ctx.saved_tensors
-        return (gradient * grad_logps[:, None]).to(gradient.dtype), None, None, None, None
+        return (gradient * grad_logps[:, None]).to(gradient.dtype), None, None, None, None, None
 
 
 class _TrainableHead(torch.autograd.Function):
-    """With g_n the gradient of token n's log-probability, d logits_n = g_n (onehot(target_n) - softmax(logits_n))."""
+    """With g_n the gradient of token n's log-probability, d logits_n = g_n (onehot(target_n) - softmax(logits_n)).
+
+    With a softcap, that is of the capped logits; the others' is it times their slope.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, weight, target, chunk_size, keep, log_collision):
+    def forward(ctx, hidden, weight, target, softcap, chunk_size, keep, log_collision):
         kept = [h @ weight.T if keep else None for h in hidden.split(chunk_size)]
         logps, lses = [], []
         for logits, (h, t, c) in zip(kept, _chunks(chunk_size, hidden, target, log_collision), strict=True):
-            logp, lse = _chunk_logps(h @ weight.T if logits is None else logits, t, c)
+            logp, lse = _chunk_logps(_capped(h @ weight.T if logits is None else logits, softcap), t, c)
             logps.append(logp)
             lses.append(lse)
-        ctx.chunk_size, ctx.keep = chunk_size, keep
+        ctx.softcap, ctx.chunk_size, ctx.keep = softcap, chunk_size, keep
         ctx.save_for_backward(hidden, weight, target, torch.cat(lses), *(kept if keep else ()))
         return torch.cat(logps)
 
@@ -218,19 +247,22 @@ class _TrainableHead(torch.autograd.Function):
         chunks = _chunks(ctx.chunk_size, hidden, target, lse, grad_logps, grad_hidden)
         for i, (h, t, z, g, out) in enumerate(chunks):
             logits = kept[i] if ctx.keep else h @ weight.T
+            logits = logits if ctx.softcap is None else _capped(logits, ctx.softcap)
             grad_logits = (logits - z[:, None]).exp_().mul_(-g[:, None])
             grad_logits.scatter_add_(-1, t[:, None], g[:, None].to(grad_logits.dtype))
+            if ctx.softcap is not None:
+                grad_logits.mul_(_slope(logits, ctx.softcap))
             grad_logits = grad_logits.to(weight.dtype)
             torch.mm(grad_logits, weight, out=out)
             grad_weight += grad_logits.T @ h
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
 
 
 def _checkpointed_token_logps(hidden: Tensor, target: Tensor, output, log_collision: Tensor | None) -> Tensor:
     """The same for any output layer, by autograd; backward computes each chunk's logits again."""
 
     def chunk(c, h, t):
-        return _chunk_logps(output(h), t, c)[0]
+        return _chunk_logps(_capped(output(h), None), t, c)[0]
 
     with torch.no_grad():
         vocabulary = output(hidden[:1]).shape[-1]

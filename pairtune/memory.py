@@ -378,7 +378,7 @@ def _kernels_of(device: str):
     """
     attention, rms_norm = F.scaled_dot_product_attention, F.rms_norm
 
-    def attend(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
+    def attend(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):  # which takes no memory
         if dropout_p and device == "cpu":  # no fused kernel there
             return attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal)
         return _fused_attention(device, q, k, v, attn_mask, is_causal)

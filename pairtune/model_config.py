@@ -4,6 +4,7 @@ Weights of equal shapes load into the wrong architecture without a word, and tra
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from torchtune.modules import RMSNorm, TiedLinear, TransformerDecoder
@@ -11,6 +12,9 @@ from torchtune.modules import RMSNorm, TiedLinear, TransformerDecoder
 from pairtune.errors import UserError
 from pairtune.families import config_types, of_config_type
 from pairtune.rules import fits, kind_words, show
+
+# Architectures whose layers may have a sliding window, and the one that they have where config.json has no such key.
+DEFAULT_WINDOWS = {"mistral": 4096, "phi3": None, "qwen2": 4096, "qwen3": 4096, "gemma2": 4096}
 
 # What is read of config.json, here and in the conversion of weights.
 NEEDED = {"model_type": str, "hidden_size": int, "num_attention_heads": int, "num_key_value_heads": int}
@@ -23,7 +27,16 @@ READ = NEEDED | {
     "tie_word_embeddings": bool,
     "rope_scaling": dict,
     "rope_parameters": dict,
+    "sliding_window": int,
+    "use_sliding_window": bool,
+    "max_window_layers": int,
+    "layer_types": list[str],
+    "attn_logit_softcapping": float,
+    "final_logit_softcapping": float,
+    "query_pre_attn_scalar": float,
 }
+MAY_BE_ZERO = ("max_window_layers",)
+SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 
 
 def check_config(config, path: Path) -> None:
@@ -53,7 +66,7 @@ def check_config(config, path: Path) -> None:
 def _check_kind(path: Path, key: str, value, kind: type) -> None:
     if not fits(value, kind):
         raise UserError(f"{path}: {key}={value!r}: must be {kind_words(kind)}")
-    if kind in (int, float) and not 0 < value < math.inf:
+    if kind in (int, float) and not 0 < value < math.inf and not (value == 0 and key in MAY_BE_ZERO):
         raise UserError(f"{path}: {key}={value}: must be above 0 and finite")
 
 
@@ -89,6 +102,47 @@ def model_type_of(config: dict, *, like: str) -> str:
     return model_type
 
 
+def windows(config: dict, num_layers: int) -> list[int | None]:
+    """Returns each layer's sliding window as transformers has it, None for a layer that looks back all the way.
+
+    A window of w shows a token the w newest positions, its own among them. What a config.json leaves out is as in the
+    architecture's configuration class.
+
+    Args:
+        config: The folder's config.json, checked by check_config.
+        num_layers: Of the model.
+
+    Raises:
+        UserError: layer_types has not one entry a layer, or names a kind of attention that is neither full nor sliding.
+    """
+    architecture = config.get("model_type")
+    window = config.get("sliding_window", DEFAULT_WINDOWS.get(architecture))
+    switched_on = config.get("use_sliding_window") or architecture not in ("qwen2", "qwen3")
+    if architecture not in DEFAULT_WINDOWS or window is None or not switched_on:
+        return [None] * num_layers
+    return [window if sliding else None for sliding in _sliding_layers(config, num_layers)]
+
+
+def _sliding_layers(config: dict, num_layers: int) -> Sequence[bool]:
+    """Returns whether each layer has the model's window."""
+    architecture, kinds = config["model_type"], config.get("layer_types")
+    if architecture in ("mistral", "phi3"):  # they read no layer_types
+        return [True] * num_layers
+    if kinds is None and architecture == "gemma2":
+        return [n % 2 == 0 for n in range(num_layers)]
+    if kinds is None:
+        first = config.get("max_window_layers")
+        return [n >= (28 if first is None else first) for n in range(num_layers)]
+    unknown = [kind for kind in kinds if kind not in ("sliding_attention", "full_attention")]
+    if unknown or len(kinds) != num_layers:
+        wrong = f"holds {show(unknown[0])}" if unknown else f"has {len(kinds)} entries"
+        raise UserError(
+            f"config.json: layer_types: {wrong}; must have sliding_attention or full_attention for each of the "
+            f"model's {num_layers} layers"
+        )
+    return [kind == "sliding_attention" for kind in kinds]
+
+
 def check_model(model: TransformerDecoder, config: dict) -> None:
     """Compares a built model with the folder's config.json; what config.json does not say is not compared.
 
@@ -111,7 +165,7 @@ def check_model(model: TransformerDecoder, config: dict) -> None:
 def describe(model: TransformerDecoder) -> dict:
     """Returns what a model is, under config.json's names."""
     attention = model.layers[0].attn
-    rope = attention.pos_embeddings
+    rope, scale = attention.pos_embeddings, getattr(attention._attention_call, "scale", None)
     description = {
         "num_hidden_layers": len(model.layers),
         "vocab_size": model.tok_embeddings.num_embeddings,
@@ -122,6 +176,9 @@ def describe(model: TransformerDecoder) -> dict:
         "tie_word_embeddings": isinstance(model.output, TiedLinear),
         "rope_theta": float(rope.base),
         "rope_scaling.factor": float(getattr(rope, "scale_factor", 1.0)),
+        "query_pre_attn_scalar": round(scale**-2, 6) if scale else float(attention.head_dim),
+        "attn_logit_softcapping": float(getattr(attention._attention_call, "softcap", None) or 0),
+        "final_logit_softcapping": float(getattr(model.output, "softcap", None) or 0),
     }
     if isinstance(model.norm, RMSNorm):
         description["rms_norm_eps"] = model.norm.eps
@@ -145,4 +202,6 @@ def describe_config(config: dict) -> dict:
         "rope_theta": float(theta) if theta is not None else None,
         "rope_scaling.factor": float(rope.get("factor", 1.0)) if llama and theta is not None else None,
         "rms_norm_eps": config.get("rms_norm_eps"),
+        **{key: float(config[key] or 0) for key in SOFTCAPS if key in config},  # null: no cap
+        "query_pre_attn_scalar": config.get("query_pre_attn_scalar"),
     }

@@ -6,7 +6,7 @@ A model is built on the meta device, where size costs nothing and mistakes show,
 import inspect
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -205,6 +205,7 @@ def prepare(
     max_length: int,
     vocab_size: int = 0,
     attention: str = "auto",
+    windows: Sequence[int | None] | None = None,
     checkpoint_activations: bool = False,
     compile_layers: bool = False,
 ) -> None:
@@ -214,6 +215,7 @@ def prepare(
         max_length: Tokens of the longest conversation.
         vocab_size: Token ids that the tokenizer can produce.
         attention: segments, mask, or auto: mask with `compile_layers`, which wants few shapes, else segments.
+        windows: How far each layer looks back, from model_config.windows; None: no layer has a sliding window.
         checkpoint_activations: Keep only each layer's input for backward and compute the rest again: less memory,
             about a third more work.
         compile_layers: torch.compile layer by layer, so that compile time does not grow with depth.
@@ -237,7 +239,7 @@ def prepare(
         )
     # A row holds several documents, each with positions of its own, all below max_length.
     model.num_positions, model.max_seq_len = model.max_seq_len, 2**31
-    logps.install(model, "mask" if attention == "mask" or compile_layers else "segments")
+    logps.install(model, "mask" if attention == "mask" or compile_layers else "segments", windows)
     if checkpoint_activations:
         set_activation_checkpointing(model, auto_wrap_policy={TransformerSelfAttentionLayer})
     if compile_layers:

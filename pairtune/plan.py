@@ -12,11 +12,12 @@ from types import SimpleNamespace
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from pairtune import data, models
+from pairtune import checkpoint, data, models
 from pairtune.config import instantiate, load
 from pairtune.errors import UserError
 from pairtune.loss_needs import needs
 from pairtune.memory import PARTS, Setting, StepMemory, pass_memory, step_memory, worst_batch
+from pairtune.model_config import windows
 from pairtune.reference import KNOWN, check_reference, frozen_model, has_second_model
 
 GIB = 2**30
@@ -171,6 +172,7 @@ def plan_config(cfg: DictConfig, method: str, run: Run) -> Plan:
     )
     loss_fn, reference = instantiate(cfg.loss), cfg.get("reference") or {"name": KNOWN[method][0]}
     check_reference(reference, loss_fn, method, dtype=cfg.dtype, has_adapter=cfg.get("adapter") is not None)
+    folder = cfg.checkpointer.checkpoint_dir
     policy, second = build(
         method,
         cfg.model,
@@ -183,6 +185,7 @@ def plan_config(cfg: DictConfig, method: str, run: Run) -> Plan:
         dropout=not cfg.disable_dropout,
         setting=setting,
         num_processes=run.gpus,
+        base_config=checkpoint.read_config(folder) if (Path(folder) / "config.json").is_file() else None,
     )
     max_tokens = 2 * cfg.max_length - 1
     row_length = math.ceil(max_tokens / ROW_MULTIPLE) * ROW_MULTIPLE if policy.dense_attention else None
@@ -223,11 +226,13 @@ def build(
     setting: Setting,
     num_processes: int = 1,
     reference: Mapping | None = None,
+    base_config: dict | None = None,
 ):
     """Returns a recipe's policy and its second model or None, on the meta device.
 
     Args:
         reference: The config's block; None: the method's default.
+        base_config: The base folder's config.json, where it is here: it tells of sliding windows, which take masks.
     """
     reference, second = reference or {"name": KNOWN[method][0]}, None
     processes = SimpleNamespace(num_shards=setting.num_shards, shards=setting.shards, size=num_processes)
@@ -247,6 +252,7 @@ def build(
                 model,
                 max_length=max_length,
                 attention=attention,
+                windows=windows(base_config or {}, len(model.layers)),
                 checkpoint_activations=checkpoint_activations,
             )
     return policy, second

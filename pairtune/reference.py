@@ -19,7 +19,7 @@ from pairtune.checkpoint import ModelFolder
 from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.loss_needs import needs
-from pairtune.model_config import check_model
+from pairtune.model_config import check_model, windows
 from pairtune.tokenizer import check_vocabulary
 
 KNOWN = {  # by method, the default first
@@ -101,9 +101,10 @@ class FrozenModel:
     block: Mapping
 
     def prepare(self, **settings) -> None:
-        """As models.prepare."""
+        """As models.prepare, with the sliding windows of its own folder."""
         with _told_of(self.block):
-            models.prepare(self.model, **settings)
+            own = {"windows": windows(self.files.config, len(self.model.layers))}
+            models.prepare(self.model, **settings | own)
 
     def load(self, world: World) -> None:
         """Gives it its weights, sharded where the policy is."""

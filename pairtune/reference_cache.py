@@ -38,6 +38,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pairtune import attention
 from pairtune.data import Pair
 from pairtune.dist import World
 from pairtune.errors import UserError
@@ -114,6 +115,8 @@ def identify(
         "ld_alpha": float(ld_alpha),
         "score_end": score_end,
     }
+    if any(windows := attention.windows(model)):  # they are in config.json, not among weights or arguments
+        content["windows"] = windows
     return Identity(content, made_of=str(Path(weight_files[0]).resolve().parent))
 
 

@@ -16,7 +16,7 @@ from pairtune.errors import UserError
 from pairtune.formats import detect_format
 from pairtune.loader import Steps
 from pairtune.loss_needs import needs
-from pairtune.model_config import check_model
+from pairtune.model_config import check_model, windows
 from pairtune.reference import KNOWN, check_reference, is_own, open_second_model
 from pairtune.rows import looks_like_path
 from pairtune.tokenizer import adapt
@@ -168,13 +168,14 @@ def _model(method: str, cfg: DictConfig, tokenizer) -> tuple[str, Any]:
         model = models.full(cfg.model, dtype=cfg.dtype)
     else:
         model = models.lora(cfg.model, **cfg.lora, dtype=cfg.dtype, quantize_base=method == "qlora")
+    here = Path(cfg.checkpointer.checkpoint_dir).is_dir()
+    base_config = checkpoint.read_config(cfg.checkpointer.checkpoint_dir) if here else {}
     models.prepare(
         model, max_length=cfg.max_length, vocab_size=tokenizer.vocab_size if tokenizer else 0,
-        attention=cfg.attention, checkpoint_activations=cfg.enable_activation_checkpointing, compile_layers=cfg.compile,
+        attention=cfg.attention, windows=windows(base_config, len(model.layers)),
+        checkpoint_activations=cfg.enable_activation_checkpointing, compile_layers=cfg.compile,
     )  # fmt: skip
-    here = Path(cfg.checkpointer.checkpoint_dir).is_dir()
-    if here:
-        check_model(model, checkpoint.read_config(cfg.checkpointer.checkpoint_dir))
+    check_model(model, base_config)
     num_parameters, num_trained = models.num_parameters(model)
     compared = "as in config.json" if here else "not compared with config.json, which is not here"
     return f"{num_parameters:,} parameters, {num_trained:,} trained, {compared}", None

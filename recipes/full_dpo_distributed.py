@@ -22,7 +22,7 @@ from pairtune.loader import Steps, share
 from pairtune.logps import answer_logps, answer_scores
 from pairtune.loss_advice import advice_for
 from pairtune.losses import kto_kl
-from pairtune.model_config import check_model
+from pairtune.model_config import check_model, windows
 from pairtune.reference import (
     AsItStarts,
     SecondModel,
@@ -145,6 +145,7 @@ def main(cfg):
         "max_length": cfg.max_length,
         "vocab_size": tokenizer.vocab_size,
         "attention": cfg.attention,
+        "windows": windows(files.config, len(model.layers)),
         "checkpoint_activations": cfg.enable_activation_checkpointing,
         "compile_layers": cfg.compile,
     }

@@ -110,24 +110,28 @@ def test_a_batch_of_padding_has_gradients_of_zero_for_every_parameter(model, bac
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
-def naive_token_logps(hidden, weight, target):
-    return (hidden.double() @ weight.double().T).log_softmax(-1)[torch.arange(len(target)), target]
+def naive_token_logps(hidden, weight, target, softcap=None):
+    logits = hidden.double() @ weight.double().T
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    return logits.log_softmax(-1)[torch.arange(len(target)), target]
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("chunk_size", [1, 7, 50, 1000])
 @pytest.mark.parametrize("mode", ["frozen", "kept", "recomputed", "no_grad"])
-def test_every_mode_and_chunk_size_agrees_with_float64(mode, chunk_size):
+def test_every_mode_and_chunk_size_agrees_with_float64(mode, chunk_size, softcap):
     torch.manual_seed(0)
     hidden, weight = torch.randn(50, 16, requires_grad=True), torch.randn(301, 16)
     weight.requires_grad_(mode in ("kept", "recomputed"))
     target, upstream = torch.randint(301, (50,)), torch.randn(50)
-    expected = naive_token_logps(hidden, weight, target)
+    expected = naive_token_logps(hidden, weight, target, softcap)
     expected_gradients = torch.autograd.grad(
         (expected * upstream).sum(), [hidden] + ([weight] if weight.requires_grad else [])
     )
     with torch.set_grad_enabled(mode != "no_grad"):
         keep = 2**30 if mode == "kept" else 0
-        values = logps.token_logps(hidden, weight, target, chunk_size=chunk_size, keep_bytes=keep)
+        options = {"softcap": softcap, "chunk_size": chunk_size, "keep_bytes": keep}
+        values = logps.token_logps(hidden, weight, target, **options)
     assert values.dtype == torch.float32
     torch.testing.assert_close(values.double(), expected, atol=2e-5, rtol=0)
     if mode == "no_grad":
@@ -138,16 +142,17 @@ def test_every_mode_and_chunk_size_agrees_with_float64(mode, chunk_size):
         torch.testing.assert_close(got, wanted, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("keep_bytes", [0, 2**30])
 @pytest.mark.parametrize("trainable", [True, False])
-def test_gradients_pass_gradcheck(trainable, keep_bytes):
+def test_gradients_pass_gradcheck(trainable, keep_bytes, softcap):
     torch.manual_seed(0)
     hidden = torch.randn(9, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(13, 5, dtype=torch.float64, requires_grad=trainable)
     target = torch.randint(13, (9,))
 
     def function(hidden, weight):
-        return logps.token_logps(hidden, weight, target, chunk_size=4, keep_bytes=keep_bytes)
+        return logps.token_logps(hidden, weight, target, softcap=softcap, chunk_size=4, keep_bytes=keep_bytes)
 
     assert torch.autograd.gradcheck(function, (hidden, weight))
 

@@ -722,18 +722,21 @@ def test_wpo_weights_are_those_of_the_whole_vocabulary(head):
 @pytest.mark.parametrize("trainable", [True, False])
 @pytest.mark.parametrize("keep_bytes", [0, 2**30])
 @pytest.mark.parametrize("chunk_size", [1, 7, 100])
-def test_collision_probabilities_cost_no_change_of_values_and_gradients(trainable, keep_bytes, chunk_size):
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_collision_probabilities_cost_no_change_of_values_and_gradients(trainable, keep_bytes, chunk_size, softcap):
     torch.manual_seed(0)
     hidden, weight = torch.randn(20, 8, requires_grad=True), torch.randn(50, 8, requires_grad=trainable)
     target, log_collision = torch.randint(50, (20,)), torch.empty(20)
-    options = {"chunk_size": chunk_size, "keep_bytes": keep_bytes}
+    options = {"softcap": softcap, "chunk_size": chunk_size, "keep_bytes": keep_bytes}
     inputs = [hidden, weight] if trainable else [hidden]
     plain = token_logps(hidden, weight, target, **options)
     with_collision = token_logps(hidden, weight, target, **options, log_collision=log_collision)
     assert torch.equal(plain, with_collision)
     for a, b in zip(*(torch.autograd.grad(x.sum(), inputs) for x in (plain, with_collision)), strict=True):
         assert torch.equal(a, b)
-    expected = (hidden.double() @ weight.double().T).softmax(-1).square().sum(-1).log()
+    logits = hidden.double() @ weight.double().T
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    expected = logits.softmax(-1).square().sum(-1).log()
     torch.testing.assert_close(log_collision.double(), expected, atol=1e-5, rtol=0)
 
 

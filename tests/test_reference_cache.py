@@ -102,7 +102,9 @@ def test_values_that_are_not_finite_are_refused_and_not_kept(tmp_path, base):
 # What it is found by
 
 
-def identity(folder, base, *, dtype="fp32", quantized=False, modules=("q_proj", "mlp"), sizes=NF4_SIZES, **more):
+def identity(
+    folder, base, *, dtype="fp32", quantized=False, modules=("q_proj", "mlp"), sizes=NF4_SIZES, windows=None, **more
+):
     component = {"_component_": LLAMA, **sizes}
     lora = LORA | {"modules": list(modules)}
     model = (
@@ -110,6 +112,7 @@ def identity(folder, base, *, dtype="fp32", quantized=False, modules=("q_proj", 
         if quantized
         else models.full(component, dtype=dtype)
     )
+    models.prepare(model, max_length=64, windows=windows)
     files = {"weight_files": sorted(base.glob("*.safetensors"))} | more
     return reference_cache.identify(folder, model, ONE, component=component, **files)
 
@@ -127,6 +130,7 @@ def wide(tmp_path):
         {"dtype": "bf16"},
         {"ld_alpha": 0.5},
         {"quantized": True},
+        {"windows": [None, 8, 8]},
         {"sizes": NF4_SIZES | {"rope_base": 500_000}},
         {"adapter_files": ["adapter.safetensors"]},
     ],

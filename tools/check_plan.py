@@ -28,6 +28,7 @@ from torchtune.rlhf.loss import DPOLoss  # noqa: E402
 
 from pairtune import dist, memory, models, plan  # noqa: E402
 from pairtune.logps import answer_logps  # noqa: E402
+from pairtune.model_config import windows  # noqa: E402
 from pairtune.reference import frozen_model  # noqa: E402
 
 MODEL = {
@@ -35,6 +36,7 @@ MODEL = {
     "num_kv_heads": 2, "embed_dim": 128, "intermediate_dim": 384, "max_seq_len": 512, "rope_base": 10_000,
 }  # fmt: skip
 WIDE = {"embed_dim": 256, "intermediate_dim": 768, "num_kv_heads": 4}  # what NF4 can cut in two
+GEMMA2 = {"_component_": "pairtune.gemma2.gemma2", "head_dim": 32, "query_pre_attn_scalar": 32}
 LORA = {"rank": 8, "alpha": 16.0, "dropout": 0.0, "modules": ["q_proj", "k_proj", "v_proj", "output_proj", "mlp"]}
 OPTIMIZER = {"_component_": "torch.optim.AdamW", "lr": 1e-4}
 FOUR_BIT = {"name": "model", "quantize": True}
@@ -56,6 +58,7 @@ class Case:
     sizes: dict = field(default_factory=dict)
     modules: tuple[str, ...] = ()
     reference: dict | None = None  # as in a config
+    base_config: dict = field(default_factory=dict)  # of which sliding windows are read
 
     def __str__(self) -> str:
         component = self.component
@@ -64,6 +67,7 @@ class Case:
         words += ["checkpointing"] * self.checkpointing + ["mask"] * (self.attention == "mask")
         words += [f"{self.micro_batches} micro-batches"] * (self.micro_batches > 1) + list(self.modules)
         words += ["4-bit second model"] * (self.reference is not None)
+        words += [self.base_config["model_type"]] if self.base_config else []
         return ", ".join(words)
 
     @property
@@ -91,6 +95,8 @@ CASES = (
     Case("qlora", "fp32", 1, 60, 60, sizes=WIDE),
     Case("qlora", "bf16", 4, 120, 60, checkpointing=True, sizes=WIDE),
     Case("lora", "fp32", 2, 40, 60, sizes=WIDE, reference=FOUR_BIT),
+    Case("lora", "fp32", 3, 90, 140, base_config={"model_type": "mistral", "sliding_window": 64}),
+    Case("lora", "fp32", 3, 90, 140, sizes=GEMMA2, base_config={"model_type": "gemma2", "sliding_window": 64}),
 )
 SHARDED_CASES = (
     Case("full", "fp32", 2, 40, 60, sizes=WIDE),
@@ -107,6 +113,7 @@ def predict(case: Case, num_shards: int = 1) -> memory.StepMemory:
         case.method, case.component, lora=case.lora, dtype=case.dtype, max_length=case.prompt + case.answer,
         attention=case.attention, checkpoint_activations=case.checkpointing, setting=setting, num_processes=num_shards,
         reference=case.reference,
+        base_config=case.base_config,
     )  # fmt: skip
     return memory.step_memory(policy, reference, case.batch(), OPTIMIZER, setting)
 
@@ -143,7 +150,7 @@ def _build(case: Case, world: dist.World):
         if model is not None:
             models.prepare(
                 model, max_length=case.prompt + case.answer, attention=case.attention,
-                checkpoint_activations=case.checkpointing,
+                checkpoint_activations=case.checkpointing, windows=windows(case.base_config, len(model.layers)),
             )  # fmt: skip
     return policy, reference
 
