@@ -716,7 +716,7 @@ def edited(folder, **values):
         ),
         ({}, None, {"model": component(NF4_SIZES | {"num_layers": 2})}, ["is 2 in `reference.model` and 3"]),
         ({}, None, {"model": component(NF4_SIZES | {"width": 3})}, ["reference: model: llama3 takes no width"]),
-        ({}, lambda f: edited(f, model_type="gemma2"), {}, ["config.json: model_type=gemma2: is none of"]),
+        ({}, lambda f: edited(f, model_type="mamba"), {}, ["config.json: model_type=mamba: is none of"]),
         ({}, lambda f: (f / "tokenizer.json").write_text(tokens_of(prefix="v")._backend.to_str()), {}, ["317 of 320"]),
         ({"vocab_size": 300}, None, {"model": component(NF4_SIZES | {"vocab_size": 300})}, ["'w300'", "none there"]),
         ({}, None, {"model": component(), "quantize": True}, ["reference.quantize=true: layers.0", "16384"]),
