@@ -176,7 +176,7 @@ def _told_of(reference: Mapping) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        text = str(error)
+        text = str(error).removeprefix("checkpointer: ")
         if reference.get("checkpoint_dir"):
             text = text.replace("checkpointer.checkpoint_dir", "reference.checkpoint_dir").replace("`model`", builder)
         raise UserError(text if text.startswith("reference") else f"reference: {text}") from None

@@ -208,7 +208,8 @@ def test_a_loss_without_reference_loads_and_runs_none(run, capsys):
         run("full_dpo_single_device", "loss=sigmoid", "max_steps=2", "batch_size=8", name="with")
     finally:
         hook.remove()
-    assert alone == 4 and len(forwards) == 8  # a rehearsal, two steps, an evaluation; and the reference's
+    # A rehearsal, two steps, an evaluation, with the reference's; then the export is compared with the model.
+    assert alone == 4 + 2 and len(forwards) == 8 + 2
 
 
 def test_llama_3s_option_changes_the_loss_and_stays_exact(run):
@@ -532,8 +533,9 @@ def test_a_cached_reference_gives_the_numbers_of_a_live_one_and_is_computed_once
         run(recipe, *cached, "loss=ipo", "loss.beta=0.3", "optimizer.lr=1e-4", "seed=7", name="another")
     finally:
         hook.remove()
-    # 16 pairs of the cache are looked at again; a rehearsal, ten steps and an evaluation of one batch each follow.
-    assert num_forwards == 2 + 1 + 10 + 1
+    # 16 pairs of the cache are looked at again; a rehearsal, ten steps and an evaluation of one batch each follow, and
+    # the export is compared with the model.
+    assert num_forwards == 2 + 1 + 10 + 1 + 2
     assert len(decoders) == 2 * num_forwards  # another loss, beta, learning rate and seed: the same cache
     for one, other, third in zip(live, first, again, strict=True):
         for key in one.keys() - SPEED:
@@ -615,11 +617,12 @@ def test_another_model_fills_a_cache_and_is_gone_when_the_policy_comes(run, othe
     live = run(recipe, "reference=model", *other, "max_steps=4", name="live")
     with Decoders(monkeypatch) as seen:
         first = run(recipe, *cached, name="first")
-    assert seen.forwards == 6 * [2] + 6 * [3]  # 48 pairs; a rehearsal, four steps, an evaluation
-    assert seen.alive == [{2}, {2}, {3}]  # shapes are checked first, on the meta device
+    # 48 pairs; a rehearsal, four steps, an evaluation, and a comparison of the export with the model.
+    assert seen.forwards == 6 * [2] + (6 + 2) * [3]
+    assert seen.alive[:2] == [{2}, {3}]
     with Decoders(monkeypatch) as seen:
         again = run(recipe, *cached, name="again")
-    assert seen.forwards == 6 * [3] and seen.alive == [{2}, {3}]  # it is not even loaded
+    assert seen.forwards == (6 + 2) * [3] and set.union(*seen.alive) == {3}  # it is not even loaded
     for one, two, three in zip(live, first, again, strict=True):
         for key in one.keys() - SPEED:
             assert two[key] == pytest.approx(one[key], rel=1e-6, abs=1e-6), key
