@@ -9,6 +9,7 @@ from pathlib import Path
 from torchtune.modules import RMSNorm, TiedLinear, TransformerDecoder
 
 from pairtune.errors import UserError
+from pairtune.experts import MixtureOfExperts
 from pairtune.families import config_types, of_config_type
 from pairtune.rules import fits, kind_words, show
 
@@ -23,6 +24,8 @@ READ = NEEDED | {
     "tie_word_embeddings": bool,
     "rope_scaling": dict,
     "rope_parameters": dict,
+    "num_local_experts": int,
+    "num_experts_per_tok": int,
 }
 
 
@@ -113,6 +116,10 @@ def describe(model: TransformerDecoder) -> dict:
     }
     if isinstance(model.norm, RMSNorm):
         description["rms_norm_eps"] = model.norm.eps
+    mixture = model.layers[0].mlp
+    if isinstance(mixture, MixtureOfExperts):
+        description["num_local_experts"] = len(mixture.experts)
+        description["num_experts_per_tok"] = mixture.experts_per_token
     return description
 
 
@@ -133,4 +140,6 @@ def describe_config(config: dict) -> dict:
         "rope_theta": float(theta) if theta is not None else None,
         "rope_scaling.factor": float(rope.get("factor", 1.0)) if llama and theta is not None else None,
         "rms_norm_eps": config.get("rms_norm_eps"),
+        "num_local_experts": config.get("num_local_experts"),
+        "num_experts_per_tok": config.get("num_experts_per_tok"),
     }

@@ -31,6 +31,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 NF4_BLOCK = 64 * 256  # torchao quantizes scales of 256 blocks of 64 weights together
 _WRAPPED = "_checkpoint_wrapped_module."
 COPIES = {"lora_a": "frozen_a", "lora_b": "frozen_b"}  # an adapter's matrices, and where a frozen copy of them is
+UNQUANTIZED = ("output", "mlp.router")  # layers that QLoRA keeps as they are: the last word, and who has it
 _STRANGERS = "`model` and `checkpointer.checkpoint_dir` do not belong together"
 
 
@@ -66,7 +67,7 @@ def lora(
     Args:
         component: As for `full`: the base builder; adapters are put into what it builds.
         modules: Which layers have adapters: keys of rules.LORA_LAYERS.
-        quantize_base: Base weights of all linear layers in NF4 (QLoRA, arXiv 2305.14314); not the output layer.
+        quantize_base: Base weights of all linear layers in NF4 (QLoRA, arXiv 2305.14314) but UNQUANTIZED.
         frozen_copy: Room for a second set of adapters, which `load` makes a copy of the first: reference.AdapterCopy.
         world: The processes that share these.
 
@@ -92,7 +93,7 @@ def lora(
     with torch.device("meta"), set_default_dtype(DTYPES[dtype]):
         for name, linear in [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear]:
             sizes, biased = (linear.in_features, linear.out_features), linear.bias is not None
-            quantized = quantize_base and name != "output"
+            quantized = quantize_base and without_numbers(name) not in UNQUANTIZED
             if name in adapted:
                 options = {"use_bias": biased, "quantize_base": quantized}
                 model.set_submodule(name, LoRALinear(*sizes, rank, alpha, dropout, **options))
@@ -120,8 +121,8 @@ def _layers_of(modules: list[str], model: TransformerDecoder) -> set[str]:
 
 
 def without_numbers(layer: str) -> str:
-    """Returns attn.q_proj for layers.3.attn.q_proj: what is alike in all layers."""
-    return re.sub(r"^layers\.(\d+|{})\.|\.(\d+|{})(?=\.)", "", layer)
+    """Returns attn.q_proj for layers.3.attn.q_proj: what is alike in all layers; mlp.w1 for all experts' w1."""
+    return re.sub(r"^layers\.(\d+|{})\.|(\.experts)?\.(\d+|{})(?=\.)", "", layer)
 
 
 def _add_frozen_copy(model: nn.Module) -> None:
@@ -160,7 +161,8 @@ def _build(path: str, arguments: dict, dtype: str) -> TransformerDecoder:
 def _check_nf4_sizes(model: nn.Module, num_shards: int) -> None:
     multiple = NF4_BLOCK * num_shards
     for name, module in model.layers.named_modules():
-        if isinstance(module, nn.Linear) and module.weight.numel() % multiple:
+        quantized = isinstance(module, nn.Linear) and without_numbers(f"layers.{name}") not in UNQUANTIZED
+        if quantized and module.weight.numel() % multiple:
             rows, columns = module.weight.shape
             shards = f" on each of {num_shards} processes" if num_shards > 1 else ""
             raise UserError(

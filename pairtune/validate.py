@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from pairtune import checkpoint, config, data, models
+from pairtune import checkpoint, config, contract, data, models
 from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.formats import detect_format
@@ -156,6 +156,7 @@ def _model(method: str, cfg: DictConfig, tokenizer) -> tuple[str, Any]:
     here = Path(cfg.checkpointer.checkpoint_dir).is_dir()
     if here:
         check_model(model, checkpoint.read_config(cfg.checkpointer.checkpoint_dir))
+    contract.check_router(model, cfg.get("router_aux_loss_coef", 0))
     num_parameters, num_trained = models.num_parameters(model)
     compared = "as in config.json" if here else "not compared with config.json, which is not here"
     return f"{num_parameters:,} parameters, {num_trained:,} trained, {compared}", None
