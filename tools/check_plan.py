@@ -34,6 +34,7 @@ MODEL = {
     "num_kv_heads": 2, "embed_dim": 128, "intermediate_dim": 384, "max_seq_len": 512, "rope_base": 10_000,
 }  # fmt: skip
 WIDE = {"embed_dim": 256, "intermediate_dim": 768, "num_kv_heads": 4}  # what NF4 can cut in two
+MIXTURE = {"_component_": "pairtune.mixtral.mixtral", "num_experts": 4}
 LORA = {"rank": 8, "alpha": 16.0, "dropout": 0.0, "modules": ["q_proj", "k_proj", "v_proj", "output_proj", "mlp"]}
 OPTIMIZER = {"_component_": "torch.optim.AdamW", "lr": 1e-4}
 STEPS = 2  # from the second on, the optimizer has its state
@@ -59,6 +60,7 @@ class Case:
         words = [self.method, self.dtype, f"{self.batch_size} x {self.prompt}/{self.answer}"]
         words += [f"V {component['vocab_size']:,}", f"D {component['embed_dim']}"]
         words += ["checkpointing"] * self.checkpointing + ["mask"] * (self.attention == "mask")
+        words += [f"{component['num_experts']} experts"] * ("num_experts" in component)
         words += [f"{self.micro_batches} micro-batches"] * (self.micro_batches > 1) + list(self.modules)
         return ", ".join(words)
 
@@ -86,6 +88,7 @@ CASES = (
     Case("lora", "bf16", 4, 40, 60, micro_batches=2, sizes={"vocab_size": 8000}, modules=("q_proj", "mlp", "output")),
     Case("qlora", "fp32", 1, 60, 60, sizes=WIDE),
     Case("qlora", "bf16", 4, 120, 60, checkpointing=True, sizes=WIDE),
+    Case("lora", "bf16", 4, 60, 60, checkpointing=True, sizes=MIXTURE),
 )
 SHARDED_CASES = (
     Case("full", "fp32", 2, 40, 60, sizes=WIDE),
