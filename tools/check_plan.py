@@ -60,7 +60,7 @@ class Case:
         words = [self.method, self.dtype, f"{self.batch_size} x {self.prompt}/{self.answer}"]
         words += [f"V {component['vocab_size']:,}", f"D {component['embed_dim']}"]
         words += ["checkpointing"] * self.checkpointing + ["mask"] * (self.attention == "mask")
-        words += [f"{component['num_experts']} experts"] * ("num_experts" in component)
+        words += [f"{component[name]} experts" for name in ("num_experts",) if name in component]
         words += [f"{self.micro_batches} micro-batches"] * (self.micro_batches > 1) + list(self.modules)
         return ", ".join(words)
 
