@@ -1,4 +1,7 @@
-"""Mixtral (arXiv 2401.04088): torchtune's Mistral with a sparse mixture of its feed-forward layers in each layer."""
+"""Mixtral (arXiv 2401.04088): torchtune's Mistral with a mixture of experts in the place of each MLP.
+
+Without a sliding window, as published.
+"""
 
 from torch import nn
 from torchtune.models.mistral import mistral

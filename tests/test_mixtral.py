@@ -150,7 +150,7 @@ def test_log_probabilities_and_gradients_are_those_of_transformers(base, attenti
     model = loaded(folder, attention=attention, checkpoint_activations=checkpointing)
     values = torch.cat(answer_logps(model, lay_out(pairs, 256 if attention == "mask" else None)))
     (values * upstream).sum().backward()
-    torch.testing.assert_close(values, expected, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(values, expected, atol=1e-4, rtol=0)  # of sums of 100 nats
     wanted = gradients_under_our_names(peer, open_folder(folder).config)
     found = {models.plain_name(name): p.grad for name, p in model.named_parameters()}
     assert found.keys() == wanted.keys()
