@@ -39,6 +39,14 @@ CANNOT = {
     "arrow_config": "a mixture of adapters",
     "megatron_config": "Megatron's layers",
 }
+EXPERTS_README = """\
+A LoRA adapter with matrices for experts or routers of a mixture, under the Hub's names of its layers.
+
+PEFT loads it where these are linear layers: with transformers 4. In transformers 5 a layer's experts are two tensors,
+and its router is no linear layer: PEFT 0.18 leaves the experts' matrices out there, without a warning if others are
+loaded, and refuses the router's; PEFT 0.20 converts them (peft.utils.transformers_weight_conversion). The merged
+weights in the folder above need none of this.
+"""
 HARMLESS_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # other init_lora_weights change the base weights
 
 
@@ -284,6 +292,9 @@ def _check_tensors(found: dict[str, Tensor], expected: dict[str, torch.Size], pa
 def write_adapter(folder: Path, adapter: dict[str, Tensor], base: ModelFolder, lora: dict) -> None:
     """Writes an adapter in PEFT's layout.
 
+    Those of a mixture's experts are written one an expert, under the Hub's names, as PEFT saved them with transformers
+    4, and so are those of its router. A README.md in the folder says what reads them.
+
     Args:
         folder: Is made.
         adapter: models.only_adapters of the gathered weights.
@@ -329,6 +340,8 @@ def write_adapter(folder: Path, adapter: dict[str, Tensor], base: ModelFolder, l
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if any(".block_sparse_moe." in name for name in tensors):
+        (folder / "README.md").write_text(EXPERTS_README)
 
 
 def _put_together(parts: list[tuple[int, Tensor, Tensor]], module: Module, config: dict) -> tuple[Tensor, Tensor]:

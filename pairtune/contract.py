@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from pairtune.data import Pair
 from pairtune.dist import World
 from pairtune.errors import UserError
+from pairtune.experts import mixtures_of
 from pairtune.loss_needs import loss_at_start, needs, unchanged
 
 TOLERANCE = 0.01  # of losses and margins that are exact but for rounding, bf16 included
@@ -77,6 +78,19 @@ def check_loss(loss_fn: Callable, held_out: list[Pair], *, pairs_per_step: int, 
         raise UserError(
             "keep_best=rewards/margins: the held-out rows have one label only, and a margin takes desirable and "
             "undesirable answers; nearest valid: keep_best=loss"
+        )
+
+
+def check_router(model: nn.Module, router_aux_loss_coef: float) -> None:
+    """Refuses a router's loss for a model that has no router.
+
+    Raises:
+        UserError: As said.
+    """
+    if router_aux_loss_coef and not mixtures_of(model):
+        raise UserError(
+            f"router_aux_loss_coef={router_aux_loss_coef}: the model is no mixture of experts and has no router; "
+            "nearest valid: router_aux_loss_coef=0"
         )
 
 

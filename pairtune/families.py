@@ -5,7 +5,7 @@ what order. Ours are torchtune's names.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -101,6 +101,7 @@ class Family:
         tied: Whether the output layer is the embedding where config.json does not say.
         output: Their name of the output layer, left out of folders whose embedding is tied.
         prefix: Of all other layers; a folder that was saved without an output layer lacks it.
+        other_names: Gives what is in a tensor of a folder under the names of `modules`, where some name it otherwise.
     """
 
     name: str
@@ -110,6 +111,7 @@ class Family:
     tied: bool = False
     output: str = "lm_head"
     prefix: str = "model."
+    other_names: Callable[[str, Tensor], dict[str, Tensor]] | None = None
 
     @cached_property
     def _theirs(self) -> list[tuple[re.Pattern, Module]]:
@@ -145,6 +147,10 @@ class Family:
             KeyError: No such tensor in this family.
             RuntimeError: A shape that does not go with config.json.
         """
+        if self.other_names:
+            renamed = self.other_names(name, value)
+            if name not in renamed:
+                return {ours: v for theirs in renamed.items() for ours, v in self.to_ours(*theirs, config).items()}
         layer, _, leaf = name.rpartition(".")
         if name.endswith(self.ignored) or (layer == self.output and self.is_tied(config)):
             return {}
@@ -269,6 +275,16 @@ GEMMA2_NORMS = tuple(
 )
 LLAMA = (*_attention(rotary=True), *MLP, *NORMS, *ENDS)
 QWEN2 = (*_attention(rotary=False), *MLP, *NORMS, *ENDS)
+MIXTRAL = (
+    *_attention(rotary=True),
+    Module(f"{LAYER}block_sparse_moe.gate", (Part("layers.{}.mlp.router"),)),
+    *(
+        Module(f"{LAYER}block_sparse_moe.experts.{{}}.{name}", (Part(f"layers.{{}}.mlp.experts.{{}}.{name}"),))
+        for name in ("w1", "w3", "w2")
+    ),
+    *NORMS,
+    *ENDS,
+)
 PHI = (
     Module(
         f"{LAYER}self_attn.qkv_proj",
@@ -315,6 +331,25 @@ GPT_NEOX = (
 GPT2_BUFFERS = (".attn.bias", ".attn.masked_bias")
 GPT_NEOX_BUFFERS = (".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq")
 
+
+def _unstack_experts(name: str, value: Tensor) -> dict[str, Tensor]:
+    """Returns Mixtral's weights under the Hub's names from those that transformers 5 computes with.
+
+    There a layer's experts are one tensor [experts, rows, columns], w1 above w3; save_pretrained writes the Hub's names
+    unless save_original_format=False.
+    """
+    name = name.replace(".mlp.", ".block_sparse_moe.")
+    experts, _, leaf = name.rpartition(".")
+    parts = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}.get(leaf)
+    if parts is None:
+        return {name: value}
+    return {
+        f"{experts}.{number}.{part}.weight": matrix
+        for number, expert in enumerate(value)
+        for part, matrix in zip(parts, expert.chunk(len(parts)), strict=True)
+    }
+
+
 FAMILIES = {
     family.name: family
     for family in (
@@ -322,6 +357,7 @@ FAMILIES = {
         Family("LLAMA3", ("llama",), LLAMA),
         Family("LLAMA3_2", ("llama",), LLAMA),
         Family("MISTRAL", ("mistral",), LLAMA),
+        Family("MIXTRAL", ("mixtral",), MIXTRAL, other_names=_unstack_experts),
         Family("GEMMA", ("gemma",), LLAMA, tied=True),
         Family("GEMMA2", ("gemma2",), (*_attention(rotary=True), *MLP, *GEMMA2_NORMS, *ENDS), tied=True),
         Family("QWEN2", ("qwen2",), QWEN2),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchtune.modules import TiedLinear, TransformerDecoder
 
-from pairtune import attention
+from pairtune import attention, experts
 from pairtune.batch import PairBatch
 
 CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**27}  # logits that exist at a time: 16 MiB (near a CPU's cache), 512 MiB
@@ -37,6 +37,7 @@ def install(model: TransformerDecoder, back_end: str = "segments", windows: Sequ
     model.dense_attention = back_end == "mask"
     model.scored_batch = None
     model.log_collision = None
+    model.mixtures = experts.mixtures_of(model)
     model.unembed = MethodType(_unembed, model)
 
 
@@ -54,13 +55,14 @@ def answer_logps(model: TransformerDecoder, batch: PairBatch, ld_alpha: float = 
 
 @dataclass(frozen=True)
 class AnswerScores:
-    """What one forward tells about a batch's answers, each [P] float32."""
+    """What one forward tells about a batch's answers, each [P] float32 but the last."""
 
     chosen_logps: Tensor  # as answer_logps returns them
     rejected_logps: Tensor
     whole_chosen_logps: Tensor  # without ld_alpha
     chosen_weights: Tensor | None  # WPO's, detached
     rejected_weights: Tensor | None
+    router_loss: Tensor | None  # a scalar: experts.router_loss of a mixture of experts
 
 
 def answer_scores(
@@ -75,16 +77,19 @@ def answer_scores(
     if weights:
         model.log_collision = torch.empty(len(batch.target), device=batch.target.device)  # [N], filled by the forward
     try:
-        token_logps = _token_logps(model, batch)
+        with experts.recorded_routing(model.mixtures) as routing:
+            token_logps = _token_logps(model, batch)
         log_weights = token_logps.detach() - model.log_collision if weights else None
     finally:
         model.log_collision = None
     chosen, rejected = _sums(token_logps, batch, ld_alpha).chunk(2)
     whole = chosen if ld_alpha == 1 else _sums(token_logps, batch).chunk(2)[0]
+    router_loss = experts.router_loss(routing, model.mixtures[0].experts_per_token, batch) if routing else None
     if log_weights is None:
-        return AnswerScores(chosen, rejected, whole, None, None)
+        return AnswerScores(chosen, rejected, whole, None, None, router_loss)
     means = [answer.mean() for answer in log_weights.split(batch.answer_lengths)]
-    return AnswerScores(chosen, rejected, whole, *(torch.stack(means).exp() if means else log_weights).chunk(2))
+    of_answers = (torch.stack(means).exp() if means else log_weights).chunk(2)
+    return AnswerScores(chosen, rejected, whole, *of_answers, router_loss)
 
 
 def _token_logps(model: TransformerDecoder, batch: PairBatch) -> Tensor:

@@ -11,6 +11,7 @@ from torch import nn
 from torchtune.modules import RMSNorm, TiedLinear, TransformerDecoder
 
 from pairtune.errors import UserError
+from pairtune.experts import MixtureOfExperts
 from pairtune.families import config_key, config_types, of_config_type
 from pairtune.rules import fits, kind_words, show
 
@@ -38,6 +39,8 @@ READ = NEEDED | {
     "attn_logit_softcapping": float,
     "final_logit_softcapping": float,
     "query_pre_attn_scalar": float,
+    "num_local_experts": int,
+    "num_experts_per_tok": int,
 }
 MAY_BE_ZERO = ("max_window_layers",)
 SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
@@ -210,6 +213,10 @@ def describe(model: TransformerDecoder) -> dict:
         description["max_position_embeddings"] = model.pos_embeddings.num_embeddings
     if isinstance(model.norm, (RMSNorm, nn.LayerNorm)):
         description["rms_norm_eps"] = model.norm.eps
+    mixture = model.layers[0].mlp
+    if isinstance(mixture, MixtureOfExperts):
+        description["num_local_experts"] = len(mixture.experts)
+        description["num_experts_per_tok"] = mixture.experts_per_token
     return description
 
 
@@ -231,4 +238,6 @@ def describe_config(config: dict) -> dict:
         "partial_rotary_factor": rope.get("partial_rotary_factor", said["partial_rotary_factor"]),
         **{key: float(config[key] or 0) for key in SOFTCAPS if key in config},  # null: no cap
         "query_pre_attn_scalar": config.get("query_pre_attn_scalar"),
+        "num_local_experts": said["num_local_experts"],
+        "num_experts_per_tok": said["num_experts_per_tok"],
     }

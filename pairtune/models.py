@@ -34,6 +34,7 @@ NF4_BLOCK = 64 * 256  # torchao quantizes scales of 256 blocks of 64 weights tog
 _WRAPPED = "_checkpoint_wrapped_module."
 COPIES = {"lora_a": "frozen_a", "lora_b": "frozen_b"}  # an adapter's matrices, and where a frozen copy of them is
 LISTED = 20  # of weights that do not fit
+UNQUANTIZED = ("output", "mlp.router")  # layers that QLoRA keeps as they are: the last word, and who has it
 _STRANGERS = "`model` and `checkpointer.checkpoint_dir` do not belong together"
 
 
@@ -60,9 +61,10 @@ def full(component: dict, *, dtype: str, quantize: bool = False, world: World | 
 
 def _quantize(model: TransformerDecoder, dtype: str) -> None:
     with torch.device("meta"), set_default_dtype(DTYPES[dtype]):
-        for name, linear in [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear and n != "output"]:
-            sizes, biased = (linear.in_features, linear.out_features), linear.bias is not None
-            model.set_submodule(name, FrozenNF4Linear(*sizes, bias=biased))
+        for name, linear in [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear]:
+            if without_numbers(name) not in UNQUANTIZED:
+                sizes, biased = (linear.in_features, linear.out_features), linear.bias is not None
+                model.set_submodule(name, FrozenNF4Linear(*sizes, bias=biased))
 
 
 def lora(
@@ -88,7 +90,7 @@ def lora(
         modules: Which layers have adapters: keys of rules.LORA_LAYERS.
         use_dora: DoRA (arXiv 2402.09353): each row of an adapted weight has a magnitude besides.
         use_rslora: rsLoRA (arXiv 2312.03732): scaled by alpha / sqrt(rank), not alpha / rank.
-        quantize_base: Base weights of all linear layers in NF4 (QLoRA, arXiv 2305.14314); not the output layer.
+        quantize_base: Base weights of all linear layers in NF4 (QLoRA, arXiv 2305.14314) but UNQUANTIZED.
         frozen_copy: Room for a second set of adapters, which `load` makes a copy of the first: reference.AdapterCopy.
         world: The processes that share these.
 
@@ -109,7 +111,7 @@ def lora(
     with torch.device("meta"), set_default_dtype(DTYPES[dtype]):
         for name, linear in [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear]:
             sizes, biased = (linear.in_features, linear.out_features), linear.bias is not None
-            quantized = quantize_base and name != "output"
+            quantized = quantize_base and without_numbers(name) not in UNQUANTIZED
             if name in adapted:
                 options = {"use_bias": biased, "quantize_base": quantized}
                 kind, scaled = DoRALinear if use_dora else LoRALinear, alpha * math.sqrt(rank) if use_rslora else alpha
@@ -141,8 +143,8 @@ def _layers_of(modules: list[str], model: TransformerDecoder) -> set[str]:
 
 
 def without_numbers(layer: str) -> str:
-    """Returns attn.q_proj for layers.3.attn.q_proj: what is alike in all layers."""
-    return re.sub(r"^layers\.(\d+|{})\.|\.(\d+|{})(?=\.)", "", layer)
+    """Returns attn.q_proj for layers.3.attn.q_proj: what is alike in all layers; mlp.w1 for all experts' w1."""
+    return re.sub(r"^layers\.(\d+|{})\.|(\.experts)?\.(\d+|{})(?=\.)", "", layer)
 
 
 def _add_frozen_copy(model: nn.Module) -> None:
@@ -185,7 +187,8 @@ def _check_nf4(model: nn.Module, world: World | None, what: str, *, way_out: str
     num_shards = world.num_shards if world else 1
     multiple = NF4_BLOCK * num_shards
     for name, module in model.layers.named_modules():
-        if isinstance(module, nn.Linear) and module.weight.numel() % multiple:
+        quantized = isinstance(module, nn.Linear) and without_numbers(f"layers.{name}") not in UNQUANTIZED
+        if quantized and module.weight.numel() % multiple:
             rows, columns = module.weight.shape
             shards = f" on each of {num_shards} processes" if num_shards > 1 else ""
             raise UserError(

@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from pairtune import checkpoint, config, data, models
+from pairtune import checkpoint, config, contract, data, models
 from pairtune.errors import UserError
 from pairtune.formats import detect_format
 from pairtune.loader import Steps
@@ -176,6 +176,7 @@ def _model(method: str, cfg: DictConfig, tokenizer) -> tuple[str, Any]:
         checkpoint_activations=cfg.enable_activation_checkpointing, compile_layers=cfg.compile,
     )  # fmt: skip
     check_model(model, base_config)
+    contract.check_router(model, cfg.get("router_aux_loss_coef", 0))
     num_parameters, num_trained = models.num_parameters(model)
     compared = "as in config.json" if here else "not compared with config.json, which is not here"
     return f"{num_parameters:,} parameters, {num_trained:,} trained, {compared}", None

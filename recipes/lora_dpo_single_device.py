@@ -66,7 +66,7 @@ DEFAULTS = {
         "rank": 8,  # width of the adapters: their memory and capacity
         "alpha": 16.0,  # their output is scaled by alpha / rank
         "dropout": 0.0,  # on their input; has an effect with disable_dropout=false only
-        "modules": ["q_proj", "k_proj", "v_proj", "output_proj", "mlp"],  # or Hugging Face's names; also: output
+        "modules": ["q_proj", "k_proj", "v_proj", "output_proj", "mlp"],  # by either's names; also: output, router
         "use_dora": False,  # a magnitude for each row besides: often better at small ranks, slower
         "use_rslora": False,  # scaled by alpha / sqrt(rank): for large ranks
     },
@@ -114,6 +114,7 @@ DEFAULTS = {
     "shuffle": True,  # a new order each epoch
     # The loss and the steps that minimise it: loss=ipo, or another of the README's table, or a module by its path
     "loss": {"_component_": "torchtune.rlhf.loss.DPOLoss", "beta": 0.1, "label_smoothing": 0.0},
+    "router_aux_loss_coef": 0.0,  # of a mixture of experts: how much the loss for an even use of experts counts
     "score_end": True,  # false: the end token of either answer is not scored, as in Llama 3
     "disable_dropout": True,  # policy and reference are the same network, as in torchtune and TRL
     "lr_scheduler": {"_component_": "pairtune.schedules.cosine", "warmup_ratio": 0.1},  # null: constant
@@ -202,6 +203,7 @@ def main(cfg):
         return lay_out(pairs, row_length, score_end=cfg.score_end).to(world.device)
 
     contract.check_pairs([*train, *held_out], tokenizer)
+    contract.check_router(model, cfg.router_aux_loss_coef)
     contract.check_loss(loss_fn, held_out, pairs_per_step=cfg.pairs_per_step, keep_best=cfg.keep_best)
     config.rehearse(cfg.optimizer, cfg.lr_scheduler, cfg.loss, num_training_steps=total_steps)
     identity = fingerprint(cfg, train, held_out, files, second.files if second else None)
@@ -306,7 +308,7 @@ def main(cfg):
                 values = loss_needs.step_losses(loss_fn, batches, scores, references, world, **known)
         return known, values
 
-    def pair_losses(pairs, batch, meter, known, values=None):  # [P], to be differentiated
+    def pair_losses(pairs, batch, meter, known, values=None):  # [P], to be differentiated; [P], the losses
         scores = scores_of(batch)
         chosen, rejected = scores.chosen_logps, scores.rejected_logps
         if values is None:
@@ -326,7 +328,10 @@ def main(cfg):
             logps_chosen=chosen[batch.with_chosen],
             logps_rejected=rejected[batch.with_rejected],
         )
-        return differentiable
+        if scores.router_loss is not None:  # of this micro-batch, the same for each of its pairs
+            meter.add(router_loss=scores.router_loss.expand(batch.num_pairs))
+            differentiable = differentiable + cfg.router_aux_loss_coef * scores.router_loss
+        return differentiable, losses
 
     def evaluate():
         meter = metrics.Meter()
@@ -373,12 +378,11 @@ def main(cfg):
     with contract.rehearsal(model, optimizer, loss_fn, pairs, world):
         known, (values,) = of_whole_step(longest, [pairs])
         rehearsed = metrics.Meter()
-        losses = pair_losses(pairs, batch_of(pairs), rehearsed, known, values)
-        losses.sum().backward()
+        differentiable, losses = pair_losses(pairs, batch_of(pairs), rehearsed, known, values)
+        differentiable.sum().backward()
         if not resumed:
             grad_norm = models.clip_gradients(model, math.inf)
             is_reference = cfg.disable_dropout and needed.reference and own and cfg.reference.name != "none"
-            losses = losses if values is None else values.losses
             means = rehearsed.read(world)
             contract.check_start(losses, means, grad_norm, pairs=pairs, loss_fn=loss_fn, is_reference=is_reference)
     samples = run_dir / "samples.jsonl"
@@ -404,9 +408,9 @@ def main(cfg):
         for pairs, value in zip(micro, values, strict=True):
             world.beat(f"step {step}")
             batch = batch_of(pairs)
-            loss = pair_losses(pairs, batch, meter, known, value)
+            differentiable, loss = pair_losses(pairs, batch, meter, known, value)
             # The mean over the step, however it is cut into micro-batches. FSDP averages gradients over processes.
-            (loss.sum() * world.size / num_pairs_in_step).backward()
+            (differentiable.sum() * world.size / num_pairs_in_step).backward()
             losses.append(loss.detach())
             rows_in_step += [pair.row for pair in pairs]
             num_tokens += batch.num_tokens

@@ -37,6 +37,7 @@ MODEL = {
 }  # fmt: skip
 WIDE = {"embed_dim": 256, "intermediate_dim": 768, "num_kv_heads": 4}  # what NF4 can cut in two
 GEMMA2 = {"_component_": "pairtune.gemma2.gemma2", "head_dim": 32, "query_pre_attn_scalar": 32}
+MIXTURE = {"_component_": "pairtune.mixtral.mixtral", "num_experts": 4}
 LORA = {"rank": 8, "alpha": 16.0, "dropout": 0.0, "modules": ["q_proj", "k_proj", "v_proj", "output_proj", "mlp"]}
 OPTIMIZER = {"_component_": "torch.optim.AdamW", "lr": 1e-4}
 FOUR_BIT = {"name": "model", "quantize": True}
@@ -65,6 +66,7 @@ class Case:
         words = [self.method, self.dtype, f"{self.batch_size} x {self.prompt}/{self.answer}"]
         words += [f"V {component['vocab_size']:,}", f"D {component['embed_dim']}"]
         words += ["checkpointing"] * self.checkpointing + ["mask"] * (self.attention == "mask")
+        words += [f"{component[name]} experts" for name in ("num_experts",) if name in component]
         words += [f"{self.micro_batches} micro-batches"] * (self.micro_batches > 1) + list(self.modules)
         words += ["4-bit second model"] * (self.reference is not None)
         words += [self.base_config["model_type"]] if self.base_config else []
@@ -97,6 +99,7 @@ CASES = (
     Case("lora", "fp32", 2, 40, 60, sizes=WIDE, reference=FOUR_BIT),
     Case("lora", "fp32", 3, 90, 140, base_config={"model_type": "mistral", "sliding_window": 64}),
     Case("lora", "fp32", 3, 90, 140, sizes=GEMMA2, base_config={"model_type": "gemma2", "sliding_window": 64}),
+    Case("lora", "bf16", 4, 60, 60, checkpointing=True, sizes=MIXTURE),
 )
 SHARDED_CASES = (
     Case("full", "fp32", 2, 40, 60, sizes=WIDE),
