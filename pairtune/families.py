@@ -215,6 +215,11 @@ ENDS = (
 )
 LLAMA = (*_attention(rotary=True), *MLP, *NORMS, *ENDS)
 QWEN2 = (*_attention(rotary=False), *MLP, *NORMS, *ENDS)
+QWEN3 = (
+    *QWEN2,
+    Module(f"{LAYER}self_attn.q_norm", (Part("layers.{}.attn.q_norm"),), NORM),
+    Module(f"{LAYER}self_attn.k_norm", (Part("layers.{}.attn.k_norm"),), NORM),
+)
 PHI = (
     Module(
         f"{LAYER}self_attn.qkv_proj",
@@ -236,6 +241,7 @@ FAMILIES = {
         Family("MISTRAL", ("mistral",), LLAMA),
         Family("GEMMA", ("gemma",), LLAMA, tied=True),
         Family("QWEN2", ("qwen2",), QWEN2),
+        Family("QWEN3", ("qwen3",), QWEN3),
         Family("PHI3_MINI", ("phi3",), PHI),
         Family("PHI4", ("phi3",), PHI),
     )
