@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 
 import torch
 import torch.distributed as torch_dist
@@ -89,19 +90,34 @@ def lora(
                 "data_parallel_replicate_dim=1, and fsdp_cpu_offload=false in a run of one process"
             )
     adapted = _layers_of(modules, model)
+    alike = {}  # copied, since torchao takes up to a second to quantize a weight, even on the meta device
     with torch.device("meta"), set_default_dtype(DTYPES[dtype]):
         for name, linear in [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear]:
             sizes, biased = (linear.in_features, linear.out_features), linear.bias is not None
             quantized = quantize_base and name != "output"
-            if name in adapted:
+            kind = (*sizes, biased, quantized, name in adapted)
+            if kind not in alike and name in adapted:
                 options = {"use_bias": biased, "quantize_base": quantized}
-                model.set_submodule(name, LoRALinear(*sizes, rank, alpha, dropout, **options))
-            elif quantized:
-                model.set_submodule(name, FrozenNF4Linear(*sizes, bias=biased))
+                alike[kind] = LoRALinear(*sizes, rank, alpha, dropout, **options)
+            elif kind not in alike and quantized:
+                alike[kind] = FrozenNF4Linear(*sizes, bias=biased)
+            if kind in alike:
+                model.set_submodule(name, _copy(alike[kind]))
     if frozen_copy:
         _add_frozen_copy(model)
     set_trainable_params(model, get_adapter_params(model))
     return model
+
+
+def _copy(layer: nn.Linear | LoRALinear) -> nn.Module:
+    """Returns a layer with parameters of its own; torchao's copy of an NF4 weight would quantize it again."""
+    weight = layer.weight
+    if not isinstance(weight, NF4Tensor):
+        return deepcopy(layer)
+    pieces, form = weight.__tensor_flatten__()
+    pieces = {name: torch.empty_like(getattr(weight, name)) for name in pieces}
+    twin = NF4Tensor.__tensor_unflatten__(pieces, form, None, None)
+    return deepcopy(layer, {id(weight): nn.Parameter(twin, requires_grad=False)})
 
 
 def _layers_of(modules: list[str], model: TransformerDecoder) -> set[str]:
