@@ -31,6 +31,7 @@ PACKAGE = Path(__file__).resolve().parent
 HOME = PACKAGE if (PACKAGE / "recipes").is_dir() else PACKAGE.parent  # in a wheel recipes travel inside the package
 TORCHTUNE = Path(importlib.util.find_spec("torchtune").origin).resolve().parent  # found, not imported
 SUFFIXES = {"recipe": (".py",), "config": (".yaml", ".yml")}
+LAID_ON_TOP = "a further config, such as a published run's, whose keys win; may be given again"
 
 
 # Commands: each takes the words after its name and returns the exit status. The docstring is its help.
@@ -131,18 +132,21 @@ def validate(argv: list[str]) -> int:
     parser = _parser(validate)
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("overrides", metavar="key=value", nargs="*")
+    parser.add_argument("--config", dest="more", action="append", default=[], metavar="FILE", help=LAID_ON_TOP)
     parser.add_argument("--recipe", help="check for this one only")
     parser.add_argument("--all", action="store_true", help="tokenize all rows; default: the first 100")
     parser.add_argument("--torchtune", action="store_true", help="the config is for a recipe of torchtune's")
     args = parser.parse_intermixed_args(argv)
-    path = find("config", args.config)
-    if args.torchtune or _is_torchtunes(path):
-        return _validate_torchtunes(path, args.overrides)
+    paths = [find("config", config) for config in (args.config, *args.more)]
+    if args.torchtune or (_is_torchtunes(paths[0]) and not args.recipe):
+        if args.more:
+            raise UserError(f"--config {args.more[0]}: a recipe of torchtune's takes one config")
+        return _validate_torchtunes(paths[0], args.overrides)
     recipes = {name: _read_recipe(name) for name in ([args.recipe] if args.recipe else own("recipe"))}
     from pairtune.validate import Validation, alike, table
 
-    may_be_absent = path in own("config").values()  # ours name files that not every machine has
-    validation = Validation(path, args.overrides, None if args.all else 100, may_be_absent)
+    may_be_absent = all(path in own("config").values() for path in paths)  # ours name files that not every machine has
+    validation = Validation(paths, args.overrides, None if args.all else 100, may_be_absent)
     answers = {name: validation.check(*recipe) for name, recipe in recipes.items()}
     for names in alike(answers):
         print(table(names, answers[names[0]]))
@@ -157,6 +161,7 @@ def plan(argv: list[str]) -> int:
     parser = _parser(plan)
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("overrides", metavar="key=value", nargs="*")
+    parser.add_argument("--config", dest="more", action="append", default=[], metavar="FILE", help=LAID_ON_TOP)
     parser.add_argument("--recipe", help="a name of `tune ls`, or a file")
     parser.add_argument("--gpus", type=int, metavar="N", help="default: those that are visible, or one")
     parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="of each; default: that of the visible ones")
@@ -167,7 +172,7 @@ def plan(argv: list[str]) -> int:
     from pairtune import plan as plans
 
     recipe = args.recipe or f"lora_dpo_{'distributed' if (args.gpus or 1) > 1 else 'single_device'}"
-    run = plans.Run(recipe, (find("config", args.config),), tuple(args.overrides))
+    run = plans.Run(recipe, tuple(find("config", c) for c in (args.config, *args.more)), tuple(args.overrides))
     run = plans.on_devices(run, _read_recipe, gpus=args.gpus, gpu_memory=args.gpu_memory)
     planned = plans.plan(run, _read_recipe)
     print(planned)
@@ -367,7 +372,8 @@ def _recipe_argv(recipe: Path, words: list[str]) -> list[str]:
     if _is_torchtunes(recipe) and len(configs) > 1:
         raise UserError(f"--config {configs[1]}: a recipe of torchtune's takes one config")
     paths = [find("config", config) for config in configs]
-    if recipe in own("recipe").values() and any(map(_is_torchtunes, paths)):
+    not_for_dpo = [path for path in paths if _is_torchtunes(path) and "dpo" not in path.stem]
+    if recipe in own("recipe").values() and not_for_dpo:
         theirs = f"torchtune/{recipe.stem}"
         hint = f", such as {theirs}" if theirs in _names("recipe") else ""
         raise UserError(f"--config {configs[0]}: is for torchtune recipes{hint}; for ours: {', '.join(own('config'))}")

@@ -35,6 +35,7 @@ from pairtune.rules import (
     unknown_key,
 )
 from pairtune.secrets import check_secrets
+from pairtune.torchtune_config import translate
 
 METHODS = ("full", "lora", "qlora")
 
@@ -63,7 +64,8 @@ def load(method: str, defaults: dict, config_paths: list[Path], overrides: list[
     Raises:
         UserError: an unreadable file, an unknown key, a wrong type, a secret, an impossible value or combination.
     """
-    layers = [layer for path in config_paths for layer in _read_layers(path, defaults)]
+    given = {override.partition("=")[0] for override in overrides}
+    layers = [layer for path in config_paths for layer in _read_layers(path, defaults, given)]
     for override in overrides:  # first of all: other messages show what was written
         key, _, written = override.partition("=")
         check_secrets({key: written}, "command line")
@@ -108,10 +110,11 @@ class _Layer:
     method: str | None = None  # None: every method's
 
 
-def _read_layers(path: Path, schema: dict) -> list[_Layer]:
+def _read_layers(path: Path, schema: dict, given: set[str]) -> list[_Layer]:
     """The file's keys, then its per_method blocks, without the keys that only other recipes have."""
     content = _read(path)
     check_secrets(content, str(path))
+    content = translate(content, str(path), given=given, distributed="data_parallel_replicate_dim" in schema)
     blocks = content.pop("per_method", None) or {}
     if not isinstance(blocks, dict):
         raise UserError(f"{path}: per_method={show(blocks)}: must hold a block of keys a method: {', '.join(METHODS)}")

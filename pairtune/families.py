@@ -285,6 +285,11 @@ MIXTRAL = (
     *NORMS,
     *ENDS,
 )
+QWEN3 = (
+    *QWEN2,
+    Module(f"{LAYER}self_attn.q_norm", (Part("layers.{}.attn.q_norm"),), NORM),
+    Module(f"{LAYER}self_attn.k_norm", (Part("layers.{}.attn.k_norm"),), NORM),
+)
 PHI = (
     Module(
         f"{LAYER}self_attn.qkv_proj",
@@ -361,6 +366,7 @@ FAMILIES = {
         Family("GEMMA", ("gemma",), LLAMA, tied=True),
         Family("GEMMA2", ("gemma2",), (*_attention(rotary=True), *MLP, *GEMMA2_NORMS, *ENDS), tied=True),
         Family("QWEN2", ("qwen2",), QWEN2),
+        Family("QWEN3", ("qwen3",), QWEN3),
         Family("PHI3_MINI", ("phi3",), PHI),
         Family("PHI4", ("phi3",), PHI),
         Family("GPT2", ("gpt2",), GPT2, GPT2_BUFFERS, tied=True, prefix="transformer."),

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 
 import torch
 import torch.distributed as torch_dist
@@ -108,23 +109,38 @@ def lora(
     if quantize_base:
         _check_nf4(model, world, "QLoRA", way_out="a lora_ recipe")
     adapted = _layers_of(modules, model)
+    alike = {}  # copied, since torchao takes up to a second to quantize a weight, even on the meta device
     with torch.device("meta"), set_default_dtype(DTYPES[dtype]):
         for name, linear in [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear]:
             sizes, biased = (linear.in_features, linear.out_features), linear.bias is not None
             quantized = quantize_base and without_numbers(name) not in UNQUANTIZED
-            if name in adapted:
+            kind = (*sizes, biased, quantized, name in adapted)
+            if kind not in alike and name in adapted:
                 options = {"use_bias": biased, "quantize_base": quantized}
-                kind, scaled = DoRALinear if use_dora else LoRALinear, alpha * math.sqrt(rank) if use_rslora else alpha
-                layer = kind(*sizes, rank, scaled, dropout, **options)
+                scaled = alpha * math.sqrt(rank) if use_rslora else alpha
+                layer = (DoRALinear if use_dora else LoRALinear)(*sizes, rank, scaled, dropout, **options)
                 layer.rank, layer.alpha = rank, scaled  # DoRA's has their ratio only
-                model.set_submodule(name, layer)
-            elif quantized:
-                model.set_submodule(name, FrozenNF4Linear(*sizes, bias=biased))
+                alike[kind] = layer
+            elif kind not in alike and quantized:
+                alike[kind] = FrozenNF4Linear(*sizes, bias=biased)
+            if kind in alike:
+                model.set_submodule(name, _copy(alike[kind]))
     model.lora = {"rank": rank, "alpha": alpha, "use_dora": use_dora, "use_rslora": use_rslora}
     if frozen_copy:
         _add_frozen_copy(model)
     set_trainable_params(model, get_adapter_params(model))
     return model
+
+
+def _copy(layer: nn.Linear | LoRALinear) -> nn.Module:
+    """Returns a layer with parameters of its own; torchao's copy of an NF4 weight would quantize it again."""
+    weight = layer.weight
+    if not isinstance(weight, NF4Tensor):
+        return deepcopy(layer)
+    pieces, form = weight.__tensor_flatten__()
+    pieces = {name: torch.empty_like(getattr(weight, name)) for name in pieces}
+    twin = NF4Tensor.__tensor_unflatten__(pieces, form, None, None)
+    return deepcopy(layer, {id(weight): nn.Parameter(twin, requires_grad=False)})
 
 
 def _layers_of(modules: list[str], model: TransformerDecoder) -> set[str]:

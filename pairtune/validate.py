@@ -48,12 +48,12 @@ class Validation:
     """One config, checked recipe by recipe; what recipes have in common is checked once.
 
     Attributes:
-        path, overrides: The config.
+        paths, overrides: The config.
         num_rows: Rows of each source that are tokenized; None: all.
         may_be_absent: Whether the sources and folders that the file itself names need not be on this machine.
     """
 
-    path: Path
+    paths: list[Path]
     overrides: list[str]
     num_rows: int | None
     may_be_absent: bool
@@ -61,7 +61,7 @@ class Validation:
 
     def check(self, method: str, defaults: dict) -> dict[str, Answer]:
         """Returns the answers for a recipe, by what was asked."""
-        loaded = _answer(lambda: ("", config.load(method, defaults, [self.path], self.overrides)))
+        loaded = _answer(lambda: ("", config.load(method, defaults, self.paths, self.overrides)))
         answers, cfg = {"config": loaded}, loaded.value
         if cfg is None or not set(KEYS) <= cfg.keys():  # refused, or for a recipe with keys of its own
             return answers

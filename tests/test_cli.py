@@ -229,8 +229,10 @@ def test_a_wrong_command_line_says_the_way_out_before_anything_starts(folder, ca
 def test_a_torchtune_config_with_a_recipe_of_ours_names_torchtunes_recipe(folder, capsys):
     if "lora_dpo_single_device" not in cli.own("recipe"):
         pytest.skip("the recipe is not there yet")
-    message = fails_with(capsys, "run", "lora_dpo_single_device", "--config", "llama2/7B_lora_dpo_single_device")
+    message = fails_with(capsys, "run", "lora_dpo_single_device", "--config", "llama2/7B_lora_single_device")
     assert "such as torchtune/lora_dpo_single_device" in message
+    argv = cli._recipe_argv(cli.find("recipe", "lora_dpo_single_device"), ["--config", "llama2/7B_lora_dpo"])
+    assert argv[1].endswith("7B_lora_dpo.yaml")  # for DPO: config.load takes over what means the same
 
 
 # The other commands
@@ -333,8 +335,20 @@ def test_validate_checks_a_config_with_overrides_against_a_recipe(folder, capsys
     assert "sets no METHOD" in fails_with(capsys, "validate", "good", "--recipe", "beside")
 
 
+def test_validate_lays_one_config_on_another(folder, capsys):
+    (folder / "r.py").write_text("METHOD = 'full'\nDEFAULTS = {'epochs': 1}\n")
+    (folder / "below.yaml").write_text("epochs: 2\n")
+    (folder / "above.yaml").write_text("epochs: 0\n")
+    assert main(["validate", "below", "--recipe", "r", "--config", "above"]) == 1
+    assert "refused: epochs=0" in capsys.readouterr().out
+    assert main(["validate", "above", "--config", "below", "--recipe", "r"]) == 0
+
+
 def test_validate_asks_torchtune_about_torchtunes_configs(folder, capsys):
     assert main(["validate", "llama2/7B_lora"]) == 0
+    assert "takes one config" in fails_with(capsys, "validate", "llama2/7B_lora", "--config", "llama2/7B_lora")
+    assert main(["validate", "llama2/7B_lora_dpo", "--recipe", "lora_dpo_distributed"]) == 1
+    assert "dataset._component_" in capsys.readouterr().out
     (folder / "bad.yaml").write_text("model:\n  _component_: torchtune.models.llama2.llama2_7b\n  no_such: 1\n")
     assert main(["validate", "bad", "--torchtune"]) == 1
     assert "no_such" in capsys.readouterr().out
