@@ -38,6 +38,10 @@ _QWEN2_UNTIED = _QWEN2 | {"vocab_size": 152_064, "tie_word_embeddings": False}
 _QWEN3 = _QWEN | {"model_type": "qwen3", "vocab_size": 151_936, "head_dim": 128, "max_position_embeddings": 40_960}
 _QWEN3 |= {"tie_word_embeddings": False}
 _QWEN3_TIED = _QWEN3 | {"tie_word_embeddings": True}
+_GPT2 = {"model_type": "gpt2", "vocab_size": 50_257, "n_positions": 1024, "n_ctx": 1024, "layer_norm_epsilon": 1e-5}
+_PYTHIA = _sizes(2560, 10_240, 32, 32, 32) | {"model_type": "gpt_neox", "vocab_size": 50_304, "rotary_pct": 0.25}
+_PYTHIA |= {"rotary_emb_base": 10_000, "layer_norm_eps": 1e-5, "use_parallel_residual": True, "hidden_act": "gelu"}
+_PYTHIA |= {"max_position_embeddings": 2048, "tie_word_embeddings": False}
 
 MODELS = {  # config: (parameters, config.json)
     "llama2_7b": (6_738_415_616, _LLAMA2 | _sizes(4096, 11_008, 32, 32, 32)),
@@ -99,6 +103,18 @@ MODELS = {  # config: (parameters, config.json)
     "qwen3_8b": (8_190_735_360, _QWEN3 | _sizes(4096, 12_288, 36, 32, 8)),
     "qwen3_14b": (14_768_307_200, _QWEN3 | _sizes(5120, 17_408, 40, 40, 8)),
     "qwen3_32b": (32_762_123_264, _QWEN3 | _sizes(5120, 25_600, 64, 64, 8)),
+    "mixtral_8x7b": (
+        46_702_792_704,
+        _MISTRAL
+        | {"model_type": "mixtral", "rope_theta": 1_000_000.0, "sliding_window": None}
+        | {"num_local_experts": 8, "num_experts_per_tok": 2},
+    ),
+    "gpt2_124m": (124_439_808, _GPT2 | {"n_embd": 768, "n_layer": 12, "n_head": 12}),
+    "gpt2_355m": (354_823_168, _GPT2 | {"n_embd": 1024, "n_layer": 24, "n_head": 16}),
+    "gpt2_774m": (774_030_080, _GPT2 | {"n_embd": 1280, "n_layer": 36, "n_head": 20}),
+    "gpt2_1_5b": (1_557_611_200, _GPT2 | {"n_embd": 1600, "n_layer": 48, "n_head": 25}),
+    "gpt2_tutorial": (124_439_808, _GPT2 | {"n_embd": 768, "n_layer": 12, "n_head": 12}),
+    "pythia_2_8b_hh": (2_775_208_960, _PYTHIA),
     "reviewer2": (  # made on the user's machine, by tools/make_reviewer2.py
         918_144,
         _LLAMA2 | _sizes(128, 512, 2, 4, 4) | {"vocab_size": 1536, "max_position_embeddings": 1024},

@@ -1,6 +1,5 @@
 """Every file in configs/ builds the model that its name says, for every recipe; published runs are as published."""
 
-import importlib.util
 import re
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from pairtune.model_config import check_model, check_model_type
 
 CONFIGS = {path.stem: path for path in sorted((ROOT / "configs").glob("*.yaml"))}
 RECIPES = {name: cli._read_recipe(name) for name in cli.own("recipe")}
-SMALL_MATRICES = ("smollm2_135m", "smollm2_360m")  # NF4 does not cut them into its blocks
+SMALL_MATRICES = ("smollm2_135m", "smollm2_360m", "gpt2_1_5b")  # NF4 does not cut them into its blocks
 
 # Published runs: the model's config that goes below, its recipe, and what the source says.
 RUNS = {
@@ -70,16 +69,6 @@ RUNS = {
 }  # fmt: skip
 
 
-def parameters(names, base=lambda name: name):
-    """Names as pytest's parameters; a config of Gemma 2 waits for its builder."""
-    waits = pytest.mark.skipif(not importlib.util.find_spec("pairtune.gemma2"), reason="needs pairtune.gemma2")
-    return [pytest.param(name, marks=waits if base(name).startswith("gemma2") else ()) for name in names]
-
-
-MODEL_PARAMETERS = parameters(MODELS)
-RUN_PARAMETERS = parameters(RUNS, lambda run: RUNS[run][0])
-
-
 def load(recipe, *names, overrides=()):
     return config.load(*RECIPES[recipe], [CONFIGS[name] for name in names], list(overrides))
 
@@ -95,7 +84,7 @@ def test_no_config_is_without_a_test():
     assert CONFIGS.keys() == MODELS.keys() | RUNS.keys()
 
 
-@pytest.mark.parametrize("name", MODEL_PARAMETERS)
+@pytest.mark.parametrize("name", MODELS)
 def test_a_config_builds_the_published_model_for_every_recipe(name):
     number, published = MODELS[name]
     for method in config.METHODS:
@@ -146,7 +135,7 @@ def test_transformers_counts_as_many_parameters_in_the_published_config(name):
     assert one + (published["num_hidden_layers"] - 1) * (two - one) == number
 
 
-@pytest.mark.parametrize("run", RUN_PARAMETERS)
+@pytest.mark.parametrize("run", RUNS)
 def test_a_published_run_is_as_published_and_fits_every_recipe(run):
     base, recipe, expected = RUNS[run]
     for other in RECIPES:
@@ -231,7 +220,8 @@ def test_torchtunes_dpo_configs_run_here_but_for_what_an_error_names(name):
     assert cfg.checkpointer.checkpoint_files == content["checkpointer"]["checkpoint_files"]
     if "lora" in name:
         modules = ["q_proj", "v_proj", "output_proj", "mlp"]
-        assert cfg.lora == {"rank": 8, "alpha": 16, "dropout": 0.0, "modules": modules}
+        kinds = {"use_dora": False, "use_rslora": False}
+        assert cfg.lora == {"rank": 8, "alpha": 16, "dropout": 0.0, "modules": modules} | kinds
     config.rehearse(cfg.optimizer, cfg.lr_scheduler, cfg.loss, num_training_steps=1000)
 
 
