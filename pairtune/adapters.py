@@ -16,9 +16,11 @@ from pairtune import models
 from pairtune.checkpoint import ModelFolder, Weights, read_shard
 from pairtune.errors import UserError
 from pairtune.families import Family, Module
+from pairtune.fingerprint import digest_samples
 from pairtune.rules import LORA_LAYERS, show
 
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
+BASE_FILE = "base_weights.json"  # ours: which weights an adapter was trained on
 REPO_ID_FILE = "original_repo_id.json"  # of `tune download`
 # PEFT saves magnitudes with and without ".weight", by its version.
 _PEFT_NAME = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<part>A|B|magnitude_vector)(\.weight)?")
@@ -61,8 +63,8 @@ def read_adapter(folder: str | Path, model: nn.Module, base: ModelFolder, *, key
         key: The config's name for `folder`, for messages.
 
     Raises:
-        UserError: No adapter there, a damaged file, another rank, alpha or choice of layers than the model's, something
-            that LoRA as it is here cannot do, or matrices that are missing, too many, misshapen or not finite.
+        UserError: No adapter there, a damaged file, another base, rank, alpha or choice of layers than the model's,
+            something that LoRA as it is here cannot do, or matrices that are missing, too many, misshapen or not finite.
     """
     folder = Path(folder)
     key = f"{key}={folder}"
@@ -74,6 +76,7 @@ def read_adapter(folder: str | Path, model: nn.Module, base: ModelFolder, *, key
         _check_config(config, model, base.family, key)
         found = _from_peft(found, config, model, base, path, key) if has_peft_names else found
     _check_tensors(found, models.adapter_shapes(model), path)
+    _check_base(folder, base, key)
     return found
 
 
@@ -257,6 +260,23 @@ def _take_apart(a: Tensor, b: Tensor, module: Module, config: dict, rank: int) -
     return [(a[own], r[:, own].contiguous()) for r, own in zip(rows, blocks, strict=True)]
 
 
+def _check_base(folder: Path, base: ModelFolder, key: str) -> None:
+    """Compares the base's weights with those that the adapter was trained on, if it is one of ours.
+
+    Only files of the same names: a base that was cut into other shards may be the same one.
+    """
+    try:
+        then = json.loads((folder / BASE_FILE).read_text())["weights"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    now = digest_samples(base.weight_files)
+    if then.keys() == now.keys() and then != now:
+        raise UserError(
+            f"{key}: was trained on other weights than {base.path} holds, though under the same file names "
+            f"({BASE_FILE}); name the folder that it was trained on as checkpointer.checkpoint_dir"
+        )
+
+
 def _check_base_output(value: Tensor, layer: str, base: ModelFolder, path: Path) -> None:
     """PEFT saves the base weights of an output layer that it adapts: they tell whether the base is this one."""
     _, (name, *_) = base.family.find_theirs(layer) or (None, [""])
@@ -340,6 +360,8 @@ def write_adapter(folder: Path, adapter: dict[str, Tensor], base: ModelFolder, l
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    record = {"model": config["base_model_name_or_path"], "weights": digest_samples(base.weight_files)}
+    (folder / BASE_FILE).write_text(json.dumps(record, indent=2) + "\n")
     if any(".block_sparse_moe." in name for name in tensors):
         (folder / "README.md").write_text(EXPERTS_README)
 

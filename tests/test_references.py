@@ -423,6 +423,21 @@ def test_dora_starts_as_the_base_and_its_magnitudes_are_trained():
         models.lora(component(), **LORA, dtype="fp32", use_dora=True, frozen_copy=True)
 
 
+def test_an_adapter_of_ours_knows_the_weights_that_it_was_trained_on(tmp_path):
+    files, component = saved_base("Llama", tmp_path / "base")
+    model = models.lora(component, **LORA, dtype="fp32")
+    models.prepare(model, max_length=128)
+    models.load(model, checkpoint.Weights(files), world=ONE)
+    adapter = models.only_adapters(model, models.gather_weights(model, ONE))
+    adapters.write_adapter(tmp_path / "ours", adapter, files, LORA)
+    model = models.lora(component, **LORA, dtype="fp32")
+    adapters.read_adapter(tmp_path / "ours", model, files)
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    save_file({name: value + 0.01 for name, value in weights.items()}, tmp_path / "base" / "model.safetensors")
+    with pytest.raises(UserError, match="was trained on other weights than .*base holds.*checkpointer.checkpoint_dir"):
+        adapters.read_adapter(tmp_path / "ours", model, files)
+
+
 def test_one_of_fused_layers_alone_is_written_with_rows_of_zero_for_the_others(tmp_path):
     import peft
     from transformers import AutoModelForCausalLM
