@@ -64,7 +64,8 @@ def read_adapter(folder: str | Path, model: nn.Module, base: ModelFolder, *, key
 
     Raises:
         UserError: No adapter there, a damaged file, another base, rank, alpha or choice of layers than the model's,
-            something that LoRA as it is here cannot do, or matrices that are missing, too many, misshapen or not finite.
+            something that LoRA as it is here cannot do, or matrices that are missing, too many, misshapen or not
+            finite.
     """
     folder = Path(folder)
     key = f"{key}={folder}"
