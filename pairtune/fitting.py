@@ -1,27 +1,47 @@
 """Which config is for a downloaded model that no config names: by architecture and sizes, as in its config.json."""
 
+import inspect
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import OmegaConf
+from torchtune.config._utils import _get_component_from_path
 
 from pairtune import models
 from pairtune.errors import UserError
-from pairtune.model_config import MODEL_TYPES, check_config, describe, describe_config
+from pairtune.families import config_types, of_config_type
+from pairtune.model_config import check_config, describe, describe_config
 
-# torchtune's builders of an architecture in any size, and what they call config.json's values. Llama's: see _component.
-BUILDERS = {"mistral": "mistral.mistral", "gemma": "gemma.gemma", "qwen2": "qwen2.qwen2", "phi3": "phi3.phi3"}
+# Builders of an architecture in any size, and what they call config.json's values. Llama's: see _component.
+BUILDERS = {
+    "mistral": "torchtune.models.mistral.mistral",
+    "gemma": "torchtune.models.gemma.gemma",
+    "qwen2": "torchtune.models.qwen2.qwen2",
+    "phi3": "torchtune.models.phi3.phi3",
+    "gemma2": "pairtune.gemma2.gemma2",
+    "qwen3": "pairtune.qwen3.qwen3",
+    "mixtral": "pairtune.mixtral.mixtral",
+    "gpt2": "pairtune.gpt2.gpt2",
+    "gpt_neox": "pairtune.gpt_neox.gpt_neox",
+}
 ARGUMENTS = {
     "vocab_size": "vocab_size",
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
     "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
     "embed_dim": "hidden_size",
     "intermediate_dim": "intermediate_size",
     "max_seq_len": "max_position_embeddings",
     "norm_eps": "rms_norm_eps",
     "rope_base": "rope_theta",
+    "tie_word_embeddings": "tie_word_embeddings",
+    "num_experts": "num_local_experts",
+    "experts_per_token": "num_experts_per_tok",
+    "query_pre_attn_scalar": "query_pre_attn_scalar",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
 }
 
 
@@ -45,10 +65,10 @@ def nearest(config: dict, configs: dict[str, Path]) -> Fit:
         UserError: torchtune has no such architecture, or its weights cannot be trained; or no config has it.
     """
     check_config(config, Path("config.json"))
-    kinds = MODEL_TYPES.get(config["model_type"])
-    if kinds is None:
-        known = ", ".join(MODEL_TYPES)
-        raise UserError(f"config.json: model_type={config['model_type']}: torchtune 0.6.1 has {known} and not this one")
+    kinds = of_config_type(config["model_type"])
+    if not kinds:
+        known = ", ".join(config_types())
+        raise UserError(f"config.json: model_type={config['model_type']}: recipes train {known} and not this one")
     wanted = {name: value for name, value in describe_config(config).items() if value is not None}
     candidates = []
     for name, path in configs.items():
@@ -57,16 +77,14 @@ def nearest(config: dict, configs: dict[str, Path]) -> Fit:
         if kind in kinds and OmegaConf.select(own, "model._component_"):
             candidates.append((name, kind, _describe(own.model)))
     if not candidates:
-        raise UserError(
-            f"no config here is for model_type={config['model_type']}, which torchtune calls {' or '.join(kinds)}"
-        )
+        raise UserError(f"no config here is for model_type={config['model_type']}, which is {' or '.join(kinds)} here")
     name, kind, found = min(candidates, key=lambda candidate: _distance(candidate[2], wanted))
     different = _differences(found, wanted)
     if not different:
         return Fit(name, [], [])
     path, arguments, needed = _component(config, wanted, kind)
     if left := _differences(_describe({"_component_": path, **arguments}), wanted):
-        raise UserError(f"torchtune 0.6.1 cannot build it: {'; '.join(left)}")
+        raise UserError(f"no builder here makes it: {'; '.join(left)}")
     overrides = [f"model._component_={path}", *(f"model.{key}={value}" for key, value in arguments.items())]
     overrides += [f"checkpointer.model_type={needed}"] if needed != kind else []
     return Fit(name, different, overrides)
@@ -100,17 +118,15 @@ def _component(config: dict, wanted: dict, kind: str) -> tuple[str, dict, str]:
             )
         scale = int(wanted.get("rope_scaling.factor", 1))
         if wanted.get("tie_word_embeddings"):
-            family, kind, more = "llama3_2.llama3_2", "LLAMA3_2", {"scale_factor": scale}
+            family, kind, more = "torchtune.models.llama3_2.llama3_2", "LLAMA3_2", {"scale_factor": scale}
         elif scale != 1:
-            family, kind, more = "llama3_1.llama3_1", "LLAMA3", {"scale_factor": scale}
+            family, kind, more = "torchtune.models.llama3_1.llama3_1", "LLAMA3", {"scale_factor": scale}
         else:
-            family = "llama2.llama2" if kind == "LLAMA2" else "llama3.llama3"
-    if config["model_type"] == "gemma":
-        more = {"head_dim": wanted["head_dim"]}
-    if config["model_type"] == "qwen2":
-        more = {"tie_word_embeddings": wanted.get("tie_word_embeddings", False)}
-    values = config | wanted
-    arguments = {ours: values[theirs] for ours, theirs in ARGUMENTS.items() if values.get(theirs) is not None}
+            family = "torchtune.models.llama2.llama2" if kind == "LLAMA2" else "torchtune.models.llama3.llama3"
+    values, takes = config | wanted, inspect.signature(_get_component_from_path(family)).parameters
+    arguments = {
+        ours: values[theirs] for ours, theirs in ARGUMENTS.items() if ours in takes and values.get(theirs) is not None
+    }
     if "rope_base" in arguments:
         arguments["rope_base"] = int(arguments["rope_base"])
-    return f"torchtune.models.{family}", arguments | more, kind
+    return family, arguments | more, kind
