@@ -1,5 +1,6 @@
 """A reference's log-probabilities from the disk are those that it would give now, or an error; never a stale one."""
 
+import inspect
 import json
 import multiprocessing
 import os
@@ -16,8 +17,12 @@ from reference_cache_worker import LLAMA, ONE, Reference
 from safetensors.torch import save_file
 
 from pairtune import data, models, reference_cache
+from pairtune.batch import lay_out
 from pairtune.cli import main
 from pairtune.errors import UserError
+from pairtune.logps import AnswerScores
+from pairtune.loss_needs import mean_chosen_length, needs, step_losses
+from pairtune.preference_losses import LOSSES, build
 from pairtune.reference_cache import RECORD, ReferenceCache
 from pairtune.tokenizer import hf_tokenizer
 
@@ -67,6 +72,35 @@ def test_cached_values_are_the_live_ones_however_batches_were_put_together(tmp_p
     some = [pairs[3], pairs[17], pairs[3]]
     torch.testing.assert_close(cache(some)[1], rejected[[3, 17, 3]], rtol=0, atol=0)
     assert [tuple(v.shape) for v in cache([])] == [(0,), (0,)]
+
+
+@pytest.mark.parametrize("ld_alpha", [1.0, 0.5])
+def test_every_loss_that_allows_a_cache_has_the_live_references_value(tmp_path, base, ld_alpha):
+    """Value and gradients of a step of 8 pairs, laid out together; the cache was filled pair by pair."""
+    pairs = random_pairs(8, seed=1)
+    reference = Reference(tmp_path, base, ld_alpha=ld_alpha)
+    live, cached = reference.logps(pairs), reference.fill(tmp_path, pairs, batch_size=1)(pairs)
+    generator = torch.Generator().manual_seed(0)
+    policy = [value + torch.randn(8, generator=generator) for value in live]
+    batch, known = lay_out(pairs), {"mean_chosen_length": mean_chosen_length(pairs)}
+    scores = AnswerScores(*policy, policy[0], torch.full((8,), 0.5), torch.full((8,), 0.8), None)
+    tested = 0
+    for name in LOSSES:
+        options = {"terms": [{"name": "sigmoid", "ld_alpha": ld_alpha}, {"name": "sft"}]} if name == "mixture" else {}
+        if "ld_alpha" in inspect.signature(LOSSES[name]).parameters:
+            options = {"ld_alpha": ld_alpha}
+        loss_fn = build(name, **options)
+        if not needs(loss_fn).reference or "kl" in needs(loss_fn).inputs or needs(loss_fn).ld_alpha != ld_alpha:
+            continue
+        with_live, with_cached = (
+            step_losses(loss_fn, [batch], [scores], [values], ONE, **known)[0] for values in (live, cached)
+        )
+        for what, value in vars(with_live).items():
+            torch.testing.assert_close(vars(with_cached)[what], value, rtol=1e-6, atol=1e-5, msg=f"{name}: {what}")
+        mean = with_live.losses.mean().item()
+        assert with_cached.losses.mean().item() == pytest.approx(mean, rel=1e-6, abs=1e-6), name
+        tested += 1
+    assert tested >= 15
 
 
 def test_a_second_run_makes_no_forward_and_gets_the_same_values(tmp_path, base):
