@@ -26,7 +26,8 @@ def rope(theta, factor=None):
     if factor is None:
         return {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
     scaling = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-    return {"rope_parameters": {"rope_type": "llama3", "rope_theta": theta, "factor": factor, **scaling}}
+    scaling |= {"rope_type": "llama3", "rope_theta": theta, "factor": factor}
+    return {"rope_parameters": scaling, "max_position_embeddings": 131_072}
 
 
 # Of each: checkpointer.model_type, transformers' config, what it says beside THEIRS, our builder, what it takes beside
