@@ -102,3 +102,8 @@ def test_log_probabilities_and_gradients_are_those_of_transformers(base):
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_what_a_run_exports_is_what_it_measured(base, method):
     hf_peers.check_run(base[1].path.parent, method)
+
+
+def test_pefts_adapter_of_all_linear_layers_loads_here(base, tmp_path):
+    name, files, _ = base
+    hf_peers.check_peft_adapter(files, component(name), tmp_path, targets="all-linear", modules=["all-linear"])
