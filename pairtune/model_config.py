@@ -46,6 +46,8 @@ MAY_BE_ZERO = ("max_window_layers",)
 SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 # Settings of which only these values are what the builders compute, by config.json's model_type.
 ONLY = {
+    **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "qwen3", "phi3"), {"hidden_act": ("silu", "swish")}),
+    "gemma2": {"hidden_activation": ("gelu_pytorch_tanh",)},
     "gpt2": {
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
         "scale_attn_weights": (True,),
@@ -54,6 +56,11 @@ ONLY = {
         "add_cross_attention": (False,),
     },
     "gpt_neox": {"hidden_act": ("gelu",), "attention_bias": (True,)},
+}
+# How positions may be scaled, and what torchtune's Llama 3.1 has no argument for.
+ROPE_TYPES = {
+    "default": {},
+    "llama3": {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192},
 }
 
 
@@ -86,6 +93,24 @@ def check_config(config, path: Path) -> None:
             raise UserError(
                 f"{path}: {key}={show(config[key])}: must be {' or '.join(map(show, values))}; models of "
                 f"model_type={config['model_type']} that compute something else are not available"
+            )
+    for block in ("rope_scaling", "rope_parameters"):
+        _check_rope(path, block, config.get(block) or {})
+
+
+def _check_rope(path: Path, block: str, rope: dict) -> None:
+    key = "type" if "type" in rope and "rope_type" not in rope else "rope_type"  # type: in older folders
+    scaling = rope.get(key, "default")
+    if scaling not in tuple(ROPE_TYPES):
+        raise UserError(
+            f"{path}: {block}.{key}={show(scaling)}: must be {' or '.join(ROPE_TYPES)}; models that scale positions "
+            "otherwise are not available"
+        )
+    for name, value in ROPE_TYPES[scaling].items():
+        if rope.get(name, value) != value:
+            raise UserError(
+                f"{path}: {block}.{name}={show(rope[name])}: must be {value}, as in every Llama from 3.1 on; models "
+                "that scale positions otherwise are not available"
             )
 
 
@@ -226,15 +251,13 @@ def describe_config(config: dict) -> dict:
     said = {name: config.get(config_key(name, config)) for name in READ}
     heads, width = said["num_attention_heads"], said["hidden_size"]
     theta = rope.get("rope_theta", said["rope_theta"])
-    # Where scaling is known to mean what torchtune's scale_factor does
-    scales = config.get("model_type") in ("llama", "gpt_neox") and theta is not None
     named = ("num_hidden_layers", "vocab_size", "num_key_value_heads", "tie_word_embeddings", "use_parallel_residual")
     return {name: said[name] for name in (*named, "max_position_embeddings", "rms_norm_eps")} | {
         "hidden_size": width,
         "num_attention_heads": heads,
         "head_dim": said["head_dim"] or (width // heads if heads and width else None),
         "rope_theta": float(theta) if theta is not None else None,
-        "rope_scaling.factor": float(rope.get("factor", 1.0)) if scales else None,
+        "rope_scaling.factor": float(rope.get("factor", 1.0)) if theta is not None else None,
         "partial_rotary_factor": rope.get("partial_rotary_factor", said["partial_rotary_factor"]),
         **{key: float(config[key] or 0) for key in SOFTCAPS if key in config},  # null: no cap
         "query_pre_attn_scalar": config.get("query_pre_attn_scalar"),

@@ -17,7 +17,7 @@ from pairtune.export import export
 from pairtune.families import FAMILIES
 from pairtune.logps import answer_logps
 from pairtune.metrics import read_log
-from pairtune.model_config import check_model
+from pairtune.model_config import check_model, windows
 
 ONE = World(torch.device("cpu"))
 
@@ -27,7 +27,7 @@ def save_peer(folder, config, *, seed=0):
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    peer = AutoModelForCausalLM.from_config(config).float().eval()
+    peer = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     with torch.no_grad():
         for parameter in peer.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.08)
@@ -37,10 +37,13 @@ def save_peer(folder, config, *, seed=0):
 
 
 def load_peer(folder, adapter=None):
-    """Returns the folder's model in float32, as transformers reads it, with PEFT's adapter of another folder."""
+    """Returns the folder's model in float32, as transformers reads it, with PEFT's adapter of another folder.
+
+    Its attention is the plain one: transformers' other ones leave out Gemma 2's cap on scores.
+    """
     from transformers import AutoModelForCausalLM
 
-    peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     if adapter is None:
         return peer
     from peft import PeftModel
@@ -75,7 +78,7 @@ def load_ours(files, component, *, lora=None, adapter=None, **options):
     model = models.full(component, dtype="fp32")
     if lora:
         model = models.lora(component, dropout=0.0, dtype="fp32", **lora)
-    models.prepare(model, max_length=64, **options)
+    models.prepare(model, max_length=64, windows=windows(files.config, len(model.layers)), **options)
     check_model(model, files.config)
     start = adapters.read_adapter(adapter, model, files) if adapter else None
     models.load(model, checkpoint.Weights(files), world=ONE, adapter=start)
@@ -167,7 +170,10 @@ def write_config(folder, component, model_type, **changes):
 
 
 def check_run(folder, method):
-    """Two steps of a recipe train, and its exports have the log-probabilities that it last measured, held out."""
+    """Two steps of a recipe train, and its exports have the log-probabilities that it last measured, held out.
+
+    PEFT merges the adapter of a LoRA run into the weights that were exported.
+    """
     as_trained = ["merge_into=dequantized"] if method == "qlora" else []
     log = run_recipe(f"{method}_dpo_single_device", *as_trained, config_paths=[folder / "config.yaml"])
     assert [row["step"] for row in log if "loss" in row] == [1, 2]
@@ -182,6 +188,11 @@ def check_run(folder, method):
             chosen, rejected = peer_logps(peer, pairs).chunk(2)
         measured = torch.tensor([evaluation["eval/logps/chosen"], evaluation["eval/logps/rejected"]])
         torch.testing.assert_close(torch.stack([chosen.mean(), rejected.mean()]), measured, rtol=1e-5, atol=0, msg=name)
+    if method == "lora":
+        merged, expected = peers["adapter"].merge_and_unload().state_dict(), peers["merged"].state_dict()
+        assert merged.keys() == expected.keys()
+        for name, weight in merged.items():
+            torch.testing.assert_close(expected[name], weight, rtol=1e-5, atol=1e-6, msg=name)
     started = load_file(folder / "base" / "model.safetensors")
     trained = load_file(exported / "model.safetensors")
     assert any(not torch.equal(trained[name], started[name]) for name in trained)

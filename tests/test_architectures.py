@@ -1,6 +1,7 @@
 """Every architecture that the recipes take has the log-probabilities, answers and exports that its peers compute."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.export import export
 from pairtune.logps import answer_logps
-from pairtune.model_config import check_model, check_model_type
+from pairtune.model_config import check_config, check_model, check_model_type
 
 ONE = World(torch.device("cpu"))
 SIZES = {
@@ -223,6 +224,32 @@ def test_llama_3_1s_scaled_rope_is_told_from_llama_3s():
     check_model(model, LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}})
     with pytest.raises(UserError, match="rope_scaling.factor is 8.0 in `model` and 1.0 in config.json"):
         check_model(model, LLAMA)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act=gelu: must be silu or swish; models of model_type=llama"),
+        ({"rope_scaling": {"type": "linear", "factor": 8.0}}, "rope_scaling.type=linear: must be default or llama3"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_parameters.rope_type=yarn: must be default"),
+        ({"model_type": "phi3", "rope_scaling": {"type": "longrope"}}, "rope_scaling.type=longrope: must be default"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 2.0}},
+            "rope_scaling.high_freq_factor=2.0: must be 4, as in every Llama from 3.1 on",
+        ),
+    ],
+)
+def test_a_config_json_of_positions_or_an_activation_that_nobody_computes_here_is_refused(tmp_path, change, words):
+    check_config(LLAMA | {"hidden_act": "silu", "rope_parameters": {"rope_type": "default"}}, tmp_path)
+    with pytest.raises(UserError, match=re.escape(words)):
+        check_config(LLAMA | change, tmp_path)
+
+
+def test_scaled_positions_are_no_other_architectures():
+    model = models.full({"_component_": "torchtune.models.mistral.mistral", **SIZES, "rope_base": 5e5}, dtype="fp32")
+    check_model(model, LLAMA)
+    with pytest.raises(UserError, match="rope_scaling.factor is 1.0 in `model` and 8.0 in config.json"):
+        check_model(model, LLAMA | {"model_type": "mistral", "rope_scaling": {"rope_type": "llama3", "factor": 8.0}})
 
 
 def test_a_model_type_of_another_architecture_is_refused():

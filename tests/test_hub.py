@@ -43,6 +43,8 @@ ROWS = "".join(json.dumps(row) + "\n" for row in PAIRS).encode()
 LFS = (".safetensors", ".bin", ".pth", ".model", ".jsonl")
 CHUNK = 10 * 2**20  # what the client writes at a time
 LLAMA3_8B = "meta-llama/Meta-Llama-3-8B-Instruct"
+LLAMA3_2_1B = "meta-llama/Llama-3.2-1B-Instruct"
+TINYLLAMA = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -436,14 +438,24 @@ def test_a_dry_run_reads_config_json_where_no_config_names_the_id(download, serv
     assert server.fetched == ["config.json"] and not (tmp_path / "m").exists()
 
 
-def test_a_dry_run_without_a_network_tells_what_follows_from_the_id(tune, tmp_path):
-    words = ["download", LLAMA3_8B, "--output-dir", tmp_path / "m", "--endpoint", NOBODY, "--dry-run"]
+@pytest.mark.parametrize(
+    "repo, name", [(LLAMA3_8B, "llama3_8b"), (LLAMA3_2_1B, "llama3_2_1b"), (TINYLLAMA, "tinyllama_1_1b")]
+)
+def test_a_dry_run_without_a_network_tells_what_follows_from_the_id(tune, tmp_path, repo, name):
+    words = ["download", repo, "--output-dir", tmp_path / "m", "--endpoint", NOBODY, "--dry-run"]
     status, out, error = tune(*words)
     assert status == 2 and f"{NOBODY} cannot be reached" in error
-    assert f"model {LLAMA3_8B} (main) from {NOBODY}, to {tmp_path}/m" in out
+    assert f"model {repo} (main) from {NOBODY}, to {tmp_path}/m" in out
     assert "Left out: *.msgpack" in out and "*.bin" in out
-    assert f"--config configs/llama3_8b.yaml checkpointer.checkpoint_dir={tmp_path}/m" in out
+    assert f"--config configs/{name}.yaml checkpointer.checkpoint_dir={tmp_path}/m" in out
     assert not (tmp_path / "m").exists()
+
+
+def test_a_dry_run_offline_prints_its_plan_and_one_line_of_error(download_alone):
+    status, out, error = download_alone(LLAMA3_2_1B, "--dry-run", HF_HUB_OFFLINE="1")
+    assert status == 2 and len(error.splitlines()) == 1 and "HF_HUB_OFFLINE is set" in error
+    assert f"model {LLAMA3_2_1B} (main) from " in out and "Left out: *.msgpack" in out
+    assert "--config configs/llama3_2_1b.yaml" in out
 
 
 @pytest.mark.parametrize(
