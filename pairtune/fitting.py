@@ -1,5 +1,6 @@
 """Which config is for a downloaded model that no config names: by architecture and sizes, as in its config.json."""
 
+import inspect
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,11 +8,16 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from pairtune import models
+from pairtune.components import import_component
 from pairtune.errors import UserError
-from pairtune.model_config import MODEL_TYPES, check_config, describe, describe_config
+from pairtune.families import config_key, config_types, of_config_type
+from pairtune.model_config import check_config, describe, describe_config
 
-# torchtune's builders of an architecture in any size, and what they call config.json's values. Llama's: see _component.
-BUILDERS = {"mistral": "mistral.mistral", "gemma": "gemma.gemma", "qwen2": "qwen2.qwen2", "phi3": "phi3.phi3"}
+# Builders of an architecture in any size, and what they call config.json's values. Llama's: see _component.
+BUILDERS = {
+    **{name: f"torchtune.models.{name}.{name}" for name in ("mistral", "gemma", "qwen2", "phi3")},
+    **{name: f"pairtune.{name}.{name}" for name in ("gemma2", "qwen3", "mixtral", "gpt2", "gpt_neox")},
+}
 ARGUMENTS = {
     "vocab_size": "vocab_size",
     "num_layers": "num_hidden_layers",
@@ -22,6 +28,15 @@ ARGUMENTS = {
     "max_seq_len": "max_position_embeddings",
     "norm_eps": "rms_norm_eps",
     "rope_base": "rope_theta",
+    "head_dim": "head_dim",
+    "tie_word_embeddings": "tie_word_embeddings",
+    "query_pre_attn_scalar": "query_pre_attn_scalar",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "num_experts": "num_local_experts",
+    "experts_per_token": "num_experts_per_tok",
+    "rotary_pct": "partial_rotary_factor",
+    "use_parallel_residual": "use_parallel_residual",
 }
 
 
@@ -42,13 +57,12 @@ def nearest(config: dict, configs: dict[str, Path]) -> Fit:
         configs: Name to file.
 
     Raises:
-        UserError: torchtune has no such architecture, or its weights cannot be trained; or no config has it.
+        UserError: There is no such architecture here, or its weights cannot be trained; or no config has it.
     """
     check_config(config, Path("config.json"))
-    kinds = MODEL_TYPES.get(config["model_type"])
-    if kinds is None:
-        known = ", ".join(MODEL_TYPES)
-        raise UserError(f"config.json: model_type={config['model_type']}: torchtune 0.6.1 has {known} and not this one")
+    kinds = of_config_type(config["model_type"])
+    if not kinds:
+        raise UserError(f"config.json: model_type={config['model_type']}: must be one of {', '.join(config_types())}")
     wanted = {name: value for name, value in describe_config(config).items() if value is not None}
     candidates = []
     for name, path in configs.items():
@@ -58,7 +72,7 @@ def nearest(config: dict, configs: dict[str, Path]) -> Fit:
             candidates.append((name, kind, _describe(own.model)))
     if not candidates:
         raise UserError(
-            f"no config here is for model_type={config['model_type']}, which torchtune calls {' or '.join(kinds)}"
+            f"no config here is for model_type={config['model_type']}, which is {' or '.join(kinds)} here"
         )
     name, kind, found = min(candidates, key=lambda candidate: _distance(candidate[2], wanted))
     different = _differences(found, wanted)
@@ -66,7 +80,7 @@ def nearest(config: dict, configs: dict[str, Path]) -> Fit:
         return Fit(name, [], [])
     path, arguments, needed = _component(config, wanted, kind)
     if left := _differences(_describe({"_component_": path, **arguments}), wanted):
-        raise UserError(f"torchtune 0.6.1 cannot build it: {'; '.join(left)}")
+        raise UserError(f"no builder here can build it: {'; '.join(left)}")
     overrides = [f"model._component_={path}", *(f"model.{key}={value}" for key, value in arguments.items())]
     overrides += [f"checkpointer.model_type={needed}"] if needed != kind else []
     return Fit(name, different, overrides)
@@ -91,7 +105,7 @@ def _differences(found: dict, wanted: dict) -> list[str]:
 
 def _component(config: dict, wanted: dict, kind: str) -> tuple[str, dict, str]:
     """Returns a builder's path, its arguments for a config.json, and the checkpointer's model_type for it."""
-    family, more = BUILDERS.get(config["model_type"]), {}
+    path, more = BUILDERS.get(config["model_type"]), {}
     if config["model_type"] == "llama":
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         if (scaling := rope.get("rope_type", rope.get("type", "default"))) not in ("default", "llama3"):
@@ -100,17 +114,16 @@ def _component(config: dict, wanted: dict, kind: str) -> tuple[str, dict, str]:
             )
         scale = int(wanted.get("rope_scaling.factor", 1))
         if wanted.get("tie_word_embeddings"):
-            family, kind, more = "llama3_2.llama3_2", "LLAMA3_2", {"scale_factor": scale}
+            path, kind, more = "torchtune.models.llama3_2.llama3_2", "LLAMA3_2", {"scale_factor": scale}
         elif scale != 1:
-            family, kind, more = "llama3_1.llama3_1", "LLAMA3", {"scale_factor": scale}
+            path, kind, more = "torchtune.models.llama3_1.llama3_1", "LLAMA3", {"scale_factor": scale}
         else:
-            family = "llama2.llama2" if kind == "LLAMA2" else "llama3.llama3"
-    if config["model_type"] == "gemma":
-        more = {"head_dim": wanted["head_dim"]}
-    if config["model_type"] == "qwen2":
-        more = {"tie_word_embeddings": wanted.get("tie_word_embeddings", False)}
-    values = config | wanted
-    arguments = {ours: values[theirs] for ours, theirs in ARGUMENTS.items() if values.get(theirs) is not None}
+            path = f"torchtune.models.{'llama2.llama2' if kind == 'LLAMA2' else 'llama3.llama3'}"
+    takes = inspect.signature(import_component("model", path)).parameters
+    values = {name: config.get(config_key(name, config)) for name in ARGUMENTS.values()} | wanted
+    arguments = {ours: values[theirs] for ours, theirs in ARGUMENTS.items() if ours in takes}
+    # No value is the builder's default; so is a cap of 0, which says that there is none.
+    arguments = {ours: value for ours, value in arguments.items() if value or value is False}
     if "rope_base" in arguments:
         arguments["rope_base"] = int(arguments["rope_base"])
-    return f"torchtune.models.{family}", arguments | more, kind
+    return path, arguments | more, kind
