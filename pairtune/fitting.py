@@ -71,9 +71,7 @@ def nearest(config: dict, configs: dict[str, Path]) -> Fit:
         if kind in kinds and OmegaConf.select(own, "model._component_"):
             candidates.append((name, kind, _describe(own.model)))
     if not candidates:
-        raise UserError(
-            f"no config here is for model_type={config['model_type']}, which is {' or '.join(kinds)} here"
-        )
+        raise UserError(f"no config here is for model_type={config['model_type']}, which is {' or '.join(kinds)} here")
     name, kind, found = min(candidates, key=lambda candidate: _distance(candidate[2], wanted))
     different = _differences(found, wanted)
     if not different:
