@@ -16,7 +16,7 @@ from pairtune.families import config_key, config_types, of_config_type
 from pairtune.rules import fits, kind_words, show
 
 # Architectures whose layers may have a sliding window, and the one that they have where config.json has no such key.
-DEFAULT_WINDOWS = {"mistral": 4096, "phi3": None, "qwen2": 4096, "qwen3": 4096, "gemma2": 4096}
+DEFAULT_WINDOWS = {"mistral": 4096, "mixtral": None, "phi3": None, "qwen2": 4096, "qwen3": 4096, "gemma2": 4096}
 
 # What is read of config.json, here and in the conversion of weights, under Llama's names: see families.CONFIG_KEYS.
 NEEDED = {"model_type": str, "hidden_size": int, "num_attention_heads": int, "num_key_value_heads": int}
@@ -152,7 +152,7 @@ def windows(config: dict, num_layers: int) -> list[int | None]:
 def _sliding_layers(config: dict, num_layers: int) -> Sequence[bool]:
     """Returns whether each layer has the model's window."""
     architecture, kinds = config["model_type"], config.get("layer_types")
-    if architecture in ("mistral", "phi3"):  # they read no layer_types
+    if architecture in ("mistral", "mixtral", "phi3"):  # they read no layer_types
         return [True] * num_layers
     if kinds is None and architecture == "gemma2":
         return [n % 2 == 0 for n in range(num_layers)]
