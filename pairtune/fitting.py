@@ -105,11 +105,6 @@ def _component(config: dict, wanted: dict, kind: str) -> tuple[str, dict, str]:
     """Returns a builder's path, its arguments for a config.json, and the checkpointer's model_type for it."""
     path, more = BUILDERS.get(config["model_type"]), {}
     if config["model_type"] == "llama":
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        if (scaling := rope.get("rope_type", rope.get("type", "default"))) not in ("default", "llama3"):
-            raise UserError(
-                f"config.json: rope_type={scaling}: torchtune 0.6.1 scales as Llama 3.1 does, or not at all"
-            )
         scale = int(wanted.get("rope_scaling.factor", 1))
         if wanted.get("tie_word_embeddings"):
             path, kind, more = "torchtune.models.llama3_2.llama3_2", "LLAMA3_2", {"scale_factor": scale}
