@@ -19,13 +19,13 @@ class DoRALinear(TorchtuneDoRALinear):
         base = linear_nf4(input=x, weight=self.weight) if self._quantize_base else F.linear(x, self.weight)
         if not self.disabled:
             update = self.lora_b(self.lora_a(self.dropout(x)))
-            scale = (self.magnitude / self.row_norms()).to(x.dtype)
+            scale = (self.magnitude / self.row_norms()).to(x.dtype)  # at the start all ones
             base = scale * (base + self.scaling * update)
         return base if self.bias is None else base + self.bias
 
     @torch.no_grad()
     def row_norms(self) -> Tensor:
-        """Returns the norms [out] of the rows of W + (alpha / rank) B A, float32."""
+        """Returns the norms [out] of the rows of W + (alpha / rank) B A, in the magnitudes' dtype."""
         return row_norms(self.weight, self.lora_a.weight, self.lora_b.weight, self.scaling)
 
     @torch.no_grad()
@@ -35,6 +35,9 @@ class DoRALinear(TorchtuneDoRALinear):
 
 
 def row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """Returns the norms [out] of the rows of weight + scaling * b @ a, in float32."""
+    """Returns the norms [out] of the rows of weight + scaling * b @ a, summed in float32 and rounded to a's dtype.
+
+    As in PEFT. Magnitudes start as these norms and have that dtype: over norms of float32 bf16 ones would not be 1.
+    """
     weight = weight.get_original_weight() if isinstance(weight, NF4Tensor) else weight
-    return torch.linalg.vector_norm(weight.float() + scaling * (b.float() @ a.float()), dim=1)
+    return torch.linalg.vector_norm(weight.float() + scaling * (b.float() @ a.float()), dim=1).to(a.dtype)

@@ -225,6 +225,7 @@ CONFIG_KEYS = {
         "num_hidden_layers": "n_layer",
         "num_attention_heads": "n_head",
         "num_key_value_heads": "n_head",
+        "intermediate_size": "n_inner",
         "max_position_embeddings": "n_positions",
         "rms_norm_eps": "layer_norm_epsilon",
     },

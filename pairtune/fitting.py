@@ -6,42 +6,37 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import OmegaConf
-from torchtune.config._utils import _get_component_from_path
 
 from pairtune import models
+from pairtune.components import import_component
 from pairtune.errors import UserError
-from pairtune.families import config_types, of_config_type
+from pairtune.families import config_key, config_types, of_config_type
 from pairtune.model_config import check_config, describe, describe_config
 
 # Builders of an architecture in any size, and what they call config.json's values. Llama's: see _component.
 BUILDERS = {
-    "mistral": "torchtune.models.mistral.mistral",
-    "gemma": "torchtune.models.gemma.gemma",
-    "qwen2": "torchtune.models.qwen2.qwen2",
-    "phi3": "torchtune.models.phi3.phi3",
-    "gemma2": "pairtune.gemma2.gemma2",
-    "qwen3": "pairtune.qwen3.qwen3",
-    "mixtral": "pairtune.mixtral.mixtral",
-    "gpt2": "pairtune.gpt2.gpt2",
-    "gpt_neox": "pairtune.gpt_neox.gpt_neox",
+    **{name: f"torchtune.models.{name}.{name}" for name in ("mistral", "gemma", "qwen2", "phi3")},
+    **{name: f"pairtune.{name}.{name}" for name in ("gemma2", "qwen3", "mixtral", "gpt2", "gpt_neox")},
 }
 ARGUMENTS = {
     "vocab_size": "vocab_size",
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
     "num_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
     "embed_dim": "hidden_size",
     "intermediate_dim": "intermediate_size",
     "max_seq_len": "max_position_embeddings",
     "norm_eps": "rms_norm_eps",
     "rope_base": "rope_theta",
+    "head_dim": "head_dim",
     "tie_word_embeddings": "tie_word_embeddings",
-    "num_experts": "num_local_experts",
-    "experts_per_token": "num_experts_per_tok",
     "query_pre_attn_scalar": "query_pre_attn_scalar",
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
+    "num_experts": "num_local_experts",
+    "experts_per_token": "num_experts_per_tok",
+    "rotary_pct": "partial_rotary_factor",
+    "use_parallel_residual": "use_parallel_residual",
 }
 
 
@@ -62,13 +57,12 @@ def nearest(config: dict, configs: dict[str, Path]) -> Fit:
         configs: Name to file.
 
     Raises:
-        UserError: torchtune has no such architecture, or its weights cannot be trained; or no config has it.
+        UserError: There is no such architecture here, or its weights cannot be trained; or no config has it.
     """
     check_config(config, Path("config.json"))
     kinds = of_config_type(config["model_type"])
     if not kinds:
-        known = ", ".join(config_types())
-        raise UserError(f"config.json: model_type={config['model_type']}: recipes train {known} and not this one")
+        raise UserError(f"config.json: model_type={config['model_type']}: must be one of {', '.join(config_types())}")
     wanted = {name: value for name, value in describe_config(config).items() if value is not None}
     candidates = []
     for name, path in configs.items():
@@ -84,7 +78,7 @@ def nearest(config: dict, configs: dict[str, Path]) -> Fit:
         return Fit(name, [], [])
     path, arguments, needed = _component(config, wanted, kind)
     if left := _differences(_describe({"_component_": path, **arguments}), wanted):
-        raise UserError(f"no builder here makes it: {'; '.join(left)}")
+        raise UserError(f"no builder here can build it: {'; '.join(left)}")
     overrides = [f"model._component_={path}", *(f"model.{key}={value}" for key, value in arguments.items())]
     overrides += [f"checkpointer.model_type={needed}"] if needed != kind else []
     return Fit(name, different, overrides)
@@ -109,24 +103,20 @@ def _differences(found: dict, wanted: dict) -> list[str]:
 
 def _component(config: dict, wanted: dict, kind: str) -> tuple[str, dict, str]:
     """Returns a builder's path, its arguments for a config.json, and the checkpointer's model_type for it."""
-    family, more = BUILDERS.get(config["model_type"]), {}
+    path, more = BUILDERS.get(config["model_type"]), {}
     if config["model_type"] == "llama":
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        if (scaling := rope.get("rope_type", rope.get("type", "default"))) not in ("default", "llama3"):
-            raise UserError(
-                f"config.json: rope_type={scaling}: torchtune 0.6.1 scales as Llama 3.1 does, or not at all"
-            )
         scale = int(wanted.get("rope_scaling.factor", 1))
         if wanted.get("tie_word_embeddings"):
-            family, kind, more = "torchtune.models.llama3_2.llama3_2", "LLAMA3_2", {"scale_factor": scale}
+            path, kind, more = "torchtune.models.llama3_2.llama3_2", "LLAMA3_2", {"scale_factor": scale}
         elif scale != 1:
-            family, kind, more = "torchtune.models.llama3_1.llama3_1", "LLAMA3", {"scale_factor": scale}
+            path, kind, more = "torchtune.models.llama3_1.llama3_1", "LLAMA3", {"scale_factor": scale}
         else:
-            family = "torchtune.models.llama2.llama2" if kind == "LLAMA2" else "torchtune.models.llama3.llama3"
-    values, takes = config | wanted, inspect.signature(_get_component_from_path(family)).parameters
-    arguments = {
-        ours: values[theirs] for ours, theirs in ARGUMENTS.items() if ours in takes and values.get(theirs) is not None
-    }
+            path = f"torchtune.models.{'llama2.llama2' if kind == 'LLAMA2' else 'llama3.llama3'}"
+    takes = inspect.signature(import_component("model", path)).parameters
+    values = {name: config.get(config_key(name, config)) for name in ARGUMENTS.values()} | wanted
+    arguments = {ours: values[theirs] for ours, theirs in ARGUMENTS.items() if ours in takes}
+    # No value is the builder's default; so is a cap of 0, which says that there is none.
+    arguments = {ours: value for ours, value in arguments.items() if value or value is False}
     if "rope_base" in arguments:
         arguments["rope_base"] = int(arguments["rope_base"])
-    return family, arguments | more, kind
+    return path, arguments | more, kind

@@ -170,7 +170,7 @@ def plot_curves(log_path: Path, png_path: Path) -> None:
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     curves = [curve for curve in CURVES if not log or any(p + curve[1] in row for row in log for p in ("", "eval/"))]
-    for axis, (title, key, start) in zip(figure.subplots(1, len(curves)), curves, strict=True):
+    for axis, (title, key, start) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves, strict=True):
         axis.axhline(start, color="0.75", linewidth=1)
         for prefix, label, style in (("", "training", "-"), ("eval/", "held out", "o-")):
             points = [(row["step"], row[prefix + key]) for row in log if prefix + key in row]

@@ -1,6 +1,6 @@
 """Mixtral (arXiv 2401.04088): torchtune's Mistral with a mixture of experts in the place of each MLP.
 
-Without a sliding window, as published.
+It has no sliding window but one that a folder's config.json gives it.
 """
 
 from torch import nn

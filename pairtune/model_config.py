@@ -16,7 +16,7 @@ from pairtune.families import config_key, config_types, of_config_type
 from pairtune.rules import fits, kind_words, show
 
 # Architectures whose layers may have a sliding window, and the one that they have where config.json has no such key.
-DEFAULT_WINDOWS = {"mistral": 4096, "phi3": None, "qwen2": 4096, "qwen3": 4096, "gemma2": 4096}
+DEFAULT_WINDOWS = {"mistral": 4096, "mixtral": None, "phi3": None, "qwen2": 4096, "qwen3": 4096, "gemma2": 4096}
 
 # What is read of config.json, here and in the conversion of weights, under Llama's names: see families.CONFIG_KEYS.
 NEEDED = {"model_type": str, "hidden_size": int, "num_attention_heads": int, "num_key_value_heads": int}
@@ -44,6 +44,9 @@ READ = NEEDED | {
 }
 MAY_BE_ZERO = ("max_window_layers",)
 SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+# How positions may be scaled: what torchtune computes, with these settings of it.
+ROPE_TYPES = {"llama": ("default", "llama3")}
+LLAMA3_ROPE = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
 # Settings of which only these values are what the builders compute, by config.json's model_type.
 ONLY = {
     **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "qwen3", "phi3"), {"hidden_act": ("silu", "swish")}),
@@ -83,6 +86,7 @@ def check_config(config, path: Path) -> None:
         for key in ("factor", "rope_theta", "partial_rotary_factor"):
             if (config.get(block) or {}).get(key) is not None:
                 _check_kind(path, f"{block}.{key}", config[block][key], float)
+        _check_rope(path, block, config)
     if config.get("quantization_config"):
         raise UserError(
             f"{path}: quantization_config={show(config['quantization_config'])}: the weights are quantized, which "
@@ -119,6 +123,22 @@ def _check_kind(path: Path, key: str, value, kind: type) -> None:
         raise UserError(f"{path}: {key}={value!r}: must be {kind_words(kind)}")
     if kind in (int, float) and not 0 < value < math.inf and not (value == 0 and key in MAY_BE_ZERO):
         raise UserError(f"{path}: {key}={value}: must be above 0 and finite")
+
+
+def _check_rope(path: Path, block: str, config: dict) -> None:
+    rope = config.get(block) or {}
+    name = "rope_type" if rope.get("rope_type") is not None else "type"
+    kind, known = rope.get(name) or "default", ROPE_TYPES.get(config["model_type"], ("default",))
+    fixed = LLAMA3_ROPE if kind == "llama3" else {}
+    different = [f"{block}.{key}={show(rope[key])}" for key, value in fixed.items() if rope.get(key, value) != value]
+    if kind not in known and rope.get("factor") != 1:
+        different = [f"{block}.{name}={show(kind)}"]
+    if different:
+        wanted = ", ".join(f"{key} {value}" for key, value in fixed.items()) or " or ".join(known)
+        raise UserError(
+            f"{path}: {different[0]}: must be {wanted}; models of model_type={config['model_type']} whose positions "
+            "are scaled in another way are not available"
+        )
 
 
 def check_model_type(model_type: str, config: dict) -> None:
@@ -177,7 +197,7 @@ def windows(config: dict, num_layers: int) -> list[int | None]:
 def _sliding_layers(config: dict, num_layers: int) -> Sequence[bool]:
     """Returns whether each layer has the model's window."""
     architecture, kinds = config["model_type"], config.get("layer_types")
-    if architecture in ("mistral", "phi3"):  # they read no layer_types
+    if architecture in ("mistral", "mixtral", "phi3"):  # they read no layer_types
         return [True] * num_layers
     if kinds is None and architecture == "gemma2":
         return [n % 2 == 0 for n in range(num_layers)]

@@ -424,6 +424,16 @@ MODELS = [
     ),
     ("config.json, rope_scaling.factor", edit("config.json", rope_scaling={"factor": "8"}),
      ["config.json: rope_scaling.factor='8': must be a number"]),
+    *(
+        (f"config.json, {key}", edit("config.json", rope_scaling=rope), [f"config.json: rope_scaling.{key}", says])
+        for rope, key, says in (
+            ({"type": "linear", "factor": 4.0}, "type=linear", "must be default or llama3"),
+            ({"rope_type": "yarn", "factor": 4.0}, "rope_type=yarn", "scaled in another way are not available"),
+            ({"rope_type": "longrope", "long_factor": [1.0]}, "rope_type=longrope", "must be default or llama3"),
+            ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 4096},
+             "original_max_position_embeddings=4096", "must be low_freq_factor 1, high_freq_factor 4"),
+        )
+    ),
     ("another vocabulary", edit("config.json", vocab_size=999),
      ["vocab_size is 320 in `model` and 999 in config.json"]),
     ("another depth", edit("config.json", num_hidden_layers=9), ["num_hidden_layers is 3", "do not belong together"]),

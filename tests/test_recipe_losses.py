@@ -27,7 +27,7 @@ from test_losses import naive
 
 from pairtune import models
 from pairtune.errors import UserError
-from pairtune.metrics import read_log
+from pairtune.metrics import plot_curves, read_log
 from pairtune.preference_losses import LOSSES
 
 # Those whose loss before the first update is that of zero margins, from the formulas at their defaults.
@@ -297,6 +297,12 @@ def test_dpo_on_top_of_an_adapter_starts_at_ln_2_against_that_adapter(run, tmp_p
     assert log[-1]["eval/rewards/margins"] > 0
     with pytest.raises(UserError, match="the model without it is another one.* Use reference=start"):
         run("lora_dpo_single_device", adapter, name="refused")
+
+
+def test_rows_of_one_label_have_curves_of_what_they_have(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5, "rewards/chosen": 0.1, "eval/loss": 0.5}\n')
+    plot_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_running_mean_of_rewards_survives_resuming_bit_for_bit(run, tmp_path):

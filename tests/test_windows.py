@@ -36,6 +36,12 @@ CAPS = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0, "query_pr
 # Of each: transformers' name, what its config says of windows, our component, and each layer's window.
 FAMILIES = {
     "mistral": ("Mistral", {"sliding_window": 8}, {"_component_": "torchtune.models.mistral.mistral", **EPS}, [8] * 4),
+    "mixtral": (
+        "Mixtral",
+        {"sliding_window": 8, "num_local_experts": 4},
+        {"_component_": "pairtune.mixtral.mixtral", "num_experts": 4, "norm_eps": 1e-6},
+        [8] * 4,
+    ),
     "phi3": ("Phi3", {"sliding_window": 8}, {"_component_": "torchtune.models.phi3.phi3", **EPS}, [8] * 4),
     "qwen2": (
         "Qwen2",
@@ -60,6 +66,7 @@ def family(request):
 TABLES = {
     "gemma2": FAMILY["GEMMA2"],
     "mistral": FAMILY["MISTRAL"],
+    "mixtral": FAMILY["MIXTRAL"],
     "phi3": FAMILY["PHI3_MINI"],
     "qwen2": FAMILY["QWEN2"],
 }
@@ -257,6 +264,8 @@ QWEN = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 16,
         ({"model_type": "gemma"}, [None] * 4),
         ({"model_type": "mistral"}, [4096] * 4),
         ({"model_type": "mistral", "sliding_window": None}, [None] * 4),
+        ({"model_type": "mixtral"}, [None] * 4),
+        ({"model_type": "mixtral", "sliding_window": 16}, [16] * 4),
         ({"model_type": "phi3"}, [None] * 4),
         ({"model_type": "phi3", "sliding_window": 2047}, [2047] * 4),
         (QWEN, [None, None, None, 16]),
