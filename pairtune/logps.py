@@ -62,7 +62,7 @@ class AnswerScores:
     whole_chosen_logps: Tensor  # without ld_alpha
     chosen_weights: Tensor | None  # WPO's, detached
     rejected_weights: Tensor | None
-    router_loss: Tensor | None  # a scalar: experts.router_loss of a mixture of experts
+    router_loss: Tensor | None = None  # a scalar: experts.router_loss of a mixture of experts
 
 
 def answer_scores(

@@ -60,11 +60,6 @@ ONLY = {
     },
     "gpt_neox": {"hidden_act": ("gelu",), "attention_bias": (True,)},
 }
-# How positions may be scaled, and what torchtune's Llama 3.1 has no argument for.
-ROPE_TYPES = {
-    "default": {},
-    "llama3": {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192},
-}
 
 
 def check_config(config, path: Path) -> None:
@@ -97,24 +92,6 @@ def check_config(config, path: Path) -> None:
             raise UserError(
                 f"{path}: {key}={show(config[key])}: must be {' or '.join(map(show, values))}; models of "
                 f"model_type={config['model_type']} that compute something else are not available"
-            )
-    for block in ("rope_scaling", "rope_parameters"):
-        _check_rope(path, block, config.get(block) or {})
-
-
-def _check_rope(path: Path, block: str, rope: dict) -> None:
-    key = "type" if "type" in rope and "rope_type" not in rope else "rope_type"  # type: in older folders
-    scaling = rope.get(key, "default")
-    if scaling not in tuple(ROPE_TYPES):
-        raise UserError(
-            f"{path}: {block}.{key}={show(scaling)}: must be {' or '.join(ROPE_TYPES)}; models that scale positions "
-            "otherwise are not available"
-        )
-    for name, value in ROPE_TYPES[scaling].items():
-        if rope.get(name, value) != value:
-            raise UserError(
-                f"{path}: {block}.{name}={show(rope[name])}: must be {value}, as in every Llama from 3.1 on; models "
-                "that scale positions otherwise are not available"
             )
 
 

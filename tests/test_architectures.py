@@ -235,7 +235,7 @@ def test_llama_3_1s_scaled_rope_is_told_from_llama_3s():
         ({"model_type": "phi3", "rope_scaling": {"type": "longrope"}}, "rope_scaling.type=longrope: must be default"),
         (
             {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 2.0}},
-            "rope_scaling.high_freq_factor=2.0: must be 4, as in every Llama from 3.1 on",
+            "rope_scaling.high_freq_factor=2.0: must be low_freq_factor 1, high_freq_factor 4",
         ),
     ],
 )
@@ -295,7 +295,8 @@ def test_an_export_takes_only_what_belongs_to_a_model_and_keeps_the_earlier_one_
         names = {str(p.relative_to(exported)) for p in exported.rglob("*") if p.is_file()}
         assert names == {
             "config.json", "tokenizer.json", "model.safetensors",
-            "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/tokenizer.json",
+            "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/base_weights.json",
+            "adapter/tokenizer.json",
         }  # fmt: skip
         assert json.loads((exported / "adapter" / "adapter_config.json").read_text())["r"] == 4
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["export"]

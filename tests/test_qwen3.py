@@ -141,7 +141,8 @@ def test_two_steps_of_a_recipe_and_its_export_in_transformers_and_peft(work, tie
     lr = "1e-3" if method == "full" else "5e-2"
     settings = [f"optimizer.lr={lr}", "clip_grad_norm=null", "samples.max_new_tokens=4", "lora.modules=[all-linear]"]
     recipe = f"{method}_dpo_single_device"
-    log = run_recipe(recipe, *settings[: 4 - (method == "full")], config_paths=[work / "config.yaml"])
+    settings = settings[: 4 - (method == "full")] + ["merge_into=dequantized"] * (method == "qlora")
+    log = run_recipe(recipe, *settings, config_paths=[work / "config.yaml"])
     losses = [row["loss"] for row in log if "loss" in row]
     assert len(losses) == 2 and losses[0] == pytest.approx(math.log(2), abs=1e-6) and losses[1] != losses[0]
     exported = {"merged": AutoModelForCausalLM.from_pretrained(work / "run" / "export", dtype=torch.float32)}

@@ -222,7 +222,7 @@ def test_a_checkpoint_holds_safetensors_and_json_and_nothing_is_pickled(work):
     interrupted(work, "lora_dpo_single_device", 4)
     (folder,) = (work / "run" / "checkpoints").iterdir()
     names = sorted(p.name for p in folder.iterdir())
-    assert names == ["COMPLETE", "shard-00001-model.safetensors", "state.json"]
+    assert names == ["COMPLETE", "shard-00001-model-00001-of-00001.safetensors", "state.json"]
     json.loads((folder / "COMPLETE").read_text()), json.loads((folder / "state.json").read_text())
     saved = load_file(folder / names[1])
     trained = {name.removeprefix("model.") for name in saved if name.startswith("model.")}
