@@ -17,7 +17,7 @@ from pairtune.checkpoint import ModelFolder, Weights, read_shard
 from pairtune.errors import UserError
 from pairtune.families import Family, Module
 from pairtune.fingerprint import digest_samples
-from pairtune.rules import LORA_LAYERS, show
+from pairtune.rules import LORA_LAYERS, fits, show
 
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
 BASE_FILE = "base_weights.json"  # ours: which weights an adapter was trained on
@@ -135,12 +135,25 @@ def _check_kind(config: dict, key: str) -> None:
     for setting, what in CANNOT.items():
         if config.get(setting) and config[setting] != "none":
             raise UserError(f"{key}: {setting}={config[setting]} ({what}) is not available here; {way_out}")
+    for setting in ("rank_pattern", "alpha_pattern"):
+        if not _are_patterns(config.get(setting) or {}):
+            raise UserError(
+                f"{key}: {setting}={show(config[setting])} must be numbers by patterns of layers' names; write or "
+                "download it again"
+            )
     start = config.get("init_lora_weights", True)
     if start not in HARMLESS_STARTS:
         raise UserError(
             f"{key}: init_lora_weights={start} changes the base weights, too; convert it to plain LoRA (PEFT's "
             f"save_pretrained with path_initial_model_for_weight_conversion), or {way_out}"
         )
+
+
+def _are_patterns(values) -> bool:
+    try:
+        return all(re.compile(pattern) and fits(value, float) and value > 0 for pattern, value in values.items())
+    except (AttributeError, re.error):
+        return False
 
 
 def _check_layers(targets, adapted: set[str], family: Family, key: str) -> None:
@@ -218,8 +231,10 @@ def _from_peft(
         our_rank = known.rank if known is not None else rank
         try:
             pieces = _take_apart(matrices["A"], matrices["B"], module, base.config, our_rank)
+            magnitudes = [] if magnitude is None else module.split(magnitude.flatten(), base.config)
         except RuntimeError:
-            raise UserError(f"{path}: {layer}.lora_B is {shapes[1]}: not rows of this base's heads") from None
+            also = "" if magnitude is None else f", or its magnitude {list(magnitude.shape)}"
+            raise UserError(f"{path}: {layer}.lora_B is {shapes[1]}{also}: not rows of this base's heads") from None
         if pieces is None:
             raise UserError(
                 f"{key}: {layer} has one adapter of rank {rank} for all of {', '.join(ours)}; nearest valid: "
@@ -227,9 +242,7 @@ def _from_peft(
             )
         for name, (a, b) in zip(ours, pieces, strict=True):
             converted |= {f"{name}.lora_a.weight": a, f"{name}.lora_b.weight": b}
-        if magnitude is not None:
-            values = zip(ours, module.split(magnitude.flatten(), base.config), strict=True)
-            converted |= {f"{name}.magnitude": value for name, value in values}
+        converted |= {f"{name}.magnitude": value for name, value in zip(ours, magnitudes, strict=False)}
     return converted
 
 

@@ -15,8 +15,9 @@ from pairtune.checkpoint import ModelFolder, Weights, open_weights
 from pairtune.errors import UserError
 from pairtune.logps import answer_logps
 
-# Nats a token that rounding of merged weights makes; another order of rows, or a lost layer, makes several.
-TOLERANCE = {"fp32": 0.01, "bf16": 0.1}
+# Nats an answer and a token of it that rounding of merged weights makes; another order of rows, or a lost layer, makes
+# several a token. bf16 logits of 16 and above are 0.125 apart: of an answer of one token or two that is all there is.
+TOLERANCE = {"fp32": (0.01, 0.01), "bf16": (0.5, 0.1)}
 SHARD_BYTES = 5 * 10**9
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -103,12 +104,14 @@ def check_export(
     with models.streamed(model, Weights(folder), batch.tokens.device):
         again = torch.cat(answer_logps(model, batch))
     lengths = torch.tensor(batch.answer_lengths, device=again.device).clamp(min=1)
-    difference = float(((again - torch.cat(trained)).abs() / lengths).max())
-    told = f"read again, its log-probabilities are within {difference:.2g} nats a token of the trained model's"
-    if not other_base and not difference <= TOLERANCE[dtype]:
+    difference, (an_answer, a_token) = (again - torch.cat(trained)).abs(), TOLERANCE[dtype]
+    furthest = f"{(difference / lengths).max():.2g}"
+    told = f"read again, its log-probabilities are within {furthest} nats a token of the trained model's"
+    if not other_base and not (difference <= an_answer + a_token * lengths).all():
         raise UserError(
-            f"{exported}: {told}; rounding makes at most {TOLERANCE[dtype]}: this is not the trained model. The "
-            "checkpoints of the run are; this is a mistake in the export, which its authors should hear of"
+            f"{exported}: {told}; rounding makes at most {an_answer} an answer and {a_token} a token: this is not the "
+            "trained model. The checkpoints of the run are; this is a mistake in the export, which its authors should "
+            "hear of"
         )
     return told
 

@@ -18,7 +18,7 @@ HARMLESS = (
     "output_dir", "resume", "device", "data_parallel_replicate_dim", "fsdp_cpu_offload", "collective_timeout_s",
     "compile", "attention", "enable_activation_checkpointing", "batch_size", "epochs", "max_steps",
     "log_every_n_steps", "eval_every_n_steps", "save_every_n_steps", "keep_last_n", "keep_best", "export_best",
-    "on_save_failure", "samples", "metric_logger", "eval_dataset", "reference.cache_dir",
+    "merge_into", "on_save_failure", "samples", "metric_logger", "eval_dataset", "reference.cache_dir",
 )  # fmt: skip
 # Keys that say where pairs and weights come from: what came of them is compared instead.
 JUDGED_BY_RESULT = (

@@ -446,7 +446,7 @@ def main(cfg):
     if cfg.export_best:
         world.print(f"\n{checkpoints.load_best(state)}")
     after = answer_prompts()
-    compared = batch_of((held_out or train)[:4])
+    compared = batch_of((held_out or train)[: min(4, cfg.batch_size)])  # not more than a step had room for
     with models.frozen(model):
         trained = answer_logps(model, compared)
     gathered = models.gather_weights(model, world)
@@ -463,10 +463,10 @@ def main(cfg):
             tokenizer=cfg.tokenizer,
         )
         same = {"dtype": cfg.dtype, "other_base": other_base, **prepared}
-        difference = check_export(exported, files, cfg.model, compared, trained, **same)
         generation.write_samples(samples, questions, before, after)
         generation.show_samples(samples)
         metrics.plot_curves(log.path, run_dir / "curves.png")
+        difference = check_export(exported, files, cfg.model, compared, trained, **same)
         print(f"\nrun folder {run_dir}, exported weights {exported}: {difference}")
 
 

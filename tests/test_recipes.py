@@ -5,6 +5,7 @@ import math
 import re
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -338,6 +339,10 @@ def test_an_export_that_is_not_the_trained_model_is_refused(work):
         trained = answer_logps(model, lay_out(pairs))
     same = {"dtype": "fp32", "max_length": 96, "attention": "auto"}
     assert "within 0 nats" in check_export(exported, files, component, lay_out(pairs), trained, **same)
+    one_token = [SimpleNamespace(prompt=pair.prompt, chosen=[2], rejected=[3]) for pair in pairs]
+    with torch.no_grad():
+        off = [logps + 0.25 for logps in answer_logps(model, lay_out(one_token))]  # twice what parts bf16 logits of 20
+    check_export(exported, files, component, lay_out(one_token), off, **same | {"dtype": "bf16"})
     changed = load_file(exported / "model.safetensors")
     changed["lm_head.weight"] = changed["lm_head.weight"].flip(0)
     save_file(changed, exported / "model.safetensors", {"format": "pt"})

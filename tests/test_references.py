@@ -252,6 +252,9 @@ def read_from(peft_folder, folder, **changes):
         ("peft_type", "IA3", ["peft_type is IA3"]),
         ("use_rslora", True, ["use_rslora is True", "lora.use_rslora is False", "lora.use_rslora=true"]),
         ("use_dora", True, ["use_dora is True", "lora.use_dora=true"]),
+        ("rank_pattern", {"q_proj[": 8}, ["rank_pattern={q_proj[: 8}", "must be numbers by patterns"]),
+        ("rank_pattern", ["q_proj"], ["rank_pattern=[q_proj]", "must be numbers by patterns"]),
+        ("alpha_pattern", {"q_proj": "16"}, ["alpha_pattern", "must be numbers by patterns"]),
         ("bias", "lora_only", ["bias=lora_only"]),
         ("lora_bias", True, ["lora_bias"]),
         ("modules_to_save", ["lm_head"], ["modules_to_save", "lm_head"]),
@@ -296,6 +299,7 @@ Q, V = (f"{LAYER_1}.{name}_proj.lora_B.weight" for name in "qv")
         ("base_model.model.lm_head.base_layer.weight", torch.ones(320, 64), ["lm_head", "another base"]),
         (V, torch.zeros(32, 5), ["v_proj.lora_B", "[32, 5]", "not rank 4"]),
         (Q, torch.zeros(63, 4), ["q_proj.lora_B", "[63, 4]", "this base's heads"]),
+        (Q.replace("B.weight", "magnitude_vector"), torch.ones(63), ["magnitude [63]", "this base's heads"]),
         (V, torch.full((32, 4), math.nan), ["v_proj.lora_b", "NaN"]),
     ],
 )

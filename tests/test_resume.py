@@ -307,6 +307,12 @@ def test_harmless_changes_are_allowed_and_listed(work, capsys):
         assert f"  changed: {line}" in told
 
 
+def test_what_a_resumed_qlora_run_is_merged_into_may_change(work, capsys):
+    interrupted(work, "qlora_dpo_single_device", 10)
+    run(work, "qlora_dpo_single_device", "resume=true", "merge_into=dequantized")
+    assert "  changed: merge_into: original then, dequantized now" in capsys.readouterr().out
+
+
 # The disk
 
 
