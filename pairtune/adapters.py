@@ -123,7 +123,7 @@ def _check_config(config: dict, model: nn.Module, family: Family, key: str) -> N
         if value != model.lora[ours]:
             raise UserError(
                 f"{key}: {setting} is {value} in its adapter_config.json, lora.{ours} is {model.lora[ours]}; "
-                f"nearest valid: lora.{ours}={show(value)}"
+                + ("write or download it again" if value is None else f"nearest valid: lora.{ours}={show(value)}")
             )
     _check_layers(config.get("target_modules"), {name for name, _ in models.adapted_modules(model)}, family, key)
 
@@ -167,9 +167,12 @@ def _check_layers(targets, adapted: set[str], family: Family, key: str) -> None:
         raise UserError(
             f"{key}: target_modules has {', '.join(strange)}; layers that can be adapted here are {', '.join(known)}"
         )
-    wanted = {models.without_numbers(part.name) for found in modules.values() for m in found for part in m.parts}
+    found = [m for of_target in modules.values() for m in of_target]
+    wanted = {models.without_numbers(part.name) for m in found for part in m.parts}
     ours = {models.without_numbers(name) for name in adapted}
-    if wanted != ours:
+    # Of a fused layer some parts may have no adapter: rows of zero, which are looked at later.
+    untouched = [m for m in found if not ours & {models.without_numbers(part.name) for part in m.parts}]
+    if untouched or not ours <= wanted:
         raise UserError(
             f"{key}: target_modules is {', '.join(sorted(modules))}, lora.modules is {_as_modules(ours)}; "
             f"nearest valid: lora.modules={_as_modules(wanted)}"
@@ -228,21 +231,24 @@ def _from_peft(
                 f"{key}: {layer} is scaled by {alpha:g} / {divisor:g} there and by {known.alpha:g} / {known.rank} "
                 "here; scales that differ between layers are not available"
             )
-        our_rank = known.rank if known is not None else rank
         try:
-            pieces = _take_apart(matrices["A"], matrices["B"], module, base.config, our_rank)
-            magnitudes = [] if magnitude is None else module.split(magnitude.flatten(), base.config)
+            rows = module.split(matrices["B"], base.config)
+            magnitudes = [None] * len(ours) if magnitude is None else module.split(magnitude.flatten(), base.config)
         except RuntimeError:
             also = "" if magnitude is None else f", or its magnitude {list(magnitude.shape)}"
             raise UserError(f"{path}: {layer}.lora_B is {shapes[1]}{also}: not rows of this base's heads") from None
+        parts = [i for i, name in enumerate(ours) if name in adapted] or range(len(ours))
+        if also := [name for i, name in enumerate(ours) if i not in parts and rows[i].any()]:
+            raise UserError(f"{key}: {layer} adapts {', '.join(also)}, too; nearest valid: add it to lora.modules")
+        pieces = _take_apart(matrices["A"], [rows[i] for i in parts], known.rank if known is not None else rank)
         if pieces is None:
             raise UserError(
                 f"{key}: {layer} has one adapter of rank {rank} for all of {', '.join(ours)}; nearest valid: "
                 f"lora.rank={rank} with lora.alpha={alpha:g}"
             )
-        for name, (a, b) in zip(ours, pieces, strict=True):
-            converted |= {f"{name}.lora_a.weight": a, f"{name}.lora_b.weight": b}
-        converted |= {f"{name}.magnitude": value for name, value in zip(ours, magnitudes, strict=False)}
+        for i, (a, b) in zip(parts, pieces, strict=True):
+            converted |= {f"{ours[i]}.lora_a.weight": a, f"{ours[i]}.lora_b.weight": b}
+            converted |= {} if magnitudes[i] is None else {f"{ours[i]}.magnitude": magnitudes[i]}
     return converted
 
 
@@ -255,12 +261,14 @@ def _scale_of(layer: str, config: dict) -> tuple[int, float]:
     return values[0], values[1]
 
 
-def _take_apart(a: Tensor, b: Tensor, module: Module, config: dict, rank: int) -> list[tuple[Tensor, Tensor]] | None:
-    """Returns A and B, in our order of rows, of each of our layers in one of theirs; None if that takes another rank.
+def _take_apart(a: Tensor, rows: list[Tensor], rank: int) -> list[tuple[Tensor, Tensor]] | None:
+    """Returns A and B of each of our layers in one of theirs that has an adapter; None if that takes another rank.
 
     Of a fused layer all may share A, which each then has a copy of; or each has a block of its own, as we write it.
+
+    Args:
+        rows: Of B, those of each layer in our order.
     """
-    rows = module.split(b, config)
     if len(a) == rank:
         return [(a, r) for r in rows]
     blocks = [slice(i * rank, (i + 1) * rank) for i in range(len(rows))]

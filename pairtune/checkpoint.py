@@ -202,6 +202,7 @@ class Weights(Mapping):
         _check_index(folder, self._files)
         self.empty: dict[str, Tensor] = {}
         self._sources: dict[str, str] = {}
+        self._finite: set[str] = set()
         for key, value in self._tensors.items():
             converted = self._convert_empty(key, value)
             self.empty |= converted
@@ -222,12 +223,15 @@ class Weights(Mapping):
     def __getitem__(self, name: str) -> Tensor:
         key = self._sources[name]
         value = self._tensors[key]
+        if key in self._finite:
+            return self._convert(key, value)[name]
         # The sum of finite numbers may overflow: only then is every number looked at, which takes several passes.
         if not value.sum(dtype=torch.float32).isfinite() and not value.isfinite().all():
             raise UserError(
                 f"{self._files[key]}: {key} holds NaN or infinite values: the file is damaged, or the run that saved "
                 "it had diverged; download it again, or take an earlier checkpoint"
             )
+        self._finite.add(key)  # a fused tensor is asked for once a part
         return self._convert(key, value)[name]
 
     def name_of(self, name: str) -> str:

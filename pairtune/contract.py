@@ -21,11 +21,12 @@ from pairtune.loss_needs import loss_at_start, needs, unchanged
 TOLERANCE = 0.01  # of losses and margins that are exact but for rounding, bf16 included
 
 
-def check_pairs(pairs: list[Pair], tokenizer, *, key: str = "dataset") -> None:
+def check_pairs(pairs: list[Pair], tokenizer, *, score_end: bool = True, key: str = "dataset") -> None:
     """Refuses pairs that a model would learn nonsense from.
 
     Args:
         tokenizer: From tokenizer.adapt: knows `bos_id` and `end_ids`.
+        score_end: As for batch.lay_out.
 
     Raises:
         UserError: A BOS that is doubled or that some prompts lack; no answer, or one that does not end in exactly one
@@ -48,6 +49,11 @@ def check_pairs(pairs: list[Pair], tokenizer, *, key: str = "dataset") -> None:
         for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
             if not answer:  # of an unpaired row
                 continue
+            if len(answer) == 1 and not score_end:
+                raise UserError(
+                    f"{key}, row {pair.row}: {name} is its end token alone, which score_end=false does not score; "
+                    "remove the row"
+                )
             ends = [token in tokenizer.end_ids for token in answer[-2:]]
             if not ends[-1] or ends[:-1] == [True]:
                 raise UserError(
@@ -56,16 +62,24 @@ def check_pairs(pairs: list[Pair], tokenizer, *, key: str = "dataset") -> None:
                 )
 
 
-def check_loss(loss_fn: Callable, held_out: list[Pair], *, pairs_per_step: int, keep_best: str | None) -> None:
-    """Refuses a step or a held-out set that lacks what the loss or the choice of the best checkpoint is computed from.
+def check_loss(
+    loss_fn: Callable, train: list[Pair], held_out: list[Pair], *, pairs_per_step: int, keep_best: str | None
+) -> None:
+    """Refuses a step or pairs that lack what the loss or the choice of the best checkpoint is computed from.
 
     Raises:
-        UserError: KTO with one pair a step; a best accuracy or margin of unpaired rows that have none.
+        UserError: KTO with one pair a step, or one prompt in all; a best accuracy or margin that unpaired rows do not
+            have.
     """
     if "kl" in needs(loss_fn).inputs and pairs_per_step < 2:
         raise UserError(
             f"pairs_per_step={pairs_per_step}: KTO's baseline comes from the answers to a step's other prompts; "
             "nearest valid: pairs_per_step=2"
+        )
+    if "kl" in needs(loss_fn).inputs and all(pair.prompt == train[0].prompt for pair in train):
+        raise UserError(
+            "dataset: all rows have the same prompt, and KTO's baseline comes from the answers to other prompts; "
+            "loss=sigmoid, on pairs, needs none"
         )
     has_pairs = any(pair.chosen and pair.rejected for pair in held_out)
     has_margin = has_pairs or (any(pair.chosen for pair in held_out) and any(pair.rejected for pair in held_out))

@@ -110,8 +110,8 @@ def check_export(
     if not other_base and not (difference <= an_answer + a_token * lengths).all():
         raise UserError(
             f"{exported}: {told}; rounding makes at most {an_answer} an answer and {a_token} a token: this is not the "
-            "trained model. The checkpoints of the run are; this is a mistake in the export, which its authors should "
-            "hear of"
+            "trained model, which the run's checkpoints hold if it kept any. It is a mistake in the export, which its "
+            "authors should hear of"
         )
     return told
 

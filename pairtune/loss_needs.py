@@ -6,7 +6,7 @@ P pairs.
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -92,12 +92,20 @@ def loss_inputs(
 
 
 def mismatched(pairs: list) -> list:
-    """Returns the pairs with each prompt followed by the next pair's answers: what KTO's KL is estimated on.
+    """Returns the pairs with each prompt followed by the answers to another one: what KTO's KL is estimated on.
 
-    They are laid out as the prompt's own ones are, so that it runs through the model once.
-    Called with all pairs of a step, before they are shared between processes, it depends on neither.
+    The next pair's that has another prompt; where there is none, there are no such pairs. They are laid out as the
+    prompt's own ones are, so that it runs through the model once. Called with all pairs of a step, before they are
+    shared between processes, it depends on neither.
     """
-    return [replace(a, chosen=b.chosen, rejected=b.rejected) for a, b in zip(pairs, pairs[1:] + pairs[:1], strict=True)]
+    found = []
+    for i, pair in enumerate(pairs):
+        others = (pairs[(i + n) % len(pairs)] for n in range(1, len(pairs)))
+        other = next((other for other in others if other.prompt != pair.prompt), None)
+        if other is None:
+            return []
+        found.append(replace(pair, chosen=other.chosen, rejected=other.rejected))
+    return found
 
 
 @dataclass(frozen=True)
@@ -150,7 +158,10 @@ def step_losses(
     logps = [(s.chosen_logps, s.rejected_logps, *r) for s, r in zip(scores, references, strict=True)]
     inputs = [loss_inputs(loss_fn, b, s, **known) for b, s in zip(batches, scores, strict=True)]
     columns = [_of_all([row[i] for row in logps], world) for i in range(4)]
-    whole = step_gradients(loss_fn, *columns, **{k: _of_all([i[k] for i in inputs], world) for k in inputs[0]})
+    of_step = {k: _of_all([i[k] for i in inputs], world) for k in inputs[0]}
+    # Each process computes all of it; what the loss keeps over steps, it keeps in one.
+    with nullcontext() if world.is_main else unchanged(loss_fn):
+        whole = step_gradients(loss_fn, *columns, **of_step)
     counts = world.gather([sum(batch.num_pairs for batch in batches)])
     first, cut = sum(counts[: world.rank]), []
     for batch in batches:

@@ -152,8 +152,9 @@ def kto_kl(sum_of_log_ratios: Tensor, count: int) -> Tensor:
     """Returns KTO's estimate of KL(policy || reference): the mean r of the step's mismatched answers, at least 0.
 
     A sum and a count, since the mean is the whole step's, over micro-batches and processes, before it is cut at 0.
+    Without such answers, as in a step of one prompt, it is 0.
     """
-    return (sum_of_log_ratios.detach() / count).clamp(min=0)
+    return (sum_of_log_ratios.detach() / max(count, 1)).clamp(min=0)
 
 
 # Without a reference

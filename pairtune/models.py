@@ -6,7 +6,7 @@ A model is built on the meta device, where size costs nothing and mistakes show,
 import inspect
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 
@@ -516,9 +516,11 @@ def _own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield plain_name(name), parameter
 
 
-def _whole_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The same, gathered from all processes; NF4 ones as plain values."""
+def _whole_parameters(model: nn.Module, wanted: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The same, or those that are wanted, gathered from all processes; NF4 ones as plain values."""
     for name, parameter in _own_parameters(model):
+        if wanted is not None and name not in wanted:
+            continue
         value = parameter.data
         if isinstance(value, DTensor):
             local = value.to_local()
@@ -539,26 +541,26 @@ def _gather_nf4(shard: NF4Tensor, mesh: DeviceMesh) -> NF4Tensor:
 
 
 @torch.no_grad()
-def gather_weights(model: nn.Module, world: World) -> dict[str, Tensor]:
+def gather_weights(model: nn.Module, world: World, *, adapters_only: bool = False) -> dict[str, Tensor]:
     """Returns the whole parameters on the CPU, in the main process; elsewhere nothing. Every process has to call it.
 
     NF4 weights come back dequantized: as what was trained on.
     """
-    weights = {}
-    for name, value in _whole_parameters(model):
+    weights, wanted = {}, adapter_shapes(model).keys() if adapters_only else None
+    for name, value in _whole_parameters(model, wanted):
         world.beat("gathering weights")
         if world.is_main:
             weights[name] = value.cpu()
     return weights
 
 
-def with_original_base(weights: dict[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns gathered weights with the base's own in the place of those that were quantized for training.
+def on_base(adapters: dict[str, Tensor], base: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
+    """Returns a base's weights, as they were before they were quantized, and gathered adapters.
 
     Args:
-        base: checkpoint.Weights.
+        base: checkpoint.Weights; what has this dtype stays where it is, on the disk.
     """
-    return {name: base[name].to(value.dtype) if name in base else value for name, value in weights.items()}
+    return {name: base[name].to(DTYPES[dtype]) for name in base} | adapters
 
 
 @torch.no_grad()
@@ -567,7 +569,7 @@ def merge_adapters(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Te
 
     DoRA's rows are scaled to their magnitudes.
 
-    QLoRA: gathered W is what was trained on, so the merged model is the trained policy; of `with_original_base` it is
+    QLoRA: gathered W is what was trained on, so the merged model is the trained policy; of `on_base` it is
     one that the adapters were not trained on, and W without its rounding to 4 bits. `model` tells alpha and rank only.
     """
     weights = dict(weights)

@@ -203,15 +203,15 @@ def main(cfg):
     order = {name: cfg[name] for name in ("pairs_per_step", "batch_size", "seed", "shuffle")}
     steps = Steps(train, **order, rank=world.rank, size=world.size)
     total_steps = min(cfg.epochs * len(steps), cfg.max_steps or math.inf)
-    mixed = "kl" in needed.inputs  # KTO puts prompts before the answers to others
-    row_length = longest_row([*train, *held_out], mixed=mixed) if model.dense_attention else None
+    mixed_rows = "kl" in needed.inputs  # KTO puts prompts before the answers to others
+    row_length = longest_row([*train, *held_out], mixed=mixed_rows) if model.dense_attention else None
 
     def batch_of(pairs):
         return lay_out(pairs, row_length, score_end=cfg.score_end).to(world.device)
 
-    contract.check_pairs([*train, *held_out], tokenizer)
+    contract.check_pairs([*train, *held_out], tokenizer, score_end=cfg.score_end)
     contract.check_router(model, cfg.router_aux_loss_coef)
-    contract.check_loss(loss_fn, held_out, pairs_per_step=cfg.pairs_per_step, keep_best=cfg.keep_best)
+    contract.check_loss(loss_fn, train, held_out, pairs_per_step=cfg.pairs_per_step, keep_best=cfg.keep_best)
     config.rehearse(cfg.optimizer, cfg.lr_scheduler, cfg.loss, num_training_steps=total_steps)
     identity = fingerprint(cfg, train, held_out, files, second.files if second else None)
     if resumed:
@@ -303,12 +303,12 @@ def main(cfg):
         values = [None] * len(micro)
         with torch.no_grad():
             if "kl" in needed.inputs:  # KTO's baseline: every prompt with the answers to another one
-                log_ratios = torch.zeros((), device=world.device, dtype=torch.float64)
-                for others in share(loss_needs.mismatched(pairs), cfg.batch_size, rank=world.rank, size=world.size):
-                    batch = batch_of(others)
-                    policy, base = answer_logps(model, batch), reference_logps(others, batch)
+                others, log_ratios = loss_needs.mismatched(pairs), torch.zeros((), device=world.device).double()
+                for mixed in share(others, cfg.batch_size, rank=world.rank, size=world.size):
+                    batch = batch_of(mixed)
+                    policy, base = answer_logps(model, batch), reference_logps(mixed, batch)
                     log_ratios += (torch.cat(policy) - torch.cat(base)).sum()
-                known["kl"] = kto_kl(world.sum(log_ratios), loss_needs.num_answers(pairs))
+                known["kl"] = kto_kl(world.sum(log_ratios), loss_needs.num_answers(others))
             if needed.step:  # a loss that sorts the step's pairs: all values first, then each pair's gradient
                 batches = list(map(batch_of, micro))
                 scores, references = [scores_of(b) for b in batches], list(map(reference_logps, micro, batches))
@@ -478,11 +478,11 @@ def main(cfg):
     compared = batch_of((held_out or train)[: min(4, cfg.batch_size)])  # not more than a step had room for
     with models.frozen(model):
         trained = answer_logps(model, compared)
-    gathered = models.gather_weights(model, world)
+    other_base = cfg.get("merge_into") == "original"  # QLoRA's: its own base is rounded to 4 bits
+    gathered = models.gather_weights(model, world, adapters_only=other_base)
     dist.stop(world)  # distributed only
     if world.is_main:
-        other_base = cfg.get("merge_into") == "original"  # QLoRA's
-        whole = models.with_original_base(gathered, checkpoint.Weights(files)) if other_base else gathered
+        whole = models.on_base(gathered, checkpoint.Weights(files), cfg.dtype) if other_base else gathered
         exported = export(
             files,
             run_dir,

@@ -47,7 +47,7 @@ def test_right_pairs_pass_whether_a_tokenizer_has_a_bos_or_not():
 
 def test_a_best_checkpoint_needs_a_metric_that_the_held_out_rows_have():
     desirable, undesirable = pair(rejected=()), pair(chosen=())
-    kto = {"loss_fn": build("kto"), "pairs_per_step": 2}
+    kto = {"loss_fn": build("kto"), "pairs_per_step": 2, "train": [pair(), pair(prompt=(1, 6))]}
     contract.check_loss(**kto, held_out=[desirable, undesirable], keep_best="rewards/margins")
     contract.check_loss(**kto, held_out=[pair()], keep_best="rewards/accuracies")
     contract.check_loss(**kto, held_out=[desirable], keep_best="loss")
@@ -58,9 +58,17 @@ def test_a_best_checkpoint_needs_a_metric_that_the_held_out_rows_have():
 
 
 def test_ktos_baseline_needs_a_second_pair():
-    contract.check_loss(build("sigmoid"), [], pairs_per_step=1, keep_best=None)
+    contract.check_loss(build("sigmoid"), [pair()], [], pairs_per_step=1, keep_best=None)
     with pytest.raises(UserError, match="pairs_per_step=1: KTO's baseline .* nearest valid: pairs_per_step=2"):
-        contract.check_loss(build("kto"), [], pairs_per_step=1, keep_best=None)
+        contract.check_loss(build("kto"), [pair(), pair(prompt=(1, 6))], [], pairs_per_step=1, keep_best=None)
+    with pytest.raises(UserError, match="all rows have the same prompt, and KTO's baseline"):
+        contract.check_loss(build("kto"), [pair(), pair()], [], pairs_per_step=2, keep_best=None)
+
+
+def test_an_end_token_alone_is_no_answer_where_ends_are_not_scored():
+    contract.check_pairs([pair(chosen=(2,))], TOKENIZER)
+    with pytest.raises(UserError, match="row 3: chosen is its end token alone, which score_end=false does not score"):
+        contract.check_pairs([pair(chosen=(2,))], TOKENIZER, score_end=False)
 
 
 def test_a_start_of_unpaired_rows_is_that_of_their_labels():

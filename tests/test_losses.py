@@ -600,6 +600,17 @@ def test_mismatched_pairs_have_each_answer_once_and_never_behind_its_own_prompt(
     assert sorted(p.chosen[0] for p in loss_needs.mismatched(pairs)) == [10, 11, 12, 13]
 
 
+def test_rows_of_one_prompt_side_by_side_get_answers_to_another_one():
+    apart = [
+        Pair([i], *(([10 + i], []) if n == 0 else ([], [20 + i])), row=2 * i + n) for i in range(3) for n in (0, 1)
+    ]
+    for pair, own in zip(loss_needs.mismatched(apart), apart, strict=True):
+        answer = (pair.chosen or pair.rejected)[0]
+        assert pair.prompt == own.prompt and answer % 10 != own.prompt[0]
+    assert loss_needs.mismatched(apart[:2]) == loss_needs.mismatched(apart[:1]) == []
+    assert losses.kto_kl(torch.zeros(()), 0).item() == 0
+
+
 # A whole step
 
 

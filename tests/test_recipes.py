@@ -270,10 +270,10 @@ def trained_scores(work, pairs, monkeypatch, recipe, *overrides):
     scores = {}
     original = models.gather_weights
 
-    def gather_weights(model, world):
+    def gather_weights(model, world, **options):
         with torch.no_grad():
             scores["policy"] = torch.cat(answer_logps(model, lay_out(pairs)))
-        return original(model, world)
+        return original(model, world, **options)
 
     monkeypatch.setattr(models, "gather_weights", gather_weights)
     run(work, recipe, "epochs=8", *overrides)

@@ -461,6 +461,11 @@ def test_one_of_fused_layers_alone_is_written_with_rows_of_zero_for_the_others(t
     with torch.no_grad():
         found = peft.PeftModel.from_pretrained(base, tmp_path / "ours")(tokens).logits
         torch.testing.assert_close(found, model(tokens), atol=1e-4, rtol=1e-4)
+    back = adapters.read_adapter(tmp_path / "ours", models.lora(component, **lora, dtype="fp32"), files)
+    assert back.keys() == adapter.keys() and all(torch.equal(back[name], adapter[name]) for name in adapter)
+    fewer = models.lora(component, **lora | {"modules": ["q_proj", "up_proj"]}, dtype="fp32")
+    with pytest.raises(UserError, match="qkv_proj adapts layers.0.attn.k_proj, too; nearest valid: add it"):
+        adapters.read_adapter(tmp_path / "ours", fewer, files)
 
 
 # The reference that the run started from
