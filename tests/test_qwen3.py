@@ -129,10 +129,10 @@ def test_two_steps_of_a_recipe_and_its_export_in_transformers_and_peft(work, tie
 
     pairs, policy = random_pairs(4, seed=3), {}
 
-    def gather_weights(model, world, gather=models.gather_weights):
+    def gather_weights(model, world, gather=models.gather_weights, **options):
         assert any(isinstance(module, LoRALinear) for module in model.modules()) == (method != "full")
         policy["trained"] = scores(model, pairs).detach()
-        return gather(model, world)
+        return gather(model, world, **options)
 
     monkeypatch.setattr(models, "gather_weights", gather_weights)
     checkpointer = {"checkpoint_dir": str(work / "base"), "model_type": "QWEN3"}
