@@ -288,7 +288,7 @@ def _check_base(folder: Path, base: ModelFolder, key: str) -> None:
     Only files of the same names: a base that was cut into other shards may be the same one.
     """
     try:
-        then = json.loads((folder / BASE_FILE).read_text())["weights"]
+        then = dict(json.loads((folder / BASE_FILE).read_text())["weights"])
     except (OSError, ValueError, KeyError, TypeError):
         return
     now = digest_samples(base.weight_files)

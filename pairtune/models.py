@@ -6,7 +6,7 @@ A model is built on the meta device, where size costs nothing and mistakes show,
 import inspect
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 
@@ -56,16 +56,8 @@ def full(component: dict, *, dtype: str, quantize: bool = False, world: World | 
     model = _build(path, arguments, dtype)
     if quantize:
         _check_nf4(model, world, "reference.quantize=true", way_out="reference.quantize=false")
-        _quantize(model, dtype)
+        _replace_linear(model, dtype, _quantized)
     return model
-
-
-def _quantize(model: TransformerDecoder, dtype: str) -> None:
-    with torch.device("meta"), set_default_dtype(DTYPES[dtype]):
-        for name, linear in [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear]:
-            if without_numbers(name) not in UNQUANTIZED:
-                sizes, biased = (linear.in_features, linear.out_features), linear.bias is not None
-                model.set_submodule(name, FrozenNF4Linear(*sizes, bias=biased))
 
 
 def lora(
@@ -109,27 +101,45 @@ def lora(
     if quantize_base:
         _check_nf4(model, world, "QLoRA", way_out="a lora_ recipe")
     adapted = _layers_of(modules, model)
-    alike = {}  # copied, since torchao takes up to a second to quantize a weight, even on the meta device
-    with torch.device("meta"), set_default_dtype(DTYPES[dtype]):
-        for name, linear in [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear]:
-            sizes, biased = (linear.in_features, linear.out_features), linear.bias is not None
-            quantized = quantize_base and without_numbers(name) not in UNQUANTIZED
-            kind = (*sizes, biased, quantized, name in adapted)
-            if kind not in alike and name in adapted:
-                options = {"use_bias": biased, "quantize_base": quantized}
-                scaled = alpha * math.sqrt(rank) if use_rslora else alpha
-                layer = (DoRALinear if use_dora else LoRALinear)(*sizes, rank, scaled, dropout, **options)
-                layer.rank, layer.alpha = rank, scaled  # DoRA's has their ratio only
-                alike[kind] = layer
-            elif kind not in alike and quantized:
-                alike[kind] = FrozenNF4Linear(*sizes, bias=biased)
-            if kind in alike:
-                model.set_submodule(name, _copy(alike[kind]))
+
+    def make(name: str, in_dim: int, out_dim: int, biased: bool) -> nn.Module | None:
+        if name not in adapted:
+            return _quantized(name, in_dim, out_dim, biased) if quantize_base else None
+        options = {"use_bias": biased, "quantize_base": quantize_base and without_numbers(name) not in UNQUANTIZED}
+        scaled = alpha * math.sqrt(rank) if use_rslora else alpha
+        layer = (DoRALinear if use_dora else LoRALinear)(in_dim, out_dim, rank, scaled, dropout, **options)
+        layer.rank, layer.alpha = rank, scaled  # DoRA's has their ratio only
+        return layer
+
+    _replace_linear(model, dtype, make)
     model.lora = {"rank": rank, "alpha": alpha, "use_dora": use_dora, "use_rslora": use_rslora}
     if frozen_copy:
         _add_frozen_copy(model)
     set_trainable_params(model, get_adapter_params(model))
     return model
+
+
+def _quantized(name: str, in_dim: int, out_dim: int, biased: bool) -> nn.Module | None:
+    return None if without_numbers(name) in UNQUANTIZED else FrozenNF4Linear(in_dim, out_dim, bias=biased)
+
+
+def _replace_linear(
+    model: TransformerDecoder, dtype: str, make: Callable[[str, int, int, bool], nn.Module | None]
+) -> None:
+    """Puts what `make` gives for a name, sizes and bias in the place of each linear layer; None leaves it.
+
+    Layers are alike: each kind is made once and copied, since torchao takes up to a second to quantize a weight, even
+    on the meta device.
+    """
+    made: dict[tuple, nn.Module | None] = {}
+    with torch.device("meta"), set_default_dtype(DTYPES[dtype]):
+        for name, linear in [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear]:
+            sizes = (linear.in_features, linear.out_features, linear.bias is not None)
+            kind = (without_numbers(name), *sizes)
+            if kind not in made:
+                made[kind] = make(name, *sizes)
+            if made[kind] is not None:
+                model.set_submodule(name, _copy(made[kind]))
 
 
 def _copy(layer: nn.Linear | LoRALinear) -> nn.Module:
