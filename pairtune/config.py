@@ -43,6 +43,7 @@ METHODS = ("full", "lora", "qlora")
 SOME_RECIPES = {
     "lora": "lora_ and qlora_ recipes",
     "adapter": "lora_ and qlora_ recipes",
+    "merge_into": "qlora_ recipes",
     "data_parallel_replicate_dim": "distributed recipes",
     "fsdp_cpu_offload": "distributed recipes",
     "collective_timeout_s": "distributed recipes",

@@ -1,4 +1,4 @@
-"""Weights out: a folder that transformers, PEFT and vLLM load, with the base model's config, tokenizer and template."""
+"""Weights out: a folder that transformers and PEFT load, with the base model's config, tokenizer and template."""
 
 import json
 import shutil

@@ -177,6 +177,19 @@ def load_text(name):
     return cli._load_yaml(CONFIGS[name])
 
 
+def test_a_file_may_hold_what_only_some_recipes_have(tmp_path):
+    """One file serves all six; on the command line of another recipe such a key is an error."""
+    text = "merge_into: dequantized\nadapter: null\nfsdp_cpu_offload: true\nlora: {rank: 3}\n"
+    (tmp_path / "more.yaml").write_text(text)
+    for recipe, schema in RECIPES.items():
+        cfg = config.load(*schema, [CONFIGS["llama3_8b"], tmp_path / "more.yaml"], [])
+        assert cfg.get("merge_into") == ("dequantized" if recipe.startswith("qlora") else None)
+        assert cfg.get("fsdp_cpu_offload") == (True if recipe.endswith("distributed") else None)
+        assert ("lora" in cfg) == (not recipe.startswith("full"))
+    with pytest.raises(UserError, match="merge_into.*qlora_ recipes"):
+        load("lora_dpo_single_device", "llama3_8b", overrides=["merge_into=dequantized"])
+
+
 # torchtune's own DPO configs, with the recipe of ours that has the same name
 
 THEIR_DATA = ["dataset.source=pairs", "dataset.columns={prompt: question, chosen: response_j, rejected: response_k}"]
