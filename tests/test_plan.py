@@ -207,7 +207,7 @@ def test_full_dpo_without_a_second_model_is_planned_without_it(path, setting):
 def test_a_second_model_is_planned_by_its_size_dtype_and_bits(path, method):
     weights = dict(tiny_llama(**SIZES).named_parameters())
     packed = [to_nf4(w) for name, w in weights.items() if name.startswith("layers") and w.ndim == 2]
-    in_nf4 = sum(getattr(w, part).untyped_storage().nbytes() for w in packed for part in w.__tensor_flatten__()[0])
+    in_nf4 = sum(getattr(w, part).nbytes for w in packed for part in w.__tensor_flatten__()[0])
     whole = sum(w.numel() for w in weights.values())
     sizes = {"fp32": 4 * whole, "bf16": 2 * whole, "nf4": 4 * (whole - sum(w.numel() for w in packed)) + in_nf4}
     settings = {
