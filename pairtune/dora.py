@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchao.dtypes.nf4tensor import NF4Tensor, linear_nf4
 from torchtune.modules.peft import DoRALinear as TorchtuneDoRALinear
 
@@ -12,14 +12,25 @@ class DoRALinear(TorchtuneDoRALinear):
 
     torchtune's scales the bias with the weight's rows, which merging cannot; and it multiplies an identity of the
     input's width by A and B in each forward, to get at their product.
+
+    Attributes:
+        frozen_magnitude: A second, frozen set of magnitudes, or None: models.lora(frozen_copy=True).
+        reads_frozen: The forward takes those: models.frozen_copy_of.
     """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.frozen_magnitude: nn.Parameter | None
+        self.register_parameter("frozen_magnitude", None)
+        self.reads_frozen = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns [..., out] for x [..., in]; the rows' norms are constants to the gradient (section 4.3)."""
         base = linear_nf4(input=x, weight=self.weight) if self._quantize_base else F.linear(x, self.weight)
         if not self.disabled:
             update = self.lora_b(self.lora_a(self.dropout(x)))
-            scale = (self.magnitude / self.row_norms()).to(x.dtype)  # at the start all ones
+            magnitude = self.frozen_magnitude if self.reads_frozen else self.magnitude
+            scale = (magnitude / self.row_norms()).to(x.dtype)  # at the start all ones
             base = scale * (base + self.scaling * update)
         return base if self.bias is None else base + self.bias
 

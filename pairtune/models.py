@@ -33,7 +33,11 @@ from pairtune.rules import LORA_LAYERS
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 NF4_BLOCK = 64 * 256  # torchao quantizes scales of 256 blocks of 64 weights together
 _WRAPPED = "_checkpoint_wrapped_module."
-COPIES = {"lora_a": "frozen_a", "lora_b": "frozen_b"}  # an adapter's matrices, and where a frozen copy of them is
+COPIES = {  # an adapter's parameters, and where a frozen copy of them is
+    "lora_a.weight": "frozen_a.weight",
+    "lora_b.weight": "frozen_b.weight",
+    "magnitude": "frozen_magnitude",
+}
 LISTED = 20  # of weights that do not fit
 UNQUANTIZED = ("output", "mlp.router")  # layers that QLoRA keeps as they are: the last word, and who has it
 _STRANGERS = "`model` and `checkpointer.checkpoint_dir` do not belong together"
@@ -174,16 +178,18 @@ def without_numbers(layer: str) -> str:
 
 
 def _add_frozen_copy(model: nn.Module) -> None:
-    """The copy's matrices are modules beside the trained ones: sharded and offloaded with them."""
+    """The copy's parameters are beside the trained ones: sharded and offloaded with them."""
     for _, module in adapted_modules(model):
+        module.frozen_a, module.frozen_b = deepcopy(module.lora_a), deepcopy(module.lora_b)
         if isinstance(module, DoRALinear):
-            raise UserError(
-                "lora.use_dora=true: magnitudes have no frozen copy, which reference=start and sync need; nearest "
-                "valid: reference=cached, or lora.use_dora=false"
-            )
-        for name, copy in COPIES.items():
-            weight = getattr(module, name).weight
-            setattr(module, copy, nn.Linear(*reversed(weight.shape), bias=False, device="meta", dtype=weight.dtype))
+            module.frozen_magnitude = nn.Parameter(torch.empty_like(module.magnitude))
+
+
+def copied_parameters(module: LoRALinear | DoRALinear) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+    """Yields a layer's trained parameters by name, each with its frozen copy; nothing where there is no copy."""
+    if hasattr(module, "frozen_a"):
+        for name in module.adapter_params():
+            yield name, module.get_parameter(name), module.get_parameter(COPIES[name])
 
 
 def _split(component: dict) -> tuple[str, dict]:
@@ -423,9 +429,14 @@ def _fill_adapter(
     else:
         for leaf in module.adapter_params():
             module.get_parameter(leaf).copy_(adapter[f"{name}.{leaf}"])
-    for trained, copy in COPIES.items():
-        if hasattr(module, copy):
-            getattr(module, copy).to_empty(device=home).weight.copy_(getattr(module, trained).weight)
+    if hasattr(module, "frozen_a"):
+        module.frozen_a.to_empty(device=home)
+        module.frozen_b.to_empty(device=home)
+        if isinstance(module, DoRALinear):
+            frozen = torch.empty_like(module.frozen_magnitude, device=home)
+            module.frozen_magnitude = nn.Parameter(frozen, requires_grad=False)
+        for _, trained, copy in copied_parameters(module):
+            copy.copy_(trained)
 
 
 def _shard(block: nn.Module, world: World, *, is_root: bool) -> None:
@@ -453,7 +464,8 @@ def frozen_copy_of(model: nn.Module):
     """Makes a LoRA model with a frozen copy the model of that copy: its adapters, no dropout, no gradients.
 
     Modules change places, and no number does: what autograd keeps of the policy for its backward stays as it is, and a
-    checkpointed layer that is computed again in backward is the policy's.
+    checkpointed layer that is computed again in backward is the policy's. FSDP2 puts gathered parameters where it found
+    them, so magnitudes, which have no module of their own, are chosen by the layer.
     """
     adapted = [module for _, module in adapted_modules(model)]
     _swap_copies(adapted)
@@ -466,10 +478,10 @@ def frozen_copy_of(model: nn.Module):
 
 def _swap_copies(adapted: list[nn.Module]) -> None:
     for module in adapted:
-        for name, copy in COPIES.items():
-            trained, frozen = getattr(module, name), getattr(module, copy)
-            setattr(module, name, frozen)
-            setattr(module, copy, trained)
+        module.lora_a, module.frozen_a = module.frozen_a, module.lora_a
+        module.lora_b, module.frozen_b = module.frozen_b, module.lora_b
+        if isinstance(module, DoRALinear):
+            module.reads_frozen = not module.reads_frozen
 
 
 @contextmanager
@@ -522,7 +534,7 @@ def num_parameters(model: nn.Module) -> tuple[int, int]:
 def _own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Parameters by their names in torchtune's checkpoints, a frozen copy of adapters left out."""
     for name, parameter in model.named_parameters():
-        if not any(f".{copy}." in f".{name}" for copy in COPIES.values()):
+        if not plain_name(name).endswith(tuple(f".{copy}" for copy in COPIES.values())):
             yield plain_name(name), parameter
 
 

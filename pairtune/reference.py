@@ -225,10 +225,10 @@ class AdapterCopy:
             model: From models.lora(frozen_copy=True) and models.load.
         """
         self._model = model
-        adapted = models.adapted_modules(model)
-        parts = [(f"{name}.{leaf}", m, leaf, copy) for name, m in adapted for leaf, copy in models.COPIES.items()]
-        self._policy = {f"{name}.weight": getattr(m, leaf).weight for name, m, leaf, _ in parts}
-        self._copy = {f"{name}.weight": getattr(m, copy).weight for name, m, _, copy in parts}
+        self._policy, self._copy = {}, {}
+        for layer, module in models.adapted_modules(model):
+            for name, trained, copy in models.copied_parameters(module):
+                self._policy[f"{layer}.{name}"], self._copy[f"{layer}.{name}"] = trained, copy
 
     def weights(self) -> AbstractContextManager[nn.Module]:
         """Makes the model the reference while the context lasts: without dropout and gradients."""
@@ -241,8 +241,8 @@ class AdapterCopy:
     def move(self, alpha: float) -> None:
         """Moves the adapters toward the policy's: alpha policy + (1 - alpha) reference; alpha 1 copies them.
 
-        It is A and B that are blended, not their product: in between, the reference is near the blend of both models,
-        and is not it.
+        It is A and B (and DoRA's magnitudes) that are blended, not their product: in between, the reference is near the
+        blend of both models, and is not it.
         """
         _blend(self._copy, self._policy, alpha)
         models.forget_gathered(self._model)

@@ -30,11 +30,14 @@ def build(method, world, *, output=False, checkpointing=False, second=None):
         model, adapter = models.full(COMPONENT, dtype="fp32"), None
         frozen = models.full(COMPONENT, dtype="fp32").requires_grad_(False).eval()
     else:
-        options = {"dtype": "fp32", "quantize_base": method == "qlora", "frozen_copy": True, "world": world}
+        options = {"dtype": "fp32", "frozen_copy": True, "world": world}
+        options |= {"quantize_base": method == "qlora", "use_dora": method == "dora"}
         model, frozen = models.lora(COMPONENT, **lora, **options), None
         generator = torch.Generator().manual_seed(1)
         shapes = sorted(models.adapter_shapes(model).items())
-        adapter = {name: torch.randn(shape, generator=generator) * 0.05 for name, shape in shapes}
+        adapter = {  # DoRA's magnitudes are about 1
+            name: torch.randn(shape, generator=generator) * 0.05 + name.endswith("magnitude") for name, shape in shapes
+        }
     if second:
         frozen = frozen_model(second, method, component=COMPONENT, dtype="fp32", world=world)
     for policy in filter(None, (model, frozen)):
@@ -48,7 +51,7 @@ def build(method, world, *, output=False, checkpointing=False, second=None):
 def train(method, world, *, alpha=0.6, every=2, reference_first=False, folder=None, second=None, **options):
     """Returns losses by step, answers' log-probabilities under both models at the end, and trained weights' sums."""
     model, reference = build(method, world, second=second, **options)
-    lr = 0.2 if method == "full" else 2.0
+    lr = {"full": 0.2, "dora": 0.2}.get(method, 2.0)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
 
     def reference_logps(batch):

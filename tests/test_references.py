@@ -55,10 +55,10 @@ def component(sizes=SIZES):
 
 
 def random_adapter(model, *, seed=1, std=0.1):
-    """What an SFT run may have left: no matrix is zero."""
+    """What an SFT run may have left: no matrix is zero, and DoRA's magnitudes are about 1."""
     generator = torch.Generator().manual_seed(seed)
     shapes = sorted(models.adapter_shapes(model).items())
-    return {name: torch.randn(shape, generator=generator) * std for name, shape in shapes}
+    return {name: torch.randn(shape, generator=generator) * std + name.endswith("magnitude") for name, shape in shapes}
 
 
 def loaded(*, sizes=SIZES, start="sft", checkpointing=False, **changes):
@@ -424,8 +424,6 @@ def test_dora_starts_as_the_base_and_its_magnitudes_are_trained(dtype):
     trained = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.grad is not None}
     assert trained == {"weight", "magnitude"}
     assert all(m.magnitude.grad.abs().sum() > 0 for _, m in models.adapted_modules(model))
-    with pytest.raises(UserError, match="lora.use_dora=true: magnitudes have no frozen copy.*reference=cached"):
-        models.lora(component(), **LORA, dtype="fp32", use_dora=True, frozen_copy=True)
 
 
 def test_an_adapter_of_ours_knows_the_weights_that_it_was_trained_on(tmp_path):
@@ -480,23 +478,24 @@ def test_from_an_sft_adapter_the_loss_is_ln_2_against_the_start_and_not_against_
     assert (base - math.log(2)).abs().max() > 0.01
 
 
-@pytest.mark.parametrize(("method", "sizes"), [("lora", SIZES), ("qlora", NF4_SIZES)])
+@pytest.mark.parametrize("changes", [{}, {"quantize_base": True}, {"use_dora": True}], ids=["lora", "qlora", "dora"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_start_stays_what_a_copy_of_the_model_made_then_computes(method, sizes, checkpointing):
-    pairs = random_pairs(4)
-    model = loaded(sizes=sizes, quantize_base=method == "qlora", checkpointing=checkpointing)
-    reference, peer = AdapterCopy(model), loaded(sizes=sizes, quantize_base=method == "qlora")
+def test_the_start_stays_what_a_copy_of_the_model_made_then_computes(changes, checkpointing):
+    pairs, options = random_pairs(4), {"sizes": NF4_SIZES, **changes}
+    model = loaded(**options, checkpointing=checkpointing)
+    reference, peer = AdapterCopy(model), loaded(**options)
     before = scores(peer, pairs)
     train_steps(model, pairs)
     assert torch.equal(reference_scores(reference, pairs), before)
     assert (scores(model, pairs) - before).abs().max() > 1  # the policy moved, and is the policy again
 
 
-def test_a_copy_of_fresh_adapters_is_the_base_and_draws_no_random_number():
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_copy_of_fresh_adapters_is_the_base_and_draws_no_random_number(use_dora):
     pairs, fresh = random_pairs(3), []
     for frozen_copy in (True, False):
         torch.manual_seed(5)
-        model = models.lora(component(), **LORA, dtype="fp32", frozen_copy=frozen_copy)
+        model = models.lora(component(), **LORA, dtype="fp32", use_dora=use_dora, frozen_copy=frozen_copy)
         models.prepare(model, max_length=128)
         weights = tiny_llama().state_dict()
         torch.manual_seed(5)
@@ -510,8 +509,9 @@ def test_a_copy_of_fresh_adapters_is_the_base_and_draws_no_random_number():
     assert torch.equal(reference_scores(reference, pairs), reference_scores(AdaptersOff(fresh[0]), pairs))
 
 
-def test_the_copy_is_neither_trained_nor_counted_nor_exported():
-    model, plain = loaded(), loaded(frozen_copy=False)
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_the_copy_is_neither_trained_nor_counted_nor_exported(use_dora):
+    model, plain = (loaded(frozen_copy=copied, use_dora=use_dora) for copied in (True, False))
     assert models.num_parameters(model) == models.num_parameters(plain)
     weights, expected = (models.gather_weights(m, ONE) for m in (model, plain))
     assert weights.keys() == expected.keys()
@@ -537,8 +537,8 @@ def test_the_reference_has_no_dropout_and_gives_the_model_back_after_an_error():
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
     "changes",
-    [{"modules": LORA["modules"]}, {"modules": ["q_proj", "output"]}, {"quantize_base": True}],
-    ids=["lora", "output", "qlora"],
+    [{"modules": LORA["modules"]}, {"modules": ["q_proj", "output"]}, {"quantize_base": True}, {"use_dora": True}],
+    ids=["lora", "output", "qlora", "dora"],
 )
 def test_gradients_are_those_beside_a_reference_model_of_its_own(changes, checkpointing, reference_first):
     pairs, options = random_pairs(3), {"sizes": NF4_SIZES, **changes}
@@ -562,11 +562,13 @@ def test_gradients_are_those_beside_a_reference_model_of_its_own(changes, checkp
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
 
-def test_compiled_layers_see_the_copy_and_then_the_policy_again():
-    pairs, model = random_pairs(2), models.lora(component(), **LORA, dtype="fp32", frozen_copy=True)
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_compiled_layers_see_the_copy_and_then_the_policy_again(use_dora):
+    pairs, kind = random_pairs(2), {"use_dora": use_dora}
+    model = models.lora(component(), **LORA, **kind, dtype="fp32", frozen_copy=True)
     models.prepare(model, max_length=128, compile_layers=True)
     models.load(model, tiny_llama().state_dict(), world=ONE, adapter=random_adapter(model))
-    reference, plain = AdapterCopy(model), loaded()
+    reference, plain = AdapterCopy(model), loaded(**kind)
     start = scores(plain, pairs)
     for _ in range(2):
         torch.testing.assert_close(reference_scores(reference, pairs), start, atol=1e-3, rtol=0)
@@ -591,12 +593,12 @@ def moving(method):
             models.prepare(m, max_length=128)
             models.load(m, tiny_llama().state_dict(), world=ONE)
         return model, SecondModel(model, second)
-    model = loaded(sizes=NF4_SIZES, quantize_base=method == "qlora")
+    model = loaded(sizes=NF4_SIZES, quantize_base=method == "qlora", use_dora=method == "dora")
     return model, AdapterCopy(model)
 
 
 @pytest.mark.parametrize("alpha", [0.6, 0.05, 1.0])
-@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora", "dora"])
 def test_a_moved_reference_is_the_blend_computed_in_float64(method, alpha):
     model, reference = moving(method)
     pairs = random_pairs(3)
@@ -630,7 +632,7 @@ def test_blending_in_bf16_rounds_once():
         assert ((value.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-6).all(), name
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", "lora", "dora"])
 def test_writing_into_its_tensors_restores_a_reference(method):
     model, reference = moving(method)
     pairs = random_pairs(3)
@@ -780,6 +782,8 @@ CASES = [
     {"method": "lora", "output": True, "checkpointing": True, "reference_first": True},
     {"method": "lora", "output": True, "cpu_offload": True, "alpha": 1.0},
     {"method": "qlora"},
+    {"method": "dora", "output": True},
+    {"method": "dora", "cpu_offload": True, "alpha": 1.0},
     {"method": "full"},
     {"method": "full", "cpu_offload": True, "every": 1},
     {"method": "lora", "second": {"quantize": True}},
