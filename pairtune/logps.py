@@ -204,18 +204,9 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, target, softcap, chunk_size, log_collision):
-        logps, gradient = [], torch.empty_like(hidden)
-        for h, t, out, c in _chunks(chunk_size, hidden, target, gradient, log_collision):
-            logits = _capped(h @ weight.T, softcap)
-            logp, lse = _chunk_logps(logits, t, c)
-            logps.append(logp)
-            wanted = weight[t]
-            slope = None if softcap is None else _slope(logits, softcap)
-            probabilities = logits.sub_(lse[:, None]).exp_()  # in place: the largest tensor there is
-            if slope is not None:
-                probabilities.mul_(slope)
-                wanted = wanted * slope.gather(-1, t[:, None])
-            torch.mm(probabilities.to(weight.dtype), weight, out=out).neg_().add_(wanted)
+        gradient = torch.empty_like(hidden)
+        chunks = _chunks(chunk_size, hidden, target, log_collision, gradient)
+        logps = [_frozen_chunk(h, weight, t, softcap, c, out) for h, t, c, out in chunks]
         ctx.save_for_backward(gradient)
         return torch.cat(logps)
 
@@ -223,6 +214,23 @@ class _FrozenHead(torch.autograd.Function):
     def backward(ctx, grad_logps):
         (gradient,) = ctx.saved_tensors
         return (gradient * grad_logps[:, None]).to(gradient.dtype), None, None, None, None, None
+
+
+def _frozen_chunk(hidden, weight, target, softcap, log_collision, gradient) -> Tensor:
+    """Returns a chunk's log-probabilities and fills their gradients.
+
+    A function of its own, so that nothing of its logits is left when the next chunk's come.
+    """
+    logits = _capped(hidden @ weight.T, softcap)
+    logps, lse = _chunk_logps(logits, target, log_collision)
+    wanted = weight[target]
+    slope = None if softcap is None else _slope(logits, softcap)
+    probabilities = logits.sub_(lse[:, None]).exp_()  # in place: the largest tensor there is
+    if slope is not None:
+        probabilities.mul_(slope)
+        wanted = wanted * slope.gather(-1, target[:, None])
+    torch.mm(probabilities.to(weight.dtype), weight, out=gradient).neg_().add_(wanted)
+    return logps
 
 
 class _TrainableHead(torch.autograd.Function):
@@ -252,15 +260,19 @@ class _TrainableHead(torch.autograd.Function):
         chunks = _chunks(ctx.chunk_size, hidden, target, lse, grad_logps, grad_hidden)
         for i, (h, t, z, g, out) in enumerate(chunks):
             logits = kept[i] if ctx.keep else h @ weight.T
-            logits = logits if ctx.softcap is None else _capped(logits, ctx.softcap)
-            grad_logits = (logits - z[:, None]).exp_().mul_(-g[:, None])
-            grad_logits.scatter_add_(-1, t[:, None], g[:, None].to(grad_logits.dtype))
-            if ctx.softcap is not None:
-                grad_logits.mul_(_slope(logits, ctx.softcap))
-            grad_logits = grad_logits.to(weight.dtype)
+            grad_logits = _grad_logits(logits, t, z, g, ctx.softcap).to(weight.dtype)
             torch.mm(grad_logits, weight, out=out)
             grad_weight += grad_logits.T @ h
+            del logits, grad_logits  # before the next chunk's come
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
+
+
+def _grad_logits(logits, target, lse, grad_logps, softcap) -> Tensor:
+    """Returns [n, V] float32, from a chunk's logits, their log-sum-exp and the gradient of its log-probabilities."""
+    logits = logits if softcap is None else _capped(logits, softcap)
+    grad_logits = (logits - lse[:, None]).exp_().mul_(-grad_logps[:, None])
+    grad_logits.scatter_add_(-1, target[:, None], grad_logps[:, None].to(grad_logits.dtype))
+    return grad_logits if softcap is None else grad_logits.mul_(_slope(logits, softcap))
 
 
 def _checkpointed_token_logps(hidden: Tensor, target: Tensor, output, log_collision: Tensor | None) -> Tensor:

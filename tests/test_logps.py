@@ -1,16 +1,19 @@
 """An answer's log-probability is the same number however it is laid out, masked, chunked and differentiated."""
 
 import copy
+import runpy
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import padded_logps, random_pairs, tiny_llama
+from helpers import ROOT, padded_logps, random_pairs, tiny_llama
+from torch.profiler import ProfilerActivity, profile, record_function
 from torchtune.models.llama3 import lora_llama3
 
 from pairtune import logps, models
 from pairtune.batch import lay_out
 
+PEAK = runpy.run_path(str(ROOT / "tools" / "check_plan.py"))["_peak"]
 BACK_ENDS = ("segments", "mask")
 
 
@@ -140,6 +143,29 @@ def test_every_mode_and_chunk_size_agrees_with_float64(mode, chunk_size, softcap
     inputs = [hidden] + ([weight] if weight.requires_grad else [])
     for got, wanted in zip(torch.autograd.grad((values * upstream).sum(), inputs), expected_gradients, strict=True):
         torch.testing.assert_close(got, wanted, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["frozen", "recomputed", "no_grad"])
+def test_a_chunk_of_logits_is_gone_when_the_next_one_comes(mode, dtype, softcap):
+    """Eight chunks take, at most, what one takes: by torch.profiler's record of what is allocated and freed."""
+    weight = torch.randn(5000, 16, dtype=dtype, requires_grad=mode == "recomputed")
+
+    def peak(num_tokens):
+        hidden, target = torch.randn(num_tokens, 16, dtype=dtype, requires_grad=True), torch.arange(num_tokens)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, record_function("training"):
+            with torch.set_grad_enabled(mode != "no_grad"):
+                values = logps.token_logps(hidden, weight, target, softcap=softcap, chunk_size=32, keep_bytes=0)
+            if mode != "no_grad":
+                values.sum().backward()
+        weight.grad = None
+        return PEAK(profiler)
+
+    peak(32)  # what is allocated once
+    chunk = 32 * 5000 * dtype.itemsize
+    assert peak(8 * 32) - peak(32) < chunk / 4  # all of hidden's gradient is in it
+    assert peak(32) > chunk
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
