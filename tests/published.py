@@ -1,6 +1,7 @@
 """What the config.json of each model says on the Hugging Face Hub, as far as it decides what the model is.
 
-And the number of parameters on its card. Keys are transformers' own, so that transformers builds the same model.
+And its number of parameters, each counted once: what some repositories store besides, such as a tied output layer, is
+not among them. Keys are transformers' own, so that transformers builds the same model.
 """
 
 

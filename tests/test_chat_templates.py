@@ -261,6 +261,17 @@ def folder_of(name, root):
     return str(folder)
 
 
+OF_TRL = {name: name.replace("_", "", 1) for name in ("llama_3", "llama_3_1", "llama_3_2", "phi_3")}
+OF_TRL |= {name: name for name in ("gemma", "qwen2_5", "qwen3")}
+
+
+@pytest.mark.parametrize("name", OF_TRL)
+def test_templates_are_those_that_trl_has_of_the_same_models(name):
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    theirs = Path(trl.__file__).parent / "chat_templates" / f"{OF_TRL[name]}.jinja"
+    assert (TEMPLATES / f"{name}.jinja").read_text().rstrip("\n") == theirs.read_text().rstrip("\n")
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request, tmp_path_factory):
     """Its name, our tokenizer, and transformers'."""

@@ -1,6 +1,7 @@
 """Every file in configs/ builds the model that its name says, for every recipe; published runs are as published."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -256,6 +257,14 @@ def test_what_torchtune_does_and_recipes_here_do_not_is_refused(tmp_path, change
     path.write_text(yaml.safe_dump(content))
     with pytest.raises(UserError, match=words):
         config.load(*RECIPES["lora_dpo_single_device"], [path], [] if "dataset" in change else THEIR_DATA)
+
+
+@pytest.mark.parametrize("name", ["gemma2_2b", "llama3_2_1b", "qwen2_5_0_5b", "smollm2_360m", "tinyllama_1_1b"])
+def test_a_config_tells_what_is_counted_on_a_gpu(name):
+    """The others take minutes: python tools/count_gpus.py --check"""
+    tool = runpy.run_path(str(ROOT / "tools" / "count_gpus.py"))
+    line = tool["LINE"].search(CONFIGS[name].read_text())[0]
+    assert tool["true_line"](CONFIGS[name], line) == line
 
 
 def test_the_readme_names_every_config():
