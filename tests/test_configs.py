@@ -267,7 +267,7 @@ def test_a_config_tells_what_is_counted_on_a_gpu(name):
     assert tool["true_line"](CONFIGS[name], line) == line
 
 
-def test_the_readme_names_every_config():
-    readme = (ROOT / "README.md").read_text()
-    missing = [name for name in CONFIGS if f"`{name}`" not in readme and f"configs/{name}.yaml" not in readme]
+def test_the_pages_name_every_config():
+    pages = "".join(page.read_text() for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+    missing = [name for name in CONFIGS if f"`{name}`" not in pages and f"configs/{name}.yaml" not in pages]
     assert missing == ["run_simpo_llama3_8b_instruct_v0_2"]  # beside the first of its two
