@@ -65,40 +65,55 @@ def gpt2(
         tie_word_embeddings: The output layer is the embedding, as in every GPT-2 that OpenAI published.
     """
     head_dim, hidden_dim = embed_dim // num_heads, intermediate_dim or 4 * embed_dim
-
-    def layer() -> TransformerSelfAttentionLayer:
-        return TransformerSelfAttentionLayer(
-            attn=MultiHeadAttention(
-                embed_dim=embed_dim,
-                num_heads=num_heads,
-                num_kv_heads=num_heads,
-                head_dim=head_dim,
-                q_proj=nn.Linear(embed_dim, embed_dim),
-                k_proj=nn.Linear(embed_dim, embed_dim),
-                v_proj=nn.Linear(embed_dim, embed_dim),
-                output_proj=nn.Linear(embed_dim, embed_dim),
-                max_seq_len=max_seq_len,
-                attn_dropout=attn_dropout,
-            ),
-            mlp=FeedForward(
-                gate_proj=nn.Linear(embed_dim, hidden_dim),
-                down_proj=nn.Linear(hidden_dim, embed_dim),
-                activation=nn.GELU(approximate="tanh"),
-            ),
-            sa_norm=nn.LayerNorm(embed_dim, eps=norm_eps),
-            mlp_norm=nn.LayerNorm(embed_dim, eps=norm_eps),
-        )
-
+    options = {"activation": nn.GELU(approximate="tanh"), "max_seq_len": max_seq_len}
+    options |= {"attn_dropout": attn_dropout, "norm_eps": norm_eps}
     tok_embeddings = nn.Embedding(vocab_size, embed_dim)
     return LearnedPositionsDecoder(
         tok_embeddings=tok_embeddings,
         pos_embeddings=nn.Embedding(max_seq_len, embed_dim),
-        layers=[layer() for _ in range(num_layers)],
+        layers=[gpt_layer(embed_dim, num_heads, hidden_dim, **options) for _ in range(num_layers)],
         max_seq_len=max_seq_len,
         num_heads=num_heads,
         head_dim=head_dim,
         norm=nn.LayerNorm(embed_dim, eps=norm_eps),
         output=TiedLinear(tok_embeddings) if tie_word_embeddings else nn.Linear(embed_dim, vocab_size, bias=False),
+    )
+
+
+def gpt_layer(
+    embed_dim: int,
+    num_heads: int,
+    hidden_dim: int,
+    *,
+    activation: nn.Module,
+    max_seq_len: int,
+    attn_dropout: float,
+    norm_eps: float,
+    pos_embeddings: nn.Module | None = None,
+    layer_class: type[TransformerSelfAttentionLayer] = TransformerSelfAttentionLayer,
+) -> TransformerSelfAttentionLayer:
+    """Returns a layer of GPT-2 or GPT-NeoX: biases and LayerNorms everywhere, and an MLP without a gate."""
+    return layer_class(
+        attn=MultiHeadAttention(
+            embed_dim=embed_dim,
+            num_heads=num_heads,
+            num_kv_heads=num_heads,
+            head_dim=embed_dim // num_heads,
+            q_proj=nn.Linear(embed_dim, embed_dim),
+            k_proj=nn.Linear(embed_dim, embed_dim),
+            v_proj=nn.Linear(embed_dim, embed_dim),
+            output_proj=nn.Linear(embed_dim, embed_dim),
+            pos_embeddings=pos_embeddings,
+            max_seq_len=max_seq_len,
+            attn_dropout=attn_dropout,
+        ),
+        mlp=FeedForward(
+            gate_proj=nn.Linear(embed_dim, hidden_dim),
+            down_proj=nn.Linear(hidden_dim, embed_dim),
+            activation=activation,
+        ),
+        sa_norm=nn.LayerNorm(embed_dim, eps=norm_eps),
+        mlp_norm=nn.LayerNorm(embed_dim, eps=norm_eps),
     )
 
 

@@ -7,13 +7,9 @@ values are layers of their own; Hugging Face's query_key_value holds all three, 
 import torch
 from torch import Tensor, nn
 from torchtune.models.qwen2 import Qwen2RotaryPositionalEmbeddings
-from torchtune.modules import (
-    FeedForward,
-    MultiHeadAttention,
-    TiedLinear,
-    TransformerDecoder,
-    TransformerSelfAttentionLayer,
-)
+from torchtune.modules import TiedLinear, TransformerDecoder, TransformerSelfAttentionLayer
+
+from pairtune.gpt2 import gpt_layer
 
 
 class ParallelResidualLayer(TransformerSelfAttentionLayer):
@@ -57,36 +53,14 @@ def gpt_neox(
     """
     head_dim, hidden_dim = embed_dim // num_heads, intermediate_dim or 4 * embed_dim
     rope = PartialRotaryPositionalEmbeddings(int(head_dim * rotary_pct), max_seq_len, rope_base)
-    layer_class = ParallelResidualLayer if use_parallel_residual else TransformerSelfAttentionLayer
-
-    def layer() -> TransformerSelfAttentionLayer:
-        return layer_class(
-            attn=MultiHeadAttention(
-                embed_dim=embed_dim,
-                num_heads=num_heads,
-                num_kv_heads=num_heads,
-                head_dim=head_dim,
-                q_proj=nn.Linear(embed_dim, embed_dim),
-                k_proj=nn.Linear(embed_dim, embed_dim),
-                v_proj=nn.Linear(embed_dim, embed_dim),
-                output_proj=nn.Linear(embed_dim, embed_dim),
-                pos_embeddings=rope,
-                max_seq_len=max_seq_len,
-                attn_dropout=attn_dropout,
-            ),
-            mlp=FeedForward(
-                gate_proj=nn.Linear(embed_dim, hidden_dim),
-                down_proj=nn.Linear(hidden_dim, embed_dim),
-                activation=nn.GELU(),
-            ),
-            sa_norm=nn.LayerNorm(embed_dim, eps=norm_eps),
-            mlp_norm=nn.LayerNorm(embed_dim, eps=norm_eps),
-        )
-
+    options = {"activation": nn.GELU(), "pos_embeddings": rope, "max_seq_len": max_seq_len}
+    options |= {"attn_dropout": attn_dropout, "norm_eps": norm_eps}
+    if use_parallel_residual:
+        options["layer_class"] = ParallelResidualLayer
     tok_embeddings = nn.Embedding(vocab_size, embed_dim)
     return TransformerDecoder(
         tok_embeddings=tok_embeddings,
-        layers=[layer() for _ in range(num_layers)],
+        layers=[gpt_layer(embed_dim, num_heads, hidden_dim, **options) for _ in range(num_layers)],
         max_seq_len=max_seq_len,
         num_heads=num_heads,
         head_dim=head_dim,
