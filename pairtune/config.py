@@ -117,6 +117,9 @@ def _read_layers(path: Path, schema: dict, given: set[str]) -> list[_Layer]:
     check_secrets(content, str(path))
     content = translate(content, str(path), given=given, distributed="data_parallel_replicate_dim" in schema)
     blocks = content.pop("per_method", None) or {}
+    if "adapter" not in schema:
+        for block in (content, blocks.get("full") if isinstance(blocks, dict) else None):
+            _check_no_adapter(block, str(path))
     if not isinstance(blocks, dict):
         raise UserError(f"{path}: per_method={show(blocks)}: must hold a block of keys a method: {', '.join(METHODS)}")
     layers = [_Layer(_known_here(content, schema), str(path))]
@@ -139,6 +142,16 @@ def _read(path: Path) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{path}: must hold keys and values, holds {show(content)}")
     return content
+
+
+def _check_no_adapter(block: Any, where: str) -> None:
+    """What a run starts from is not passed over as other recipes' keys are."""
+    if isinstance(block, dict) and block.get("adapter") is not None:
+        raise UserError(
+            f"{where}: adapter={show(block['adapter'])}: full_ recipes start from whole weights: merge it first (the "
+            "export/ of the run that made it is merged) and set checkpointer.checkpoint_dir to that, or put adapter "
+            "into per_method.lora and per_method.qlora"
+        )
 
 
 def _known_here(values: dict, schema: dict) -> dict:

@@ -210,24 +210,25 @@ def check_start(
             "dtype that is too narrow: look at the checkpoint, and use dtype=fp32"
         )
     if is_reference:
-        margin, off, expected = means.get("rewards/margins", 0.0), [], None
-        for pair, loss in zip(pairs, losses.tolist(), strict=True):
-            expected = loss_at_start(loss_fn, has_chosen=bool(pair.chosen), has_rejected=bool(pair.rejected))
-            if expected is not None and not abs(loss - expected) <= TOLERANCE * max(1.0, abs(expected)):
-                off = [loss]
-                break
-        if off or not abs(margin) <= TOLERANCE:
-            found = [*off, *losses.tolist(), math.nan][0]
-            raise UserError(
-                f"before the first update the loss of a pair is {found:.4f} and the mean margin {margin:+.4f}; they "
-                f"must be {'that of zero' if expected is None else f'{expected:.4f}'} and 0, since the policy is the "
-                "reference. They are not one model: look at how they are built and loaded, and for dropout that is on"
-            )
-    if float(grad_norm) == 0:
+        _check_is_reference(losses, means.get("rewards/margins", 0.0), pairs, loss_fn)
+    if float(grad_norm) == 0 and (is_reference or means["loss"]):  # a loss that is 0 has reached what it is for
         raise UserError(
             "before the first update the gradient is zero: nothing would be learned. A loss that does not depend on "
             "the policy, or trained parameters that the answers do not depend on: look at loss and lora.modules"
         )
+
+
+def _check_is_reference(losses: Tensor, margin: float, pairs: list[Pair], loss_fn: Callable) -> None:
+    same = "since the policy is the reference. They are not one model: look at how they are built and loaded, and for "
+    same += "dropout that is on"
+    for pair, loss in zip(pairs, losses.tolist(), strict=True):
+        expected = loss_at_start(loss_fn, has_chosen=bool(pair.chosen), has_rejected=bool(pair.rejected))
+        if expected is not None and not abs(loss - expected) <= TOLERANCE * max(1.0, abs(expected)):
+            raise UserError(
+                f"before the first update the loss of row {pair.row} is {loss:.4f}; it must be {expected:.4f}, {same}"
+            )
+    if not abs(margin) <= TOLERANCE:
+        raise UserError(f"before the first update the mean margin is {margin:+.4f}; it must be 0, {same}")
 
 
 def check_step(step: int, losses: Tensor, grad_norm: Tensor, rows: list[int], world: World) -> None:

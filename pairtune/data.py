@@ -5,7 +5,7 @@ tokenizer.py.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
@@ -172,18 +172,19 @@ def read_pairs(
     max_prompt_length: int | None = None,
     unpaired: bool = False,
     progress: bool = True,
+    beat: Callable[[str], None] | None = None,
     key: str = "dataset",
 ) -> tuple[list[Pair], Report]:
     """Returns read_rows and then tokenize_pairs of a config's `dataset` or `eval_dataset` block, all but its split.
 
     Args:
-        unpaired: See `tokenize_pairs`.
+        unpaired, beat: See `tokenize_pairs`.
         key: The block's name, for messages.
     """
     where = {name: block[name] for name in ("split", "name", "revision", "limit")}
     rows = read_rows(block["source"], **where, columns=dict(block["columns"]), key=key)
     limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "overlong": block["overlong"]}
-    return tokenize_pairs(rows, tokenizer, **limits, unpaired=unpaired, progress=progress, key=key)
+    return tokenize_pairs(rows, tokenizer, **limits, unpaired=unpaired, progress=progress, beat=beat, key=key)
 
 
 def tokenize_pairs(
@@ -196,6 +197,7 @@ def tokenize_pairs(
     columns: dict[str, str | None] | None = None,
     unpaired: bool = False,
     progress: bool = True,
+    beat: Callable[[str], None] | None = None,
     key: str = "dataset",
 ) -> tuple[list[Pair], Report]:
     """Returns the rows' pairs in order, and a report of what was dropped, why, and how long the pairs are.
@@ -215,6 +217,7 @@ def tokenize_pairs(
             cut) or error.
         columns: Our names to theirs, for rows that `read_rows` has not renamed.
         unpaired: The loss takes rows of one answer and a label, too: needs(loss_fn).both is false.
+        beat: Called with a word before each row, as dist.World.beat: a long data set is no standstill.
         key: Where the config describes the rows, for messages.
 
     Raises:
@@ -239,6 +242,8 @@ def tokenize_pairs(
     pairs = []
     bar = tqdm(rows, desc="tokenize", leave=False, disable=not progress or len(rows) < 500)
     for number, row in zip(rows.numbers, bar, strict=True):
+        if beat:
+            beat("tokenizing")
         try:
             pairs.append(_tokenize(form.read(row), number, tokenizer, limits=limits, report=report))
         except Skip as skip:

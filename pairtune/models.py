@@ -572,7 +572,9 @@ def gather_weights(model: nn.Module, world: World, *, adapters_only: bool = Fals
     for name, value in _whole_parameters(model, wanted):
         world.beat("gathering weights")
         if world.is_main:
-            weights[name] = value.cpu()
+            value = value.cpu()
+            is_part = value.untyped_storage().nbytes() > value.nbytes  # of a padded one: gathered from uneven shards
+            weights[name] = value.clone() if is_part else value
     return weights
 
 

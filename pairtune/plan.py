@@ -19,6 +19,7 @@ from pairtune.loss_needs import needs
 from pairtune.memory import PARTS, Setting, StepMemory, pass_memory, step_memory, worst_batch
 from pairtune.model_config import windows
 from pairtune.reference import KNOWN, check_reference, frozen_model, has_second_model
+from pairtune.reference_cache import BATCHES
 
 GIB = 2**30
 USABLE = 0.9  # of a GPU; the rest is left to CUDA, NCCL and what the allocator cannot use
@@ -190,14 +191,14 @@ def plan_config(cfg: DictConfig, method: str, run: Run) -> Plan:
     max_tokens = 2 * cfg.max_length - 1
     row_length = math.ceil(max_tokens / ROW_MULTIPLE) * ROW_MULTIPLE if policy.dense_attention else None
     batch_size = min(cfg.batch_size, math.ceil(cfg.pairs_per_step / run.gpus))
-    batch = worst_batch(batch_size, cfg.max_length, row_length)
+    batch, larger = (worst_batch(n * batch_size, cfg.max_length, row_length) for n in (1, BATCHES))
     live, passing = (None, second) if reference["name"] == "cached" else (second, None)
     num_parameters, num_trained = models.num_parameters(policy)
     num_rows = _num_rows(cfg.dataset)
     return Plan(
         run=run,
         memory=step_memory(policy, live, batch, OmegaConf.to_container(cfg.optimizer), setting),
-        reference_pass=pass_memory(passing, batch, setting) if passing else 0,
+        reference_pass=pass_memory(passing, larger, setting) if passing else 0,
         device=setting.device,
         dtype=cfg.dtype,
         num_parameters=num_parameters,

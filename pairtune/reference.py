@@ -1,7 +1,7 @@
 """Where live reference log-probabilities come from: the base model, a frozen copy of the adapters, a second model.
 
-All have one interface: `weights` gives the model to score with, `move` takes it toward the policy (TR-DPO, arXiv
-2404.09656), `tensors` is what a checkpoint has to hold if it was moved. When it is moved is for the recipe to say.
+`weights` gives the model to score with. What can be moved toward the policy (TR-DPO, arXiv 2404.09656) has `move`, and
+`tensors`, which a checkpoint has to hold then. When it is moved is for the recipe to say.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -62,6 +62,7 @@ def check_reference(
         UserError: One of these.
     """
     name, known, own = reference.get("name"), KNOWN[method], is_own(reference, method, dtype)
+    live = "start" if has_adapter else known[0]
     if name not in known:
         raise UserError(
             f"reference.name={name}: this recipe has {', '.join(known)}; nearest valid: reference={known[0]}"
@@ -69,9 +70,9 @@ def check_reference(
     if not needs(loss_fn).reference and (name not in (known[0], "none") or not own):
         raise UserError(f"reference={name}: this loss has no reference, and none is loaded; use reference=none")
     if name == "cached" and "kl" in needs(loss_fn).inputs:
-        raise UserError(f"reference=cached: KTO scores answers to other prompts in each step; use reference={known[0]}")
+        raise UserError(f"reference=cached: KTO scores answers to other prompts in each step; use reference={live}")
     is_base = (name in ("adapter_off", "model") or not own) and reference.get("checkpoint_dir") is None
-    if has_adapter and is_base:
+    if has_adapter and is_base and needs(loss_fn).reference:
         raise UserError(
             f"reference={name}: the run starts from an adapter, and the model without it is another one: the loss "
             "would not begin at ln 2, and training would first undo what the adapter has learned. Use reference=start, "
@@ -82,6 +83,24 @@ def check_reference(
             "reference=model: would hold the base a second time, which is here already; use reference=adapter_off, or "
             "say what differs: reference.checkpoint_dir, reference.dtype or reference.quantize"
         )
+
+
+def check_moves(reference: Mapping, total_steps: int) -> int | None:
+    """Returns how many steps lie between two moves of the reference, None if it does not move (TR-DPO).
+
+    Raises:
+        UserError: It would never move in so many steps.
+    """
+    if reference.get("name") != "sync":
+        return None
+    every = reference.get("every_n_steps") or 512  # as published
+    if every >= total_steps:
+        raise UserError(
+            f"reference.every_n_steps={every}: the run has {total_steps} steps, and a move is before a step: the "
+            f"reference would never move; nearest valid: reference.every_n_steps={max(1, total_steps - 1)}, or another "
+            "reference"
+        )
+    return every
 
 
 @dataclass(frozen=True)
@@ -192,10 +211,6 @@ class AsItStarts:
         """Makes the policy the reference while the context lasts: without dropout and gradients."""
         return models.frozen(self._model)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Returns what a checkpoint has to hold of it: nothing."""
-        return {}
-
 
 class AdaptersOff:
     """The base model of LoRA and QLoRA: costs no memory and does not move."""
@@ -206,10 +221,6 @@ class AdaptersOff:
     def weights(self) -> AbstractContextManager[nn.Module]:
         """Makes the model the reference while the context lasts: without dropout and gradients."""
         return models.reference_of(self._model)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Returns what a checkpoint has to hold of it: nothing."""
-        return {}
 
 
 class AdapterCopy:

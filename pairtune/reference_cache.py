@@ -49,6 +49,7 @@ ENTRY, VALUES, MEMO = "entry.json", "values.bin", "weights.json"
 KEY = re.compile(r"[0-9a-f]{16}")
 RECORD = struct.Struct("<16sff8s")  # a pair's digest, chosen, rejected, checksum
 FLUSH_EVERY = 32  # micro-batches: what a kill costs
+BATCHES = 4  # of training that are scored at a time: without gradients little is kept
 # Absolute and relative, of a sum in nats: how far rounding goes when a batch is put together in another way.
 TOLERANCE = {"torch.float32": (0.01, 1e-4), "torch.bfloat16": (0.5, 0.01)}
 BLOCK_BYTES = 2**27  # of a weight file, hashed by one thread

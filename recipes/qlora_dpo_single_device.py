@@ -25,6 +25,7 @@ from pairtune import (
     loss_needs,
     metrics,
     models,
+    reference_cache,
     train_state,
 )
 from pairtune.batch import lay_out, longest_row
@@ -40,12 +41,12 @@ from pairtune.reference import (
     AdaptersOff,
     AsItStarts,
     SecondModel,
+    check_moves,
     check_reference,
     has_second_model,
     is_own,
     open_second_model,
 )
-from pairtune.reference_cache import ReferenceCache, find_folder, identify
 from pairtune.tokenizer import adapt
 
 METHOD = "qlora"  # picks per_method.qlora out of a config
@@ -152,11 +153,11 @@ def main(cfg):
     torch.manual_seed(cfg.seed)
 
     # 2. Policy and reference, on the meta device: what is wrong with a config shows before a weight is read
-    files = checkpoint.open_weights(cfg.checkpointer)
-    tokenizer = adapt(config.instantiate(cfg.tokenizer))
     loss_fn = config.instantiate(cfg.loss)
     needed = loss_needs.needs(loss_fn)
     check_reference(cfg.reference, loss_fn, METHOD, dtype=cfg.dtype, has_adapter=cfg.adapter is not None)
+    files = checkpoint.open_weights(cfg.checkpointer)
+    tokenizer = adapt(config.instantiate(cfg.tokenizer))
     own = is_own(cfg.reference, METHOD, cfg.dtype)  # what the run starts from
     with_copy = cfg.reference.name in ("start", "sync")
     build = {"dtype": cfg.dtype, "quantize_base": True, "frozen_copy": with_copy, "world": world}
@@ -184,7 +185,8 @@ def main(cfg):
     def read_pairs(key):
         limits = {name: cfg[name] for name in ("max_length", "max_prompt_length")}
         unpaired = not needed.both
-        return data.read_pairs(cfg[key], tokenizer, **limits, unpaired=unpaired, progress=world.is_main, key=key)
+        told = {"progress": world.is_main, "beat": world.beat, "key": key}
+        return data.read_pairs(cfg[key], tokenizer, **limits, unpaired=unpaired, **told)
 
     train, report = read_pairs("dataset")
     held_out = []
@@ -198,6 +200,7 @@ def main(cfg):
     order = {name: cfg[name] for name in ("pairs_per_step", "batch_size", "seed", "shuffle")}
     steps = Steps(train, **order, rank=world.rank, size=world.size)
     total_steps = min(cfg.epochs * len(steps), cfg.max_steps or math.inf)
+    moved_every = check_moves(cfg.reference, total_steps)  # null: the reference stays as it is
     mixed_rows = "kl" in needed.inputs  # KTO puts prompts before the answers to others
     row_length = longest_row([*train, *held_out], mixed=mixed_rows) if model.dense_attention else None
 
@@ -217,43 +220,48 @@ def main(cfg):
         print(config.save(cfg, run_dir / "config.yaml", recipe=__file__))
 
     # 4. Weights
+    longest = contract.longest(train, cfg.batch_size * world.size)
     cache = None
 
-    def fill(cache, reference):  # a few values of earlier runs are computed again; then those that are missing
+    def fill(reference):  # a few values of earlier runs are computed again; then those that are missing
+        larger = reference_cache.BATCHES * cfg.batch_size  # no gradients: there is room
         with reference.weights() as frozen:
             for pairs in share(cache.samples(16), cfg.batch_size, rank=world.rank, size=world.size):
-                batch = batch_of(pairs)
-                cache.check(pairs, *answer_logps(frozen, batch, needed.ld_alpha))
-            micro = share(cache.missing, cfg.batch_size, rank=world.rank, size=world.size)
+                cache.check(pairs, *answer_logps(frozen, batch_of(pairs), needed.ld_alpha))
+            micro = share(cache.missing, larger, rank=world.rank, size=world.size)
             for pairs in tqdm(micro, desc="reference", leave=False, disable=not world.is_main):
                 world.beat("reference")
-                batch = batch_of(pairs)
-                cache.put(pairs, *answer_logps(frozen, batch, needed.ld_alpha))
+                cache.put(pairs, *answer_logps(frozen, batch_of(pairs), needed.ld_alpha))
         cache.complete()
 
     if cfg.reference.name == "cached":
-        folder = find_folder(cfg.reference.cache_dir)
+        folder = reference_cache.find_folder(cfg.reference.cache_dir)
         source = {"component": cfg.model, "weight_files": files.weight_files}
         if cfg.adapter:
             source["adapter_files"] = [adapters.find_weights(cfg.adapter)]
         source = (second.source if second else source) | {"ld_alpha": needed.ld_alpha, "score_end": cfg.score_end}
-        found = identify(folder, second.model if second else model, world, **source)
-        cache = ReferenceCache(folder, found, [*train, *held_out], world)
-    if cache and second:  # it leaves before the policy comes; where the cache has every value, it does not come at all
-        if cache.missing:
+        found = reference_cache.identify(folder, second.model if second else model, world, **source)
+        asked = [pair for step in range(min(total_steps, len(steps))) for pair in steps.pairs(step)]
+        cache = reference_cache.ReferenceCache(folder, found, [*asked, *longest, *held_out], world)
+        if second and cache.missing:  # it leaves before the policy comes
             second.load(world)
-            fill(cache, SecondModel(model, second.model))
-        else:
+            fill(SecondModel(model, second.model))
+        elif second:
             world.print(f"reference: the cache has all {len(cache):,} values; its model is not loaded to check them\n")
         second = None
         gc.collect()  # a model and the functions that it was given refer to each other
     models.load(model, checkpoint.Weights(files), world=world, adapter=adapter)
-    reference = AdapterCopy(model) if with_copy else AsItStarts(model) if cfg.adapter else AdaptersOff(model)
     if second:
         second.load(world)
         reference = SecondModel(model, second.model)
+    elif with_copy:
+        reference = AdapterCopy(model)
+    elif cfg.adapter:
+        reference = AsItStarts(model)
+    else:
+        reference = AdaptersOff(model)
     if cache and own:  # by the policy, which is its own reference before it is trained or resumed
-        fill(cache, reference)
+        fill(reference)
         models.forget_gathered(model)
 
     # 5. Optimizer, schedule, and what is resumed: all of it is in `state`
@@ -264,8 +272,7 @@ def main(cfg):
         world.print(f"advice: {line}")
     torch.manual_seed(cfg.seed + world.rank)  # dropout, if it is on, differs between processes
     meter = metrics.Meter()
-    moves = cfg.reference.name == "sync"
-    kept = {"loss_fn": loss_fn, "reference": reference if moves else None}
+    kept = {"loss_fn": loss_fn, "reference": reference if moved_every else None}
     state = train_state.TrainState(model, optimizer, scheduler, meter, world=world, fingerprint=identity, **kept)
     if resumed:
         state.load(resumed, run_dir, best_metric=cfg.keep_best)
@@ -293,20 +300,30 @@ def main(cfg):
     def scores_of(batch):
         return answer_scores(model, batch, ld_alpha=needed.ld_alpha, weights=needed.weights)
 
-    def of_whole_step(pairs, micro):  # pairs of all processes, and this one's: what some losses take of a whole step
+    def watched(micro, doing):  # an evaluation may end early: it is made up for after resuming
+        for pairs in micro:
+            world.beat(doing)
+            if doing == "evaluation" and interruption.requested():
+                return
+            yield pairs
+
+    def of_whole_step(pairs, micro, doing):  # pairs of all processes, and this one's: what some losses take of a step
         known = {"mean_chosen_length": loss_needs.mean_chosen_length(pairs, score_end=cfg.score_end)}
         values = [None] * len(micro)
         with torch.no_grad():
             if "kl" in needed.inputs:  # KTO's baseline: every prompt with the answers to another one
                 others, log_ratios = loss_needs.mismatched(pairs), torch.zeros((), device=world.device).double()
-                for mixed in share(others, cfg.batch_size, rank=world.rank, size=world.size):
+                for mixed in watched(share(others, cfg.batch_size, rank=world.rank, size=world.size), doing):
                     batch = batch_of(mixed)
                     policy, base = answer_logps(model, batch), reference_logps(mixed, batch)
                     log_ratios += (torch.cat(policy) - torch.cat(base)).sum()
                 known["kl"] = kto_kl(world.sum(log_ratios), loss_needs.num_answers(others))
             if needed.step:  # a loss that sorts the step's pairs: all values first, then each pair's gradient
-                batches = list(map(batch_of, micro))
-                scores, references = [scores_of(b) for b in batches], list(map(reference_logps, micro, batches))
+                batches, scores, references = [], [], []
+                for mine in watched(micro, doing):
+                    batches.append(batch_of(mine))
+                    scores.append(scores_of(batches[-1]))
+                    references.append(reference_logps(mine, batches[-1]))
                 values = loss_needs.step_losses(loss_fn, batches, scores, references, world, **known)
         return known, values
 
@@ -341,15 +358,12 @@ def main(cfg):
         model.eval()
         progress = tqdm(total=len(micro), desc="evaluation", leave=False, disable=not world.is_main)
         with torch.no_grad(), loss_needs.unchanged(loss_fn), progress:
-            known, values = of_whole_step(held_out, micro)
-            for pairs, value in zip(micro, values, strict=True):
-                world.beat("evaluation")
+            known, values = of_whole_step(held_out, micro, "evaluation")
+            for pairs, value in zip(watched(micro, "evaluation"), values, strict=False):
                 pair_losses(pairs, batch_of(pairs), meter, known, value)
                 progress.update()
-                if interruption.requested():
-                    break
         model.train()
-        if interruption.requested():  # made up for after resuming
+        if interruption.requested():
             return
         results = meter.read(world, "eval/")
         log.write(state.step, results)
@@ -375,16 +389,16 @@ def main(cfg):
 
     # 7. Before the first step: the longest pairs go forward and backward, and what must hold is checked
     interruption = dist.Interruption(world)
-    longest = contract.longest(train, cfg.batch_size * world.size)
     pairs = longest[world.rank :: world.size]
     with contract.rehearsal(model, optimizer, loss_fn, pairs, world):
-        known, (values,) = of_whole_step(longest, [pairs])
+        known, (values,) = of_whole_step(longest, [pairs], "rehearsal")
         rehearsed = metrics.Meter()
         differentiable, losses = pair_losses(pairs, batch_of(pairs), rehearsed, known, values)
         differentiable.sum().backward()
         if not resumed:
             grad_norm = models.clip_gradients(model, math.inf)
             is_reference = cfg.disable_dropout and needed.reference and own and cfg.reference.name != "none"
+            is_reference &= not (cache and cfg.dtype == "bf16")  # rounded otherwise, in other batches; it checks itself
             means = rehearsed.read(world)
             contract.check_start(losses, means, grad_norm, pairs=pairs, loss_fn=loss_fn, is_reference=is_reference)
     samples = run_dir / "samples.jsonl"
@@ -405,10 +419,11 @@ def main(cfg):
         stop = interruption.requested()
     for step in range(state.step + 1, total_steps + 1) if not stop else ():
         micro, num_pairs_in_step = steps[step - 1], steps.num_pairs(step - 1)
-        known, values = of_whole_step(steps.pairs(step - 1), micro)
+        if moved_every and step > 1 and (step - 1) % moved_every == 0:  # not before the evaluation of the step before
+            reference.move(cfg.reference.alpha or 0.6)
+        known, values = of_whole_step(steps.pairs(step - 1), micro, f"step {step}")
         losses, rows_in_step = [], []
-        for pairs, value in zip(micro, values, strict=True):
-            world.beat(f"step {step}")
+        for pairs, value in zip(watched(micro, f"step {step}"), values, strict=True):
             batch = batch_of(pairs)
             differentiable, loss = pair_losses(pairs, batch, meter, known, value)
             # The mean over the step, however it is cut into micro-batches. FSDP averages gradients over processes.
@@ -426,8 +441,6 @@ def main(cfg):
         if scheduler:
             scheduler.step()
         loss_needs.after_step(loss_fn, world)
-        if moves and step % (cfg.reference.every_n_steps or 512) == 0:
-            reference.move(cfg.reference.alpha or 0.6)
         state.step = step
         progress.update()
 

@@ -75,7 +75,7 @@ def test_a_start_of_unpaired_rows_is_that_of_their_labels():
     loss_fn = build("kto", undesirable_weight=3.0)
     options = {"loss_fn": loss_fn, "is_reference": True, "pairs": [pair(rejected=()), pair(chosen=()), pair()]}
     contract.check_start(torch.tensor([0.5, 1.5, 1.0]), {}, torch.tensor(1.0), **options)
-    with pytest.raises(UserError, match="the loss of a pair is 0.5000 .* they must be 1.5000"):
+    with pytest.raises(UserError, match="the loss of row 3 is 0.5000; it must be 1.5000"):
         contract.check_start(torch.tensor([0.5, 0.5, 1.0]), {}, torch.tensor(1.0), **options)
 
 
@@ -128,7 +128,7 @@ def test_out_of_memory_names_the_pairs_and_what_to_lower(error):
 
 
 def check_start(losses, *, margin=0.0, grad_norm=1.0, loss_fn=None, is_reference=True):
-    means, pairs = {"rewards/margins": margin}, [pair()] * len(losses)
+    means, pairs = {"rewards/margins": margin, "loss": sum(losses)}, [pair()] * len(losses)
     options = {"pairs": pairs, "loss_fn": loss_fn or DPOLoss(), "is_reference": is_reference}
     contract.check_start(torch.tensor(losses), means, torch.tensor(grad_norm), **options)
 
@@ -139,6 +139,7 @@ def test_a_start_at_the_loss_of_zero_margins_passes():
     check_start([math.log(2)], loss_fn=DPOLoss(label_smoothing=0.3))
     check_start([5.0], margin=1.0, is_reference=False)  # dropout is on
     check_start([])  # a process without a pair
+    check_start([0.0], grad_norm=0.0, is_reference=False)  # a hinge whose margin is wide enough
 
 
 @pytest.mark.parametrize(
@@ -146,11 +147,12 @@ def test_a_start_at_the_loss_of_zero_margins_passes():
     [
         (
             {"losses": [0.6931, 0.8]},
-            "the loss of a pair is 0.8000 and the mean margin .0.0000; they must be 0.6931 and 0",
+            "the loss of row 3 is 0.8000; it must be 0.6931",
         ),
-        ({"losses": [0.6931], "margin": 0.5}, "mean margin .0.5000"),
-        ({"losses": [math.nan]}, "loss of a pair is nan"),
+        ({"losses": [0.6931], "margin": 0.5}, "mean margin is .0.5000; it must be 0, since"),
+        ({"losses": [math.nan]}, "the loss of row 3 is nan"),
         ({"losses": [0.6931], "grad_norm": math.nan}, "the gradient's norm is nan; weights that are not numbers"),
+        ({"losses": [0.8], "grad_norm": 0.0, "is_reference": False}, "the gradient is zero: nothing would be learned"),
         ({"losses": [0.6931], "grad_norm": 0.0}, "the gradient is zero: nothing would be learned"),
     ],
 )

@@ -25,7 +25,7 @@ from helpers import (
 from safetensors.torch import load_file
 from test_losses import naive
 
-from pairtune import models
+from pairtune import models, reference_cache
 from pairtune.errors import UserError
 from pairtune.metrics import plot_curves, read_log
 from pairtune.preference_losses import LOSSES
@@ -518,13 +518,60 @@ def test_fault_a_cache_is_stale_after_ld_alpha_changed(run, tmp_path, setting):
 
 def test_fault_a_mix_up_coefficient_is_ignored(run):
     """After two small steps the reference goes `alpha` of the way: the rest of it is what margins are made of."""
-    settings = ("max_steps=2", "optimizer._component_=torch.optim.SGD", "optimizer.lr=0.1")
-    whole = final(run("full_dpo_single_device", *settings, name="fixed"))["eval/rewards/margins"]
+    settings = ("max_steps=3", "optimizer._component_=torch.optim.SGD", "optimizer.lr=0.1")
+    whole = training(run("full_dpo_single_device", *settings, name="fixed"))[2]["rewards/margins"]
     assert abs(whole) > 1e-4
     for alpha in (0.25, 0.75, 1.0):
         moved = ("reference=sync", "reference.every_n_steps=2", f"reference.alpha={alpha}")
-        log = run("full_dpo_single_device", *settings, *moved, name=str(alpha))
-        assert final(log)["eval/rewards/margins"] == pytest.approx((1 - alpha) * whole, abs=0.05 * abs(whole))
+        log = training(run("full_dpo_single_device", *settings, *moved, name=str(alpha)))
+        assert log[2]["rewards/margins"] == pytest.approx((1 - alpha) * whole, abs=0.05 * abs(whole))
+
+
+def test_an_evaluation_has_the_reference_of_the_step_that_it_follows(run):
+    """Else each evaluation right after a hard move would compare the policy with itself."""
+    settings = ("max_steps=3", "eval_every_n_steps=1")
+    fixed = run("lora_dpo_single_device", *settings, name="fixed")
+    moved = ("reference=sync", "reference.every_n_steps=2", "reference.alpha=1.0")
+    log = run("lora_dpo_single_device", *settings, *moved, name="moved")
+    margins, expected = ([r["eval/rewards/margins"] for r in rows if "eval/loss" in r] for rows in (log, fixed))
+    assert margins[:2] == expected[:2] and margins[2] != expected[2] and all(margins)
+
+
+def test_a_reference_that_would_never_move_is_refused(run):
+    with pytest.raises(UserError, match="reference.every_n_steps=512: the run has 4 steps.*every_n_steps=3"):
+        run("lora_dpo_single_device", "reference=sync", "max_steps=4")
+    with pytest.raises(UserError, match="reference.every_n_steps=4: the run has 4 steps"):
+        run("full_dpo_single_device", "reference=sync", "reference.every_n_steps=4", "max_steps=4")
+
+
+@pytest.mark.parametrize("loss", ["simpo", "sft"])
+def test_a_loss_without_a_reference_goes_on_from_an_adapter(run, tmp_path, loss):
+    run("lora_dpo_single_device", "loss=sft", "max_steps=2", name="sft")
+    adapter = f"adapter={tmp_path / 'sft' / 'export' / 'adapter'}"
+    log = run("lora_dpo_single_device", adapter, f"loss={loss}", "max_steps=1", name="on_top")
+    start = run("lora_dpo_single_device", adapter, "reference=start", "max_steps=1", name="start")
+    base = run("lora_dpo_single_device", "max_steps=1", name="base")
+    assert log[0]["logps/chosen"] == start[0]["logps/chosen"] != base[0]["logps/chosen"]
+    with pytest.raises(UserError, match="reference=cached: KTO .* use reference=start"):
+        run("lora_dpo_single_device", adapter, "loss=kto", "reference=cached")
+
+
+def test_a_margin_that_a_hinge_asks_no_more_of_is_no_fault(run):
+    """Without a reference the longest pair's margin may be wide enough before the first step."""
+    settings = ["loss=hinge", "reference=none", "batch_size=1", "loss.beta=1.0", "max_steps=3"]
+    log = training(run("lora_dpo_single_device", *settings))
+    assert len(log) == 3 and any(row["grad_norm"] > 0 for row in log)
+
+
+def test_options_of_losses_and_references_are_checked_before_files(run, tmp_path):
+    nowhere = f"checkpointer.checkpoint_dir={tmp_path / 'nowhere'}"
+    for settings, words in (
+        (["loss=discopop", "loss.tau=-1"], "loss.tau=-1"),
+        (["loss=sigmoid", "loss.ld_alpha=3"], "loss.ld_alpha=3"),
+        (["loss=simpo", "reference=cached"], "this loss has no reference"),
+    ):
+        with pytest.raises(UserError, match=words):
+            run("lora_dpo_single_device", nowhere, *settings)
 
 
 # The cache
@@ -576,6 +623,30 @@ def test_two_processes_fill_a_cache_and_one_reads_it(tmp_path, reference):
         for key in ("loss", "grad_norm", "eval/loss"):
             if key in expected:
                 assert row[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-5)
+
+
+def test_a_cache_that_was_filled_in_other_batches_serves_a_run_in_bf16(run, tmp_path):
+    """Its rounding is another one: that is no fault of the policy, however large beta is."""
+    settings = ["dtype=bf16", "loss=sigmoid_norm", "reference=cached", f"reference.cache_dir={tmp_path / 'cache'}"]
+    run("lora_dpo_single_device", *settings, "max_steps=1", "loss.beta=50", name="fills")
+    log = run("lora_dpo_single_device", *settings, "attention=mask", "batch_size=4", "loss.beta=50", name="reads")
+    assert training(log)[0]["loss"] == pytest.approx(math.log(2), abs=0.5)
+
+
+def test_a_cache_holds_what_the_run_asks_for(run, tmp_path):
+    """A run of one step does not wait for the whole data set."""
+    cached = ("reference=cached", f"reference.cache_dir={tmp_path / 'cache'}", "pairs_per_step=4", "batch_size=2")
+
+    def num_values():
+        (entry,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
+        return len(reference_cache.read(tmp_path / "cache", entry.name))
+
+    one = run("lora_dpo_single_device", *cached, "max_steps=1", name="one")
+    assert 8 + 4 <= num_values() <= 8 + 4 + 2  # held-out pairs, the step's, and the two longest
+    live = run("lora_dpo_single_device", *cached[2:], "max_steps=1", name="live")
+    assert one[0]["loss"] == pytest.approx(live[0]["loss"], abs=1e-6)
+    run("lora_dpo_single_device", *cached, "epochs=1", name="all")
+    assert num_values() == 8 + 40
 
 
 def test_on_top_of_an_adapter_the_cached_reference_is_that_start(run, tmp_path):
