@@ -135,6 +135,23 @@ def test_an_export_of_many_processes_loads_in_transformers_and_peft(work, single
         assert (merged(tokens).logits - base(tokens).logits).abs().max() > 0.01
 
 
+def test_a_vocabulary_that_processes_cannot_share_evenly_is_exported(work, tmp_path):
+    """FSDP2 pads the last shard: a gathered weight is a part of its memory."""
+    sizes = SHARDED_SIZES | {"vocab_size": 321}
+    save_llama(tmp_path / "base", sizes=sizes)
+    model = {"_component_": "torchtune.models.llama3.llama3", **sizes}
+    settings = [f"checkpointer.checkpoint_dir={tmp_path / 'base'}", f"model={json.dumps(model)}", "max_steps=2"]
+    settings += ["samples.num_prompts=0", "keep_last_n=0"]
+    status, output = run(tune_run(work, 2, "full", tmp_path / "two", *settings))
+    assert status == 0, output[-3000:]
+    one = [f"output_dir={tmp_path / 'one'}", *settings]
+    run_recipe("full_dpo_single_device", *one, config_paths=[work / "config.yaml"])
+    found, expected = (load_file(tmp_path / name / "export" / "model.safetensors") for name in ("two", "one"))
+    assert found.keys() == expected.keys() and found["model.embed_tokens.weight"].shape[0] == 321
+    for name, weight in found.items():
+        torch.testing.assert_close(weight, expected[name], atol=1e-5, rtol=0, msg=name)
+
+
 @pytest.mark.parametrize(
     ("method", "num_processes", "setting"),
     [
