@@ -8,10 +8,11 @@ from torchtune.modules.peft import DoRALinear as TorchtuneDoRALinear
 
 
 class DoRALinear(TorchtuneDoRALinear):
-    """torchtune's layer with another forward, that of PEFT and of the merged weight.
+    """torchtune's layer with another forward, that of the merged weight and, but for dropout, of PEFT.
 
     torchtune's scales the bias with the weight's rows, which merging cannot; and it multiplies an identity of the
-    input's width by A and B in each forward, to get at their product.
+    input's width by A and B in each forward, to get at their product. Dropout is on the adapter's input, as in LoRA;
+    PEFT drops the base's too.
 
     Attributes:
         frozen_magnitude: A second, frozen set of magnitudes, or None: models.lora(frozen_copy=True).

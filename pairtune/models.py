@@ -278,6 +278,9 @@ def prepare(
     if checkpoint_activations:
         set_activation_checkpointing(model, auto_wrap_policy={TransformerSelfAttentionLayer})
     if compile_layers:
+        # A layer is compiled for each kind of forward: with gradients and without, adapters on and off, the first
+        # layer's input, a few shapes. Beyond torch's limit of 8 it would not be compiled.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         compile_model(model, verbose=False)
 
 

@@ -233,6 +233,14 @@ def test_one_file_serves_a_recipe_without_adapters(load):
         load("lora.rank=4", method="full", defaults=defaults)
 
 
+def test_what_a_run_starts_from_is_not_passed_over(load):
+    recipe = {"method": "full", "defaults": {k: v for k, v in DEFAULTS.items() if k not in ("lora", "adapter")}}
+    load(text=BASE + "adapter: null\nper_method: {lora: {adapter: sft}}", **recipe)
+    for text in ("adapter: sft", "per_method: {full: {adapter: sft}}"):
+        with pytest.raises(UserError, match="adapter=sft: full_ recipes start from whole weights: merge it first"):
+            load(text=BASE + text, **recipe)
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [

@@ -12,6 +12,7 @@ import torch
 import torchtune
 from helpers import NF4_SIZES, ROOT, padded_logps, random_pairs, run_recipe, save_llama, save_pairs, tiny_llama
 from safetensors.torch import load_file, save_file
+from torch._dynamo.utils import counters
 from torchtune.models.convert_weights import hf_to_tune
 
 from pairtune import checkpoint, config, models
@@ -139,6 +140,15 @@ def test_compiled_layers_give_the_same_losses(work):
     plain = run(work, "lora_dpo_single_device", *settings)
     compiled = run(work, "lora_dpo_single_device", *settings, "compile=true")
     assert losses(compiled) == pytest.approx(losses(plain), abs=1e-5)
+
+
+def test_every_kind_of_forward_is_compiled(work):
+    """Of evaluation, reference, a whole step's values and training, in several shapes: torch gives up at a limit."""
+    torch._dynamo.reset()
+    counters.clear()
+    settings = ["compile=true", "loss=aot", "batch_size=4", "eval_every_n_steps=2", "max_steps=6"]
+    run(work, "lora_dpo_single_device", *settings, "samples.num_prompts=0")
+    assert counters["frames"]["ok"] == counters["frames"]["total"] > 8
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
