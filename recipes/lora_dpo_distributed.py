@@ -76,7 +76,7 @@ DEFAULTS = {
     },
     "adapter": None,  # a folder: start from its adapter (ours, PEFT's), such as one of supervised fine-tuning
     "reference": {
-        "name": "adapter_off",  # the base; start: and `adapter`; cached: either, once; model: another; sync: moved; none
+        "name": "adapter_off",  # base; start: with `adapter`; cached: either, once; model: another; sync: moved; none
         "checkpoint_dir": None,  # model, cached: the folder of another model with this vocabulary; null: the run's
         "model": None,  # model, cached: its builder, if it is of another size or architecture; null: `model`
         "dtype": None,  # model, cached: bf16 or fp32; null: the run's
