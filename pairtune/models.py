@@ -1,4 +1,4 @@
-"""Full, LoRA and QLoRA models from a torchtune builder; load, merge. The only module that knows torchtune's internals.
+"""Full, LoRA and QLoRA models from a torchtune builder: build, prepare, load, shard, gather, merge.
 
 A model is built on the meta device, where size costs nothing and mistakes show, and gets its memory in `load`.
 """

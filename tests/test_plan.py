@@ -232,8 +232,8 @@ def test_a_second_model_that_fills_a_cache_is_planned_for_the_time_before_traini
     cached = planned(path, "lora_dpo_single_device", *settings)
     weights = 4 * sum(p.numel() for p in tiny_llama(**sizes).parameters())
     assert cached.memory == alone.memory and alone.reference_pass == 0
-    assert weights < cached.reference_pass < 1.2 * weights and cached.peak == cached.reference_pass
-    run = plan.Run("lora_dpo_single_device", (path,), settings, gpu_memory=weights / plan.GIB)
+    assert weights < cached.reference_pass < 1.5 * weights and cached.peak == cached.reference_pass
+    run = plan.Run("lora_dpo_single_device", (path,), settings, gpu_memory=1.2 * weights / plan.GIB)
     assert not plan.plan(run, cli._read_recipe).fits
     (change,), changed = plan.smallest_change(run, cli._read_recipe)
     assert change.words == "reference.quantize=true" and changed.fits
