@@ -185,7 +185,8 @@ def plan(argv: list[str]) -> int:
 def download(argv: list[str]) -> int:
     """Fetch a model or a data set from the Hugging Face Hub, or a model from Kaggle, and say how to train it.
 
-    The same command again goes on where it stopped, and fetches anew what is not the repository's.
+    The same command again goes on where it stopped, and fetches anew what is not the repository's. Another revision
+    takes the place of the first; files that this command did not fetch stay.
     """
     parser = _parser(download)
     parser.add_argument("repo_id", metavar="REPO_ID", help="owner/name, or a Kaggle model handle")

@@ -8,6 +8,8 @@ import shlex
 import subprocess
 import sys
 import threading
+import time
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -18,7 +20,7 @@ import transformers
 import yaml
 from huggingface_hub.utils import WeakFileLock
 
-from pairtune import cli, config, fitting, hub, models
+from pairtune import adapters, checkpoint, cli, config, fitting, hub, models
 from pairtune.errors import UserError
 from pairtune.model_config import check_model
 from pairtune.rows import read_rows
@@ -57,6 +59,14 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = self.path.partition("?")[0].strip("/")
+        busy = next((part for part in self.server.busy if part in path), None)
+        if busy:
+            status, times = self.server.busy[busy]
+            if times == 1:
+                del self.server.busy[busy]
+            else:
+                self.server.busy[busy] = status, times - 1
+            return self.reply(status, headers={"Retry-After": "0"})
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         if path.startswith("elsewhere/"):
             return self.reply(200, b"<html>not a Hub</html>", {"Content-Type": "text/html"})
@@ -71,6 +81,11 @@ class Hub(BaseHTTPRequestHandler):
         files = self.server.repos.get(f"{kind}/{owner}/{name}")
         if token == "unknown":
             return self.reply(401, message="Invalid credentials in Authorization header")
+        if token == "echo":
+            return self.reply(403, message=f"Refused: Bearer {token}")
+        if self.server.leads_to:
+            return self.reply(302, b"", {"Location": self.server.leads_to + self.path})
+        self.server.tokens_at_hub.append(token)
         if token == "narrow":
             return self.reply(403, message="Please enable access to public gated repositories in your token's settings")
         if files is None:
@@ -81,7 +96,12 @@ class Hub(BaseHTTPRequestHandler):
             siblings = [{"rfilename": file} for file in files]
             return self.reply_json({"id": f"{owner}/{name}", "sha": COMMIT, "siblings": siblings})
         if verb == "tree":
-            return self.reply_json([self.row(file, body) for file, body in files.items()])
+            rows = [self.row(file, body) for file, body in files.items()]
+            if self.server.pages_at:  # two pages: the first here, the second there
+                page = 0 if "cursor" not in self.path else 1
+                following = {"Link": f'<{self.server.pages_at}{self.path}&cursor=1>; rel="next"'} if page == 0 else {}
+                return self.reply_json([rows[:2], rows[2:]][page], following)
+            return self.reply_json(rows)
         if name == "gated" and token != "right":
             return self.reply(403 if token else 401, error="GatedRepo")
         if file[0].endswith(LFS):
@@ -105,7 +125,7 @@ class Hub(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return self.reply(200, body, headers)
         if file in self.server.down:
-            return self.reply(500)
+            return self.reply(500, headers={"Retry-After": "0"})
         self.server.fetched.append(file)
         if self.server.spoilt.get(file):
             self.server.spoilt[file] -= 1
@@ -119,8 +139,8 @@ class Hub(BaseHTTPRequestHandler):
             self.server.down.add(file)
         self.reply(206 if start else 200, body[start:], headers, cut=cut)
 
-    def reply_json(self, value):
-        self.reply(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+    def reply_json(self, value, headers=None):
+        self.reply(200, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})})
 
     def reply(self, status, body=b"", headers=None, error=None, message=None, cut=None):
         self.send_response(status)
@@ -142,20 +162,35 @@ def sha256(content):
     return hashlib.sha256(content).hexdigest()
 
 
-@pytest.fixture
-def server():
+@contextmanager
+def serve():
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     httpd.repos = {f"models/{name}": dict(MODEL) for name in ("org/tiny", "org/gated", LLAMA3_8B)}
     httpd.repos["datasets/org/pairs"] = {"README.md": b"# Pairs\n", "data/train.jsonl": ROWS, "data/test.jsonl": ROWS}
-    httpd.pretended_sizes, httpd.fetched, httpd.sent, httpd.tokens_in_store = {}, [], {}, []
-    httpd.cuts, httpd.down, httpd.spoilt = {}, set(), {}
+    httpd.pretended_sizes, httpd.fetched, httpd.sent = {}, [], {}
+    httpd.tokens_in_store, httpd.tokens_at_hub, httpd.leads_to, httpd.pages_at = [], [], None, None
+    httpd.cuts, httpd.down, httpd.spoilt, httpd.busy = {}, set(), {}, {}
     httpd.url = f"http://127.0.0.1:{httpd.server_port}"
     thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-    yield httpd
-    httpd.shutdown()
-    thread.join()
-    httpd.server_close()
+    try:
+        yield httpd
+    finally:
+        httpd.shutdown()
+        thread.join()
+        httpd.server_close()
+
+
+@pytest.fixture
+def server():
+    with serve() as httpd:
+        yield httpd
+
+
+@pytest.fixture
+def second_server():
+    with serve() as httpd:
+        yield httpd
 
 
 @pytest.fixture
@@ -321,6 +356,151 @@ def test_two_downloads_into_one_folder_are_one_too_many(download, tmp_path):
     succeeds(download("org/tiny", "--output-dir", tmp_path / "m"))
 
 
+# Another revision
+
+
+SINGLE = {"config.json": b'{"new": 1}', "model.safetensors": b"one and two"}
+
+
+def test_another_revision_takes_the_place_of_the_first_and_a_run_reads_its_weights(download, server, tmp_path):
+    server.repos["models/org/tiny"]["chat_template.jinja"] = b"old"
+    folder = tmp_path / "m"
+    succeeds(download("org/tiny", "--output-dir", folder))
+    (folder / "notes.txt").write_text("mine")
+    server.repos["models/org/tiny"] = SINGLE
+    told = succeeds(download("org/tiny", "--output-dir", folder, "--dry-run"))
+    gone = sorted({*KEPT, "chat_template.jinja"} - SINGLE.keys())
+    assert f"Fetched earlier and not in this revision, to be removed:\n  {', '.join(gone)}\n" in told
+    assert "not of this download, left as they are:\n  notes.txt\n" in told
+    assert (folder / "chat_template.jinja").is_file()
+    succeeds(download("org/tiny", "--output-dir", folder))
+    assert names(folder) == {*SINGLE, "notes.txt", hub.REPO_ID_FILE}
+    assert checkpoint.find_weights(str(folder)) == ["model.safetensors"]
+    server.repos["models/org/tiny"] = dict(MODEL)  # and back
+    succeeds(download("org/tiny", "--output-dir", folder))
+    assert names(folder) == {*KEPT, "notes.txt", hub.REPO_ID_FILE}
+    assert len(checkpoint.find_weights(str(folder))) == 2
+
+
+def test_another_revision_that_broke_off_leaves_nothing_of_the_first(download, server, tmp_path):
+    succeeds(download("org/tiny", "--output-dir", tmp_path / "m"))
+    server.repos["models/org/tiny"] = dict(SINGLE)
+    server.down.add("model.safetensors")
+    fails_with(download("org/tiny", "--output-dir", tmp_path / "m"))
+    assert names(tmp_path / "m") <= {"config.json", hub.REPO_ID_FILE}
+    with pytest.raises(UserError, match="holds no weights"):
+        checkpoint.find_weights(str(tmp_path / "m"))
+    server.repos["models/org/tiny"] = {"README.md": b"of a third"}  # what came of the second goes, too
+    succeeds(download("org/tiny", "--output-dir", tmp_path / "m"))
+    assert names(tmp_path / "m") == {"README.md", hub.REPO_ID_FILE}
+
+
+def test_rows_of_another_revision_are_not_read_along(download, server, tmp_path):
+    words = ("org/pairs", "--repo-type", "dataset", "--output-dir", tmp_path / "d")
+    server.repos["datasets/org/pairs"] = {f"data/train-0000{n}-of-00002.jsonl": ROWS for n in range(2)}
+    succeeds(download(*words))
+    server.repos["datasets/org/pairs"] = {"data/train-00000-of-00001.jsonl": ROWS}
+    succeeds(download(*words))
+    assert list(read_rows(str(tmp_path / "d"), split="train")) == PAIRS
+
+
+def test_what_was_fetched_at_the_same_revision_with_other_patterns_stays(download, server, tmp_path):
+    succeeds(download("org/tiny", "--output-dir", tmp_path / "m", "--ignore-patterns"))
+    server.fetched.clear()
+    for _ in range(2):
+        out = succeeds(download("org/tiny", "--output-dir", tmp_path / "m"))
+        assert "to be removed" not in out and server.fetched == []
+        assert names(tmp_path / "m") == MODEL.keys() | {hub.REPO_ID_FILE}
+    server.repos["models/org/tiny"]["pytorch_model.bin"] = b"of another revision"
+    succeeds(download("org/tiny", "--output-dir", tmp_path / "m"))
+    assert names(tmp_path / "m") == MODEL.keys() - {"pytorch_model.bin"} | {hub.REPO_ID_FILE}
+
+
+@pytest.mark.parametrize(
+    "repo, own",
+    [
+        (SINGLE, "model.safetensors.index.json"),  # a run would read it first
+        (SINGLE, "model.safetensors"),  # would be overwritten
+        ({"config.json": b"{}", "pytorch_model.bin": b"theirs"}, "model.safetensors"),
+        ({"adapter_config.json": b"{}", "adapter_model.bin": b"theirs"}, "adapter_model.safetensors"),
+    ],
+)
+def test_weights_of_a_user_are_refused_and_not_touched(download, server, tmp_path, repo, own):
+    server.repos["models/org/tiny"] = repo
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / own).write_bytes(b"mine")
+    error = fails_with(download("org/tiny", "--output-dir", tmp_path / "m"))
+    assert f"{tmp_path}/m: in the way: {own}; not written by `tune download`" in error and "--output-dir DIR" in error
+    assert names(tmp_path / "m") == {own} and (tmp_path / "m" / own).read_bytes() == b"mine"
+    (tmp_path / "m" / own).unlink()
+    succeeds(download("org/tiny", "--output-dir", tmp_path / "m"))
+
+
+def test_weights_of_a_user_that_a_run_does_not_find_first_are_named_and_stay(download, server, tmp_path):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m/pytorch_model.bin").write_bytes(b"mine")
+    assert "left as they are:\n  pytorch_model.bin\n" in succeeds(download("org/tiny", "--output-dir", tmp_path / "m"))
+    assert (tmp_path / "m/pytorch_model.bin").read_bytes() == b"mine"
+
+
+def test_a_fetched_file_that_a_user_changed_is_not_removed(download, server, tmp_path):
+    server.repos["models/org/tiny"] = {**SINGLE, "chat_template.jinja": b"old"}
+    succeeds(download("org/tiny", "--output-dir", tmp_path / "m"))
+    (tmp_path / "m/chat_template.jinja").write_text("mine")
+    server.repos["models/org/tiny"] = dict(MODEL)
+    assert "in the way: chat_template.jinja;" in fails_with(download("org/tiny", "--output-dir", tmp_path / "m"))
+    assert (tmp_path / "m/chat_template.jinja").read_text() == "mine"
+    assert (tmp_path / "m/model.safetensors").read_bytes() == SINGLE["model.safetensors"]  # nor anything else
+
+
+def test_a_file_that_was_whole_before_is_a_users_and_not_removed(download, server, tmp_path):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m/config.json").write_bytes(MODEL["config.json"])
+    succeeds(download("org/tiny", "--output-dir", tmp_path / "m"))
+    assert "config.json" not in server.fetched
+    server.repos["models/org/tiny"] = {"README.md": b"new"}
+    assert "as they are:\n  config.json\n" in succeeds(download("org/tiny", "--output-dir", tmp_path / "m"))
+    assert names(tmp_path / "m") == {"config.json", "README.md", hub.REPO_ID_FILE}
+
+
+@pytest.mark.parametrize("text", ["", "[]\n", "{}\n", '{"repo_id": "org/tiny"}\n', "PK\n"])
+def test_a_damaged_record_is_named(download, tmp_path, text):
+    succeeds(download("org/tiny", "--output-dir", tmp_path / "m"))
+    (tmp_path / "m" / hub.RECORD).write_text(text)
+    assert hub.RECORD in fails_with(download("org/tiny", "--output-dir", tmp_path / "m"))
+
+
+def test_a_record_that_leads_out_of_the_folder_is_refused(download, tmp_path):
+    succeeds(download("org/tiny", "--output-dir", tmp_path / "m"))
+    (tmp_path / "outside").write_text("mine")
+    with (tmp_path / "m" / hub.RECORD).open("a") as record:
+        record.write(json.dumps({"name": "../outside", "size": 4, "checksum": ""}) + "\n")
+    assert "../outside" in fails_with(download("org/tiny", "--output-dir", tmp_path / "m"))
+    assert (tmp_path / "outside").read_text() == "mine"
+
+
+def test_a_row_of_the_record_that_broke_off_does_no_harm(download, server, tmp_path):
+    succeeds(download("org/tiny", "--output-dir", tmp_path / "m"))
+    with (tmp_path / "m" / hub.RECORD).open("a") as record:
+        record.write('{"name": "conf')
+    server.repos["models/org/tiny"] = dict(SINGLE)
+    succeeds(download("org/tiny", "--output-dir", tmp_path / "m"))
+    assert names(tmp_path / "m") == SINGLE.keys() | {hub.REPO_ID_FILE}
+
+
+def test_what_a_failed_download_did_not_bring_is_a_users(download, server, tmp_path):
+    fails_with(download("org/gated", "--output-dir", tmp_path / "m"))
+    (tmp_path / "m/config.json").write_bytes(b"mine")
+    error = fails_with(download("org/gated", "--output-dir", tmp_path / "m", "--hf-token", "right"))
+    assert "in the way: config.json;" in error and (tmp_path / "m/config.json").read_bytes() == b"mine"
+    (tmp_path / "m/config.json").unlink()
+    succeeds(download("org/tiny", "--output-dir", tmp_path / "m"))  # nothing of the other one is there
+
+
+def test_hub_looks_for_weights_where_a_run_does():
+    assert hub.LOADED == checkpoint.WEIGHT_FILES and hub.LOADED_ADAPTER == adapters.WEIGHT_FILES
+
+
 # What does not come
 
 
@@ -348,6 +528,108 @@ def test_a_token_from_the_option_or_the_environment_opens_a_gated_model_and_stay
     succeeds(download("org/gated", "--output-dir", tmp_path / "m", *words))
     assert names(tmp_path / "m") == KEPT | {hub.REPO_ID_FILE}
     assert server.tokens_in_store == [""] * 3  # two shards and the tokenizer
+
+
+@pytest.mark.parametrize("padding", ["{}\n", "{}\r\n", " {} ", "\t{}"])
+@pytest.mark.parametrize("where", ["option", "environment", "file"])
+def test_a_token_is_sent_without_what_surrounds_it(download, server, monkeypatch, tmp_path, where, padding):
+    token, words = padding.format("right"), []
+    if where == "option":
+        words = ["--hf-token", token]
+    elif where == "environment":
+        monkeypatch.setenv("HF_TOKEN", token)
+    else:
+        (tmp_path / "no_token").write_bytes(token.encode())
+    succeeds(download("org/gated", "--output-dir", tmp_path / "m", *words))
+    assert {*server.tokens_at_hub} == {"right"}
+
+
+@pytest.mark.parametrize("token", ["", " \n", "hush\nhush", "hush hush", "hüsh", "hush…", "hush\x00", "echo"])
+@pytest.mark.parametrize("where", ["option", "environment", "file"])
+def test_a_token_that_cannot_be_sent_is_said_and_never_shown(download, monkeypatch, tmp_path, where, token):
+    words = ["org/tiny", "--output-dir", tmp_path / "m"]
+    if where == "environment" and "\x00" not in token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    elif where == "file":
+        (tmp_path / "no_token").write_text(token)
+    else:
+        words += ["--hf-token", token]
+    status, out, error = download(*words)
+    assert "hush" not in out + error and "hüsh" not in out + error and "echo" not in out + error
+    if token == "echo":  # a server that sends it back
+        assert "***" in error
+    elif where == "option" or token.strip():
+        cleaned = token.replace("\n", "") if where != "option" else token  # as the client does with stored ones
+        accepted = cleaned == "hushhush"
+        assert accepted or (status == 2 and ("no token has" in error or "--hf-token: is empty" in error)), error
+    else:  # an empty variable is none
+        assert status == 0, error
+
+
+def test_a_stored_token_that_cannot_be_read_is_said(download, tmp_path):
+    (tmp_path / "no_token").write_bytes(b"\xffhush")
+    error = fails_with(download("org/tiny", "--output-dir", tmp_path / "m"))
+    assert "cannot be read (UnicodeDecodeError)" in error and "hush" not in error
+
+
+@pytest.mark.parametrize("known", [False, True])  # as a host of the Hub's, to which its client sends tokens
+def test_a_token_goes_to_no_other_host(download_alone, server, second_server, tmp_path, known):
+    server.leads_to = second_server.url
+    env = {"HF_TOKEN": "right", "HF_ENDPOINT": second_server.url if known else NOBODY}
+    words = ["--output-dir", str(tmp_path / "m"), "--endpoint", server.url]
+    status, _, error = download_alone(LLAMA3_8B, *words, **env)
+    assert status == 0, error
+    assert names(tmp_path / "m") == KEPT | {hub.REPO_ID_FILE}
+    assert {*second_server.tokens_at_hub, *second_server.tokens_in_store} == {""}
+    status, _, error = download_alone("org/gated", "--output-dir", str(tmp_path / "g"), *words[2:], **env)
+    assert status == 2 and f"a token goes to {server.url} only" in error
+
+
+@pytest.mark.parametrize("at_home", [True, False])
+def test_a_list_in_pages_comes_whole_and_its_pages_elsewhere_get_no_token(
+    download, server, second_server, tmp_path, at_home
+):
+    server.pages_at = second_server.pages_at = server.url if at_home else second_server.url
+    succeeds(download("org/tiny", "--output-dir", tmp_path / "m", "--hf-token", "right"))
+    assert names(tmp_path / "m") == KEPT | {hub.REPO_ID_FILE}
+    assert {*server.tokens_at_hub} == {"right"} and {*second_server.tokens_at_hub} == (set() if at_home else {""})
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
+@pytest.mark.parametrize("part", ["api/models/org/tiny", "store/models/org/tiny@model-00001", "config.json"])
+def test_a_busy_hub_is_asked_again(download, server, monkeypatch, tmp_path, part, status):
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    server.busy[part] = status, 2
+    out = succeeds(download("org/tiny", "--output-dir", tmp_path / "m"))
+    assert names(tmp_path / "m") == KEPT | {hub.REPO_ID_FILE}
+    assert len(waits) == 2 and ("asking again in 0 s" in out or status == 429)
+
+
+def test_a_hub_that_stays_busy_is_left_after_some_waits(download, server, monkeypatch, tmp_path):
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    server.busy["api/models/org/tiny"] = 503, 100
+    assert "answers with an error, try later: Server error '503" in fails_with(
+        download("org/tiny", "--output-dir", tmp_path / "m")
+    )
+    assert waits == [0] * len(hub.WAITS) and list(hub.WAITS) == sorted(hub.WAITS)
+
+
+@pytest.mark.parametrize("status", [403, 404, 416])
+def test_a_file_store_that_refuses_is_named_and_not_the_token(download, server, tmp_path, status):
+    server.busy["store/"] = status, 100
+    error = fails_with(download("org/tiny", "--output-dir", tmp_path / "m"))
+    assert (
+        f"localhost:{server.server_port}, to which {server.url} leads, answers {status}" in error
+        and "your token" not in error
+    )
+
+
+def test_a_hub_that_forbids_without_a_token_does_not_blame_one(download, server, tmp_path):
+    server.busy["api/models"] = 403, 1
+    error = fails_with(download("org/tiny", "--output-dir", tmp_path / "m"))
+    assert "answers 403 without a token" in error and "forbids it to your token" not in error
 
 
 @pytest.mark.parametrize(
@@ -481,6 +763,23 @@ def test_a_dry_run_offline_prints_its_plan_and_one_line_of_error(download_alone)
             "tf_model.h5",
         ),  # no safetensors: .bin and .pth are the weights
         ("adapter_model.safetensors adapter_config.json", ""),  # an adapter is no second copy
+        (  # an adapter and what its training left
+            "adapter_config.json adapter_model.bin adapter_model.safetensors checkpoint-100/adapter_model.safetensors "
+            "checkpoint-100/optimizer.pt optimizer.pt tokenizer.json training_args.bin",
+            "adapter_model.bin checkpoint-100/adapter_model.safetensors checkpoint-100/optimizer.pt optimizer.pt "
+            "training_args.bin",
+        ),
+        (  # a model of which steps on the way were kept
+            "config.json pytorch_model.bin runs/checkpoint-5/config.json runs/checkpoint-5/rng_state_0.pth "
+            "checkpoint_files/a.json",
+            "runs/checkpoint-5/config.json runs/checkpoint-5/rng_state_0.pth",
+        ),
+        ("README.md checkpoint-100/model.safetensors", ""),  # nothing else is here: leave the choice to people
+        (  # shards under the names of .bin's
+            "consolidated.safetensors model.safetensors.index.json pytorch_model-00001-of-00002.bin "
+            "pytorch_model-00001-of-00002.safetensors pytorch_model.bin.index.json",
+            "consolidated.safetensors pytorch_model-00001-of-00002.bin pytorch_model.bin.index.json",
+        ),
         ("part/model.safetensors part/extra.bin", ""),  # not where a checkpointer looks: leave the choice to people
     ],
 )
