@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -218,13 +219,13 @@ def download(argv: list[str]) -> int:
             print(f"{source}, to {folder.expanduser().absolute()}; its files are not known")
             if args.repo_type == "model" and args.ignore_patterns is None:
                 print(f"Left out: {hub.rules()}")
-            print(_next_command(source, folder.expanduser().absolute(), lambda: None))
+            print(_next_command(source, folder.expanduser().absolute(), lambda name: None))
         raise
     print(planned)
     if not args.dry_run:
         hub.fetch(planned)
         print(f"{planned.folder} is complete, every file as the repository states it")
-    print(_next_command(source, planned.folder, lambda: hub.read_json(planned, "config.json")))
+    print(_next_command(source, planned.folder, lambda name: hub.read_json(planned, name)))
     return 0
 
 
@@ -568,40 +569,81 @@ def _download_from_kaggle(args: argparse.Namespace) -> int:
     return 0
 
 
-def _next_command(source, folder: Path, read_config: Callable[[], dict | None]) -> str:
+def _next_command(source, folder: Path, read: Callable[[str], dict | None]) -> str:
     """Returns the command that trains what a hub.Source brought to `folder`, in words that begin with what it is.
 
-    The config is the one whose comments download this id, else the one whose model config.json is nearest to.
+    The one in the comments of the config that downloads this id, else that of the config whose model config.json is
+    nearest to; for an adapter, that of its base model. `read` returns a JSON file of the repository, None if it lacks
+    it.
     """
     recipe = next((f"recipes/{name}" for name in own("recipe") if re.match("lora.*single", name)), "RECIPE")
+    unnamed = [recipe, "--config", "CONFIG"]
     if source.repo_type == "dataset":
-        return f"Train on it:\n  tune run {recipe} --config CONFIG {shlex.quote(f'dataset.source={folder}')}"
-    home = shlex.quote(f"checkpointer.checkpoint_dir={folder}")
-    ids = _downloads()
-    if name := next((name for name in ids if source.repo_id.lower() in map(str.lower, ids[name])), None):
-        return f"Train it:\n  tune run {recipe} --config configs/{name}.yaml {home}"
-    unknown = f"Train it, with a CONFIG of yours (none here names it):\n  tune run {recipe} --config CONFIG {home}"
-    config = read_config()
+        return f"Train on it:\n{_tune_run(unnamed, [f'dataset.source={folder}'])}"
+    home, examples = [f"checkpointer.checkpoint_dir={folder}"], _examples()
+    if known := _example_of(source.repo_id, examples):
+        return f"Train it:\n{_tune_run(known, home)}"
+    config = read("config.json")
+    if config is None and (adapter := read("adapter_config.json")) is not None:
+        return _adapter_command(adapter, folder, examples, unnamed)
+    unknown = f"Train it, with a CONFIG of yours (none here names it):\n{_tune_run(unnamed, home)}"
     if config is None:
         return unknown
     from pairtune import fitting
 
     try:
-        fit = fitting.nearest(config, {name: own("config")[name] for name in ids})
+        fit = fitting.nearest(config, {name: own("config")[name] for name in examples})
     except UserError as error:
         return f"{unknown}\nNo config here fits: {error}"
-    line = f"  tune run {recipe} --config configs/{fit.config}.yaml {home}"
+    line = _tune_run(examples[fit.config].run, home)
     if not fit.different:
         return f"Train it, with a config of its architecture and sizes:\n{line}"
     changed = " \\\n    ".join([line, *fit.overrides])
     return f"Train it, with the nearest config and what it needs set ({'; '.join(fit.different)}):\n{changed}"
 
 
-def _downloads() -> dict[str, list[str]]:
-    """Returns the ids of `tune download ID` in each config's comments, for configs that have one."""
-    pattern = re.compile(r"^#.*\btune download ([\w.-]+/[\w.-]*\w)", re.MULTILINE)
-    found = {name: pattern.findall(path.read_text()) for name, path in own("config").items()}
-    return {name: ids for name, ids in found.items() if ids}
+def _adapter_command(adapter: dict, folder: Path, examples: dict[str, "Example"], unnamed: list[str]) -> str:
+    """The same for an adapter, from its adapter_config.json: its base model's recipe, if that trains adapters."""
+    base = str(adapter.get("base_model_name_or_path") or "a model that it does not name")
+    known = _example_of(base, examples)
+    recipe, *rest = known or unnamed
+    theirs = {"rank": "r", "alpha": "lora_alpha", "use_dora": "use_dora", "use_rslora": "use_rslora"}
+    shape = {f"lora.{ours}": adapter.get(name) for ours, name in theirs.items()}
+    numbers = [f"{key}={str(n).lower()}" for key, n in shape.items() if n and isinstance(n, (bool, int, float))]
+    line = _tune_run([recipe.replace("/full_", "/lora_"), *rest], [f"adapter={folder}", "reference=start", *numbers])
+    whose = f"`tune download {shlex.quote(base)}` fetches it" if known else "which CONFIG, of yours, must be for"
+    return f"Train on from this adapter of {base} ({whose}):\n{line}"
+
+
+@dataclass(frozen=True)
+class Example:
+    """What a config's comments show: the ids that they download, and the words after `tune run`."""
+
+    ids: list[str]
+    run: list[str]
+
+
+def _examples() -> dict[str, Example]:
+    """Returns each config's example, for configs that download something."""
+    download_line = re.compile(r"^#.*\btune download ([\w.-]+/[\w.-]*\w)", re.MULTILINE)
+    run_lines = re.compile(r"^#\s+tune run ((?:.*\\\n#)*.*)$", re.MULTILINE)
+    found = {}
+    for name, path in own("config").items():
+        text = path.read_text()
+        if ids := download_line.findall(text):
+            found[name] = Example(ids, shlex.split(run_lines.search(text)[1].replace("\\\n#", " ")))
+    return found
+
+
+def _example_of(repo_id: str, examples: dict[str, Example]) -> list[str] | None:
+    """Returns the words after `tune run` for an id, None where no config downloads it."""
+    return next((e.run for e in examples.values() if repo_id.lower() in map(str.lower, e.ids)), None)
+
+
+def _tune_run(words: list[str], changes: list[str]) -> str:
+    """Returns a line of `tune run` with `changes` in the place of what `words` says of the same keys."""
+    changed = {word.partition("=")[0] for word in changes}
+    return f"  tune run {shlex.join([*(w for w in words if w.partition('=')[0] not in changed), *changes])}"
 
 
 if __name__ == "__main__":

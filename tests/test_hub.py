@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -796,16 +795,56 @@ def test_the_file_that_names_the_model_is_torchtunes():
 # Which config
 
 
-def test_each_id_that_a_config_names_gets_that_config():
-    named = {}
-    for name, path in cli.own("config").items():
-        for line in path.read_text().splitlines():
-            if match := re.match(r"#\s+tune download ([\w.-]+/[\w.-]+)", line):
-                named.setdefault(match[1], []).append(name)
-    assert named[LLAMA3_8B] == ["llama3_8b"]
-    for repo_id, names in named.items():
-        command = cli._next_command(hub.Source(repo_id), Path("/f"), lambda: pytest.fail("the id is enough"))
-        assert command.endswith(f"--config configs/{names[0]}.yaml checkpointer.checkpoint_dir=/f")
+def example(path):
+    """The ids that a config's comments download and the words of their first `tune run`, read line by line."""
+    lines = [line.removeprefix("#").strip() for line in path.read_text().splitlines() if line.startswith("#")]
+    ids = [line.split()[2] for line in lines if line.startswith("tune download ")]
+    start = next((n for n, line in enumerate(lines) if line.startswith("tune run ")), len(lines))
+    words = []
+    for line in lines[start:]:
+        words += line.removesuffix("\\").split()
+        if not line.endswith("\\"):
+            break
+    return ids, words
+
+
+def test_each_id_that_a_config_names_gets_the_command_of_its_comments():
+    commands = {}
+    for path in cli.own("config").values():
+        ids, words = example(path)
+        for repo_id in ids:
+            commands.setdefault(repo_id, words)
+    assert "recipes/qlora_dpo_distributed" in commands["meta-llama/Llama-3.1-405B-Instruct"]
+    assert "configs/llama3_8b.yaml" in commands["princeton-nlp/Llama-3-Base-8B-SFT"]  # whose own holds no model
+    for repo_id, words in commands.items():
+        command = cli._next_command(hub.Source(repo_id), Path("/f"), lambda name: pytest.fail("the id is enough"))
+        words = [word for word in words if not word.startswith("checkpointer.checkpoint_dir=")]
+        assert shlex.split(command.splitlines()[-1]) == [*words, "checkpointer.checkpoint_dir=/f"]
+
+
+@pytest.mark.parametrize(
+    "base, recipe, name",
+    [
+        (LLAMA3_8B, "lora_dpo_single_device", "configs/llama3_8b.yaml"),
+        ("meta-llama/Llama-3.1-405B-Instruct", "qlora_dpo_distributed", "configs/llama3_1_405b.yaml"),
+        ("EleutherAI/pythia-2.8b", "lora_dpo_distributed", "configs/pythia_2_8b_hh.yaml"),  # full_ in its comments
+        ("org/unknown", "lora_dpo_single_device", "CONFIG"),
+        (None, "lora_dpo_single_device", "CONFIG"),
+    ],
+)
+def test_an_adapter_is_trained_on_with_the_recipe_of_its_base_model(download, server, tmp_path, base, recipe, name):
+    adapter = {"base_model_name_or_path": base, "peft_type": "LORA", "r": 4, "lora_alpha": 16, "use_dora": False}
+    weights = {"adapter_model.safetensors": b"x", "checkpoint-100/optimizer.pt": b"o" * 500}
+    server.repos["models/org/tiny"] = {"adapter_config.json": json.dumps(adapter).encode(), **weights}
+    *_, says, line = succeeds(download("org/tiny", "--output-dir", tmp_path / "a")).splitlines()
+    assert names(tmp_path / "a") == {"adapter_config.json", "adapter_model.safetensors", hub.REPO_ID_FILE}
+    assert says.startswith(f"Train on from this adapter of {base or 'a model that it does not name'} (")
+    assert (f"`tune download {base}`" in says) == (name != "CONFIG")
+    overrides = [f"adapter={tmp_path}/a", "reference=start", "lora.rank=4", "lora.alpha=16"]
+    assert shlex.split(line) == ["tune", "run", f"recipes/{recipe}", "--config", name, *overrides]
+    if name != "CONFIG":
+        cfg = config.load("lora", cli._read_recipe(recipe)[1], [cli.find("config", name)], overrides)
+        assert cfg.lora.rank == 4 and cfg.reference.name == "start"
 
 
 def sizes(kind, **changes):
