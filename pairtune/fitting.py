@@ -10,10 +10,11 @@ from omegaconf import OmegaConf
 from pairtune import models
 from pairtune.components import import_component
 from pairtune.errors import UserError
+from pairtune.experts import MixtureOfExperts
 from pairtune.families import config_key, config_types, of_config_type
 from pairtune.model_config import check_config, describe, describe_config
 
-# Builders of an architecture in any size, and what they call config.json's values. Llama's: see _component.
+# Builders of an architecture in any size, and what they call config.json's values. Llama's: see _choose_builder.
 BUILDERS = {
     **{name: f"torchtune.models.{name}.{name}" for name in ("mistral", "gemma", "qwen2", "phi3")},
     **{name: f"pairtune.{name}.{name}" for name in ("gemma2", "qwen3", "mixtral", "gpt2", "gpt_neox")},
@@ -63,7 +64,8 @@ def nearest(config: dict, configs: dict[str, Path]) -> Fit:
     kinds = of_config_type(config["model_type"])
     if not kinds:
         raise UserError(f"config.json: model_type={config['model_type']}: must be one of {', '.join(config_types())}")
-    wanted = {name: value for name, value in describe_config(config).items() if value is not None}
+    wanted = describe_config(config) | {"intermediate_size": config.get(config_key("intermediate_size", config))}
+    wanted = {name: value for name, value in wanted.items() if value is not None}
     candidates = []
     for name, path in configs.items():
         own = OmegaConf.load(path)
@@ -76,16 +78,20 @@ def nearest(config: dict, configs: dict[str, Path]) -> Fit:
     different = _differences(found, wanted)
     if not different:
         return Fit(name, [], [])
-    path, arguments, needed = _component(config, wanted, kind)
-    if left := _differences(_describe({"_component_": path, **arguments}), wanted):
+    builder = _choose_builder(config["model_type"], wanted, kind)
+    arguments = _arguments(config, wanted, builder)
+    if left := _differences(_describe({"_component_": builder.path, **arguments}), wanted):
         raise UserError(f"no builder here can build it: {'; '.join(left)}")
-    overrides = [f"model._component_={path}", *(f"model.{key}={value}" for key, value in arguments.items())]
-    overrides += [f"checkpointer.model_type={needed}"] if needed != kind else []
+    overrides = [f"model._component_={builder.path}", *(f"model.{key}={value}" for key, value in arguments.items())]
+    overrides += [f"checkpointer.model_type={builder.kind}"] if builder.kind != kind else []
     return Fit(name, different, overrides)
 
 
 def _describe(component: dict) -> dict:
-    return describe(models.full(component, dtype="bf16"))  # on the meta device
+    model = models.full(component, dtype="bf16")  # on the meta device
+    mlp = model.layers[0].mlp
+    mlp = mlp.experts[0] if isinstance(mlp, MixtureOfExperts) else mlp
+    return describe(model) | {"intermediate_size": mlp.w1.out_features}
 
 
 def _distance(found: dict, wanted: dict) -> tuple[int, float]:
@@ -101,22 +107,34 @@ def _differences(found: dict, wanted: dict) -> list[str]:
     ]
 
 
-def _component(config: dict, wanted: dict, kind: str) -> tuple[str, dict, str]:
-    """Returns a builder's path, its arguments for a config.json, and the checkpointer's model_type for it."""
-    path, more = BUILDERS.get(config["model_type"]), {}
-    if config["model_type"] == "llama":
-        scale = int(wanted.get("rope_scaling.factor", 1))
-        if wanted.get("tie_word_embeddings"):
-            path, kind, more = "torchtune.models.llama3_2.llama3_2", "LLAMA3_2", {"scale_factor": scale}
-        elif scale != 1:
-            path, kind, more = "torchtune.models.llama3_1.llama3_1", "LLAMA3", {"scale_factor": scale}
-        else:
-            path = f"torchtune.models.{'llama2.llama2' if kind == 'LLAMA2' else 'llama3.llama3'}"
-    takes = inspect.signature(import_component("model", path)).parameters
+@dataclass(frozen=True)
+class Builder:
+    """What builds an architecture: its path, the checkpointer's model_type for it, and arguments beyond ARGUMENTS."""
+
+    path: str
+    kind: str
+    more: dict[str, int]
+
+
+def _choose_builder(model_type: str, wanted: dict, kind: str) -> Builder:
+    """Returns the builder for a config.json's model_type; `kind` is the nearest config's."""
+    if model_type != "llama":
+        return Builder(BUILDERS[model_type], kind, {})
+    scale = int(wanted.get("rope_scaling.factor", 1))
+    if wanted.get("tie_word_embeddings"):
+        return Builder("torchtune.models.llama3_2.llama3_2", "LLAMA3_2", {"scale_factor": scale})
+    if scale != 1:
+        return Builder("torchtune.models.llama3_1.llama3_1", "LLAMA3", {"scale_factor": scale})
+    family = "llama2" if kind == "LLAMA2" else "llama3"
+    return Builder(f"torchtune.models.{family}.{family}", kind, {})
+
+
+def _arguments(config: dict, wanted: dict, builder: Builder) -> dict:
+    takes = inspect.signature(import_component("model", builder.path)).parameters
     values = {name: config.get(config_key(name, config)) for name in ARGUMENTS.values()} | wanted
     arguments = {ours: values[theirs] for ours, theirs in ARGUMENTS.items() if ours in takes}
     # No value is the builder's default; so is a cap of 0, which says that there is none.
     arguments = {ours: value for ours, value in arguments.items() if value or value is False}
     if "rope_base" in arguments:
         arguments["rope_base"] = int(arguments["rope_base"])
-    return path, arguments | more, kind
+    return arguments | builder.more

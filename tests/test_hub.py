@@ -905,12 +905,17 @@ def test_a_model_of_a_configs_sizes_gets_that_config_and_nothing_to_set(tmp_path
         **{"vocab_size": 128256, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32},
         **{
             "num_key_value_heads": 8,
+            "intermediate_size": 14336,
             "rms_norm_eps": 1e-5,
             "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"},
         },
     )
     fit = fitting.nearest(json.loads(llama3_8b.to_json_string()), cli.own("config"))
     assert (fit.config, fit.different, fit.overrides) == ("llama3_8b", [], [])
+    llama3_8b.intermediate_size = 11008
+    fit = fitting.nearest(json.loads(llama3_8b.to_json_string()), cli.own("config"))
+    assert (fit.config, fit.different) == ("llama3_8b", ["intermediate_size is 11008 and there 14336"])
+    assert "model.intermediate_dim=11008" in fit.overrides
 
 
 def test_an_architecture_that_is_not_here_is_named():
