@@ -4,47 +4,40 @@ Of a model only what training reads: a repository often holds its weights two or
 stays: huggingface_hub's own downloads start a file that broke off anew, so files come through its `http_get`, which
 goes on at the byte where a file ended, and get their names when their checksums are the repository's. What was fetched
 is noted in the folder, so that another revision takes the place of the first and leaves a user's own files alone.
-Nothing here imports torch.
+Requests and their errors are in hub_http.py. Nothing here imports torch.
 """
 
-import errno
 import hashlib
 import io
 import json
-import re
 import shutil
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
-from huggingface_hub import HfApi, constants, get_token, hf_hub_url
-from huggingface_hub.errors import (
-    DisabledRepoError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.file_download import http_get
-from huggingface_hub.utils import (
-    WeakFileLock,
-    build_hf_headers,
-    filter_repo_objects,
-    hf_raise_for_status,
-    http_backoff,
-    tqdm,
-)
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import WeakFileLock, filter_repo_objects, tqdm
 
 from pairtune.errors import UserError
+from pairtune.hub_http import (
+    BUSY,
+    UNREACHABLE,
+    File,
+    Source,
+    Unreachable,
+    explained,
+    first_line,
+    get,
+    list_files,
+    no_space,
+    patiently,
+)
 
 REPO_ID_FILE = "original_repo_id.json"  # torchtune's name; by it an exported adapter tells which model it belongs to
 BOOKKEEPING = ".cache/pairtune"  # in the folder, beside huggingface_hub's; hidden, so that no data set is read from it
@@ -62,81 +55,7 @@ TRAINING_STATES = ("checkpoint[-_][0-9]*/*", "*/checkpoint[-_][0-9]*/*", "global
 TRAINING_STATES += ("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state*.pth")
 THREADS = 8  # files at a time
 LARGEST = 50 * 10**9  # bytes; above that the Hub serves a file through Xet only
-WAITS = (1, 2, 4, 8)  # seconds before each further attempt, where an answer does not say how many
-BUSY = (500, 502, 503, 504)  # answers that are worth another attempt; http_get sees to 429 itself
-# The client's HTTP library was requests, then httpx, then httpx2; its errors are what HfHubHTTPError derives from.
-UNREACHABLE = (OSError, *HfHubHTTPError.__bases__)
 NO_HUB = (ValueError, KeyError, TypeError, AttributeError)  # what the client makes of an answer that is not the Hub's
-
-
-class Unreachable(UserError):
-    """The Hub cannot be asked: what depends on its answer is not known, what follows from names and rules is."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """A repository and where to ask for it; `endpoint` is None for HF_ENDPOINT or else huggingface.co."""
-
-    repo_id: str
-    repo_type: str = "model"  # or "dataset"
-    revision: str | None = None
-    endpoint: str | None = None
-    token: str | None = field(default=None, repr=False)
-
-    @property
-    def host(self) -> str:
-        """The endpoint's address."""
-        return (self.endpoint or constants.ENDPOINT).rstrip("/")
-
-    @property
-    def page(self) -> str:
-        """The repository's page, for people."""
-        return f"{self.host}/{'datasets/' if self.repo_type == 'dataset' else ''}{self.repo_id}"
-
-    def sent_token(self) -> str | bool:
-        """Returns the token to send: `token`, else HF_TOKEN's, else what `hf auth login` stored; False for none.
-
-        Asked for anew before each request: the client renews stored tokens that expire.
-
-        Raises:
-            UserError: There is one that cannot be sent. The message does not show it.
-        """
-        where, found = "--hf-token", self.token
-        if found is None:
-            where = "HF_TOKEN or what `hf auth login` stored"
-            try:
-                found = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
-            except (OSError, ValueError) as error:
-                raise UserError(
-                    f"{where}: cannot be read ({type(error).__name__}); give another token: --hf-token TOKEN"
-                ) from None
-            if found is None:
-                return False
-        token = found.strip()
-        if not token:
-            raise UserError(f"{where}: is empty; give a token, or leave the option out")
-        if not (token.isascii() and token.isprintable()) or " " in token:
-            raise UserError(
-                f"{where}: holds a space, a line break or another character that no token has; copy the token again"
-            )
-        return token
-
-    def __str__(self) -> str:
-        return f"{self.kind} {self.repo_id} ({self.revision or 'main'}) from {self.host}"
-
-    @property
-    def kind(self) -> str:
-        """What it is, in words."""
-        return "data set" if self.repo_type == "dataset" else "model"
-
-
-@dataclass(frozen=True)
-class File:
-    """A file as the repository states it; the checksum is LFS's SHA-256 or git's SHA-1, "" where none is stated."""
-
-    name: str
-    size: int  # bytes
-    checksum: str
 
 
 @dataclass(frozen=True)
@@ -223,15 +142,15 @@ def plan(source: Source, output_dir: Path, *, ignore_patterns: list[str] | None 
     api = HfApi(endpoint=source.endpoint, token=source.sent_token())
     try:
         asked = {"revision": source.revision, "repo_type": source.repo_type, "timeout": 30}
-        commit = _patiently(lambda: api.repo_info(source.repo_id, **asked).sha, (429, *BUSY))
+        commit = patiently(lambda: api.repo_info(source.repo_id, **asked).sha, (429, *BUSY))
         # By commit: what is listed is what comes, also when somebody pushes meanwhile.
         source = replace(source, revision=commit or source.revision)
-        files = list(_list_files(source))
+        files = list(list_files(source))
     except (HFValidationError, *UNREACHABLE) as error:
-        raise _explained(error, source) from error
+        raise explained(error, source) from error
     except NO_HUB as error:
         raise Unreachable(
-            f"{source.host} does not answer as the Hub does ({type(error).__name__}: {_first_line(error, source)}); "
+            f"{source.host} does not answer as the Hub does ({type(error).__name__}: {first_line(error, source)}); "
             "--endpoint and HF_ENDPOINT take the Hub or a mirror of it that speaks its protocol"
         ) from error
     names = [file.name for file in files]
@@ -277,7 +196,7 @@ def fetch(planned: Plan) -> None:
             if planned.source.repo_type == "model":
                 (planned.folder / REPO_ID_FILE).write_text(json.dumps({"repo_id": planned.source.repo_id}, indent=4))
     except (HFValidationError, *UNREACHABLE) as error:
-        raise _explained(error, planned.source, planned.folder) from error
+        raise explained(error, planned.source, planned.folder) from error
 
 
 def read_json(planned: Plan, name: str) -> dict | None:
@@ -293,10 +212,10 @@ def read_json(planned: Plan, name: str) -> dict | None:
         if _is_whole(planned.folder / name, file):
             return _parse((planned.folder / name).read_bytes(), planned.folder / name)
         content = io.BytesIO()
-        _get(planned.source, file, content, lambda count: None)
+        get(planned.source, file, content, lambda count: None)
         return _parse(content.getvalue(), f"{planned.source.repo_id}: {name}")
     except UNREACHABLE as error:
-        raise _explained(error, planned.source, planned.folder) from error
+        raise explained(error, planned.source, planned.folder) from error
 
 
 def unread(files: list[str]) -> list[str]:
@@ -333,27 +252,6 @@ def show_size(size: int) -> str:
 
 
 # Files
-
-
-def _list_files(source: Source) -> Iterator[File]:
-    """Yields the files of a repository at a commit. A list of many comes in pages, each of which names the next."""
-    url = f"{source.host}/api/{source.repo_type}s/{source.repo_id}/tree/{quote(source.revision or 'main', safe='')}"
-    url += "?recursive=true"
-    while url:
-        # As a mirror may send on to the Hub's own pages: the token goes to the endpoint alone.
-        token = source.sent_token() if _origin(url) == _origin(source.host) else False
-        answer = http_backoff("GET", url, headers=build_hf_headers(token=token), timeout=30)
-        hf_raise_for_status(answer)
-        for row in answer.json():
-            if row["type"] == "file":
-                stated = row.get("lfs") or row
-                is_checksum = re.fullmatch("[0-9a-f]{64}" if row.get("lfs") else "[0-9a-f]{40}", stated["oid"] or "")
-                yield File(row["path"], int(stated["size"]), stated["oid"] if is_checksum else "")
-        url = answer.links.get("next", {}).get("url")
-
-
-def _origin(url: str) -> tuple[str, str]:
-    return urlsplit(url).scheme, urlsplit(url).netloc.lower()
 
 
 def _is_inside(name: str) -> bool:
@@ -421,7 +319,7 @@ def _fetch_file(planned: Plan, file: File, update: Callable[[int], None]) -> Non
         if _size(part) > file.size:  # an endpoint that sent more than it stated
             part.unlink()
         with part.open("ab") as content:
-            _get(planned.source, file, content, update)
+            get(planned.source, file, content, update)
         if _is_whole(part, file):
             _note(planned.folder, file)  # before it is there, so that it never is a file of unknown origin
             part.replace(target)
@@ -435,35 +333,6 @@ def _fetch_file(planned: Plan, file: File, update: Callable[[int], None]) -> Non
         "twice; a proxy or a mirror may have spoilt them: the same command again fetches this file anew, --endpoint "
         "URL from elsewhere"
     )
-
-
-def _get(source: Source, file: File, content: BinaryIO, update: Callable[[int], None]) -> None:
-    """Appends to `content` what it lacks of a file; asks for nothing where nothing is missing.
-
-    The token goes to the endpoint alone: where it leads elsewhere, as to the Hub's file store, the client drops it.
-    """
-    url = hf_hub_url(
-        source.repo_id, file.name, repo_type=source.repo_type, revision=source.revision, endpoint=source.endpoint
-    )
-    # Not compressed: what arrived is counted in the file's own bytes.
-    headers = build_hf_headers(token=source.sent_token()) | {"Accept-Encoding": "identity"}
-    to = {"headers": headers, "expected_size": file.size, "tqdm_class": _relay(update)}
-    _patiently(lambda: http_get(url, content, resume_size=content.tell(), **to), BUSY)
-
-
-def _patiently(ask: Callable, busy: tuple[int, ...]):
-    """Returns what `ask` returns; asks again a few times, waiting ever longer, while a status of `busy` answers."""
-    for wait in WAITS:
-        try:
-            return ask()
-        except HfHubHTTPError as error:
-            status, said = error.response.status_code, error.response.headers.get("Retry-After", "")
-            if status not in busy:
-                raise
-            seconds = int(said) if said.isdecimal() else wait
-            print(f"{error.response.url.host} answers {status}; asking again in {seconds} s")
-            time.sleep(seconds)
-    return ask()
 
 
 # Progress
@@ -482,22 +351,6 @@ def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
                 bar.update(count)
 
         yield update
-
-
-def _relay(update: Callable[[int], None]) -> type:
-    """Returns what `http_get` takes for a progress bar, where one bar counts all files."""
-
-    class Relay:
-        def __init__(self, **kwargs):
-            self.update = update
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            pass
-
-    return Relay
 
 
 def _in_threads(work: Callable, items: list) -> None:
@@ -594,7 +447,7 @@ def _check_space(planned: Plan, missing: list[File], leaving: list[File]) -> Non
     needed = planned.to_come(missing)
     free = shutil.disk_usage(planned.folder).free + sum(_size(planned.folder / file.name) for file in leaving)
     if needed > free:
-        raise UserError(_no_space(planned.folder, f"{show_size(needed)} needed, {show_size(free)} free"))
+        raise UserError(no_space(planned.folder, f"{show_size(needed)} needed, {show_size(free)} free"))
 
 
 def _check_index(planned: Plan) -> None:
@@ -650,78 +503,3 @@ def _parse(content: bytes, where: str | Path) -> dict:
     if not isinstance(found, dict):
         raise UserError(f"{where}: is no JSON object; another --revision, or another folder: --output-dir")
     return found
-
-
-# What went wrong
-
-
-def _explained(error: Exception, source: Source, folder: Path | None = None) -> UserError:
-    """Returns what went wrong and the way out, in one sentence or two. `folder` is None while the Hub is asked."""
-    repo, host, said = source.repo_id, source.host, _first_line(error, source)
-    login = "--hf-token TOKEN, or HF_TOKEN, or `hf auth login`"
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    if isinstance(error, HFValidationError):
-        return UserError(f"{repo}: a {source.kind} is named owner/name, as on {host}")
-    elsewhere = urlsplit(str(error.response.url)).netloc if status else None
-    if elsewhere not in (None, urlsplit(host).netloc.lower()):
-        return UserError(
-            f"{repo}: {elsewhere}, to which {host} leads, answers {status}: the address may have expired, or a proxy "
-            f"may forbid it; the same command again asks for a new one (a token goes to {host} only)"
-        )
-    if isinstance(error, GatedRepoError) and status == 403:
-        return UserError(
-            f"{repo} is gated, and your token has no access to it: accept its licence at {source.page}, wait where its "
-            f"owners grant access by hand, or give another token: {login}"
-        )
-    if isinstance(error, GatedRepoError):
-        return UserError(f"{repo} is gated: accept its licence at {source.page}, then give your token: {login}")
-    if isinstance(error, RevisionNotFoundError):
-        return UserError(
-            f"{repo} has no revision {source.revision}; its branches and tags are at {source.page}/tree/main"
-        )
-    if isinstance(error, RepositoryNotFoundError):
-        other = "; a data set: --repo-type dataset" if source.repo_type == "model" else "; a model: without --repo-type"
-        return UserError(f"{repo}: no such {source.kind} at {host}, or a private one; if it is yours: {login}{other}")
-    if isinstance(error, DisabledRepoError):
-        return UserError(f"{repo}: is disabled, by its owners or the Hub ({source.page}); no token helps, take another")
-    if status in (401, 403) and not source.sent_token():
-        return UserError(
-            f"{repo}: {host} answers {status} without a token ({said}); a proxy may forbid it, or "
-            f"it needs your token: {login}"
-        )
-    if status == 401:
-        return UserError(
-            f"{repo}: {host} does not know your token ({said}), which may be mistyped, expired or "
-            f"revoked; another one: {login}"
-        )
-    if status == 403:
-        return UserError(
-            f"{repo}: {host} forbids it to your token ({said}); allow it to read this repository at "
-            f"{host}/settings/tokens, or give another one: {login}"
-        )
-    if status is not None:
-        return UserError(f"{repo}: {host} answers with an error, try later: {said}")
-    if isinstance(error, OfflineModeIsEnabled):
-        return Unreachable(f"{repo}: HF_HUB_OFFLINE is set, so {host} is not asked; unset it to download")
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return UserError(_no_space(folder, "the disk is full"))
-    if isinstance(error, OSError) and error.filename is not None:  # of a file, not of a connection
-        return UserError(f"{folder}: cannot be written ({error}); another folder: --output-dir DIR")
-    why = f"({type(error).__name__}: {said})"
-    if folder is None:
-        return Unreachable(
-            f"{repo}: {host} cannot be reached {why}; check the network, or another host: --endpoint URL"
-        )
-    return UserError(
-        f"{repo}: the connection to {host} broke off {why}; the same command again goes on where it stopped"
-    )
-
-
-def _no_space(folder: Path, why: str) -> str:
-    return f"{folder}: {why}; another disk: --output-dir DIR"
-
-
-def _first_line(error: Exception, source: Source) -> str:
-    """Returns what an error says, without the token: a server may send back what it was sent."""
-    line, token = str(error).strip().partition("\n")[0], source.sent_token()
-    return line.replace(token, "***") if token else line

@@ -19,7 +19,7 @@ import transformers
 import yaml
 from huggingface_hub.utils import WeakFileLock
 
-from pairtune import adapters, checkpoint, cli, config, fitting, hub, models
+from pairtune import adapters, checkpoint, cli, config, fitting, hub, hub_http, models
 from pairtune.errors import UserError
 from pairtune.model_config import check_model
 from pairtune.rows import read_rows
@@ -612,7 +612,7 @@ def test_a_hub_that_stays_busy_is_left_after_some_waits(download, server, monkey
     assert "answers with an error, try later: Server error '503" in fails_with(
         download("org/tiny", "--output-dir", tmp_path / "m")
     )
-    assert waits == [0] * len(hub.WAITS) and list(hub.WAITS) == sorted(hub.WAITS)
+    assert waits == [0] * len(hub_http.WAITS) and list(hub_http.WAITS) == sorted(hub_http.WAITS)
 
 
 @pytest.mark.parametrize("status", [403, 404, 416])
