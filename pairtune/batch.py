@@ -8,6 +8,7 @@ attention respects this is attention.py.
 B rows, S row length, P pairs, N scored tokens.
 """
 
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import NamedTuple
@@ -131,20 +132,23 @@ def _lay_out_pair(pair) -> dict:
     }
 
 
-def longest_row(pairs, multiple: int = 128, *, mixed: bool = False) -> int:
+def longest_row(pairs, multiple: int = 128, *, mixed_within: int | None = None) -> int:
     """Returns the row length that each of these pairs fits in: the longest's, rounded up to a multiple.
 
     Rows of one length, several short pairs in one: few shapes for a compiler, little padding for a dense mask.
 
     Args:
-        mixed: Every prompt has to fit with the answers of every other pair, too.
+        mixed_within: Every prompt has to fit with the answers of every other pair, too, where prompt and longer answer
+            have no more than so many tokens: see loss_needs.mismatched.
     """
-    if mixed:
-        longest = max(len(p.prompt) for p in pairs) + max(len(p.chosen) + len(p.rejected) for p in pairs)
-        return -(-longest // multiple) * multiple
-    longest = max(
-        len(p.prompt) + len(p.chosen) + len(p.rejected) - _common_prefix_length(p.chosen, p.rejected) for p in pairs
-    )
+    prompts, longest = sorted(len(p.prompt) for p in pairs), 0
+    for p in pairs:
+        prompt = len(p.prompt)
+        if mixed_within is not None:
+            room = mixed_within - max(len(p.chosen), len(p.rejected))
+            prompt = max(prompt, prompts[bisect_right(prompts, room) - 1])
+        answers = len(p.chosen) + len(p.rejected) - _common_prefix_length(p.chosen, p.rejected)
+        longest = max(longest, prompt + answers)
     return -(-longest // multiple) * multiple
 
 

@@ -91,20 +91,25 @@ def loss_inputs(
     return {name: known[name] for name in names}
 
 
-def mismatched(pairs: list) -> list:
+def mismatched(pairs: list, max_length: int) -> list:
     """Returns the pairs with each prompt followed by the answers to another one: what KTO's KL is estimated on.
 
-    The next pair's that has another prompt; where there is none, there are no such pairs. They are laid out as the
-    prompt's own ones are, so that it runs through the model once. Called with all pairs of a step, before they are
-    shared between processes, it depends on neither.
+    The next pair's that has another prompt and whose answers fit behind this one. A pair without such a one is left
+    out; the shortest prompt's never is while there is another prompt, so there are none in a step of one prompt only.
+    They are laid out as the prompt's own ones are, so that it runs through the model once. Called with all pairs of a
+    step, before they are shared between processes, it depends on neither.
+
+    Args:
+        max_length: Most tokens of prompt + longer answer, as each of the pairs has. TRL cuts answers there instead.
     """
     found = []
     for i, pair in enumerate(pairs):
         others = (pairs[(i + n) % len(pairs)] for n in range(1, len(pairs)))
-        other = next((other for other in others if other.prompt != pair.prompt), None)
-        if other is None:
-            return []
-        found.append(replace(pair, chosen=other.chosen, rejected=other.rejected))
+        room = max_length - len(pair.prompt)
+        fitting = (o for o in others if max(len(o.chosen), len(o.rejected)) <= room and o.prompt != pair.prompt)
+        other = next(fitting, None)
+        if other is not None:
+            found.append(replace(pair, chosen=other.chosen, rejected=other.rejected))
     return found
 
 

@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import sys
+from dataclasses import replace
 
 import torch
 from helpers import SHARDED_SIZES, random_pairs, tiny_llama
@@ -17,7 +18,7 @@ from pairtune.batch import lay_out
 from pairtune.data import Pair
 from pairtune.loader import share
 from pairtune.logps import answer_logps, answer_scores
-from pairtune.loss_needs import loss_inputs, mean_chosen_length, mismatched, needs, step_losses
+from pairtune.loss_needs import loss_inputs, mean_chosen_length, mismatched, needs, num_answers, step_losses
 from pairtune.preference_losses import LOSSES, build
 
 # Margins of a policy that is not the reference are large on random models: at these betas losses that sort, and
@@ -52,8 +53,16 @@ def loss_of(name, options):
     return theirs[name](**options) if name in theirs else build(name, **options)
 
 
+MAX_LENGTH = 60
+
+
 def as_pairs(count):
-    return [Pair(p.prompt, p.chosen, p.rejected, p.row) for p in random_pairs(count)]
+    """Random pairs; prompts of every other one from the fourth on leave no more room than its own answers take."""
+    pairs = [Pair(p.prompt, p.chosen, p.rejected, p.row) for p in random_pairs(count)]
+    for i in range(3, count, 2):
+        room = MAX_LENGTH - max(len(pairs[i].chosen), len(pairs[i].rejected))
+        pairs[i] = replace(pairs[i], prompt=(pairs[i].prompt * room)[:room])
+    return pairs
 
 
 def train_step(loss_fn, model, reference, pairs, batch_size, world):
@@ -62,6 +71,7 @@ def train_step(loss_fn, model, reference, pairs, batch_size, world):
     needed, known = needs(loss_fn), {"mean_chosen_length": mean_chosen_length(pairs)}
     if "kl" in needed.inputs:
         known["kl"] = kl_of(model, reference, pairs, batch_size, world)
+        assert known["kl"] > 0  # where it is cut, it would be alike however it is computed
 
     def reference_logps(batch):
         if not needed.reference:
@@ -101,13 +111,13 @@ def train_step(loss_fn, model, reference, pairs, batch_size, world):
 
 
 def kl_of(model, reference, pairs, batch_size, world):
-    total = torch.zeros((), dtype=torch.float64)
+    total, others = torch.zeros((), dtype=torch.float64), mismatched(pairs, MAX_LENGTH)
     with torch.no_grad():
-        for m in share(mismatched(pairs), batch_size, rank=world.rank, size=world.size):
+        for m in share(others, batch_size, rank=world.rank, size=world.size):
             batch = lay_out(m)
             ratios = torch.cat(answer_logps(model, batch)) - torch.cat(answer_logps(reference, batch))
             total += ratios.sum()
-    return losses.kto_kl(world.sum(total), 2 * len(pairs))
+    return losses.kto_kl(world.sum(total), num_answers(others))
 
 
 def measure(world, batch_size):
@@ -115,9 +125,9 @@ def measure(world, batch_size):
     component = {"_component_": "torchtune.models.llama3.llama3", **SHARDED_SIZES}
     model, reference = (models.full(component, dtype="fp32") for _ in range(2))
     reference.requires_grad_(False)
-    for seed, policy in enumerate((model, reference)):  # the policy is not the reference
-        models.prepare(policy, max_length=128)
-        models.load(policy, tiny_llama(seed=seed, **SHARDED_SIZES).state_dict(), world=world)
+    for seed, either in enumerate((reference, model)):  # the policy is not the reference
+        models.prepare(either, max_length=128)
+        models.load(either, tiny_llama(seed=seed, **SHARDED_SIZES).state_dict(), world=world)
     results = []
     for name, options in STEPS:
         loss, gradients = train_step(loss_of(name, options), model, reference, as_pairs(7), batch_size, world)

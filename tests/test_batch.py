@@ -1,5 +1,6 @@
 """The layout says exactly which token sees which, where it stands and who is scored by whom."""
 
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,8 @@ from helpers import random_pairs
 
 from pairtune.attention import dense_mask
 from pairtune.batch import lay_out, longest_row
+from pairtune.data import Pair
+from pairtune.loss_needs import mismatched
 
 PAIR = SimpleNamespace(prompt=[10, 11, 12], chosen=[20, 21, 2], rejected=[20, 31, 32, 2])
 
@@ -109,10 +112,21 @@ def test_without_their_ends_answers_are_scored_up_to_there():
     assert not (cut.target == 2).any() and torch.equal(cut.tokens, whole.tokens)
 
 
-def test_a_mixed_row_takes_any_prompt_with_any_answers():
+def test_a_mixed_row_takes_any_prompt_with_any_answers_that_fit_behind_it():
     long_prompt = SimpleNamespace(prompt=[3] * 100, chosen=[4, 2], rejected=[5, 2])
-    long_answers = SimpleNamespace(prompt=[3], chosen=[4] * 60, rejected=[5] * 60)
-    assert longest_row([long_prompt, long_answers]) == 128
-    row = longest_row([long_prompt, long_answers], mixed=True)
-    assert row == 256
-    lay_out([SimpleNamespace(prompt=[3] * 100, chosen=[4] * 60, rejected=[5] * 60)], row)
+    long_answers = SimpleNamespace(prompt=[3] * 10, chosen=[4] * 60, rejected=[5] * 60)
+    pairs = [long_prompt, long_answers]
+    assert longest_row(pairs, 1) == longest_row(pairs, 1, mixed_within=102) == longest_row(pairs, 1, mixed_within=159)
+    assert longest_row(pairs, 1) == 10 + 60 + 60 and longest_row(pairs) == 256
+    assert longest_row(pairs, 1, mixed_within=160) == 100 + 60 + 60
+    lay_out([SimpleNamespace(prompt=[3] * 100, chosen=[4] * 60, rejected=[5] * 60)], 220)
+
+
+def test_no_mixed_pair_is_longer_than_its_row():
+    rng = random.Random(0)
+    for seed in range(50):
+        pairs = [Pair(p.prompt, p.chosen, p.rejected, p.row) for p in random_pairs(12, seed=seed, shared=(0, 9))]
+        max_length = max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs) + rng.randint(0, 9)
+        row = longest_row(pairs, 1, mixed_within=max_length)
+        mixed = mismatched(pairs, max_length)
+        assert mixed and max(lay_out([pair]).num_tokens for pair in [*pairs, *mixed]) <= row <= 2 * max_length - 1

@@ -16,7 +16,7 @@ import losses_worker
 import pytest
 import torch
 from helpers import tiny_llama
-from losses_worker import STEPS, as_pairs, loss_of, train_step
+from losses_worker import MAX_LENGTH, STEPS, as_pairs, loss_of, train_step
 from torch import nn
 from torchtune.modules.peft import LoRALinear
 from torchtune.rlhf.loss import DPOLoss, RSOLoss
@@ -595,20 +595,58 @@ def test_only_kto_takes_unpaired_rows():
 
 def test_mismatched_pairs_have_each_answer_once_and_never_behind_its_own_prompt():
     pairs = [Pair(prompt=[i], chosen=[10 + i], rejected=[20 + i], row=i) for i in range(4)]
-    for pair, own in zip(loss_needs.mismatched(pairs), pairs, strict=True):
+    for pair, own in zip(loss_needs.mismatched(pairs, 2), pairs, strict=True):
         assert pair.prompt == own.prompt and pair.chosen != own.chosen and pair.rejected != own.rejected
-    assert sorted(p.chosen[0] for p in loss_needs.mismatched(pairs)) == [10, 11, 12, 13]
+    assert sorted(p.chosen[0] for p in loss_needs.mismatched(pairs, 2)) == [10, 11, 12, 13]
 
 
 def test_rows_of_one_prompt_side_by_side_get_answers_to_another_one():
     apart = [
         Pair([i], *(([10 + i], []) if n == 0 else ([], [20 + i])), row=2 * i + n) for i in range(3) for n in (0, 1)
     ]
-    for pair, own in zip(loss_needs.mismatched(apart), apart, strict=True):
+    for pair, own in zip(loss_needs.mismatched(apart, 2), apart, strict=True):
         answer = (pair.chosen or pair.rejected)[0]
         assert pair.prompt == own.prompt and answer % 10 != own.prompt[0]
-    assert loss_needs.mismatched(apart[:2]) == loss_needs.mismatched(apart[:1]) == []
+    assert loss_needs.mismatched(apart[:2], 2) == loss_needs.mismatched(apart[:1], 2) == []
     assert losses.kto_kl(torch.zeros(()), 0).item() == 0
+
+
+def test_a_step_of_two_prompts_has_mismatched_pairs_however_long_they_are():
+    """The shortest prompt takes any answers: they stand behind a longer one of their own. So no step is without."""
+    full = [Pair([i] * (9 - length), [5] * length, [6], row=i) for i, length in enumerate([8, 1, 4])]
+    assert [(p.row, len(p.chosen)) for p in loss_needs.mismatched(full, 9)] == [(0, 1), (2, 1)]
+    for two in (full[:2], full[1:], full[::2]):
+        assert len(loss_needs.mismatched(two, 9)) == 1
+
+
+def logp_of_answer(model, prompt, answer):
+    """In float64, of one conversation alone."""
+    tokens = torch.tensor([prompt + answer])
+    table = model(tokens)[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+    return table.gather(1, tokens[0, len(prompt) :, None]).sum()
+
+
+@torch.no_grad()
+def test_ktos_baseline_is_the_naive_one_on_a_model_of_no_more_positions_than_max_length():
+    """A row whose answers do not fit is passed over (3), one for whose prompt none fits is left out (5)."""
+    pairs = as_pairs(7)
+    policy, reference = (tiny_llama(seed=seed, max_seq_len=MAX_LENGTH).double() for seed in (1, 2))
+    found, ratios = {}, []
+    for i, own in enumerate(pairs):
+        for other in (pairs + pairs)[i + 1 : i + 7]:
+            if other.prompt != own.prompt and i not in found:
+                conversations = [(own.prompt, answer) for answer in (other.chosen, other.rejected)]
+                if all(len(prompt + answer) <= MAX_LENGTH for prompt, answer in conversations):
+                    found[i] = other.row
+                    ratios += [logp_of_answer(policy, *c) - logp_of_answer(reference, *c) for c in conversations]
+    assert found == {0: 1, 1: 2, 2: 3, 3: 5, 4: 5, 6: 0}
+    expected = torch.stack(ratios).mean()
+    assert expected > 1  # above where it is cut
+    for model in (policy, reference):
+        models.prepare(model, max_length=MAX_LENGTH)
+    for batch_size in (1, 4, 7):
+        got = losses_worker.kl_of(policy, reference, pairs, batch_size, dist.start("cpu"))
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)  # torchtune's norms are float32
 
 
 # A whole step
@@ -630,7 +668,7 @@ def test_every_loss_and_option_for_scores_is_among_the_steps():
 @each(STEPS)
 def test_a_step_does_not_depend_on_its_micro_batches(name, options):
     """Eight of one are one of eight, and three, three and two."""
-    loss_fn, model, reference, pairs = loss_of(name, options), prepared(0), prepared(1), as_pairs(8)
+    loss_fn, model, reference, pairs = loss_of(name, options), prepared(1), prepared(0), as_pairs(8)
 
     def step(batch_size):
         loss, by_pair = train_step(loss_fn, model, reference, pairs, batch_size, dist.start("cpu"))
