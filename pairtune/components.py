@@ -45,11 +45,21 @@ HOMES: dict[str, ModuleType] = {
 def check_components(cfg: dict) -> None:
     """Every component can be imported, takes the arguments that it is given and is given those that it needs."""
     for key, block in _components(cfg):
-        parameters = _parameters(key, import_component(key, block["_component_"]))
-        _check_made(key, block["_component_"], import_component(key, block["_component_"]))
-        _check_names(key, block, parameters)
-        _check_needed(key, block, parameters)
-        _check_kinds(key, block, parameters)
+        check_component(key, block)
+
+
+def check_component(key: str, block: dict) -> None:
+    """As check_components, for the one that a config has at `key`; an element of a list is KEY[0].
+
+    Raises:
+        UserError: One of these does not hold.
+    """
+    component = import_component(key, block["_component_"])
+    parameters = _parameters(key, component)
+    _check_made(key, block["_component_"], component)
+    _check_names(key, block, parameters)
+    _check_needed(key, block, parameters)
+    _check_kinds(key, block, parameters)
 
 
 def _components(cfg: dict, prefix: str = "") -> Iterator[tuple[str, dict]]:
@@ -82,7 +92,7 @@ def import_component(key: str, path: str) -> Callable:
 
 def _meant(key: str, path: str) -> str:
     """A way out: the component that a short or misspelled path may mean, or what there is."""
-    home = HOMES.get(key)
+    home = HOMES.get("loss" if key.startswith("loss.terms[") else key)
     if home is None:
         return f"; give the full import path, such as {key}={component_path(key)}"
     paths = {name.lower(): f"{home.__name__}.{name}" for name in _components_in(home)}
@@ -143,9 +153,10 @@ def _check_names(key: str, block: dict, parameters: dict[str, inspect.Parameter]
                 f"{component} takes {', '.join(known)}; remove it (~{key}.{name})"
             )
         if name not in (*parameters, "_component_") and not _takes_any(parameters):
+            way_out = "" if key.endswith("]") else f"; remove it with ~{key}.{name}"  # ~ does not reach into a list
             raise UserError(
                 f"{key}.{name}: {component} has no such argument; it takes {', '.join(known) or 'none'}"
-                f"{nearest(name, known)}; remove it with ~{key}.{name}"
+                f"{nearest(name, known)}{way_out}"
             )
 
 
@@ -236,7 +247,7 @@ def rehearse(optimizer: dict, lr_scheduler: dict | None, loss: dict, *, num_trai
         stepped = _rehearse_optimizer(_plain(optimizer), parameter)
         if lr_scheduler is not None:
             _rehearse_schedule(_plain(lr_scheduler), stepped, num_training_steps)
-        _rehearse_loss(_plain(loss))
+        rehearse_loss(_plain(loss))
 
 
 def _rehearse_optimizer(block: dict, parameter: torch.nn.Parameter) -> torch.optim.Optimizer:
@@ -273,7 +284,12 @@ def _rehearse_schedule(block: dict, optimizer: torch.optim.Optimizer, num_traini
     raise UserError(f"lr_scheduler: the learning rate is 0 in all {num_training_steps} steps; nothing would be trained")
 
 
-def _rehearse_loss(block: dict) -> None:
+def rehearse_loss(block: dict) -> None:
+    """Builds the loss of this block and calls it once.
+
+    Raises:
+        UserError: It fails, or does not return losses that depend on the policy and two rewards, three vectors.
+    """
     logps = [torch.zeros(2, requires_grad=True) for _ in range(4)]
     try:
         loss = _build(block)

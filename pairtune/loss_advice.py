@@ -3,6 +3,9 @@
 import inspect
 from dataclasses import dataclass
 
+from torchtune.rlhf.loss import DPOLoss
+
+from pairtune.components import import_component
 from pairtune.data import Pair
 from pairtune.preference_losses import LOSSES
 
@@ -81,9 +84,8 @@ def advice_for(loss: dict, lr: float | None, method: str, pairs: list[Pair] = ()
     Args:
         pairs: What is trained on; for KTO.
     """
-    path = loss["_component_"]
-    names = {function.__name__: name for name, function in LOSSES.items()} | {"DPOLoss": "sigmoid", "RSOLoss": "hinge"}
-    name = names.get(path.rpartition(".")[2])
+    names = {make: name for name, make in LOSSES.items()} | {DPOLoss: "sigmoid"}
+    name = names.get(import_component("loss", loss["_component_"]))
     if name is None:
         return []
     defaults = {k: p.default for k, p in inspect.signature(LOSSES[name]).parameters.items()}

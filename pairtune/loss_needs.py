@@ -23,15 +23,15 @@ class Needs:
 
     Attributes:
         reference: Reference log-probabilities; else None does for both.
-        step: The whole step's values in one call, see `step_gradients`.
-        both: Both answers of a pair; else unpaired rows, which have one of them, are taken, too.
+        whole_step: The whole step's values in one call, see `step_gradients`.
+        takes_unpaired: Rows that have one answer are taken, too.
         inputs: Further keyword arguments, see `loss_inputs`.
         ld_alpha: For logps.answer_scores of the policy and logps.answer_logps of the reference.
     """
 
     reference: bool = True
-    step: bool = False
-    both: bool = True
+    whole_step: bool = False
+    takes_unpaired: bool = False
     inputs: tuple[str, ...] = ()
     ld_alpha: float = 1.0
 
@@ -191,16 +191,31 @@ def num_answers(pairs: list) -> int:
 
 def mean_chosen_length(pairs: list, *, score_end: bool = True) -> float:
     """Returns scored chosen tokens / pairs."""
-    return sum(len(pair.chosen) - (not score_end) for pair in pairs) / max(1, len(pairs))
+    return sum(max(0, len(pair.chosen) - (not score_end)) for pair in pairs) / max(1, len(pairs))
 
 
-def example_inputs(loss_fn: Callable, num_pairs: int) -> dict[str, Tensor | float]:
-    """Returns keyword arguments as this loss takes them, to try it with."""
-    one = torch.ones(num_pairs)
+def example_inputs(
+    loss_fn: Callable,
+    num_pairs: int,
+    *,
+    lengths: tuple[int, int] = (1, 1),
+    weights: tuple[float, float] = (1.0, 1.0),
+    whole_chosen_logp: float = 0.0,
+) -> dict[str, Tensor | float]:
+    """Returns keyword arguments as this loss takes them, to try it with: the same for each pair.
+
+    Args:
+        lengths, weights: Of the chosen and of the rejected answer.
+    """
+
+    def of_each(value: float) -> Tensor:
+        return torch.full((num_pairs,), value)
+
     known = {
-        **dict.fromkeys(("chosen_lengths", "rejected_lengths"), one.long()),
-        **dict.fromkeys(("chosen_weights", "rejected_weights"), one),
-        **{"whole_chosen_logps": torch.zeros(num_pairs), "mean_chosen_length": 1.0, "kl": torch.tensor(0.0)},
+        **{"chosen_lengths": of_each(lengths[0]), "rejected_lengths": of_each(lengths[1])},
+        **{"chosen_weights": of_each(weights[0]), "rejected_weights": of_each(weights[1])},
+        **{"whole_chosen_logps": of_each(whole_chosen_logp), "mean_chosen_length": float(lengths[0])},
+        "kl": torch.tensor(0.0),
     }
     return {name: known[name] for name in needs(loss_fn).inputs}
 
@@ -215,19 +230,12 @@ def loss_at_start(loss_fn: Callable, *, has_chosen: bool = True, has_rejected: b
     """
     if not needs(loss_fn).reference:
         return None
-    first = _loss_of_reference(loss_fn, 0.0, 0.0, lengths=(has_chosen, has_rejected), weights=(1.0, 1.0))
-    logps, lengths = (-7.0 * has_chosen, -11.0 * has_rejected), (3 * has_chosen, 5 * has_rejected)
-    second = _loss_of_reference(loss_fn, *logps, lengths=lengths, weights=(0.5, 0.25))
-    return first if math.isclose(first, second, rel_tol=1e-5, abs_tol=1e-6) else None
-
-
-def _loss_of_reference(loss_fn: Callable, chosen: float, rejected: float, *, lengths: tuple, weights: tuple) -> float:
-    chosen, rejected = torch.tensor([chosen]), torch.tensor([rejected])
-    inputs = {
-        **{"chosen_lengths": torch.tensor(lengths[:1]).long(), "rejected_lengths": torch.tensor(lengths[1:]).long()},
-        **{"chosen_weights": torch.tensor(weights[:1]), "rejected_weights": torch.tensor(weights[1:])},
-        **{"whole_chosen_logps": chosen, "mean_chosen_length": float(lengths[0]), "kl": torch.tensor(0.0)},
-    }
-    with torch.no_grad(), unchanged(loss_fn):
-        values = loss_fn(chosen, rejected, chosen, rejected, **{name: inputs[name] for name in needs(loss_fn).inputs})
-    return float(values[0])
+    # Two such pairs that have nothing else in common: a loss that gives both one value depends on nothing else.
+    values = []
+    for logps, lengths, weights in (((0.0, 0.0), (1, 1), (1.0, 1.0)), ((-7.0, -11.0), (3, 5), (0.5, 0.25))):
+        chosen, rejected = torch.tensor([logps[0] * has_chosen]), torch.tensor([logps[1] * has_rejected])
+        lengths = lengths[0] * has_chosen, lengths[1] * has_rejected
+        inputs = example_inputs(loss_fn, 1, lengths=lengths, weights=weights, whole_chosen_logp=float(chosen))
+        with torch.no_grad(), unchanged(loss_fn):
+            values.append(float(loss_fn(chosen, rejected, chosen, rejected, **inputs)[0]))
+    return values[0] if math.isclose(*values, rel_tol=1e-5, abs_tol=1e-6) else None

@@ -8,19 +8,20 @@ A = logp / number of the answer's tokens. A score s is r or what an f-divergence
 """
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
+Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 LARGEST_EXPONENT = 80.0  # e^80 and its negative are finite in float32 and bfloat16
 
 
 # Scores
 
 
-def scores(log_ratios: Tensor, divergence: str, alpha: float) -> Tensor:
+def scores(log_ratios: Tensor, divergence: Divergence, alpha: float) -> Tensor:
     """Returns f'(u), u = e^r the ratio of policy and reference, up to a constant: f-DPO, arXiv 2309.16240.
 
     Constants cancel between the answers of a pair. Exponents stop at 80, beyond which the gradient is 0; without that,

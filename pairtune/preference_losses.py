@@ -14,19 +14,19 @@ P pairs; r, A and scores as in losses.py. "TRL" is version 1.16.
 import inspect
 import math
 from collections.abc import Callable
-from functools import partial
-from typing import Literal
+from functools import partial, wraps
 
 import torch
 from torch import Tensor, nn
 
 from pairtune import losses
+from pairtune.components import check_component, instantiate, rehearse_loss
 from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.loss_needs import Needs, after_step, needs
+from pairtune.losses import Divergence
 from pairtune.rules import fits, nearest, show, wrong_kind
 
-Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 Values = tuple[Tensor, Tensor, Tensor]  # losses, chosen rewards, rejected rewards: each [P]
 
 
@@ -44,7 +44,7 @@ class PairLoss(nn.Module):
         f_divergence, f_alpha: Scores are made from r, see losses.scores. reverse_kl leaves r as it is.
         ld_alpha: LD-DPO, see logps.answer_logps. The lengths of `averaged` are whole lengths, as in TRL.
         wpo: Losses are multiplied by the weights of both answers: WPO, see logps.answer_scores.
-        needs_step: The function looks at all pairs of a step.
+        whole_step: The function looks at all pairs of a step.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class PairLoss(nn.Module):
         f_alpha: float | None = None,
         ld_alpha: float = 1.0,
         wpo: bool = False,
-        needs_step: bool = False,
+        whole_step: bool = False,
     ):
         super().__init__()
         _check_ld_alpha(ld_alpha)
@@ -66,7 +66,7 @@ class PairLoss(nn.Module):
         self.function, self.beta, self.averaged, self.wpo = function, beta, averaged, wpo
         inputs = ("chosen_lengths", "rejected_lengths") if averaged else ()
         inputs += ("chosen_weights", "rejected_weights") if wpo else ()
-        self.needs = Needs(reference, needs_step, inputs=inputs, ld_alpha=ld_alpha)
+        self.needs = Needs(reference, whole_step, inputs=inputs, ld_alpha=ld_alpha)
 
     def forward(
         self,
@@ -135,7 +135,7 @@ class Aot(nn.Module):
         _check_smoothing(label_smoothing)
         _check_ld_alpha(ld_alpha)
         self.beta, self.label_smoothing = beta, label_smoothing
-        self.needs = Needs(step=True, ld_alpha=ld_alpha)
+        self.needs = Needs(whole_step=True, ld_alpha=ld_alpha)
 
     def forward(
         self,
@@ -220,7 +220,7 @@ class Kto(nn.Module):
     constant while gradients are taken.
     """
 
-    needs = Needs(both=False, inputs=("chosen_lengths", "rejected_lengths", "kl"))
+    needs = Needs(takes_unpaired=True, inputs=("chosen_lengths", "rejected_lengths", "kl"))
 
     def __init__(self, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0):
         super().__init__()
@@ -259,11 +259,12 @@ class Mixture(nn.Module):
             term keeps whole answers beside LD-DPO, as in TRL.
     """
 
-    def __init__(self, terms: list[nn.Module], weights: list[float]):
+    def __init__(self, terms: list[Callable], weights: list[float]):
         super().__init__()
-        for weight in weights:
-            _check_positive("weight", weight, 1.0)
-        self.terms, self.weights = nn.ModuleList(terms), weights
+        for i, weight in enumerate(weights):
+            _check_positive(f"terms[{i}].weight", weight, 1.0)
+        self.weighted_terms = list(zip(terms, weights, strict=True))
+        self.terms = nn.ModuleList(term for term in terms if isinstance(term, nn.Module))  # a function keeps nothing
         needed = [needs(term) for term in terms]
         inputs = {name: None for n in needed for name in n.inputs}
         ld_alphas = {n.ld_alpha for n, term in zip(needed, terms, strict=True) if not isinstance(term, Sft)} or {1.0}
@@ -273,13 +274,18 @@ class Mixture(nn.Module):
                 "those that have none go with ld_alpha=1 only, but for sft"
             )
         ld_alpha = ld_alphas.pop()
-        step = any(n.step for n in needed)
+        whole_step = any(n.whole_step for n in needed)
         if ld_alpha != 1 and any(isinstance(term, Sft) for term in terms):
-            if step:
-                raise UserError(f"loss.ld_alpha={ld_alpha}: does not go with both sft and a loss that sorts (aot)")
             inputs["whole_chosen_logps"] = None
-        reference, both = any(n.reference for n in needed), any(n.both for n in needed)
-        self.needs = Needs(reference, step, both, tuple(inputs), ld_alpha)
+        if whole_step and "whole_chosen_logps" in inputs:  # of which step_gradients has no gradient
+            raise UserError(f"loss.ld_alpha={ld_alpha}: does not go with both sft and a loss that sorts (aot)")
+        self.needs = Needs(
+            reference=any(n.reference for n in needed),
+            whole_step=whole_step,
+            takes_unpaired=all(n.takes_unpaired for n in needed),
+            inputs=tuple(inputs),
+            ld_alpha=ld_alpha,
+        )
 
     def forward(
         self,
@@ -291,7 +297,7 @@ class Mixture(nn.Module):
     ) -> Values:
         logps = policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
         total, rewards = 0.0, None
-        for term, weight in zip(self.terms, self.weights, strict=True):
+        for term, weight in self.weighted_terms:
             names = needs(term).inputs + (("whole_chosen_logps",) if isinstance(term, Sft) else ())
             values, *its_rewards = term(*logps, **{name: inputs[name] for name in names if name in inputs})
             total = total + weight * values
@@ -312,130 +318,111 @@ def _rewards(beta: float, chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Ten
 # The family. With a reference, but for simpo and orpo
 
 
-def sigmoid(
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-    f_divergence: Divergence = "reverse_kl",
-    f_alpha: float | None = None,
-    ld_alpha: float = 1.0,
-    wpo: bool = False,
-) -> PairLoss:
+def _takes(*names: str) -> Callable:
+    """Puts these options of PairLoss, with types and defaults, in place of **common in a factory's signature."""
+
+    def decorate(factory: Callable[..., PairLoss]) -> Callable[..., PairLoss]:
+        own, options = inspect.signature(factory), inspect.signature(PairLoss).parameters
+        signature = own.replace(parameters=[*[*own.parameters.values()][:-1], *(options[name] for name in names)])
+
+        @wraps(factory)
+        def made(*args, **kwargs) -> PairLoss:
+            given = signature.bind(*args, **kwargs)  # a TypeError of what is not in it
+            return factory(*given.args, **given.kwargs)
+
+        made.__signature__ = signature
+        return made
+
+    return decorate
+
+
+@_takes("f_divergence", "f_alpha", "ld_alpha", "wpo")
+def sigmoid(beta: float = 0.1, label_smoothing: float = 0.0, **common) -> PairLoss:
     """DPO, torchtune's DPOLoss; with label_smoothing, cDPO (which TRL 1.16 has for aot, exo_pair and robust only)."""
     _check_positive("beta", beta, 0.1)
     _check_smoothing(label_smoothing)
     function = partial(losses.sigmoid, beta=beta, label_smoothing=label_smoothing)
-    return PairLoss(function, beta=beta, f_divergence=f_divergence, f_alpha=f_alpha, ld_alpha=ld_alpha, wpo=wpo)
+    return PairLoss(function, beta=beta, **common)
 
 
-def sigmoid_norm(
-    beta: float = 5.0,
-    f_divergence: Divergence = "reverse_kl",
-    f_alpha: float | None = None,
-    ld_alpha: float = 1.0,
-    wpo: bool = False,
-) -> PairLoss:
+@_takes("f_divergence", "f_alpha", "ld_alpha", "wpo")
+def sigmoid_norm(beta: float = 5.0, **common) -> PairLoss:
     """Length-normalised DPO, arXiv 2411.15124 (Tulu 3). Rewards are beta r, not averaged, as in TRL."""
     _check_positive("beta", beta, 5.0)
-    options = {"f_divergence": f_divergence, "f_alpha": f_alpha, "ld_alpha": ld_alpha, "wpo": wpo}
-    return PairLoss(partial(losses.sigmoid, beta=beta), beta=beta, averaged=True, **options)
+    return PairLoss(partial(losses.sigmoid, beta=beta), beta=beta, averaged=True, **common)
 
 
-def hinge(
-    beta: float = 0.1,
-    f_divergence: Divergence = "reverse_kl",
-    f_alpha: float | None = None,
-    ld_alpha: float = 1.0,
-    wpo: bool = False,
-) -> PairLoss:
+@_takes("f_divergence", "f_alpha", "ld_alpha", "wpo")
+def hinge(beta: float = 0.1, **common) -> PairLoss:
     """SLiC's hinge, torchtune's RSOLoss, whose gamma is this beta."""
     _check_positive("beta", beta, 0.1)
-    function = partial(losses.hinge, beta=beta)
-    return PairLoss(function, beta=beta, f_divergence=f_divergence, f_alpha=f_alpha, ld_alpha=ld_alpha, wpo=wpo)
+    return PairLoss(partial(losses.hinge, beta=beta), beta=beta, **common)
 
 
-def ipo(
-    beta: float = 0.1,
-    f_divergence: Divergence = "reverse_kl",
-    f_alpha: float | None = None,
-    ld_alpha: float = 1.0,
-    wpo: bool = False,
-) -> PairLoss:
+@_takes("f_divergence", "f_alpha", "ld_alpha", "wpo")
+def ipo(beta: float = 0.1, **common) -> PairLoss:
     """IPO of averages over tokens, as its authors ran it and as TRL has it; beta is the paper's tau."""
     _check_positive("beta", beta, 0.1)
-    options = {"f_divergence": f_divergence, "f_alpha": f_alpha, "ld_alpha": ld_alpha, "wpo": wpo}
-    return PairLoss(partial(losses.ipo, beta=beta), beta=beta, averaged=True, **options)
+    return PairLoss(partial(losses.ipo, beta=beta), beta=beta, averaged=True, **common)
 
 
-def exo_pair(
-    beta: float = 0.1,
-    label_smoothing: float = 1e-3,
-    f_divergence: Divergence = "reverse_kl",
-    f_alpha: float | None = None,
-    ld_alpha: float = 1.0,
-    wpo: bool = False,
-) -> PairLoss:
+@_takes("f_divergence", "f_alpha", "ld_alpha", "wpo")
+def exo_pair(beta: float = 0.1, label_smoothing: float = 1e-3, **common) -> PairLoss:
     """EXO; label_smoothing is its epsilon and cannot be 0, where the divergence is infinite."""
     _check_positive("beta", beta, 0.1)
     _check("label_smoothing", label_smoothing, 0 < label_smoothing < 0.5, "above 0 and below 0.5", 1e-3)
     function = partial(losses.exo_pair, beta=beta, label_smoothing=label_smoothing)
-    return PairLoss(function, beta=beta, f_divergence=f_divergence, f_alpha=f_alpha, ld_alpha=ld_alpha, wpo=wpo)
+    return PairLoss(function, beta=beta, **common)
 
 
-def nca_pair(beta: float = 0.01, ld_alpha: float = 1.0, wpo: bool = False) -> PairLoss:
+@_takes("ld_alpha", "wpo")
+def nca_pair(beta: float = 0.01, **common) -> PairLoss:
     """NCA: the chosen answer's own likelihood counts, not only the margin."""
     _check_positive("beta", beta, 0.01)
-    return PairLoss(partial(losses.nca_pair, beta=beta), beta=beta, ld_alpha=ld_alpha, wpo=wpo)
+    return PairLoss(partial(losses.nca_pair, beta=beta), beta=beta, **common)
 
 
-def robust(
-    beta: float = 0.01,
-    label_smoothing: float = 0.1,
-    f_divergence: Divergence = "reverse_kl",
-    f_alpha: float | None = None,
-    ld_alpha: float = 1.0,
-    wpo: bool = False,
-) -> PairLoss:
+@_takes("f_divergence", "f_alpha", "ld_alpha", "wpo")
+def robust(beta: float = 0.01, label_smoothing: float = 0.1, **common) -> PairLoss:
     """Robust DPO; label_smoothing is the fraction of swapped pairs, and its loss can be negative."""
     _check_positive("beta", beta, 0.01)
     _check_smoothing(label_smoothing)
     function = partial(losses.robust, beta=beta, label_smoothing=label_smoothing)
-    return PairLoss(function, beta=beta, f_divergence=f_divergence, f_alpha=f_alpha, ld_alpha=ld_alpha, wpo=wpo)
+    return PairLoss(function, beta=beta, **common)
 
 
-def sppo_hard(beta: float = 0.001, ld_alpha: float = 1.0, wpo: bool = False) -> PairLoss:
+@_takes("ld_alpha", "wpo")
+def sppo_hard(beta: float = 0.001, **common) -> PairLoss:
     """SPPO with certain preferences; beta is 1 / eta. TRL's default of 0.1 is not the authors', which is this."""
     _check_positive("beta", beta, 0.001)
-    return PairLoss(partial(losses.sppo_hard, beta=beta), beta=beta, ld_alpha=ld_alpha, wpo=wpo)
+    return PairLoss(partial(losses.sppo_hard, beta=beta), beta=beta, **common)
 
 
-def aot_unpaired(beta: float = 0.1, label_smoothing: float = 0.0, ld_alpha: float = 1.0) -> PairLoss:
+@_takes("ld_alpha")
+def aot_unpaired(beta: float = 0.1, label_smoothing: float = 0.0, **common) -> PairLoss:
     """AOT of chosen against rejected answers, by rank over the whole step; TRL sorts each micro-batch for itself."""
     _check_positive("beta", beta, 0.1)
     _check_smoothing(label_smoothing)
     function = partial(losses.aot_unpaired, beta=beta, label_smoothing=label_smoothing)
-    return PairLoss(function, beta=beta, ld_alpha=ld_alpha, needs_step=True)
+    return PairLoss(function, beta=beta, whole_step=True, **common)
 
 
-def apo_zero(beta: float = 0.1, ld_alpha: float = 1.0, wpo: bool = False) -> PairLoss:
+@_takes("ld_alpha", "wpo")
+def apo_zero(beta: float = 0.1, **common) -> PairLoss:
     """APO-zero, for chosen answers that are better than the model's own."""
     _check_positive("beta", beta, 0.1)
-    return PairLoss(partial(losses.apo_zero, beta=beta), beta=beta, ld_alpha=ld_alpha, wpo=wpo)
+    return PairLoss(partial(losses.apo_zero, beta=beta), beta=beta, **common)
 
 
-def apo_down(beta: float = 0.1, ld_alpha: float = 1.0, wpo: bool = False) -> PairLoss:
+@_takes("ld_alpha", "wpo")
+def apo_down(beta: float = 0.1, **common) -> PairLoss:
     """APO-down, for chosen answers that are worse than the model's own."""
     _check_positive("beta", beta, 0.1)
-    return PairLoss(partial(losses.apo_down, beta=beta), beta=beta, ld_alpha=ld_alpha, wpo=wpo)
+    return PairLoss(partial(losses.apo_down, beta=beta), beta=beta, **common)
 
 
-def discopop(
-    beta: float = 0.05,
-    tau: float = 0.05,
-    f_divergence: Divergence = "reverse_kl",
-    f_alpha: float | None = None,
-    ld_alpha: float = 1.0,
-    wpo: bool = False,
-) -> PairLoss:
+@_takes("f_divergence", "f_alpha", "ld_alpha", "wpo")
+def discopop(beta: float = 0.05, tau: float = 0.05, **common) -> PairLoss:
     """DiscoPOP; finite where TRL's exp(-z) overflows.
 
     Small margins shrink at first: at z = 0 the loss grows with the margin, since the mixture turns there from the
@@ -445,15 +432,15 @@ def discopop(
     """
     _check_positive("beta", beta, 0.05)
     _check_positive("tau", tau, 0.05)
-    function = partial(losses.discopop, beta=beta, tau=tau)
-    return PairLoss(function, beta=beta, f_divergence=f_divergence, f_alpha=f_alpha, ld_alpha=ld_alpha, wpo=wpo)
+    return PairLoss(partial(losses.discopop, beta=beta, tau=tau), beta=beta, **common)
 
 
-def dpop(beta: float = 0.1, dpop_lambda: float = 50.0, ld_alpha: float = 1.0, wpo: bool = False) -> PairLoss:
+@_takes("ld_alpha", "wpo")
+def dpop(beta: float = 0.1, dpop_lambda: float = 50.0, **common) -> PairLoss:
     """DPO-Positive."""
     _check_positive("beta", beta, 0.1)
     _check_not_negative("dpop_lambda", dpop_lambda)
-    return PairLoss(partial(losses.dpop, beta=beta, dpop_lambda=dpop_lambda), beta=beta, ld_alpha=ld_alpha, wpo=wpo)
+    return PairLoss(partial(losses.dpop, beta=beta, dpop_lambda=dpop_lambda), beta=beta, **common)
 
 
 def simpo(beta: float = 2.0, gamma_beta_ratio: float = 0.25) -> PairLoss:
@@ -481,6 +468,7 @@ def rpo(beta: float = 0.1, alpha: float = 1.0) -> Mixture:
 
     Llama 3's (arXiv 2407.21783, 4.1.4) is alpha 0.2, with header and end tokens of the answers not scored.
     """
+    _check_positive("alpha", alpha, 1.0)
     return Mixture([sigmoid(beta), Sft()], [1.0, alpha])
 
 
@@ -490,21 +478,29 @@ def mpo(beta: float = 0.1) -> Mixture:
 
 
 def mixture(terms: list[dict]) -> Mixture:
-    """A weighted sum of losses by name: [{name: sigmoid, beta: 0.1}, {name: sft, weight: 0.2}]; weight 1 is default."""
+    """A weighted sum of losses by name: [{name: sigmoid, beta: 0.1}, {name: sft, weight: 0.2}]; weight 1 is default.
+
+    Any module has its import path in place of a name: [{_component_: torchtune.rlhf.loss.DPOLoss, beta: 0.1}, ...].
+    """
     if not terms:
         raise UserError("loss.terms=[]: must have at least one loss; e.g. loss.terms=[{name: sigmoid}]")
     modules, weights = [], []
     for i, term in enumerate(terms):
-        options = dict(term)
-        if "name" not in options:
-            raise UserError(f"loss.terms[{i}]={show(options)}: must name its loss, such as name: sigmoid")
+        key, options = f"loss.terms[{i}]", dict(term)
         weights.append(options.pop("weight", 1.0))
         if not fits(weights[-1], float):
-            raise wrong_kind(f"loss.terms[{i}].weight", weights[-1], float)
+            raise wrong_kind(f"{key}.weight", weights[-1], float)
+        if not options.keys() & {"name", "_component_"}:
+            raise UserError(
+                f"{key}={show(options)}: must name its loss, such as name: sigmoid, or _component_: and an import path"
+            )
+        block = _checked(options, key)
         try:
-            modules.append(build(options.pop("name"), **options))
+            if "_component_" in options:
+                rehearse_loss(block)  # of others than ours: whether it is called and answers as losses do
+            modules.append(instantiate(block))
         except UserError as error:
-            raise UserError(f"loss.terms[{i}]: {error}") from None
+            raise UserError(f"{key}: {error}") from None
     return Mixture(modules, weights)
 
 
@@ -535,36 +531,47 @@ LOSSES: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+ALIASES = {"dpo": "sigmoid"}
+
+
+def path_of(name: str, key: str = "loss") -> str:
+    """Returns the import path of the loss of this short name, which a config has at `key`.
+
+    Raises:
+        UserError: No such loss.
+    """
+    make = LOSSES.get(ALIASES.get(str(name), str(name)))
+    if make is None:
+        raise UserError(
+            f"{key}.name={show(name)}: no such loss{nearest(name, LOSSES)}; there are {', '.join(LOSSES)}, or any "
+            "module by its import path, such as loss=torchtune.rlhf.loss.DPOLoss"
+        )
+    return f"{make.__module__}.{make.__name__}"
+
+
 def build(name: str, **options) -> nn.Module:
     """Returns the loss of this short name.
 
     Raises:
         UserError: No such loss; an option that it does not have, or of another type, or out of its range.
     """
-    if name not in LOSSES:
-        raise UserError(f"loss.name={show(name)}: no such loss{nearest(name, LOSSES)}; there are {', '.join(LOSSES)}")
-    known = inspect.signature(LOSSES[name]).parameters
-    for option, value in options.items():
-        if option not in known:
-            takes = ", ".join(known) or "no options"
-            raise UserError(
-                f"loss.{option}={show(value)}: {name} has no such option{nearest(option, known)}; it takes {takes}"
-            )
-        if not fits(value, known[option].annotation):
-            raise wrong_kind(f"loss.{option}", value, known[option].annotation)
-    return LOSSES[name](**options)
+    return instantiate(_checked({"name": name, **options}, "loss"))
+
+
+def _checked(options: dict, key: str) -> dict:
+    """The block with `_component_` of options that may have a `name` instead; a config has them at `key`."""
+    if "_component_" not in options:
+        options = {"_component_": path_of(options["name"], key), **{k: v for k, v in options.items() if k != "name"}}
+    check_component(key, options)
+    return options
 
 
 # Options
 
 
 def _score(f_divergence: str, f_alpha: float | None) -> Callable[[Tensor], Tensor]:
-    if f_divergence not in losses.DIVERGENCES:
-        choices = losses.DIVERGENCES
-        raise UserError(
-            f"loss.f_divergence={show(f_divergence)}: must be one of {', '.join(choices)}"
-            f"{nearest(f_divergence, choices, 'loss.f_divergence=')}"
-        )
+    if not fits(f_divergence, Divergence):
+        raise wrong_kind("loss.f_divergence", f_divergence, Divergence)
     if f_alpha is not None and f_divergence != "alpha":
         raise UserError(
             f"loss.f_alpha={show(f_alpha)}: has no effect with loss.f_divergence={f_divergence}; "

@@ -470,10 +470,11 @@ def nearest(name: Any, names, prefix: str = "") -> str:
 def wrong_kind(name: str, value: Any, kind: Any) -> UserError:
     """Returns the error of a value that is not of its key's type."""
     expected, given = kind_words(kind), KIND_NAMES.get(type(value), type(value).__name__)
-    is_given = "" if expected.startswith(given) else f", is {given}"
+    choices = [show(c) for option in _options(kind) if get_origin(option) is Literal for c in get_args(option)]
+    is_given = "" if choices or expected.startswith(given) else f", is {given}"
     quotable = expected == "text" and isinstance(value, (bool, int, float))
     quote = f"; quote it for YAML: {name}='\"{show(value)}\"'" if quotable else ""
-    return UserError(f"{name}={show(value)}: must be {expected}{is_given}{quote}")
+    return UserError(f"{name}={show(value)}: must be {expected}{is_given}{quote}{nearest(value, choices, f'{name}=')}")
 
 
 def unknown_key(key: Any, schema: dict, where: str, prefix: str) -> UserError:

@@ -144,7 +144,8 @@ class Validation:
             first = data.Rows(part, source=rows.source, numbers=rows.numbers[: len(part)], key=key)
         pairs, report = data.tokenize_pairs(
             first, tokenizer, max_length=cfg.max_length, max_prompt_length=cfg.max_prompt_length,
-            overlong=source.overlong, unpaired=not needs(config.instantiate(cfg.loss)).both, progress=False, key=key,
+            overlong=source.overlong, unpaired=needs(config.instantiate(cfg.loss)).takes_unpaired,
+            progress=False, key=key,
         )  # fmt: skip
         num_pairs = len(pairs) if len(first) == len(rows) else len(rows)
         if source.get("val_fraction"):

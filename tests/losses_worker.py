@@ -84,7 +84,7 @@ def train_step(loss_fn, model, reference, pairs, batch_size, world):
 
     micro = share(pairs, batch_size, rank=world.rank, size=world.size)
     batches, values = [lay_out(m) for m in micro], [None] * len(micro)
-    if needed.step:
+    if needed.whole_step:
         with torch.no_grad():
             scores, references = [score(b) for b in batches], [reference_logps(b) for b in batches]
             values = step_losses(loss_fn, batches, scores, references, world, **known)

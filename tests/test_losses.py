@@ -9,8 +9,10 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import losses_worker
 import pytest
@@ -348,7 +350,7 @@ def test_the_loss_at_the_start_of_options_and_of_torchtunes_losses():
     assert loss_at_start(build("mixture", terms=two)) == pytest.approx(0.8 * ln2 + 0.2 * 2 * ln2)
     assert loss_at_start(build("sigmoid", label_smoothing=0.3)) == pytest.approx(ln2)
     assert loss_at_start(build("kto", undesirable_weight=3.0)) == pytest.approx(1.0)
-    for divergence in losses.DIVERGENCES:
+    for divergence in get_args(losses.Divergence):
         assert loss_at_start(build("sigmoid", f_divergence=divergence)) == pytest.approx(ln2)
     assert loss_at_start(DPOLoss(beta=0.3)) == pytest.approx(ln2)
     assert loss_at_start(RSOLoss()) == 1.0
@@ -367,7 +369,9 @@ def test_the_loss_at_the_start_of_options_and_of_torchtunes_losses():
         ("sigmoid", {"label_smoothing": -0.1}, "loss.label_smoothing=0.0"),
         ("exo_pair", {"label_smoothing": 0.0}, "loss.label_smoothing=0.0: must be above 0"),
         ("sigmoid", {"ld_alpha": 1.5}, "loss.ld_alpha=1.5: must be at least 0 and at most 1; e.g. loss.ld_alpha=1.0"),
-        ("sigmoid", {"f_divergence": "jss"}, "loss.f_divergence=jss: must be one of"),
+        ("rpo", {"alpha": 0.0}, "loss.alpha=0.0: must be greater than 0; e.g. loss.alpha=1.0"),
+        ("rpo", {"beta": 0.0}, "loss.beta=0.0: must be greater than 0; e.g. loss.beta=0.1"),
+        ("mpo", {"beta": 0.0}, "loss.beta=0.0: must be greater than 0; e.g. loss.beta=0.1"),
         ("sigmoid", {"f_alpha": 0.3}, "loss.f_alpha=0.3: has no effect"),
         ("discopop", {"tau": 0.0}, "loss.tau=0.0: must be greater than 0"),
         ("dpop", {"dpop_lambda": -1.0}, "loss.dpop_lambda=-1.0: must be at least 0"),
@@ -377,10 +381,20 @@ def test_the_loss_at_the_start_of_options_and_of_torchtunes_losses():
         ("sigmoid", {"beta": "low"}, "loss.beta=low: must be a number"),
         ("sigmoid", {"wpo": 1}, "loss.wpo=1: must be true or false"),
         ("sigmod", {}, "loss.name=sigmod: no such loss; nearest: sigmoid"),
-        ("sigmoid", {"label_smoothin": 0.1}, "loss.label_smoothin=0.1: sigmoid has no such option; nearest: label_s"),
+        ("sigmoid", {"label_smoothin": 0.1}, "loss.label_smoothin: sigmoid has no such argument; it takes beta,"),
         ("mixture", {"terms": []}, "loss.terms=[]: must have at least one loss"),
         ("mixture", {"terms": [{"beta": 0.1}]}, "loss.terms[0]={beta: 0.1}: must name its loss"),
-        ("mixture", {"terms": [{"name": "sft", "weight": 0.0}]}, "loss.weight=0.0: must be greater than 0"),
+        ("mixture", {"terms": [{"name": "ipoo"}]}, "loss.terms[0].name=ipoo: no such loss; nearest: ipo;"),
+        (
+            "mixture",
+            {"terms": [{"name": "sft", "beta": 1}]},
+            "loss.terms[0].beta: Sft has no such argument; it takes none",
+        ),
+        (
+            "mixture",
+            {"terms": [{"name": "sft", "weight": 0.0}]},
+            "loss.terms[0].weight=0.0: must be greater than 0; e.g.",
+        ),
         ("mixture", {"terms": [{"name": "sft", "weight": "a"}]}, "loss.terms[0].weight=a: must be a number"),
         ("mixture", {"terms": [{"name": "ipo", "beta": -1.0}]}, "loss.terms[0]: loss.beta=-1.0"),
     ],
@@ -389,6 +403,27 @@ def test_a_wrong_option_is_refused_by_name_and_value_before_anything_is_read(nam
     with pytest.raises(UserError) as error:
         build(name, **options)
     assert words in str(error.value)
+
+
+def test_a_wrong_choice_is_refused_with_the_choices_and_the_nearest():
+    words = "loss.f_divergence=jss: must be one of reverse_kl, forward_kl, js, alpha; nearest: loss.f_divergence=js"
+    for make in (partial(build, "sigmoid"), LOSSES["sigmoid"]):
+        with pytest.raises(UserError, match=f"^{words}$"):
+            make(f_divergence="jss")
+    with pytest.raises(UserError, match="loss.f_divergence=3: must be one of reverse_kl, forward_kl, js, alpha$"):
+        build("sigmoid", f_divergence=3)
+
+
+def test_a_factorys_signature_is_its_schema_and_all_that_it_takes():
+    assert list(inspect.signature(LOSSES["hinge"]).parameters) == ["beta", "f_divergence", "f_alpha", "ld_alpha", "wpo"]
+    for name, make in LOSSES.items():
+        for option, parameter in inspect.signature(make).parameters.items():
+            assert parameter.annotation is not parameter.empty, (name, option)
+            assert (parameter.default is parameter.empty) == (name == "mixture")
+    with pytest.raises(TypeError, match="f_divergence"):
+        LOSSES["nca_pair"](f_divergence="js")
+    with pytest.raises(TypeError, match="averaged"):
+        LOSSES["hinge"](averaged=True)
 
 
 SMOOTHED = {"sigmoid", "exo_pair", "robust", "aot", "aot_unpaired"}
@@ -401,7 +436,7 @@ def test_options_that_would_be_ignored_do_not_exist(name):
     wrong |= {"f_divergence": "js"} if name not in DIVERGING else {}
     wrong |= {"beta": 0.1} if name in ("sft", "orpo", "mixture") else {}
     for option, value in wrong.items():
-        with pytest.raises(UserError, match=f"loss.{option}=.*has no such option"):
+        with pytest.raises(UserError, match=f"loss.{option}: .* has no such argument"):
             build(name, **{option: value})
 
 
@@ -442,7 +477,7 @@ def test_wpo_goes_with_hinge_and_not_with_sft():
     logps[0].requires_grad_()
     call(build("hinge", wpo=True), logps, inputs)[0].sum().backward()
     assert logps[0].grad.any()
-    with pytest.raises(UserError, match="sft has no such option"):
+    with pytest.raises(UserError, match="loss.wpo: Sft has no such argument"):
         build("sft", wpo=True)
     terms = [{"name": "sigmoid", "wpo": True}, {"name": "sft", "weight": 0.2}]
     got = call(build("mixture", terms=terms), logps, inputs)[0].mean()
@@ -468,14 +503,14 @@ def test_torchtunes_and_users_own_losses_need_a_reference_and_nothing_else():
     class Own(nn.Module):
         pass
 
-    assert needs(DPOLoss()) == needs(Own()) == Needs(reference=True, step=False, inputs=(), ld_alpha=1.0)
+    assert needs(DPOLoss()) == needs(Own()) == Needs(reference=True, whole_step=False, inputs=(), ld_alpha=1.0)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_says_what_it_needs(name):
     loss_fn = build("mixture", terms=MIX) if name == "mixture" else build(name)
     assert needs(loss_fn).reference == (name not in ("sft", "simpo", "orpo", "cpo"))
-    assert needs(loss_fn).step == (name in ("aot", "aot_unpaired"))
+    assert needs(loss_fn).whole_step == (name in ("aot", "aot_unpaired"))
     assert ("kl" in needs(loss_fn).inputs) == (name == "kto")
     assert ("mean_chosen_length" in needs(loss_fn).inputs) == (name in ("sft", "rpo", "mpo", "mixture"))
     logps, inputs = random_step()
@@ -510,6 +545,73 @@ def test_a_mixture_of_torchtunes_losses_works():
     torch.testing.assert_close(got, DPOLoss(beta=0.1)(*logps)[0] + 0.5 * RSOLoss()(*logps)[0])
 
 
+OWN = """
+from torch import nn
+from torch.nn.functional import softplus
+
+def plain(chosen, rejected, reference_chosen, reference_rejected):
+    z = chosen - reference_chosen - rejected + reference_rejected
+    return softplus(-z), chosen.detach(), rejected.detach()
+
+def make(factor: float = 1.0):
+    return lambda *logps: (factor * plain(*logps)[0], *plain(*logps)[1:])
+
+class DPOLoss(nn.Module):
+    def __init__(self, beta: float = 0.1):
+        super().__init__()
+        self.beta = beta
+
+    def forward(self, *logps):
+        return plain(*(self.beta * x for x in logps))
+
+class Mean(DPOLoss):
+    def forward(self, *logps):
+        values, *rewards = plain(*logps)
+        return values.mean(), *rewards
+"""
+
+
+@pytest.fixture
+def own_losses(tmp_path, monkeypatch):
+    (tmp_path / "own_losses.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    sys.modules.pop("own_losses", None)
+
+
+def test_a_term_is_any_module_by_its_import_path(own_losses):
+    logps, inputs = random_step()
+    theirs = {"_component_": "torchtune.rlhf.loss.DPOLoss", "beta": 0.3, "weight": 0.7}
+    loss_fn = build("mixture", terms=[theirs, {"name": "sft", "weight": 0.2}])
+    assert needs(loss_fn) == Needs(inputs=("mean_chosen_length",))
+    got, *rewards = call(loss_fn, logps, inputs)
+    sft = -logps[0].sum() / inputs["chosen_lengths"].sum()
+    torch.testing.assert_close(got.mean(), 0.7 * DPOLoss(beta=0.3)(*logps)[0].mean() + 0.2 * sft)
+    assert all(map(torch.equal, rewards, DPOLoss(beta=0.3)(*logps)[1:]))
+    own = [{"_component_": "own_losses.DPOLoss", "beta": 0.2}, {"_component_": "own_losses.make", "factor": 0.5}]
+    got = build("mixture", terms=[{"name": "dpo", "beta": 0.2}, *own])(*logps)[0]
+    torch.testing.assert_close(got, 2 * DPOLoss(beta=0.2)(*logps)[0] + 0.5 * DPOLoss(beta=1.0)(*logps)[0])
+
+
+@pytest.mark.parametrize(
+    ("term", "words"),
+    [
+        (
+            {"_component_": "own_losses.DPOLoss", "betta": 1},
+            "loss.terms[1].betta: DPOLoss has no such argument; it takes",
+        ),
+        ({"_component_": "own_losses.DPOLoss", "beta": "a"}, "loss.terms[1].beta=a: must be a number"),
+        ({"_component_": "own_losses.DPOLos"}, "loss.terms[1]._component_=own_losses.DPOLos: cannot be imported"),
+        ({"_component_": "own_losses.Mean"}, "loss.terms[1]: loss._component_=own_losses.Mean: must map"),
+    ],
+)
+def test_a_term_by_its_import_path_is_checked_as_a_loss_is(own_losses, term, words):
+    """A mean would be added to each pair's loss, and weigh with their number."""
+    with pytest.raises(UserError) as error:
+        build("mixture", terms=[{"name": "sft"}, term])
+    assert words in str(error.value) and "remove it with" not in str(error.value)
+
+
 def test_terms_that_share_a_forward_share_ld_alpha_but_for_sft():
     ld = {"name": "sigmoid", "ld_alpha": 0.5}
     for other in ({"name": "hinge"}, {"name": "hinge", "ld_alpha": 0.6}, {"name": "simpo"}):
@@ -517,6 +619,9 @@ def test_terms_that_share_a_forward_share_ld_alpha_but_for_sft():
             build("mixture", terms=[ld, other])
     with pytest.raises(UserError, match=r"loss.ld_alpha=0.5: does not go with both sft and"):
         build("mixture", terms=[{"name": "aot", "ld_alpha": 0.5}, {"name": "sft"}])
+    inner = {"name": "mixture", "terms": [ld, {"name": "sft"}]}
+    with pytest.raises(UserError, match=r"loss.ld_alpha=0.5: does not go with both sft and"):
+        build("mixture", terms=[inner, {"name": "aot", "ld_alpha": 0.5}])
     loss_fn = build("mixture", terms=[ld, {"name": "sft", "weight": 0.2}])
     assert needs(loss_fn).ld_alpha == 0.5
     logps, inputs = random_step()
@@ -588,9 +693,14 @@ def test_kto_takes_answers_that_are_not_in_pairs():
 
 
 def test_only_kto_takes_unpaired_rows():
-    assert [name for name in LOSSES if name != "mixture" and not needs(build(name)).both] == ["kto"]
-    assert not needs(build("mixture", terms=[{"name": "kto"}])).both
-    assert needs(build("mixture", terms=[{"name": "kto"}, {"name": "sft"}])).both
+    assert [name for name in LOSSES if name != "mixture" and needs(build(name)).takes_unpaired] == ["kto"]
+    assert needs(build("mixture", terms=[{"name": "kto"}])).takes_unpaired
+    assert not needs(build("mixture", terms=[{"name": "kto"}, {"name": "sft"}])).takes_unpaired
+
+
+def test_a_row_without_a_chosen_answer_has_no_chosen_tokens():
+    pairs = [Pair([1], [5, 6, 2], [7, 2], 0), Pair([1], [], [7, 2], 1)]
+    assert [loss_needs.mean_chosen_length(pairs, score_end=end) for end in (True, False)] == [1.5, 1.0]
 
 
 def test_mismatched_pairs_have_each_answer_once_and_never_behind_its_own_prompt():
@@ -833,6 +943,12 @@ def test_kto_s_weights_are_held_against_the_number_of_labels():
     assert advice_for(kto | {"desirable_weight": 0.4}, None, "lora", pairs) == []
     assert advice_for(kto | {"undesirable_weight": 3.0}, None, "lora", pairs) == []
     assert advice_for(kto, None, "lora", pairs[:3]) == []  # nothing to weigh against
+
+
+def test_advice_is_for_the_loss_itself_and_not_for_another_of_its_name(own_losses):
+    for path, num_sentences in (("torchtune.rlhf.loss", 1), ("torchtune.rlhf.loss.dpo", 1), ("own_losses", 0)):
+        assert len(advice_for({"_component_": f"{path}.DPOLoss", "beta": 5.0}, None, "full")) == num_sentences
+    assert len(advice_for({"_component_": "pairtune.preference_losses.sigmoid", "beta": 5.0}, None, "full")) == 1
 
 
 def test_advice_is_given_outside_of_what_was_published_and_names_its_source():
