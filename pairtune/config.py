@@ -20,7 +20,7 @@ from yaml import YAMLError
 
 from pairtune.components import check_components, instantiate, rehearse  # noqa: F401  (recipes call the last two)
 from pairtune.errors import UserError
-from pairtune.preference_losses import LOSSES
+from pairtune.preference_losses import path_of
 from pairtune.rules import (
     REQUIRED,
     RULES,  # noqa: F401
@@ -29,7 +29,6 @@ from pairtune.rules import (
     holds_component,
     is_component,
     may_be_null,
-    nearest,
     one_line,
     show,
     unknown_key,
@@ -203,13 +202,7 @@ def _by_short_name(key: str, value: Any) -> Any:
     if not isinstance(block, dict) or "name" not in block or "_component_" in block:
         return value
     name, options = block["name"], {k: v for k, v in block.items() if k != "name"}
-    name = "sigmoid" if name == "dpo" else name
-    if name not in LOSSES:
-        raise UserError(
-            f"loss.name={show(name)}: no such loss{nearest(name, LOSSES)}; there are {', '.join(LOSSES)}, or any "
-            "module by its import path, such as loss=torchtune.rlhf.loss.DPOLoss"
-        )
-    return {"_component_": f"{LOSSES[name].__module__}.{LOSSES[name].__name__}", **options}
+    return {"_component_": path_of(name), **options}
 
 
 def _merge_component(below: Any, value: Any) -> Any:

@@ -216,7 +216,7 @@ def tokenize_pairs(
         overlong: What becomes of a pair over either: drop, trim_prompt (from the left, BOS stays; answers are never
             cut) or error.
         columns: Our names to theirs, for rows that `read_rows` has not renamed.
-        unpaired: The loss takes rows of one answer and a label, too: needs(loss_fn).both is false.
+        unpaired: The loss takes rows of one answer and a label, too: needs(loss_fn).takes_unpaired.
         beat: Called with a word before each row, as dist.World.beat: a long data set is no standstill.
         key: Where the config describes the rows, for messages.
 

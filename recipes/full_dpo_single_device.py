@@ -168,7 +168,7 @@ def main(cfg):
     # 3. Preference pairs
     def read_pairs(key):
         limits = {name: cfg[name] for name in ("max_length", "max_prompt_length")}
-        unpaired = not needed.both
+        unpaired = needed.takes_unpaired
         told = {"progress": world.is_main, "beat": world.beat, "key": key}
         return data.read_pairs(cfg[key], tokenizer, **limits, unpaired=unpaired, **told)
 
@@ -185,8 +185,8 @@ def main(cfg):
     steps = Steps(train, **order, rank=world.rank, size=world.size)
     total_steps = min(cfg.epochs * len(steps), cfg.max_steps or math.inf)
     moved_every = check_moves(cfg.reference, total_steps)  # null: the reference stays as it is
-    mixed_rows = "kl" in needed.inputs  # KTO puts prompts before the answers to others
-    row_length = longest_row([*train, *held_out], mixed=mixed_rows) if model.dense_attention else None
+    mixed_within = cfg.max_length if "kl" in needed.inputs else None  # KTO puts prompts before the answers to others
+    row_length = longest_row([*train, *held_out], mixed_within=mixed_within) if model.dense_attention else None
 
     def batch_of(pairs):
         return lay_out(pairs, row_length, score_end=cfg.score_end).to(world.device)
@@ -290,13 +290,14 @@ def main(cfg):
         values = [None] * len(micro)
         with torch.no_grad():
             if "kl" in needed.inputs:  # KTO's baseline: every prompt with the answers to another one
-                others, log_ratios = loss_needs.mismatched(pairs), torch.zeros((), device=world.device).double()
+                others = loss_needs.mismatched(pairs, cfg.max_length)
+                log_ratios = torch.zeros((), device=world.device).double()
                 for mixed in watched(share(others, cfg.batch_size, rank=world.rank, size=world.size), doing):
                     batch = batch_of(mixed)
                     policy, base = answer_logps(model, batch), reference_logps(mixed, batch)
                     log_ratios += (torch.cat(policy) - torch.cat(base)).sum()
                 known["kl"] = kto_kl(world.sum(log_ratios), loss_needs.num_answers(others))
-            if needed.step:  # a loss that sorts the step's pairs: all values first, then each pair's gradient
+            if needed.whole_step:  # a loss that sorts the step's pairs: all values first, then each pair's gradient
                 batches, scores, references = [], [], []
                 for mine in watched(micro, doing):
                     batches.append(batch_of(mine))
@@ -325,6 +326,8 @@ def main(cfg):
             logps_chosen=chosen[batch.with_chosen],
             logps_rejected=rejected[batch.with_rejected],
         )
+        if "kl" in known:  # the same for each pair of the step
+            meter.add(kl=known["kl"].expand(batch.num_pairs))
         if scores.router_loss is not None:  # of this micro-batch, the same for each of its pairs
             meter.add(router_loss=scores.router_loss.expand(batch.num_pairs))
             differentiable = differentiable + cfg.router_aux_loss_coef * scores.router_loss
