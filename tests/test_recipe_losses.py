@@ -544,6 +544,16 @@ def test_a_reference_that_would_never_move_is_refused(run):
         run("full_dpo_single_device", "reference=sync", "reference.every_n_steps=4", "max_steps=4")
 
 
+def test_ktos_baseline_is_logged(run):
+    """At the start it is 0: policy and reference are one; later it is what the policy has moved, or 0 if below."""
+    log = run("lora_dpo_single_device", "loss=kto", "epochs=1")
+    cut = run("lora_dpo_single_device", "loss=kto", "epochs=1", "batch_size=2", name="cut")
+    assert log[0]["kl"] == 0 and all(row.get("kl", row.get("eval/kl")) >= 0 for row in log)
+    assert "eval/kl" in log[-1] and [row.get("kl") for row in cut] == pytest.approx(
+        [r.get("kl") for r in log], abs=1e-4
+    )
+
+
 @pytest.mark.parametrize("loss", ["simpo", "sft"])
 def test_a_loss_without_a_reference_goes_on_from_an_adapter(run, tmp_path, loss):
     run("lora_dpo_single_device", "loss=sft", "max_steps=2", name="sft")
@@ -606,7 +616,7 @@ def test_a_cached_reference_gives_the_numbers_of_a_live_one_and_is_computed_once
 def test_two_processes_fill_a_cache_and_one_reads_it(tmp_path, reference):
     write_inputs(tmp_path, sizes=SHARDED_SIZES)
     save_llama(tmp_path / "other", sizes=SHARDED_SIZES, seed=3)
-    overrides = ["reference=cached", f"reference.cache_dir={tmp_path / 'cache'}", "max_steps=3", "optimizer.lr=0.002"]
+    overrides = ["reference=cached", f"reference.cache_dir={tmp_path / 'cache'}", "epochs=1", "optimizer.lr=0.002"]
     overrides += [setting.replace("OTHER", str(tmp_path / "other")) for setting in reference]
     recipe = str(ROOT / "recipes" / "full_dpo_distributed.py")
     config = ["--config", str(tmp_path / "config.yaml"), f"output_dir={tmp_path / 'two'}", *overrides]
@@ -704,8 +714,8 @@ def test_another_model_fills_a_cache_and_is_gone_when_the_policy_comes(run, othe
     live = run(recipe, "reference=model", *other, "max_steps=4", name="live")
     with Decoders(monkeypatch) as seen:
         first = run(recipe, *cached, name="first")
-    # 48 pairs; a rehearsal, four steps, an evaluation, and a comparison of the export with the model.
-    assert seen.forwards == 6 * [2] + (6 + 2) * [3]
+    # 40 to 48 pairs, 32 at a time; a rehearsal, four steps, an evaluation, and the export compared with the model.
+    assert seen.forwards == 2 * [2] + (6 + 2) * [3]
     assert seen.alive[:2] == [{2}, {3}]
     with Decoders(monkeypatch) as seen:
         again = run(recipe, *cached, name="again")
