@@ -15,7 +15,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
 from pairtune.errors import UserError
 from pairtune.tokenizer_files import read_json
 
-MARK = "\ue000"  # private use: stands behind an answer to find what a template writes after it
+ANSWER_END = "\ue000"  # private use: stands behind an answer to find what a template writes after it
 MOST_STEPS = 1_000_000  # of a template's counting loops, in one conversation
 SPEAKER = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "tool": "\n\nTool: ", "system": "\n\n"}
 
@@ -82,8 +82,8 @@ class ChatTemplate:
 
         The content is marked, not searched for: it may be trimmed, or be as short as 'e'.
         """
-        marked = {**messages[-1], "content": messages[-1]["content"] + MARK}
-        _, mark, tail = self.render([*messages[:-1], marked]).rpartition(MARK)
+        marked = {**messages[-1], "content": messages[-1]["content"] + ANSWER_END}
+        _, mark, tail = self.render([*messages[:-1], marked]).rpartition(ANSWER_END)
         if not mark or not text.endswith(tail):
             raise UserError("The chat template does not write the last assistant message as it is; give another one.")
         return len(tail)

@@ -87,14 +87,14 @@ class HFTokenizer:
         """
         if self.is_plain:
             return self.render_text(*plain_text(messages, add_generation_prompt=add_generation_prompt))
-        unmarked = text = self._template.render(messages, add_generation_prompt=add_generation_prompt)
+        options = {"add_generation_prompt": add_generation_prompt}
+        text = self._template.render(messages, **options)
         marked = [{**message, "content": self._marked(message["content"])} for message in messages]
-        if marked != messages:
-            messages, text = marked, self._template.render(marked, add_generation_prompt=add_generation_prompt)
-        encoding = self._encode(text, unmarked)
+        marked_text = text if marked == messages else self._template.render(marked, **options)
+        encoding = self._encode(marked_text, text)
         if add_generation_prompt or messages[-1]["role"] != "assistant":
             return encoding.ids
-        answer_stop = len(text) - self._template.tail_length(messages, text)
+        answer_stop = len(marked_text) - self._template.tail_length(marked, marked_text)
         # An end token written in the answer is content: only tokens behind it are looked at.
         tail_start = bisect_right([stop for _, stop in encoding.offsets], answer_stop)
         return _end_once(encoding.ids, tail_start, self)

@@ -12,7 +12,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from pairtune.chat_template import Refusal
 from pairtune.errors import UserError
-from pairtune.special_text import MARK
+from pairtune.special_text import NOT_SPECIAL
 from pairtune.tokenizer import adapt, common_prefix, hf_tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -442,9 +442,9 @@ def test_a_template_that_looks_into_special_tokens_is_refused_by_row(bare, conte
 
 def test_a_text_that_holds_the_mark_itself_beside_a_special_token_is_refused(bare):
     tokenizer = bare(CHATML)
-    assert f"a{MARK}b" in tokenizer.decode(tokenizer.render(chat(f"a{MARK}b")))
+    assert f"a{NOT_SPECIAL}b" in tokenizer.decode(tokenizer.render(chat(f"a{NOT_SPECIAL}b")))
     with pytest.raises(Refusal, match="changes a message"):
-        tokenizer.render(chat(f"a{MARK}b", "</s>"))
+        tokenizer.render(chat(f"a{NOT_SPECIAL}b", "</s>"))
 
 
 def test_special_tokens_that_overlap_or_hold_each_other_are_text(tmp_path):
