@@ -116,7 +116,7 @@ def choose_template(folder: Path, config: dict, wanted: str | None) -> tuple[str
     """
     if wanted is None:
         own = _own_template(folder, config)
-        return own, "the folder's chat template" if own else "plain text: the tokenizer has no chat template"
+        return own or None, "the folder's chat template" if own else "plain text: the tokenizer has no chat template"
     if wanted == "plain":
         return None, "plain text: chat_template=plain"
     if "{{" in wanted or "{%" in wanted:
@@ -149,12 +149,14 @@ def _own_template(folder: Path, config: dict) -> str | None:
             own = read_json(folder / "chat_template.json").get("chat_template")
         if own is None or isinstance(own, str):
             return own
-        entries = own if isinstance(own, list) else [own]
-        if not all(isinstance(entry, dict) and {"name", "template"} <= entry.keys() for entry in entries):
+        if isinstance(own, list) and all(isinstance(entry, dict) for entry in own):
+            own = {entry.get("name"): entry.get("template") for entry in own}
+        if not isinstance(own, dict) or not all(isinstance(text, str) for item in own.items() for text in item):
             raise UserError(
-                f"{folder}/tokenizer_config.json: chat_template must be text, or a list of name and template."
+                f"{folder}/tokenizer_config.json: chat_template must be text, texts by name, or a list of name and "
+                "template."
             )
-        named = {entry["name"]: entry["template"] for entry in entries}
+        named = own
     if "default" not in named:
         names = ", ".join(named)
         raise UserError(

@@ -6,6 +6,8 @@ masks, so a pad token that is also the end token harms nothing. Where the answer
 
 import re
 from bisect import bisect_right
+from collections.abc import Mapping
+from datetime import date as Date
 from inspect import signature
 from pathlib import Path
 
@@ -232,22 +234,18 @@ def hf_tokenizer(path: str, chat_template: str | None = None, special_tokens_in_
     stop_ids = model_stop_ids(folder)
     if "eos_token" not in special and stop_ids:
         special["eos_token"] = backend.id_to_token(stop_ids[0]) or f"token {stop_ids[0]}"
-    for key in ("bos_token", "eos_token"):
-        text = special.get(key, "")
-        known = isinstance(text, str) and backend.token_to_id(text) is not None
-        if not known and (key in special or key == "eos_token"):
-            raise UserError(
-                f"{folder}: {key} is {special.get(key, 'not set')!r}, which is no token of tokenizer.json. "
-                f"Set {key} in tokenizer_config.json."
-            )
+    if backend.token_to_id(special.get("eos_token", "")) is None:
+        raise UserError(
+            f"{folder}: eos_token is {special.get('eos_token', 'not set')!r}, which is no token of tokenizer.json. "
+            "Set eos_token in tokenizer_config.json."
+        )
     template, style = choose_template(folder, config, chat_template)
-    add_bos = _adds_bos(backend, config, special)
     try:
         return HFTokenizer(
             backend,
             special,
             stop_ids=stop_ids,
-            add_bos=add_bos,
+            add_bos=_adds_bos(backend, special),
             template=template,
             style=style,
             special_tokens_in_text=special_tokens_in_text,
@@ -310,8 +308,18 @@ def _distinct(ids: list[int]) -> list[int]:
     return list(dict.fromkeys(ids))
 
 
-def _adds_bos(backend: tokenizers.Tokenizer, config: dict, special: dict[str, str]) -> bool:
-    """Says whether plain text gets a BOS."""
-    bos_id = backend.token_to_id(special.get("bos_token", ""))
-    # Not encode(""): where bos == eos, a tokenizer that adds only eos would seem to add BOS.
-    return bos_id is not None and (config.get("add_bos_token") is True or backend.encode("a").ids[:1] == [bos_id])
+def _date(text: str, template: str | None) -> Date:
+    if "strftime_now" not in (template or ""):
+        raise UserError(f"date={text}: the chat template asks for no day (strftime_now); leave it out")
+    try:
+        return Date.fromisoformat(text)
+    except ValueError:
+        raise UserError(f"date={text}: must be a day as YYYY-MM-DD, such as 2025-01-31") from None
+
+
+def _adds_bos(backend: tokenizers.Tokenizer, special: dict[str, str]) -> bool:
+    """Says whether plain text gets a BOS: whether tokenizer.json says so, not add_bos_token, as in transformers 5."""
+    if "bos_token" not in special:
+        return False
+    encoding = backend.encode(special["bos_token"])  # one token; where bos == eos, the mask tells them apart
+    return encoding.ids[0] == backend.token_to_id(special["bos_token"]) and encoding.special_tokens_mask[0] == 1

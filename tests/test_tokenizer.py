@@ -165,18 +165,22 @@ def test_bos_is_the_templates_alone(folders, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "has_bos"),
+@pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "GPT2Tokenizer", "LlamaTokenizer"])
     [
         ({"adds_bos": True}, True),
         ({"adds_bos": False}, False),
-        ({"adds_bos": False, "add_bos_token": True}, True),
+        ({"adds_bos": False, "add_bos_token": True}, False),
+        ({"adds_bos": True, "add_bos_token": False}, True),
         ({"adds_bos": False, "add_bos_token": True, "bos_token": None}, False),
     ],
 )
-def test_plain_text_has_the_bos_that_the_tokenizer_adds(tmp_path, options, has_bos):
-    tokenizer = hf_tokenizer(save(tmp_path, **options))
+def test_plain_text_has_the_bos_that_tokenizer_json_adds(tmp_path, kind, options, has_bos):
+    transformers = pytest.importorskip("transformers")
+    folder = save(tmp_path, tokenizer_class=kind, **options)
+    tokenizer, peer = hf_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
     ids = tokenizer.render_text("Hi", " there")
     bos = [tokenizer.bos_id] if has_bos else []
-    assert ids == [*bos, *tokenizer.encode("Hi there"), tokenizer.eos_id]
+    assert ids == [*bos, *tokenizer.encode("Hi there"), tokenizer.eos_id] == [*peer("Hi there")["input_ids"], 1]
 
 
 def test_plain_text_that_brings_its_own_bos_gets_no_second_one(tmp_path):
@@ -259,8 +263,9 @@ def test_generation_stops_at_eos_at_the_models_stop_tokens_and_at_the_templates(
 
 
 def test_the_folders_template_is_the_jinja_file_then_the_default_of_the_config(tmp_path):
-    named = [{"name": "rag", "template": "R"}, {"name": "default", "template": LLAMA_2}]
-    assert hf_tokenizer(save(tmp_path / "a", chat_template=named)).chat_template == LLAMA_2
+    named = {"rag": "R", "default": LLAMA_2}
+    for written in ([{"name": name, "template": text} for name, text in named.items()], named):
+        assert hf_tokenizer(save(tmp_path / "a", chat_template=written)).chat_template == LLAMA_2
     with_file = save(tmp_path / "b", chat_template=LLAMA_2, files={"chat_template.jinja": GEMMA})
     assert hf_tokenizer(with_file).chat_template == GEMMA
     assert not hf_tokenizer(with_file).is_plain
@@ -347,6 +352,11 @@ def test_a_wrong_chat_template_is_refused(folders, chat_template, message):
         ({"chat_template": [{"name": "rag", "template": "R"}]}, r"\(rag\) but none named default"),
     ],
 )
+        ({"chat_template": {"rag": "R"}}, r"\(rag\) but none named default"),
+        ({"chat_template": ["R"]}, "chat_template must be text, texts by name, or a list"),
+        ({"chat_template": {"default": 1}}, "chat_template must be text, texts by name, or a list"),
+        ({"extra_special_tokens": [5]}, "extra_special_tokens is 5, which is no token's text"),
+        ({"pad_token": {"lstrip": True}}, "pad_token is {'lstrip': True}, which is no token's text"),
 def test_a_broken_folder_is_refused_by_file(tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         hf_tokenizer(save(tmp_path, **options))
@@ -534,9 +544,10 @@ def test_a_broken_vocabulary_is_refused(tmp_path):
         hf_tokenizer(str(tmp_path))
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", None])
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gpt2", "phi3", None])
 @pytest.mark.parametrize(
     "options",
+        ({"model_type": "gpt2"}, {"tokenizer_config.json": {"add_bos_token": True}}),
     [
         {"legacy": False},
         {"legacy": True},
@@ -562,6 +573,51 @@ def test_a_llamas_spaces_are_those_of_its_class_in_transformers(tmp_path, model_
 
 
 # torchtune's tokenizers
+
+NEW = {"content": "<new>", "lstrip": True, "rstrip": False, "normalized": False, "single_word": False}
+PLAIN = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+DECODER = {str(i): {"content": text, **PLAIN, "rstrip": text == "<|im_end|>"} for i, text in enumerate(SPECIAL)}
+
+
+@pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "GPT2Tokenizer"])
+@pytest.mark.parametrize(
+    ("config", "files"),
+    [
+        ({"pad_token": "<new>"}, {}),
+        ({"pad_token": {"__type": "AddedToken", **NEW}}, {}),
+        ({"image_token": "<new>"}, {}),
+        ({"additional_special_tokens": ["<new>", "<|im_end|>"]}, {}),
+        ({"extra_special_tokens": ["<new>", "<newer>"], "pad_token": "<newest>"}, {}),
+        ({"extra_special_tokens": {"image_token": "<new>"}}, {}),
+        ({"added_tokens_decoder": DECODER}, {}),
+        ({"added_tokens_decoder": DECODER | {"334": NEW}, "pad_token": "<newer>"}, {}),
+        ({}, {"special_tokens_map.json": {"pad_token": NEW, "additional_special_tokens": ["<newer>"]}}),
+        ({}, {"added_tokens.json": {"<newer>": 335, "<new>": 334}, "special_tokens_map.json": {"pad_token": "<new>"}}),
+    ],
+)
+def test_tokens_that_other_files_add_are_those_of_transformers(tmp_path, kind, config, files):
+    transformers = pytest.importorskip("transformers")
+    folder = save(tmp_path, chat_template=CHATML, tokenizer_class=kind, unk_token="<|pad|>", files=files, **config)
+    tokenizer = hf_tokenizer(folder, special_tokens_in_text="control")
+    peer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.vocab_size == len(peer) and tokenizer.pad_id == peer.pad_token_id
+    assert tokenizer._backend.get_added_tokens_decoder() == peer.added_tokens_decoder
+    for text in ("a <new> b", "<newer><newest>c <new>", " <|im_end|> d", "<s> a </s> b"):
+        assert tokenizer.encode(text) == peer.encode(text, add_special_tokens=False)
+        assert tokenizer.render(chat(text)) == peer.apply_chat_template(chat(text), return_dict=False)
+
+
+def test_a_token_that_would_get_another_id_is_refused(tmp_path):
+    files = {"added_tokens.json": {"<new>": 405}}
+    with pytest.raises(UserError, match="<new> is token 405 .*, and would be token 334 behind the vocabulary's"):
+        hf_tokenizer(save(tmp_path, files=files))
+
+
+def test_special_tokens_that_a_folder_splits_are_refused(tmp_path):
+    with pytest.raises(UserError, match="split_special_tokens in tokenizer_config.json makes ordinary characters"):
+        hf_tokenizer(save(tmp_path, chat_template=CHATML, split_special_tokens=True))
+    hf_tokenizer(save(tmp_path, chat_template=CHATML, split_special_tokens=False))
+
 
 
 def torchtune_tokenizer(name, **options):
@@ -616,6 +672,18 @@ def test_llama3s_header_is_the_generation_prompt_and_eot_the_end():
     assert tokenizer.render_text("Hi", " Ho") == theirs.encode("Hi Ho", add_bos=True, add_eos=True)
     assert tokenizer.decode(tokenizer.encode("Hi Ho")) == "Hi Ho"
     assert adapt(tokenizer) is tokenizer
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gpt2", "gpt_neox", None])
+@pytest.mark.parametrize("prefix", [True, False, None])
+def test_a_gpt2s_first_word_is_that_of_its_class_in_transformers(tmp_path, model_type, prefix):
+    transformers = pytest.importorskip("transformers")
+    files = {"config.json": {"model_type": model_type}} if model_type else {}
+    options = {"tokenizer_class": "GPT2Tokenizer", "unk_token": "</s>", "add_prefix_space": prefix}
+    folder = save(tmp_path, files=files, **options)
+    tokenizer, peer = hf_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    for text in ("reviewer wants", " a"):
+        assert tokenizer.encode(text) == peer.encode(text, add_special_tokens=False)
 
 
 @needs_shared
