@@ -5,7 +5,7 @@ A conversation is a list of messages, `{"role", "content"}`. What becomes of the
 
 import json
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import date, datetime, time
 from pathlib import Path
 
 import jinja2
@@ -31,7 +31,12 @@ class Refusal(UserError):
 class ChatTemplate:
     """A Jinja template with the special tokens it may write, as `{"bos_token": "<s>", ...}`."""
 
-    def __init__(self, source: str, special: dict[str, str]):
+    Args:
+        day: What strftime_now tells. None: there is no strftime_now, and a template such as Llama 3.2's writes a day
+            of its own.
+    """
+
+    def __init__(self, source: str, special: dict[str, str], day: date | None = None):
         self.source, self._special = source, special
         environment = _Sandbox(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"]
@@ -39,8 +44,9 @@ class ChatTemplate:
         environment.filters["tojson"] = _tojson
         environment.globals.update(range=self._range, dict=_Dict(), namespace=_Namespace)
         self._steps = 0
-        # One date for the whole run, or pairs tokenized after midnight would differ from those before.
-        environment.globals.update(raise_exception=_raise, strftime_now=datetime.now().strftime)
+        environment.globals.update(raise_exception=_raise)
+        if day:  # not today: a run that is resumed tomorrow, and another process, must read the same tokens
+            environment.globals.update(strftime_now=datetime.combine(day, time()).strftime)
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
@@ -54,6 +60,7 @@ class ChatTemplate:
         Raises:
             Refusal: The template refuses the conversation: many know no system role, or want roles to alternate.
         """
+            UserError: It needs a day and has none, or counts for ever.
         values = {**self._special, "messages": messages, "tools": None, "documents": None}
         self._steps = 0
         try:
@@ -62,6 +69,11 @@ class ChatTemplate:
             raise
         except Exception as error:  # what a template may raise: its own refusals, and all that Python raises
             roles = ", ".join(message["role"] for message in messages)
+            if isinstance(error, jinja2.UndefinedError) and "strftime_now" in str(error):
+                raise UserError(
+                    "The chat template writes the day (strftime_now) and knows none without a clock: give it one that "
+                    "stays, such as tokenizer.date=2025-01-31, so that a run can be resumed on another day."
+                ) from error
             raise Refusal(
                 f"The chat template refuses the conversation ({roles}): {error}. "
                 "Remove it, or give a template that takes it: chat_template=FILE.jinja or chat_template=plain.",

@@ -38,6 +38,7 @@ class HFTokenizer:
         chat_template: Jinja text, None for plain text.
         style: How conversations are written, in words.
         special_tokens_in_text: See `hf_tokenizer`.
+        date: What the template takes for today; None: the template's own, if it writes one.
     """
 
     def __init__(
@@ -53,6 +54,8 @@ class HFTokenizer:
     ):
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
         self.bos_id, self.eos_id, self.pad_id = (
+        date: Date | None = None,
+        folder: Path | None = None,
             backend.token_to_id(special.get(key, "")) for key in ("bos_token", "eos_token", "pad_token")
         )
         turn_ends = {name: backend.token_to_id(name) for name in END_OF_TURN if backend.token_to_id(name) is not None}
@@ -61,7 +64,8 @@ class HFTokenizer:
         self.end_ids = frozenset([*self.stop_ids, *turn_ends.values()])
         self.end_texts = [text for text in map(backend.id_to_token, sorted(self.end_ids)) if text]
         self.chat_template, self.style, self.is_plain = template, style, template is None
-        self._template = None if template is None else ChatTemplate(template, special)
+        self.date, self.folder = date, folder
+        self._template = None if template is None else ChatTemplate(template, special, date)
         self._backend, self._add_bos = backend, add_bos
         added = backend.get_added_tokens_decoder().items()
         control = {i for i, token in added if token.special or token.content in SENTENCEPIECE_CONTROL}
@@ -126,7 +130,7 @@ class HFTokenizer:
 class TorchtuneTokenizer:
     """torchtune's own tokenizers behind HFTokenizer's interface; their template is what `tokenize_messages` writes."""
 
-    is_plain, chat_template, special_tokens_in_text = False, None, "text"
+    is_plain, chat_template, special_tokens_in_text, date, folder = False, None, "text", None, None
     _PROBES = ("Yes", "No", "0")  # answers that share no token at either end
     _SENTENCEPIECE_ENDS = ("</s>", "<eos>")  # Llama 2's and Mistral's, Gemma's
 
@@ -213,7 +217,9 @@ class TorchtuneTokenizer:
             raise Refusal(message, repr(error)) from error
 
 
-def hf_tokenizer(path: str, chat_template: str | None = None, special_tokens_in_text: str = "text") -> HFTokenizer:
+def hf_tokenizer(
+    path: str, chat_template: str | None = None, special_tokens_in_text: str = "text", date: str | None = None
+) -> HFTokenizer:
     """Returns the tokenizer of a Hugging Face model folder: of tokenizer.json, or of vocab.json and merges.txt.
 
     Args:
@@ -229,6 +235,8 @@ def hf_tokenizer(path: str, chat_template: str | None = None, special_tokens_in_
         raise UserError(f"tokenizer.special_tokens_in_text={special_tokens_in_text!r}: must be text or control.")
     folder = Path(path).expanduser()
     config = read_json(folder / "tokenizer_config.json")
+        date: YYYY-MM-DD, today for a template that asks (strftime_now). None: nothing tells it the day; Llama 3.2's
+            then writes its own, 26 Jul 2024, and one that has none is refused when it is used.
     backend = read_backend(folder, config)
     special = special_tokens(folder, config)
     stop_ids = model_stop_ids(folder)
@@ -257,6 +265,8 @@ def hf_tokenizer(path: str, chat_template: str | None = None, special_tokens_in_
 def adapt(tokenizer) -> HFTokenizer | TorchtuneTokenizer:
     """Returns a tokenizer with the interface above: an HFTokenizer as it is, one of torchtune's wrapped.
 
+            date=None if date is None else _date(date, template),
+            folder=folder,
     Raises:
         UserError: It is neither, or it has a max_seq_len.
     """

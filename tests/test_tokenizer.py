@@ -3,6 +3,7 @@
 import functools
 import json
 import random
+from datetime import date, datetime
 from pathlib import Path
 
 import jinja2
@@ -110,7 +111,8 @@ def test_templates_render_as_transformers_renders_them(folders, name, conversati
     if name == "gemma" and conversation[0]["role"] == "system":
         pytest.skip("the template refuses system messages")
     transformers = pytest.importorskip("transformers")
-    tokenizer = hf_tokenizer(folders[name], special_tokens_in_text="control")
+    today = date.today().isoformat() if "strftime_now" in TEMPLATES[name] else None
+    tokenizer = hf_tokenizer(folders[name], special_tokens_in_text="control", date=today)
     peer = transformers.AutoTokenizer.from_pretrained(folders[name])
 
     def peers(messages, **options):
@@ -479,6 +481,61 @@ def test_a_vocabulary_that_makes_a_special_token_of_plain_characters_is_refused(
 def test_an_unknown_way_with_special_tokens_is_refused(folders):
     with pytest.raises(UserError, match="special_tokens_in_text='ignore': must be text or control"):
         hf_tokenizer(folders["chatml"], special_tokens_in_text="ignore")
+
+
+# The day that a template writes
+
+PUBLISHED = Path(__file__).parent / "chat_templates" / "llama_3_2.jinja"
+NEEDS_A_DAY = "Today: {{ strftime_now('%d %B %Y') }}" + CHATML
+
+
+@pytest.fixture
+def peer_on(monkeypatch):
+    """Gives a folder's prompt as transformers renders it on a day."""
+    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    from transformers import AutoTokenizer
+
+    def ids_on(day, folder):
+        clock = type("Clock", (datetime,), {"now": classmethod(lambda cls: datetime(*day, 23, 59, 59))})
+        monkeypatch.setattr(utils, "datetime", clock)
+        peer = AutoTokenizer.from_pretrained(folder)
+        return peer.apply_chat_template(chat("Hi"), return_dict=False, add_generation_prompt=True)
+
+    return ids_on
+
+
+def test_a_prompt_has_the_templates_own_day_whatever_day_it_is(tmp_path, peer_on):
+    folder = save(tmp_path, chat_template=PUBLISHED.read_text())
+    ids = hf_tokenizer(folder).render(chat("Hi"), add_generation_prompt=True)
+    assert ids == peer_on((2024, 7, 26), folder) != peer_on((2025, 11, 21), folder)
+
+
+@pytest.mark.parametrize("template", [PUBLISHED.read_text(), NEEDS_A_DAY])
+def test_a_prompt_has_the_day_of_the_config(tmp_path, peer_on, template):
+    folder = save(tmp_path, chat_template=template)
+    tokenizer = hf_tokenizer(folder, date="2025-11-20")
+    assert tokenizer.render(chat("Hi"), add_generation_prompt=True) == peer_on((2025, 11, 20), folder)
+
+
+def test_a_template_that_needs_a_day_is_refused_without_one(tmp_path):
+    tokenizer = hf_tokenizer(save(tmp_path, chat_template=NEEDS_A_DAY))
+    with pytest.raises(UserError, match="knows none without a clock: .*tokenizer.date=2025-01-31") as refused:
+        tokenizer.render(chat("Hi"))
+    assert not isinstance(refused.value, Refusal)  # which would drop every row
+
+
+@pytest.mark.parametrize(
+    ("template", "day", "message"),
+    [
+        (CHATML, "2025-11-20", "date=2025-11-20: the chat template asks for no day"),
+        (None, "2025-11-20", "date=2025-11-20: the chat template asks for no day"),
+        (NEEDS_A_DAY, "20 Nov 2025", "date=20 Nov 2025: must be a day as YYYY-MM-DD"),
+        (NEEDS_A_DAY, "2025-02-30", "date=2025-02-30: must be a day"),
+    ],
+)
+def test_a_day_without_effect_and_one_that_is_none_are_refused(tmp_path, template, day, message):
+    with pytest.raises(UserError, match=message):
+        hf_tokenizer(save(tmp_path, chat_template=template), date=day)
 
 
 # Folders that have no tokenizer.json, and what transformers makes of those that have one
