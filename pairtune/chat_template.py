@@ -4,6 +4,7 @@ A conversation is a list of messages, `{"role", "content"}`. What becomes of the
 """
 
 import json
+import shutil
 from collections.abc import Sequence
 from datetime import date, datetime, time
 from pathlib import Path
@@ -29,7 +30,7 @@ class Refusal(UserError):
 
 
 class ChatTemplate:
-    """A Jinja template with the special tokens it may write, as `{"bos_token": "<s>", ...}`."""
+    """A Jinja template with the special tokens it may write, as `{"bos_token": "<s>", ...}`.
 
     Args:
         day: What strftime_now tells. None: there is no strftime_now, and a template such as Llama 3.2's writes a day
@@ -59,8 +60,8 @@ class ChatTemplate:
 
         Raises:
             Refusal: The template refuses the conversation: many know no system role, or want roles to alternate.
-        """
             UserError: It needs a day and has none, or counts for ever.
+        """
         values = {**self._special, "messages": messages, "tools": None, "documents": None}
         self._steps = 0
         try:
@@ -68,12 +69,12 @@ class ChatTemplate:
         except UserError:
             raise
         except Exception as error:  # what a template may raise: its own refusals, and all that Python raises
-            roles = ", ".join(message["role"] for message in messages)
             if isinstance(error, jinja2.UndefinedError) and "strftime_now" in str(error):
                 raise UserError(
                     "The chat template writes the day (strftime_now) and knows none without a clock: give it one that "
                     "stays, such as tokenizer.date=2025-01-31, so that a run can be resumed on another day."
                 ) from error
+            roles = ", ".join(message["role"] for message in messages)
             raise Refusal(
                 f"The chat template refuses the conversation ({roles}): {error}. "
                 "Remove it, or give a template that takes it: chat_template=FILE.jinja or chat_template=plain.",
@@ -141,6 +142,25 @@ def choose_template(folder: Path, config: dict, wanted: str | None) -> tuple[str
     raise UserError(
         f"chat_template={wanted!r} is neither null (the folder's own), 'plain', a .jinja file, nor a Jinja text."
     )
+
+
+def set_template(folder: Path, template: str | None) -> None:
+    """Makes `template` the one that transformers finds in a folder, None for none; does nothing where it is already."""
+    file = folder / "tokenizer_config.json"
+    config = read_json(file)
+    try:
+        if choose_template(folder, config, None)[0] == template:
+            return
+    except UserError:  # the folder's own is broken, which is why the run was given another
+        pass
+    for old in folder.glob("chat_template*"):
+        old.unlink()
+    shutil.rmtree(folder / "additional_chat_templates", ignore_errors=True)
+    if "chat_template" in config:
+        config.pop("chat_template")
+        file.write_text(json.dumps(config, indent=2) + "\n")
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def _read(file: Path) -> str:

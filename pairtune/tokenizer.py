@@ -31,15 +31,18 @@ class HFTokenizer:
     """A Hugging Face tokenizer with its chat template, or with plain text where there is none: see `hf_tokenizer`.
 
     Attributes:
+        folder: Where its files are; `files` are those that an export takes from elsewhere: none.
         bos_id, pad_id: None where the folder names none.
         stop_ids: Where generation stops: eos first, then what generation_config.json and the template add.
         end_ids: stop_ids and every other token known to end a turn; end_texts: how they are written.
         vocab_size: The largest id plus one: ids may have gaps.
         chat_template: Jinja text, None for plain text.
         style: How conversations are written, in words.
-        special_tokens_in_text: See `hf_tokenizer`.
         date: What the template takes for today; None: the template's own, if it writes one.
+        special_tokens_in_text: See `hf_tokenizer`.
     """
+
+    files = ()
 
     def __init__(
         self,
@@ -51,11 +54,11 @@ class HFTokenizer:
         template: str | None,
         style: str,
         special_tokens_in_text: str = "text",
+        date: Date | None = None,
+        folder: Path | None = None,
     ):
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
         self.bos_id, self.eos_id, self.pad_id = (
-        date: Date | None = None,
-        folder: Path | None = None,
             backend.token_to_id(special.get(key, "")) for key in ("bos_token", "eos_token", "pad_token")
         )
         turn_ends = {name: backend.token_to_id(name) for name in END_OF_TURN if backend.token_to_id(name) is not None}
@@ -128,13 +131,18 @@ class HFTokenizer:
 
 
 class TorchtuneTokenizer:
-    """torchtune's own tokenizers behind HFTokenizer's interface; their template is what `tokenize_messages` writes."""
+    """torchtune's own tokenizers behind HFTokenizer's interface; their template is what `tokenize_messages` writes.
+
+    Args:
+        files: Those that it was read from. An export has them beside the base's tokenizer files: `folder` is None.
+    """
 
     is_plain, chat_template, special_tokens_in_text, date, folder = False, None, "text", None, None
     _PROBES = ("Yes", "No", "0")  # answers that share no token at either end
     _SENTENCEPIECE_ENDS = ("</s>", "<eos>")  # Llama 2's and Mistral's, Gemma's
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, files: tuple[Path, ...] = ()):
+        self.files = files
         kind = type(tokenizer).__name__
         if getattr(tokenizer, "max_seq_len", None) is not None:
             raise UserError(
@@ -227,6 +235,8 @@ def hf_tokenizer(
             a path to a .jinja file; or the template's text.
         special_tokens_in_text: What a special token that is written in a message, such as `</s>`, becomes. "text":
             ordinary characters. "control": the token, as in transformers and for texts that are rendered already.
+        date: YYYY-MM-DD, today for a template that asks (strftime_now). None: nothing tells it the day; Llama 3.2's
+            then writes its own, 26 Jul 2024, and one that has none is refused when it is used.
 
     Raises:
         UserError: The folder or a file is missing or broken, no eos is named, or an argument is none of these.
@@ -235,8 +245,6 @@ def hf_tokenizer(
         raise UserError(f"tokenizer.special_tokens_in_text={special_tokens_in_text!r}: must be text or control.")
     folder = Path(path).expanduser()
     config = read_json(folder / "tokenizer_config.json")
-        date: YYYY-MM-DD, today for a template that asks (strftime_now). None: nothing tells it the day; Llama 3.2's
-            then writes its own, 26 Jul 2024, and one that has none is refused when it is used.
     backend = read_backend(folder, config)
     special = special_tokens(folder, config)
     stop_ids = model_stop_ids(folder)
@@ -257,27 +265,52 @@ def hf_tokenizer(
             template=template,
             style=style,
             special_tokens_in_text=special_tokens_in_text,
+            date=None if date is None else _date(date, template),
+            folder=folder,
         )
     except UserError as error:
         raise UserError(f"tokenizer.path={path}: {error}") from error
 
 
-def adapt(tokenizer) -> HFTokenizer | TorchtuneTokenizer:
+def adapt(tokenizer, component: Mapping | None = None) -> HFTokenizer | TorchtuneTokenizer:
     """Returns a tokenizer with the interface above: an HFTokenizer as it is, one of torchtune's wrapped.
 
-            date=None if date is None else _date(date, template),
-            folder=folder,
+    Args:
+        component: The config's `tokenizer` block; the files that it names are the wrapped one's `files`.
+
     Raises:
         UserError: It is neither, or it has a max_seq_len.
     """
     if isinstance(tokenizer, HFTokenizer | TorchtuneTokenizer):
         return tokenizer
     if hasattr(tokenizer, "tokenize_messages"):
-        return TorchtuneTokenizer(tokenizer)
+        named = [Path(value) for value in (component or {}).values() if isinstance(value, str)]
+        return TorchtuneTokenizer(tokenizer, tuple(file for file in named if file.is_file()))
     raise UserError(
         f"tokenizer: {type(tokenizer).__name__} cannot write conversations. Use "
         "pairtune.tokenizer.hf_tokenizer with a model folder, or a torchtune tokenizer that has tokenize_messages."
     )
+
+
+def trained_template(tokenizer: HFTokenizer | TorchtuneTokenizer, folder: Path) -> str | None:
+    """Returns the chat template that writes conversations as the tokenizer does, None where there is none.
+
+    Args:
+        folder: The model's. Its template is that of one of torchtune's tokenizers if both write the same tokens.
+    """
+    if isinstance(tokenizer, HFTokenizer):
+        return tokenizer.chat_template
+    first = {"role": "user", "content": "Hello"}
+    longer = [first, {"role": "assistant", "content": "Yes"}, {"role": "user", "content": "Why?"}]
+    try:
+        own = hf_tokenizer(str(folder))
+        ours, theirs = (
+            [which.render(messages, add_generation_prompt=True) for messages in ([first], longer)]
+            for which in (tokenizer, own)
+        )
+    except UserError:
+        return None
+    return own.chat_template if ours == theirs else None
 
 
 def check_vocabulary(tokenizer: HFTokenizer | TorchtuneTokenizer, folder: Path) -> None:

@@ -165,14 +165,14 @@ def test_bos_is_the_templates_alone(folders, tmp_path):
     assert tokenizer_adds_it.bos_id not in tokenizer_adds_it.render(chat("Hi", "Ho"))
 
 
+@pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "GPT2Tokenizer", "LlamaTokenizer"])
 @pytest.mark.parametrize(
     ("options", "has_bos"),
-@pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "GPT2Tokenizer", "LlamaTokenizer"])
     [
         ({"adds_bos": True}, True),
+        ({"adds_bos": True, "add_bos_token": False}, True),
         ({"adds_bos": False}, False),
         ({"adds_bos": False, "add_bos_token": True}, False),
-        ({"adds_bos": True, "add_bos_token": False}, True),
         ({"adds_bos": False, "add_bos_token": True, "bos_token": None}, False),
     ],
 )
@@ -352,13 +352,13 @@ def test_a_wrong_chat_template_is_refused(folders, chat_template, message):
         ({"files": {"tokenizer.json": "{"}}, "tokenizer.json cannot be read"),
         ({"files": {"generation_config.json": "{'a'}"}}, "generation_config.json is not valid JSON"),
         ({"chat_template": [{"name": "rag", "template": "R"}]}, r"\(rag\) but none named default"),
-    ],
-)
         ({"chat_template": {"rag": "R"}}, r"\(rag\) but none named default"),
         ({"chat_template": ["R"]}, "chat_template must be text, texts by name, or a list"),
         ({"chat_template": {"default": 1}}, "chat_template must be text, texts by name, or a list"),
         ({"extra_special_tokens": [5]}, "extra_special_tokens is 5, which is no token's text"),
         ({"pad_token": {"lstrip": True}}, "pad_token is {'lstrip': True}, which is no token's text"),
+    ],
+)
 def test_a_broken_folder_is_refused_by_file(tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         hf_tokenizer(save(tmp_path, **options))
@@ -547,6 +547,7 @@ def test_a_day_without_effect_and_one_that_is_none_are_refused(tmp_path, templat
     [
         ({"model_type": "gpt2"}, {"tokenizer_config.json": {"model_max_length": 1024}}),
         ({"model_type": "gpt2"}, {}),
+        ({"model_type": "gpt2"}, {"tokenizer_config.json": {"add_bos_token": True}}),
         ({"model_type": "llama"},
          {"tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}}),
         ({"model_type": "qwen2"}, {"added_tokens.json": {"<|im_start|>": 50257, "<|im_end|>": 50258},
@@ -572,64 +573,6 @@ def test_vocabulary_and_merges_are_read_as_transformers_reads_them(tmp_path, kin
         if peer.chat_template:
             assert tokenizer.render(chat(text)) == peer.apply_chat_template(chat(text), return_dict=False)
 
-
-@needs_shared
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"tokenizer_class": "CodeGenTokenizer"}, "tokenizer_class is CodeGenTokenizer"),
-        ({}, "tokenizer_class is None. Set it"),
-        ({"tokenizer_class": "GPT2Tokenizer", "added_tokens_decoder": {"60000": {"content": "<x>"}}},
-         "<x> is token 60000 .* would be token 50257"),
-        ({"tokenizer_class": "GPT2Tokenizer", "added_tokens_decoder": {"x": {"content": "<x>"}}}, "cannot be read"),
-        ({"tokenizer_class": "GPT2Tokenizer", "added_tokens_decoder": ["<x>"]}, "added tokens cannot be read"),
-    ],
-)  # fmt: skip
-def test_a_vocabulary_that_cannot_be_read_as_transformers_does_is_refused(tmp_path, content, message):
-    for name in ("vocab.json", "merges.txt"):
-        (tmp_path / name).symlink_to(SHARED / "tokenizers/gpt2" / name)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match=message):
-        hf_tokenizer(str(tmp_path))
-
-
-def test_a_broken_vocabulary_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    (tmp_path / "vocab.json").write_text("{")
-    (tmp_path / "merges.txt").write_text("a b")
-    with pytest.raises(UserError, match="vocab.json and merges.txt cannot be read"):
-        hf_tokenizer(str(tmp_path))
-
-
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "gpt2", "phi3", None])
-@pytest.mark.parametrize(
-    "options",
-        ({"model_type": "gpt2"}, {"tokenizer_config.json": {"add_bos_token": True}}),
-    [
-        {"legacy": False},
-        {"legacy": True},
-        {"legacy": None},
-        {},
-        {"add_prefix_space": False},
-        {"add_prefix_space": True},
-    ],
-)
-def test_a_llamas_spaces_are_those_of_its_class_in_transformers(tmp_path, model_type, options):
-    transformers = pytest.importorskip("transformers")
-    vocabulary = {piece: i for i, piece in enumerate(["<unk>", "<s>", "</s>", "▁", "a", "▁a", "[", "▁[", "]"])}
-    backend = tokenizers.Tokenizer(models.BPE(vocabulary, [("▁", "a"), ("▁", "[")], unk_token="<unk>", fuse_unk=True))
-    spaces = normalizers.Replace(" ", "▁")
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces])
-    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
-    files = {"config.json": {"model_type": model_type}} if model_type else {}
-    folder = save(tmp_path, backend=backend, tokenizer_class="LlamaTokenizer", files=files, **options)
-    tokenizer = hf_tokenizer(folder, special_tokens_in_text="control")
-    peer = transformers.AutoTokenizer.from_pretrained(folder)
-    for text in ("a a", " a  a ", "<s>[a] a</s><s>[a", "<s> a", ""):
-        assert tokenizer.encode(text) == peer.encode(text, add_special_tokens=False)
-
-
-# torchtune's tokenizers
 
 NEW = {"content": "<new>", "lstrip": True, "rstrip": False, "normalized": False, "single_word": False}
 PLAIN = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
@@ -675,6 +618,75 @@ def test_special_tokens_that_a_folder_splits_are_refused(tmp_path):
         hf_tokenizer(save(tmp_path, chat_template=CHATML, split_special_tokens=True))
     hf_tokenizer(save(tmp_path, chat_template=CHATML, split_special_tokens=False))
 
+
+@needs_shared
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"tokenizer_class": "CodeGenTokenizer"}, "tokenizer_class is CodeGenTokenizer"),
+        ({}, "tokenizer_class is None. Set it"),
+        ({"tokenizer_class": "GPT2Tokenizer", "added_tokens_decoder": {"60000": {"content": "<x>"}}},
+         "<x> is token 60000 .* would be token 50257"),
+        ({"tokenizer_class": "GPT2Tokenizer", "added_tokens_decoder": {"x": {"content": "<x>"}}}, "cannot be read"),
+        ({"tokenizer_class": "GPT2Tokenizer", "added_tokens_decoder": ["<x>"]}, "added tokens cannot be read"),
+    ],
+)  # fmt: skip
+def test_a_vocabulary_that_cannot_be_read_as_transformers_does_is_refused(tmp_path, content, message):
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).symlink_to(SHARED / "tokenizers/gpt2" / name)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        hf_tokenizer(str(tmp_path))
+
+
+def test_a_broken_vocabulary_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "vocab.json").write_text("{")
+    (tmp_path / "merges.txt").write_text("a b")
+    with pytest.raises(UserError, match="vocab.json and merges.txt cannot be read"):
+        hf_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gpt2", "phi3", None])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"legacy": False},
+        {"legacy": True},
+        {"legacy": None},
+        {},
+        {"add_prefix_space": False},
+        {"add_prefix_space": True},
+    ],
+)
+def test_a_llamas_spaces_are_those_of_its_class_in_transformers(tmp_path, model_type, options):
+    transformers = pytest.importorskip("transformers")
+    vocabulary = {piece: i for i, piece in enumerate(["<unk>", "<s>", "</s>", "▁", "a", "▁a", "[", "▁[", "]"])}
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, [("▁", "a"), ("▁", "[")], unk_token="<unk>", fuse_unk=True))
+    spaces = normalizers.Replace(" ", "▁")
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces])
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    files = {"config.json": {"model_type": model_type}} if model_type else {}
+    folder = save(tmp_path, backend=backend, tokenizer_class="LlamaTokenizer", files=files, **options)
+    tokenizer = hf_tokenizer(folder, special_tokens_in_text="control")
+    peer = transformers.AutoTokenizer.from_pretrained(folder)
+    for text in ("a a", " a  a ", "<s>[a] a</s><s>[a", "<s> a", ""):
+        assert tokenizer.encode(text) == peer.encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gpt2", "gpt_neox", None])
+@pytest.mark.parametrize("prefix", [True, False, None])
+def test_a_gpt2s_first_word_is_that_of_its_class_in_transformers(tmp_path, model_type, prefix):
+    transformers = pytest.importorskip("transformers")
+    files = {"config.json": {"model_type": model_type}} if model_type else {}
+    options = {"tokenizer_class": "GPT2Tokenizer", "unk_token": "</s>", "add_prefix_space": prefix}
+    folder = save(tmp_path, files=files, **options)
+    tokenizer, peer = hf_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    for text in ("reviewer wants", " a"):
+        assert tokenizer.encode(text) == peer.encode(text, add_special_tokens=False)
+
+
+# torchtune's tokenizers
 
 
 def torchtune_tokenizer(name, **options):
@@ -729,18 +741,6 @@ def test_llama3s_header_is_the_generation_prompt_and_eot_the_end():
     assert tokenizer.render_text("Hi", " Ho") == theirs.encode("Hi Ho", add_bos=True, add_eos=True)
     assert tokenizer.decode(tokenizer.encode("Hi Ho")) == "Hi Ho"
     assert adapt(tokenizer) is tokenizer
-
-
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "gpt2", "gpt_neox", None])
-@pytest.mark.parametrize("prefix", [True, False, None])
-def test_a_gpt2s_first_word_is_that_of_its_class_in_transformers(tmp_path, model_type, prefix):
-    transformers = pytest.importorskip("transformers")
-    files = {"config.json": {"model_type": model_type}} if model_type else {}
-    options = {"tokenizer_class": "GPT2Tokenizer", "unk_token": "</s>", "add_prefix_space": prefix}
-    folder = save(tmp_path, files=files, **options)
-    tokenizer, peer = hf_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
-    for text in ("reviewer wants", " a"):
-        assert tokenizer.encode(text) == peer.encode(text, add_special_tokens=False)
 
 
 @needs_shared
