@@ -4,8 +4,9 @@ A conversation is a list of messages, `{"role", "content"}`. What becomes of the
 """
 
 import json
+import shutil
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import date, datetime, time
 from pathlib import Path
 
 import jinja2
@@ -15,7 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
 from pairtune.errors import UserError
 from pairtune.tokenizer_files import read_json
 
-MARK = "\ue000"  # private use: stands behind an answer to find what a template writes after it
+ANSWER_END = "\ue000"  # private use: stands behind an answer to find what a template writes after it
 MOST_STEPS = 1_000_000  # of a template's counting loops, in one conversation
 SPEAKER = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "tool": "\n\nTool: ", "system": "\n\n"}
 
@@ -29,9 +30,14 @@ class Refusal(UserError):
 
 
 class ChatTemplate:
-    """A Jinja template with the special tokens it may write, as `{"bos_token": "<s>", ...}`."""
+    """A Jinja template with the special tokens it may write, as `{"bos_token": "<s>", ...}`.
 
-    def __init__(self, source: str, special: dict[str, str]):
+    Args:
+        day: What strftime_now tells. None: there is no strftime_now, and a template such as Llama 3.2's writes a day
+            of its own.
+    """
+
+    def __init__(self, source: str, special: dict[str, str], day: date | None = None):
         self.source, self._special = source, special
         environment = _Sandbox(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"]
@@ -39,8 +45,9 @@ class ChatTemplate:
         environment.filters["tojson"] = _tojson
         environment.globals.update(range=self._range, dict=_Dict(), namespace=_Namespace)
         self._steps = 0
-        # One date for the whole run, or pairs tokenized after midnight would differ from those before.
-        environment.globals.update(raise_exception=_raise, strftime_now=datetime.now().strftime)
+        environment.globals.update(raise_exception=_raise)
+        if day:  # not today: a run that is resumed tomorrow, and another process, must read the same tokens
+            environment.globals.update(strftime_now=datetime.combine(day, time()).strftime)
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
@@ -53,6 +60,7 @@ class ChatTemplate:
 
         Raises:
             Refusal: The template refuses the conversation: many know no system role, or want roles to alternate.
+            UserError: It needs a day and has none, or counts for ever.
         """
         values = {**self._special, "messages": messages, "tools": None, "documents": None}
         self._steps = 0
@@ -61,6 +69,11 @@ class ChatTemplate:
         except UserError:
             raise
         except Exception as error:  # what a template may raise: its own refusals, and all that Python raises
+            if isinstance(error, jinja2.UndefinedError) and "strftime_now" in str(error):
+                raise UserError(
+                    "The chat template writes the day (strftime_now) and knows none without a clock: give it one that "
+                    "stays, such as tokenizer.date=2025-01-31, so that a run can be resumed on another day."
+                ) from error
             roles = ", ".join(message["role"] for message in messages)
             raise Refusal(
                 f"The chat template refuses the conversation ({roles}): {error}. "
@@ -82,8 +95,8 @@ class ChatTemplate:
 
         The content is marked, not searched for: it may be trimmed, or be as short as 'e'.
         """
-        marked = {**messages[-1], "content": messages[-1]["content"] + MARK}
-        _, mark, tail = self.render([*messages[:-1], marked]).rpartition(MARK)
+        marked = {**messages[-1], "content": messages[-1]["content"] + ANSWER_END}
+        _, mark, tail = self.render([*messages[:-1], marked]).rpartition(ANSWER_END)
         if not mark or not text.endswith(tail):
             raise UserError("The chat template does not write the last assistant message as it is; give another one.")
         return len(tail)
@@ -116,7 +129,7 @@ def choose_template(folder: Path, config: dict, wanted: str | None) -> tuple[str
     """
     if wanted is None:
         own = _own_template(folder, config)
-        return own, "the folder's chat template" if own else "plain text: the tokenizer has no chat template"
+        return own or None, "the folder's chat template" if own else "plain text: the tokenizer has no chat template"
     if wanted == "plain":
         return None, "plain text: chat_template=plain"
     if "{{" in wanted or "{%" in wanted:
@@ -129,6 +142,25 @@ def choose_template(folder: Path, config: dict, wanted: str | None) -> tuple[str
     raise UserError(
         f"chat_template={wanted!r} is neither null (the folder's own), 'plain', a .jinja file, nor a Jinja text."
     )
+
+
+def set_template(folder: Path, template: str | None) -> None:
+    """Makes `template` the one that transformers finds in a folder, None for none; does nothing where it is already."""
+    file = folder / "tokenizer_config.json"
+    config = read_json(file)
+    try:
+        if choose_template(folder, config, None)[0] == template:
+            return
+    except UserError:  # the folder's own is broken, which is why the run was given another
+        pass
+    for old in folder.glob("chat_template*"):
+        old.unlink()
+    shutil.rmtree(folder / "additional_chat_templates", ignore_errors=True)
+    if "chat_template" in config:
+        config.pop("chat_template")
+        file.write_text(json.dumps(config, indent=2) + "\n")
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def _read(file: Path) -> str:
@@ -149,12 +181,14 @@ def _own_template(folder: Path, config: dict) -> str | None:
             own = read_json(folder / "chat_template.json").get("chat_template")
         if own is None or isinstance(own, str):
             return own
-        entries = own if isinstance(own, list) else [own]
-        if not all(isinstance(entry, dict) and {"name", "template"} <= entry.keys() for entry in entries):
+        if isinstance(own, list) and all(isinstance(entry, dict) for entry in own):
+            own = {entry.get("name"): entry.get("template") for entry in own}
+        if not isinstance(own, dict) or not all(isinstance(text, str) for item in own.items() for text in item):
             raise UserError(
-                f"{folder}/tokenizer_config.json: chat_template must be text, or a list of name and template."
+                f"{folder}/tokenizer_config.json: chat_template must be text, texts by name, or a list of name and "
+                "template."
             )
-        named = {entry["name"]: entry["template"] for entry in entries}
+        named = own
     if "default" not in named:
         names = ", ".join(named)
         raise UserError(

@@ -289,7 +289,10 @@ def _notes(report: Report, tokenizer, max_length: int, max_prompt_length: int | 
     if max_prompt_length == max_length:
         notes.append(f"max_prompt_length = max_length = {max_length}: a prompt that long leaves no room to answer")
     if "strftime_now" in (tokenizer.chat_template or ""):
-        notes.append("the chat template writes today's date: a run resumed on another day reads other tokens")
+        day = (
+            f"tokenizer.date={tokenizer.date}" if tokenizer.date else "its own; tokenizer.date=YYYY-MM-DD sets another"
+        )
+        notes.append(f"the day that the chat template writes: {day}")
     if report.special and report.special_as == "text":
         notes.append("special tokens in text are no tokens, unless hf_tokenizer gets special_tokens_in_text=control")
     if tokenizer.chat_template and any(reason.startswith(REFUSED) for reason in report.dropped):

@@ -1,4 +1,4 @@
-"""Weights out: a folder that transformers and PEFT load, with the base model's config, tokenizer and template."""
+"""Weights out: a folder that transformers and PEFT load, with the base's config and the tokenizer of the training."""
 
 import json
 import shutil
@@ -11,9 +11,12 @@ from torch import Tensor
 
 from pairtune import adapters, models
 from pairtune.batch import PairBatch
+from pairtune.chat_template import set_template
 from pairtune.checkpoint import ModelFolder, Weights, open_weights
 from pairtune.errors import UserError
 from pairtune.logps import answer_logps
+from pairtune.tokenizer import HFTokenizer, TorchtuneTokenizer, trained_template
+from pairtune.tokenizer_files import read_json
 
 # Nats an answer and a token of it that rounding of merged weights makes; another order of rows, or a lost layer, makes
 # several a token. bf16 logits of 16 and above are 0.125 apart: of an answer of one token or two that is all there is.
@@ -22,12 +25,13 @@ SHARD_BYTES = 5 * 10**9
 TOKENIZER_FILES = (
     "tokenizer*",
     "chat_template*",
+    "additional_chat_templates/*.jinja",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
 )
-COPIED = ("config.json", "generation_config.json", "LICENSE*", *TOKENIZER_FILES)
+MODEL_FILES = ("config.json", "generation_config.json", "LICENSE*")
 
 
 def export(
@@ -37,9 +41,9 @@ def export(
     merged: dict[str, Tensor],
     adapter: dict[str, Tensor] | None = None,
     lora: dict | None = None,
-    tokenizer: dict | None = None,
+    tokenizer: HFTokenizer | TorchtuneTokenizer | None = None,
 ) -> Path:
-    """Writes run_dir/export: the merged weights in Hugging Face layout, with the config and tokenizer of the base.
+    """Writes run_dir/export: the merged weights in Hugging Face layout, with the config of the base and the tokenizer.
 
     An adapter goes to run_dir/export/adapter in PEFT layout, with the tokenizer beside it. The folder takes its name
     when it is complete.
@@ -49,8 +53,8 @@ def export(
         merged: models.merge_adapters of the gathered weights.
         adapter: models.only_adapters of the same; empty without adapters.
         lora: rank, alpha, dropout and modules, with an adapter.
-        tokenizer: The config's `tokenizer` block: its `path`, if a folder, is where the tokenizer's files are, and its
-            `chat_template` is the one that goes with them.
+        tokenizer: The run's, from tokenizer.adapt: its files and chat template are written, and generation stops at
+            its `stop_ids`. None: the base's files as they are.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     dtype = str(next(iter(merged.values())).dtype).removeprefix("torch.")
@@ -58,14 +62,12 @@ def export(
         folder = Path(name) / "export"
         folder.mkdir()
         save_torch_state_dict(base.family.to_theirs(merged, base.config), folder, max_shard_size=SHARD_BYTES)
-        for file in _files(base.path, COPIED):
-            shutil.copy(file, folder / file.name)
-        _copy_tokenizer(tokenizer or {}, base.path, folder)
+        _copy(base.path, MODEL_FILES, folder)
         _edit_json(folder / "config.json", torch_dtype=dtype, dtype=dtype)
+        _write_tokenizer(tokenizer, base, folder)
         if adapter:
             adapters.write_adapter(folder / "adapter", adapter, base, lora)
-            for file in _files(folder, TOKENIZER_FILES):
-                shutil.copy(file, folder / "adapter" / file.name)
+            _copy(folder, TOKENIZER_FILES, folder / "adapter")
         exported = run_dir / "export"
         if exported.exists():
             exported.rename(Path(name) / "earlier")
@@ -116,24 +118,35 @@ def check_export(
     return told
 
 
-def _copy_tokenizer(tokenizer: dict, checkpoint_dir: Path, folder: Path) -> None:
-    """Puts the run's tokenizer and chat template into a folder that has the base model's."""
-    path, template = tokenizer.get("path"), tokenizer.get("chat_template")
-    if path and Path(path).is_dir() and Path(path).resolve() != checkpoint_dir.resolve():
-        for file in _files(Path(path), TOKENIZER_FILES):
-            shutil.copy(file, folder / file.name)
-    elif path and Path(path).is_file():
-        shutil.copy(path, folder / Path(path).name)
-    if template and template != "plain":
-        text = Path(template).read_text() if "{" not in template else template
-        (folder / "chat_template.jinja").write_text(text)
+def _write_tokenizer(tokenizer: HFTokenizer | TorchtuneTokenizer | None, base: ModelFolder, folder: Path) -> None:
+    """Puts files, chat template and stop tokens of the training into a folder that has the base's config."""
+    source = base.path if tokenizer is None or tokenizer.folder is None else tokenizer.folder
+    _copy(source, TOKENIZER_FILES, folder)
+    if (folder / "tokenizer_config.json").is_file():
+        _edit_json(folder / "tokenizer_config.json")
+    if tokenizer is not None:
+        for file in tokenizer.files:
+            shutil.copyfile(file, folder / file.name)
+        set_template(folder, trained_template(tokenizer, base.path))
+        _write_stop_ids(tokenizer.stop_ids, base.config, folder / "generation_config.json")
 
 
-def _files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
-    return [file for pattern in patterns for file in folder.glob(pattern) if file.is_file()]
+def _write_stop_ids(stop_ids: list[int], config: dict, file: Path) -> None:
+    if not file.is_file():  # then readers take the ids of config.json, and where this file is, none of them
+        ids = {key: config[key] for key in ("bos_token_id", "pad_token_id") if config.get(key) is not None}
+        file.write_text(json.dumps(ids))
+    _edit_json(file, eos_token_id=stop_ids if len(stop_ids) > 1 else stop_ids[0])
+
+
+def _copy(source: Path, patterns: tuple[str, ...], folder: Path) -> None:
+    """Copies files without their modes: a base may be read-only, its export must not be."""
+    for file in (file for pattern in patterns for file in source.glob(pattern) if file.is_file()):
+        copy = folder / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
 
 
 def _edit_json(path: Path, **values) -> None:
-    edited = json.dumps(json.loads(path.read_text()) | values, indent=2) + "\n"
-    path.unlink()  # a copy of a read-only file is read-only
-    path.write_text(edited)
+    """Sets values, and takes auto_map out: it names code of the base's folder, and the weights are not that code's."""
+    content = {key: value for key, value in read_json(path).items() if key != "auto_map"}
+    path.write_text(json.dumps(content | values, indent=2) + "\n")

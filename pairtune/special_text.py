@@ -12,7 +12,7 @@ from tokenizers.pre_tokenizers import PreTokenizer, Sequence
 
 from pairtune.chat_template import Refusal
 
-MARK = "\ufdd0"  # Unicode keeps it for internal use: it is no character of any text
+NOT_SPECIAL = "\ufdd0"  # Unicode keeps it for internal use: it is no character of any text
 WAY_OUT = "Remove it, or let it be a token: tokenizer.special_tokens_in_text=control."
 
 
@@ -37,7 +37,7 @@ class SpecialText:
 
     def mark(self, text: str) -> str:
         """Returns the text with a mark behind the first character of every special token's text."""
-        return self._each_start.sub(rf"\1{MARK}", text) if self.is_in(text) else text
+        return self._each_start.sub(rf"\1{NOT_SPECIAL}", text) if self.is_in(text) else text
 
     def encode(self, marked: str, text: str) -> tokenizers.Encoding:
         """Returns the tokens of a marked text, with offsets into it. What has no mark becomes special tokens.
@@ -49,12 +49,12 @@ class SpecialText:
             Refusal: It is not the same, because the template writes other things for marked messages; or the
                 vocabulary makes a special token of plain characters.
         """
-        if marked.replace(MARK, "") != text:
+        if marked.replace(NOT_SPECIAL, "") != text:
             raise _refusal("the chat template changes a message that holds a special token's text")
         encoding = self._unmarking.encode(marked, add_special_tokens=False)
         for token, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
-            written = marked[start:stop].replace(MARK, "")
-            if MARK in marked[start : stop + 1] and self._tokens.get(written) == token:
+            written = marked[start:stop].replace(NOT_SPECIAL, "")
+            if NOT_SPECIAL in marked[start : stop + 1] and self._tokens.get(written) == token:
                 raise _refusal(f"the vocabulary makes the special token {written} of plain characters, too")
         return encoding
 
@@ -69,7 +69,7 @@ class SpecialText:
 
 class _Unmark:
     def pre_tokenize(self, pretokenized: tokenizers.PreTokenizedString) -> None:
-        pretokenized.normalize(lambda text: text.replace(MARK, ""))
+        pretokenized.normalize(lambda text: text.replace(NOT_SPECIAL, ""))
 
 
 def _refusal(reason: str) -> Refusal:

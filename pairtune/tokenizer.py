@@ -6,6 +6,8 @@ masks, so a pad token that is also the end token harms nothing. Where the answer
 
 import re
 from bisect import bisect_right
+from collections.abc import Mapping
+from datetime import date as Date
 from inspect import signature
 from pathlib import Path
 
@@ -29,14 +31,18 @@ class HFTokenizer:
     """A Hugging Face tokenizer with its chat template, or with plain text where there is none: see `hf_tokenizer`.
 
     Attributes:
+        folder: Where its files are; `files` are those that an export takes from elsewhere: none.
         bos_id, pad_id: None where the folder names none.
         stop_ids: Where generation stops: eos first, then what generation_config.json and the template add.
         end_ids: stop_ids and every other token known to end a turn; end_texts: how they are written.
         vocab_size: The largest id plus one: ids may have gaps.
         chat_template: Jinja text, None for plain text.
         style: How conversations are written, in words.
+        date: What the template takes for today; None: the template's own, if it writes one.
         special_tokens_in_text: See `hf_tokenizer`.
     """
+
+    files = ()
 
     def __init__(
         self,
@@ -48,6 +54,8 @@ class HFTokenizer:
         template: str | None,
         style: str,
         special_tokens_in_text: str = "text",
+        date: Date | None = None,
+        folder: Path | None = None,
     ):
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
         self.bos_id, self.eos_id, self.pad_id = (
@@ -59,7 +67,8 @@ class HFTokenizer:
         self.end_ids = frozenset([*self.stop_ids, *turn_ends.values()])
         self.end_texts = [text for text in map(backend.id_to_token, sorted(self.end_ids)) if text]
         self.chat_template, self.style, self.is_plain = template, style, template is None
-        self._template = None if template is None else ChatTemplate(template, special)
+        self.date, self.folder = date, folder
+        self._template = None if template is None else ChatTemplate(template, special, date)
         self._backend, self._add_bos = backend, add_bos
         added = backend.get_added_tokens_decoder().items()
         control = {i for i, token in added if token.special or token.content in SENTENCEPIECE_CONTROL}
@@ -87,14 +96,14 @@ class HFTokenizer:
         """
         if self.is_plain:
             return self.render_text(*plain_text(messages, add_generation_prompt=add_generation_prompt))
-        unmarked = text = self._template.render(messages, add_generation_prompt=add_generation_prompt)
+        options = {"add_generation_prompt": add_generation_prompt}
+        text = self._template.render(messages, **options)
         marked = [{**message, "content": self._marked(message["content"])} for message in messages]
-        if marked != messages:
-            messages, text = marked, self._template.render(marked, add_generation_prompt=add_generation_prompt)
-        encoding = self._encode(text, unmarked)
+        marked_text = text if marked == messages else self._template.render(marked, **options)
+        encoding = self._encode(marked_text, text)
         if add_generation_prompt or messages[-1]["role"] != "assistant":
             return encoding.ids
-        answer_stop = len(text) - self._template.tail_length(messages, text)
+        answer_stop = len(marked_text) - self._template.tail_length(marked, marked_text)
         # An end token written in the answer is content: only tokens behind it are looked at.
         tail_start = bisect_right([stop for _, stop in encoding.offsets], answer_stop)
         return _end_once(encoding.ids, tail_start, self)
@@ -122,13 +131,18 @@ class HFTokenizer:
 
 
 class TorchtuneTokenizer:
-    """torchtune's own tokenizers behind HFTokenizer's interface; their template is what `tokenize_messages` writes."""
+    """torchtune's own tokenizers behind HFTokenizer's interface; their template is what `tokenize_messages` writes.
 
-    is_plain, chat_template, special_tokens_in_text = False, None, "text"
+    Args:
+        files: Those that it was read from. An export has them beside the base's tokenizer files: `folder` is None.
+    """
+
+    is_plain, chat_template, special_tokens_in_text, date, folder = False, None, "text", None, None
     _PROBES = ("Yes", "No", "0")  # answers that share no token at either end
     _SENTENCEPIECE_ENDS = ("</s>", "<eos>")  # Llama 2's and Mistral's, Gemma's
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, files: tuple[Path, ...] = ()):
+        self.files = files
         kind = type(tokenizer).__name__
         if getattr(tokenizer, "max_seq_len", None) is not None:
             raise UserError(
@@ -211,7 +225,9 @@ class TorchtuneTokenizer:
             raise Refusal(message, repr(error)) from error
 
 
-def hf_tokenizer(path: str, chat_template: str | None = None, special_tokens_in_text: str = "text") -> HFTokenizer:
+def hf_tokenizer(
+    path: str, chat_template: str | None = None, special_tokens_in_text: str = "text", date: str | None = None
+) -> HFTokenizer:
     """Returns the tokenizer of a Hugging Face model folder: of tokenizer.json, or of vocab.json and merges.txt.
 
     Args:
@@ -219,6 +235,8 @@ def hf_tokenizer(path: str, chat_template: str | None = None, special_tokens_in_
             a path to a .jinja file; or the template's text.
         special_tokens_in_text: What a special token that is written in a message, such as `</s>`, becomes. "text":
             ordinary characters. "control": the token, as in transformers and for texts that are rendered already.
+        date: YYYY-MM-DD, today for a template that asks (strftime_now). None: nothing tells it the day; Llama 3.2's
+            then writes its own, 26 Jul 2024, and one that has none is refused when it is used.
 
     Raises:
         UserError: The folder or a file is missing or broken, no eos is named, or an argument is none of these.
@@ -232,32 +250,33 @@ def hf_tokenizer(path: str, chat_template: str | None = None, special_tokens_in_
     stop_ids = model_stop_ids(folder)
     if "eos_token" not in special and stop_ids:
         special["eos_token"] = backend.id_to_token(stop_ids[0]) or f"token {stop_ids[0]}"
-    for key in ("bos_token", "eos_token"):
-        text = special.get(key, "")
-        known = isinstance(text, str) and backend.token_to_id(text) is not None
-        if not known and (key in special or key == "eos_token"):
-            raise UserError(
-                f"{folder}: {key} is {special.get(key, 'not set')!r}, which is no token of tokenizer.json. "
-                f"Set {key} in tokenizer_config.json."
-            )
+    if backend.token_to_id(special.get("eos_token", "")) is None:
+        raise UserError(
+            f"{folder}: eos_token is {special.get('eos_token', 'not set')!r}, which is no token of tokenizer.json. "
+            "Set eos_token in tokenizer_config.json."
+        )
     template, style = choose_template(folder, config, chat_template)
-    add_bos = _adds_bos(backend, config, special)
     try:
         return HFTokenizer(
             backend,
             special,
             stop_ids=stop_ids,
-            add_bos=add_bos,
+            add_bos=_adds_bos(backend, special),
             template=template,
             style=style,
             special_tokens_in_text=special_tokens_in_text,
+            date=None if date is None else _date(date, template),
+            folder=folder,
         )
     except UserError as error:
         raise UserError(f"tokenizer.path={path}: {error}") from error
 
 
-def adapt(tokenizer) -> HFTokenizer | TorchtuneTokenizer:
+def adapt(tokenizer, component: Mapping | None = None) -> HFTokenizer | TorchtuneTokenizer:
     """Returns a tokenizer with the interface above: an HFTokenizer as it is, one of torchtune's wrapped.
+
+    Args:
+        component: The config's `tokenizer` block; the files that it names are the wrapped one's `files`.
 
     Raises:
         UserError: It is neither, or it has a max_seq_len.
@@ -265,11 +284,33 @@ def adapt(tokenizer) -> HFTokenizer | TorchtuneTokenizer:
     if isinstance(tokenizer, HFTokenizer | TorchtuneTokenizer):
         return tokenizer
     if hasattr(tokenizer, "tokenize_messages"):
-        return TorchtuneTokenizer(tokenizer)
+        named = [Path(value) for value in (component or {}).values() if isinstance(value, str)]
+        return TorchtuneTokenizer(tokenizer, tuple(file for file in named if file.is_file()))
     raise UserError(
         f"tokenizer: {type(tokenizer).__name__} cannot write conversations. Use "
         "pairtune.tokenizer.hf_tokenizer with a model folder, or a torchtune tokenizer that has tokenize_messages."
     )
+
+
+def trained_template(tokenizer: HFTokenizer | TorchtuneTokenizer, folder: Path) -> str | None:
+    """Returns the chat template that writes conversations as the tokenizer does, None where there is none.
+
+    Args:
+        folder: The model's. Its template is that of one of torchtune's tokenizers if both write the same tokens.
+    """
+    if isinstance(tokenizer, HFTokenizer):
+        return tokenizer.chat_template
+    first = {"role": "user", "content": "Hello"}
+    longer = [first, {"role": "assistant", "content": "Yes"}, {"role": "user", "content": "Why?"}]
+    try:
+        own = hf_tokenizer(str(folder))
+        ours, theirs = (
+            [which.render(messages, add_generation_prompt=True) for messages in ([first], longer)]
+            for which in (tokenizer, own)
+        )
+    except UserError:
+        return None
+    return own.chat_template if ours == theirs else None
 
 
 def check_vocabulary(tokenizer: HFTokenizer | TorchtuneTokenizer, folder: Path) -> None:
@@ -310,8 +351,18 @@ def _distinct(ids: list[int]) -> list[int]:
     return list(dict.fromkeys(ids))
 
 
-def _adds_bos(backend: tokenizers.Tokenizer, config: dict, special: dict[str, str]) -> bool:
-    """Says whether plain text gets a BOS."""
-    bos_id = backend.token_to_id(special.get("bos_token", ""))
-    # Not encode(""): where bos == eos, a tokenizer that adds only eos would seem to add BOS.
-    return bos_id is not None and (config.get("add_bos_token") is True or backend.encode("a").ids[:1] == [bos_id])
+def _date(text: str, template: str | None) -> Date:
+    if "strftime_now" not in (template or ""):
+        raise UserError(f"date={text}: the chat template asks for no day (strftime_now); leave it out")
+    try:
+        return Date.fromisoformat(text)
+    except ValueError:
+        raise UserError(f"date={text}: must be a day as YYYY-MM-DD, such as 2025-01-31") from None
+
+
+def _adds_bos(backend: tokenizers.Tokenizer, special: dict[str, str]) -> bool:
+    """Says whether plain text gets a BOS: whether tokenizer.json says so, not add_bos_token, as in transformers 5."""
+    if "bos_token" not in special:
+        return False
+    encoding = backend.encode(special["bos_token"])  # one token; where bos == eos, the mask tells them apart
+    return encoding.ids[0] == backend.token_to_id(special["bos_token"]) and encoding.special_tokens_mask[0] == 1

@@ -149,7 +149,7 @@ def main(cfg):
     needed = loss_needs.needs(loss_fn)
     check_reference(cfg.reference, loss_fn, METHOD, dtype=cfg.dtype)
     files = checkpoint.open_weights(cfg.checkpointer)
-    tokenizer = adapt(config.instantiate(cfg.tokenizer))
+    tokenizer = adapt(config.instantiate(cfg.tokenizer), cfg.tokenizer)
     own = is_own(cfg.reference, METHOD, cfg.dtype)  # what the run starts from
     model = models.full(cfg.model, dtype=cfg.dtype)
     if cfg.disable_dropout and models.disable_dropout(model):
@@ -483,7 +483,7 @@ def main(cfg):
             merged=models.merge_adapters(model, whole),
             adapter=models.only_adapters(model, gathered),
             lora=cfg.get("lora"),
-            tokenizer=cfg.tokenizer,
+            tokenizer=tokenizer,
         )
         same = {"dtype": cfg.dtype, "other_base": other_base, **prepared}
         generation.write_samples(samples, questions, before, after)

@@ -161,7 +161,7 @@ def main(cfg):
     needed = loss_needs.needs(loss_fn)
     check_reference(cfg.reference, loss_fn, METHOD, dtype=cfg.dtype, has_adapter=cfg.adapter is not None)
     files = checkpoint.open_weights(cfg.checkpointer)
-    tokenizer = adapt(config.instantiate(cfg.tokenizer))
+    tokenizer = adapt(config.instantiate(cfg.tokenizer), cfg.tokenizer)
     own = is_own(cfg.reference, METHOD, cfg.dtype)  # what the run starts from
     with_copy = cfg.reference.name in ("start", "sync")
     model = models.lora(cfg.model, **cfg.lora, dtype=cfg.dtype, frozen_copy=with_copy)
@@ -503,7 +503,7 @@ def main(cfg):
             merged=models.merge_adapters(model, whole),
             adapter=models.only_adapters(model, gathered),
             lora=cfg.get("lora"),
-            tokenizer=cfg.tokenizer,
+            tokenizer=tokenizer,
         )
         same = {"dtype": cfg.dtype, "other_base": other_base, **prepared}
         generation.write_samples(samples, questions, before, after)

@@ -8,6 +8,7 @@ import functools
 import json
 import random
 import re
+from datetime import date
 from pathlib import Path
 
 import jinja2
@@ -274,9 +275,14 @@ def test_templates_are_those_that_trl_has_of_the_same_models(name):
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request, tmp_path_factory):
-    """Its name, our tokenizer, and transformers'."""
+    """Its name, our tokenizer, and transformers'; the latter tells a template today's date."""
     folder = folder_of(request.param, tmp_path_factory.mktemp("family"))
-    return request.param, hf_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    peer = transformers.AutoTokenizer.from_pretrained(folder)
+    return request.param, hf_tokenizer(folder, **today_in(peer.chat_template)), peer
+
+
+def today_in(template):
+    return {"date": date.today().isoformat()} if "strftime_now" in (template or "") else {}
 
 
 def peers_ids(peer, messages, **options):
@@ -415,7 +421,7 @@ def test_special_tokens_in_text_are_text_and_the_templates_are_tokens(family):
 
 def test_special_tokens_in_text_are_tokens_where_the_option_says_so(family):
     _, tokenizer, peer = family
-    tokenizer = hf_tokenizer(peer.name_or_path, special_tokens_in_text="control")
+    tokenizer = hf_tokenizer(peer.name_or_path, special_tokens_in_text="control", **today_in(peer.chat_template))
     messages = chat(f"{peer.eos_token} starts it", "Yes.", f"it holds {peer.eos_token}")
     if tokenizer.is_plain:
         assert tokenizer.render_text(messages[0]["content"]) == peer(messages[0]["content"])["input_ids"]

@@ -861,9 +861,11 @@ def test_a_prompt_budget_that_takes_all_is_reported(chatml):
 
 
 def test_a_template_that_writes_the_date_is_noted(chatml, tmp_path):
-    dated = hf_tokenizer(save(tmp_path, chat_template="{{ strftime_now('%d %b %Y') }}" + CHATML))
-    assert "the chat template writes today's date" in str(tokenize(ROWS, dated)[1])
-    assert "today's date" not in str(tokenize(ROWS, chatml)[1])
+    template = "{{ strftime_now('%d %b %Y') if strftime_now is defined else '26 Jul 2024' }}" + CHATML
+    folder, noted = save(tmp_path, chat_template=template), "the day that the chat template writes: "
+    assert f"{noted}its own; tokenizer.date=" in str(tokenize(ROWS, hf_tokenizer(folder))[1])
+    assert f"{noted}tokenizer.date=2025-11-20" in str(tokenize(ROWS, hf_tokenizer(folder, date="2025-11-20"))[1])
+    assert noted not in str(tokenize(ROWS, chatml)[1])
 
 
 def test_the_report_gives_lengths_as_numpy_counts_them(plain):

@@ -79,6 +79,7 @@ def test_a_run_learns_and_its_folder_holds_everything(work, recipe, capsys):
     files = {str(p.relative_to(work / "run")) for p in (work / "run").rglob("*") if p.is_file()}
     expected = {"config.yaml", "metrics.jsonl", "curves.png", "samples.jsonl", "export/config.json"}
     expected |= {"export/model.safetensors", "export/tokenizer.json", "export/tokenizer_config.json"}
+    expected |= {"export/generation_config.json"}  # the base has none: it comes of the run's tokenizer
     if not recipe.startswith("full"):
         expected |= {"export/adapter/adapter_model.safetensors", "export/adapter/adapter_config.json"}
         expected |= {"export/adapter/tokenizer.json"}

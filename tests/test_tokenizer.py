@@ -3,6 +3,7 @@
 import functools
 import json
 import random
+from datetime import date, datetime
 from pathlib import Path
 
 import jinja2
@@ -12,7 +13,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from pairtune.chat_template import Refusal
 from pairtune.errors import UserError
-from pairtune.special_text import MARK
+from pairtune.special_text import NOT_SPECIAL
 from pairtune.tokenizer import adapt, common_prefix, hf_tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -110,7 +111,8 @@ def test_templates_render_as_transformers_renders_them(folders, name, conversati
     if name == "gemma" and conversation[0]["role"] == "system":
         pytest.skip("the template refuses system messages")
     transformers = pytest.importorskip("transformers")
-    tokenizer = hf_tokenizer(folders[name], special_tokens_in_text="control")
+    today = date.today().isoformat() if "strftime_now" in TEMPLATES[name] else None
+    tokenizer = hf_tokenizer(folders[name], special_tokens_in_text="control", date=today)
     peer = transformers.AutoTokenizer.from_pretrained(folders[name])
 
     def peers(messages, **options):
@@ -163,20 +165,24 @@ def test_bos_is_the_templates_alone(folders, tmp_path):
     assert tokenizer_adds_it.bos_id not in tokenizer_adds_it.render(chat("Hi", "Ho"))
 
 
+@pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "GPT2Tokenizer", "LlamaTokenizer"])
 @pytest.mark.parametrize(
     ("options", "has_bos"),
     [
         ({"adds_bos": True}, True),
+        ({"adds_bos": True, "add_bos_token": False}, True),
         ({"adds_bos": False}, False),
-        ({"adds_bos": False, "add_bos_token": True}, True),
+        ({"adds_bos": False, "add_bos_token": True}, False),
         ({"adds_bos": False, "add_bos_token": True, "bos_token": None}, False),
     ],
 )
-def test_plain_text_has_the_bos_that_the_tokenizer_adds(tmp_path, options, has_bos):
-    tokenizer = hf_tokenizer(save(tmp_path, **options))
+def test_plain_text_has_the_bos_that_tokenizer_json_adds(tmp_path, kind, options, has_bos):
+    transformers = pytest.importorskip("transformers")
+    folder = save(tmp_path, tokenizer_class=kind, **options)
+    tokenizer, peer = hf_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
     ids = tokenizer.render_text("Hi", " there")
     bos = [tokenizer.bos_id] if has_bos else []
-    assert ids == [*bos, *tokenizer.encode("Hi there"), tokenizer.eos_id]
+    assert ids == [*bos, *tokenizer.encode("Hi there"), tokenizer.eos_id] == [*peer("Hi there")["input_ids"], 1]
 
 
 def test_plain_text_that_brings_its_own_bos_gets_no_second_one(tmp_path):
@@ -259,8 +265,9 @@ def test_generation_stops_at_eos_at_the_models_stop_tokens_and_at_the_templates(
 
 
 def test_the_folders_template_is_the_jinja_file_then_the_default_of_the_config(tmp_path):
-    named = [{"name": "rag", "template": "R"}, {"name": "default", "template": LLAMA_2}]
-    assert hf_tokenizer(save(tmp_path / "a", chat_template=named)).chat_template == LLAMA_2
+    named = {"rag": "R", "default": LLAMA_2}
+    for written in ([{"name": name, "template": text} for name, text in named.items()], named):
+        assert hf_tokenizer(save(tmp_path / "a", chat_template=written)).chat_template == LLAMA_2
     with_file = save(tmp_path / "b", chat_template=LLAMA_2, files={"chat_template.jinja": GEMMA})
     assert hf_tokenizer(with_file).chat_template == GEMMA
     assert not hf_tokenizer(with_file).is_plain
@@ -345,6 +352,11 @@ def test_a_wrong_chat_template_is_refused(folders, chat_template, message):
         ({"files": {"tokenizer.json": "{"}}, "tokenizer.json cannot be read"),
         ({"files": {"generation_config.json": "{'a'}"}}, "generation_config.json is not valid JSON"),
         ({"chat_template": [{"name": "rag", "template": "R"}]}, r"\(rag\) but none named default"),
+        ({"chat_template": {"rag": "R"}}, r"\(rag\) but none named default"),
+        ({"chat_template": ["R"]}, "chat_template must be text, texts by name, or a list"),
+        ({"chat_template": {"default": 1}}, "chat_template must be text, texts by name, or a list"),
+        ({"extra_special_tokens": [5]}, "extra_special_tokens is 5, which is no token's text"),
+        ({"pad_token": {"lstrip": True}}, "pad_token is {'lstrip': True}, which is no token's text"),
     ],
 )
 def test_a_broken_folder_is_refused_by_file(tmp_path, options, message):
@@ -442,9 +454,9 @@ def test_a_template_that_looks_into_special_tokens_is_refused_by_row(bare, conte
 
 def test_a_text_that_holds_the_mark_itself_beside_a_special_token_is_refused(bare):
     tokenizer = bare(CHATML)
-    assert f"a{MARK}b" in tokenizer.decode(tokenizer.render(chat(f"a{MARK}b")))
+    assert f"a{NOT_SPECIAL}b" in tokenizer.decode(tokenizer.render(chat(f"a{NOT_SPECIAL}b")))
     with pytest.raises(Refusal, match="changes a message"):
-        tokenizer.render(chat(f"a{MARK}b", "</s>"))
+        tokenizer.render(chat(f"a{NOT_SPECIAL}b", "</s>"))
 
 
 def test_special_tokens_that_overlap_or_hold_each_other_are_text(tmp_path):
@@ -471,6 +483,61 @@ def test_an_unknown_way_with_special_tokens_is_refused(folders):
         hf_tokenizer(folders["chatml"], special_tokens_in_text="ignore")
 
 
+# The day that a template writes
+
+PUBLISHED = Path(__file__).parent / "chat_templates" / "llama_3_2.jinja"
+NEEDS_A_DAY = "Today: {{ strftime_now('%d %B %Y') }}" + CHATML
+
+
+@pytest.fixture
+def peer_on(monkeypatch):
+    """Gives a folder's prompt as transformers renders it on a day."""
+    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    from transformers import AutoTokenizer
+
+    def ids_on(day, folder):
+        clock = type("Clock", (datetime,), {"now": classmethod(lambda cls: datetime(*day, 23, 59, 59))})
+        monkeypatch.setattr(utils, "datetime", clock)
+        peer = AutoTokenizer.from_pretrained(folder)
+        return peer.apply_chat_template(chat("Hi"), return_dict=False, add_generation_prompt=True)
+
+    return ids_on
+
+
+def test_a_prompt_has_the_templates_own_day_whatever_day_it_is(tmp_path, peer_on):
+    folder = save(tmp_path, chat_template=PUBLISHED.read_text())
+    ids = hf_tokenizer(folder).render(chat("Hi"), add_generation_prompt=True)
+    assert ids == peer_on((2024, 7, 26), folder) != peer_on((2025, 11, 21), folder)
+
+
+@pytest.mark.parametrize("template", [PUBLISHED.read_text(), NEEDS_A_DAY])
+def test_a_prompt_has_the_day_of_the_config(tmp_path, peer_on, template):
+    folder = save(tmp_path, chat_template=template)
+    tokenizer = hf_tokenizer(folder, date="2025-11-20")
+    assert tokenizer.render(chat("Hi"), add_generation_prompt=True) == peer_on((2025, 11, 20), folder)
+
+
+def test_a_template_that_needs_a_day_is_refused_without_one(tmp_path):
+    tokenizer = hf_tokenizer(save(tmp_path, chat_template=NEEDS_A_DAY))
+    with pytest.raises(UserError, match="knows none without a clock: .*tokenizer.date=2025-01-31") as refused:
+        tokenizer.render(chat("Hi"))
+    assert not isinstance(refused.value, Refusal)  # which would drop every row
+
+
+@pytest.mark.parametrize(
+    ("template", "day", "message"),
+    [
+        (CHATML, "2025-11-20", "date=2025-11-20: the chat template asks for no day"),
+        (None, "2025-11-20", "date=2025-11-20: the chat template asks for no day"),
+        (NEEDS_A_DAY, "20 Nov 2025", "date=20 Nov 2025: must be a day as YYYY-MM-DD"),
+        (NEEDS_A_DAY, "2025-02-30", "date=2025-02-30: must be a day"),
+    ],
+)
+def test_a_day_without_effect_and_one_that_is_none_are_refused(tmp_path, template, day, message):
+    with pytest.raises(UserError, match=message):
+        hf_tokenizer(save(tmp_path, chat_template=template), date=day)
+
+
 # Folders that have no tokenizer.json, and what transformers makes of those that have one
 
 
@@ -480,6 +547,7 @@ def test_an_unknown_way_with_special_tokens_is_refused(folders):
     [
         ({"model_type": "gpt2"}, {"tokenizer_config.json": {"model_max_length": 1024}}),
         ({"model_type": "gpt2"}, {}),
+        ({"model_type": "gpt2"}, {"tokenizer_config.json": {"add_bos_token": True}}),
         ({"model_type": "llama"},
          {"tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}}),
         ({"model_type": "qwen2"}, {"added_tokens.json": {"<|im_start|>": 50257, "<|im_end|>": 50258},
@@ -504,6 +572,51 @@ def test_vocabulary_and_merges_are_read_as_transformers_reads_them(tmp_path, kin
         assert tokenizer.render_text(text) == peer(text)["input_ids"]
         if peer.chat_template:
             assert tokenizer.render(chat(text)) == peer.apply_chat_template(chat(text), return_dict=False)
+
+
+NEW = {"content": "<new>", "lstrip": True, "rstrip": False, "normalized": False, "single_word": False}
+PLAIN = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+DECODER = {str(i): {"content": text, **PLAIN, "rstrip": text == "<|im_end|>"} for i, text in enumerate(SPECIAL)}
+
+
+@pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "GPT2Tokenizer"])
+@pytest.mark.parametrize(
+    ("config", "files"),
+    [
+        ({"pad_token": "<new>"}, {}),
+        ({"pad_token": {"__type": "AddedToken", **NEW}}, {}),
+        ({"image_token": "<new>"}, {}),
+        ({"additional_special_tokens": ["<new>", "<|im_end|>"]}, {}),
+        ({"extra_special_tokens": ["<new>", "<newer>"], "pad_token": "<newest>"}, {}),
+        ({"extra_special_tokens": {"image_token": "<new>"}}, {}),
+        ({"added_tokens_decoder": DECODER}, {}),
+        ({"added_tokens_decoder": DECODER | {"334": NEW}, "pad_token": "<newer>"}, {}),
+        ({}, {"special_tokens_map.json": {"pad_token": NEW, "additional_special_tokens": ["<newer>"]}}),
+        ({}, {"added_tokens.json": {"<newer>": 335, "<new>": 334}, "special_tokens_map.json": {"pad_token": "<new>"}}),
+    ],
+)
+def test_tokens_that_other_files_add_are_those_of_transformers(tmp_path, kind, config, files):
+    transformers = pytest.importorskip("transformers")
+    folder = save(tmp_path, chat_template=CHATML, tokenizer_class=kind, unk_token="<|pad|>", files=files, **config)
+    tokenizer = hf_tokenizer(folder, special_tokens_in_text="control")
+    peer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.vocab_size == len(peer) and tokenizer.pad_id == peer.pad_token_id
+    assert tokenizer._backend.get_added_tokens_decoder() == peer.added_tokens_decoder
+    for text in ("a <new> b", "<newer><newest>c <new>", " <|im_end|> d", "<s> a </s> b"):
+        assert tokenizer.encode(text) == peer.encode(text, add_special_tokens=False)
+        assert tokenizer.render(chat(text)) == peer.apply_chat_template(chat(text), return_dict=False)
+
+
+def test_a_token_that_would_get_another_id_is_refused(tmp_path):
+    files = {"added_tokens.json": {"<new>": 405}}
+    with pytest.raises(UserError, match="<new> is token 405 .*, and would be token 334 behind the vocabulary's"):
+        hf_tokenizer(save(tmp_path, files=files))
+
+
+def test_special_tokens_that_a_folder_splits_are_refused(tmp_path):
+    with pytest.raises(UserError, match="split_special_tokens in tokenizer_config.json makes ordinary characters"):
+        hf_tokenizer(save(tmp_path, chat_template=CHATML, split_special_tokens=True))
+    hf_tokenizer(save(tmp_path, chat_template=CHATML, split_special_tokens=False))
 
 
 @needs_shared
@@ -534,7 +647,7 @@ def test_a_broken_vocabulary_is_refused(tmp_path):
         hf_tokenizer(str(tmp_path))
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", None])
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gpt2", "phi3", None])
 @pytest.mark.parametrize(
     "options",
     [
@@ -558,6 +671,18 @@ def test_a_llamas_spaces_are_those_of_its_class_in_transformers(tmp_path, model_
     tokenizer = hf_tokenizer(folder, special_tokens_in_text="control")
     peer = transformers.AutoTokenizer.from_pretrained(folder)
     for text in ("a a", " a  a ", "<s>[a] a</s><s>[a", "<s> a", ""):
+        assert tokenizer.encode(text) == peer.encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gpt2", "gpt_neox", None])
+@pytest.mark.parametrize("prefix", [True, False, None])
+def test_a_gpt2s_first_word_is_that_of_its_class_in_transformers(tmp_path, model_type, prefix):
+    transformers = pytest.importorskip("transformers")
+    files = {"config.json": {"model_type": model_type}} if model_type else {}
+    options = {"tokenizer_class": "GPT2Tokenizer", "unk_token": "</s>", "add_prefix_space": prefix}
+    folder = save(tmp_path, files=files, **options)
+    tokenizer, peer = hf_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    for text in ("reviewer wants", " a"):
         assert tokenizer.encode(text) == peer.encode(text, add_special_tokens=False)
 
 

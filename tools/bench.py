@@ -36,7 +36,7 @@ LORA = {"lora_rank": 8, "lora_alpha": 16, "lora_attn_modules": ["q_proj", "k_pro
 def make_work(folder: Path, num_pairs: int) -> None:
     """Writes a model in Hugging Face layout, a tokenizer of numbered words, and pairs of such words."""
     from safetensors.torch import save_file
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from torchtune.models.convert_weights import tune_to_hf
     from torchtune.models.llama3 import llama3
 
@@ -51,8 +51,9 @@ def make_work(folder: Path, num_pairs: int) -> None:
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="</s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     tokenizer.save(str(base / "tokenizer.json"))
-    special = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
+    special = {"bos_token": "<s>", "eos_token": "</s>"}
     (base / "tokenizer_config.json").write_text(json.dumps(special))
     rng = random.Random(0)
 
