@@ -186,7 +186,8 @@ class Weights(Mapping):
 
     Raises:
         UserError: A file is damaged, or lacks a weight that the index says it has; a weight is in two files, is
-            quantized, is none of this architecture's, or, when it is asked for, has a value that is not finite.
+            quantized, is none of this architecture's, or, when it is asked for, has a value that is not finite, or
+            is there under two names with different values: an embedding and an output layer that are tied.
     """
 
     def __init__(self, folder: ModelFolder):
@@ -201,12 +202,12 @@ class Weights(Mapping):
             self._files |= dict.fromkeys(shard, path)
         _check_index(folder, self._files)
         self.empty: dict[str, Tensor] = {}
-        self._sources: dict[str, str] = {}
+        self._sources: dict[str, list[str]] = {}  # their names of each; two where a tied output layer is stored, too
         self._finite: set[str] = set()
         for key, value in self._tensors.items():
-            converted = self._convert_empty(key, value)
-            self.empty |= converted
-            self._sources |= dict.fromkeys(converted, key)
+            for name, empty in self._convert_empty(key, value).items():
+                self.empty.setdefault(name, empty)
+                self._sources.setdefault(name, []).append(key)
 
     def _convert_empty(self, key: str, value: Tensor) -> dict[str, Tensor]:
         try:
@@ -221,12 +222,21 @@ class Weights(Mapping):
         return self._folder.family.to_ours(key, value, self._folder.config)
 
     def __getitem__(self, name: str) -> Tensor:
-        key = self._sources[name]
+        key, *twins = self._sources[name]
+        value = self._read(key, name)
+        for twin in twins:
+            if not torch.equal(value, self._read(twin, name).to(value.dtype)):
+                raise UserError(
+                    f"{self._files[twin]}: {twin} and {key} differ, and are one weight as config.json has it "
+                    "(tie_word_embeddings): remove the wrong one, or, if both were trained, set tie_word_embeddings to "
+                    "false there and choose a builder with an output layer of its own"
+                )
+        return value
+
+    def _read(self, key: str, name: str) -> Tensor:
         value = self._tensors[key]
-        if key in self._finite:
-            return self._convert(key, value)[name]
         # The sum of finite numbers may overflow: only then is every number looked at, which takes several passes.
-        if not value.sum(dtype=torch.float32).isfinite() and not value.isfinite().all():
+        if key not in self._finite and not value.sum(dtype=torch.float32).isfinite() and not value.isfinite().all():
             raise UserError(
                 f"{self._files[key]}: {key} holds NaN or infinite values: the file is damaged, or the run that saved "
                 "it had diverged; download it again, or take an earlier checkpoint"
@@ -237,7 +247,7 @@ class Weights(Mapping):
     def name_of(self, name: str) -> str:
         """Returns what one of our weights is called in a folder of this family, or in these files."""
         if name in self._sources:
-            return self._sources[name]
+            return self._sources[name][0]
         layer, _, leaf = name.rpartition(".")
         module, _, theirs = self._folder.family.find_ours(layer) or (None, 0, "")
         leaves = {ours: t for t, ours in module.leaves.items()} if module else {}

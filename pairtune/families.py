@@ -99,7 +99,6 @@ class Family:
         config_types: What config.json calls it.
         ignored: Endings of their tensors that hold nothing trained.
         tied: Whether the output layer is the embedding where config.json does not say.
-        output: Their name of the output layer, left out of folders whose embedding is tied.
         prefix: Of all other layers; a folder that was saved without an output layer lacks it.
         other_names: Gives what is in a tensor of a folder under the names of `modules`, where some name it otherwise.
     """
@@ -109,7 +108,6 @@ class Family:
     modules: tuple[Module, ...]
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
     tied: bool = False
-    output: str = "lm_head"
     prefix: str = "model."
     other_names: Callable[[str, Tensor], dict[str, Tensor]] | None = None
 
@@ -141,7 +139,7 @@ class Family:
         return None
 
     def to_ours(self, name: str, value: Tensor, config: dict) -> dict[str, Tensor]:
-        """Returns what one of their tensors is here; nothing for one that is ignored or tied.
+        """Returns what one of their tensors is here; nothing for one that is ignored. A tied output is the embedding.
 
         Raises:
             KeyError: No such tensor in this family.
@@ -152,9 +150,11 @@ class Family:
             if name not in renamed:
                 return {ours: v for theirs in renamed.items() for ours, v in self.to_ours(*theirs, config).items()}
         layer, _, leaf = name.rpartition(".")
-        if name.endswith(self.ignored) or (layer == self.output and self.is_tied(config)):
+        if name.endswith(self.ignored):
             return {}
         module, ours = self.find_theirs(layer) or self.find_theirs(self.prefix + layer) or (None, [])
+        if ours == ["output"] and self.is_tied(config):
+            ours = ["tok_embeddings"]
         if module is None or leaf not in module.leaves:
             raise KeyError(f"no weight of {self.name}")
         if module.is_linear and leaf == "weight" and value.dim() != 2:
@@ -371,7 +371,7 @@ FAMILIES = {
         Family("PHI3_MINI", ("phi3",), PHI),
         Family("PHI4", ("phi3",), PHI),
         Family("GPT2", ("gpt2",), GPT2, GPT2_BUFFERS, tied=True, prefix="transformer."),
-        Family("GPT_NEOX", ("gpt_neox",), GPT_NEOX, GPT_NEOX_BUFFERS, output="embed_out", prefix="gpt_neox."),
+        Family("GPT_NEOX", ("gpt_neox",), GPT_NEOX, GPT_NEOX_BUFFERS, prefix="gpt_neox."),
     )
 }
 
