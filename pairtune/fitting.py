@@ -9,8 +9,9 @@ from omegaconf import OmegaConf
 
 from pairtune import models
 from pairtune.components import import_component
+from pairtune.config_json import SETTINGS, config_key
 from pairtune.errors import UserError
-from pairtune.families import config_key, config_types, of_config_type
+from pairtune.families import config_types, of_config_type
 from pairtune.model_config import check_config, describe, describe_config
 
 # Builders of an architecture in any size, and what they call config.json's values. Llama's: see _component.
@@ -18,26 +19,7 @@ BUILDERS = {
     **{name: f"torchtune.models.{name}.{name}" for name in ("mistral", "gemma", "qwen2", "phi3")},
     **{name: f"pairtune.{name}.{name}" for name in ("gemma2", "qwen3", "mixtral", "gpt2", "gpt_neox")},
 }
-ARGUMENTS = {
-    "vocab_size": "vocab_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "embed_dim": "hidden_size",
-    "intermediate_dim": "intermediate_size",
-    "max_seq_len": "max_position_embeddings",
-    "norm_eps": "rms_norm_eps",
-    "rope_base": "rope_theta",
-    "head_dim": "head_dim",
-    "tie_word_embeddings": "tie_word_embeddings",
-    "query_pre_attn_scalar": "query_pre_attn_scalar",
-    "attn_logit_softcapping": "attn_logit_softcapping",
-    "final_logit_softcapping": "final_logit_softcapping",
-    "num_experts": "num_local_experts",
-    "experts_per_token": "num_experts_per_tok",
-    "rotary_pct": "partial_rotary_factor",
-    "use_parallel_residual": "use_parallel_residual",
-}
+ARGUMENTS = {known.argument: name for name, known in SETTINGS.items() if known.argument}
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,8 @@ def _model(method: str, cfg: DictConfig, tokenizer) -> tuple[str, Any]:
         attention=cfg.attention, windows=windows(base_config, len(model.layers)),
         checkpoint_activations=cfg.enable_activation_checkpointing, compile_layers=cfg.compile,
     )  # fmt: skip
-    check_model(model, base_config)
+    if here:
+        check_model(model, base_config)
     contract.check_router(model, cfg.get("router_aux_loss_coef", 0))
     num_parameters, num_trained = models.num_parameters(model)
     compared = "as in config.json" if here else "not compared with config.json, which is not here"

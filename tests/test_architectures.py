@@ -184,6 +184,8 @@ def test_weights_are_read_as_torchtune_reads_them(tmp_path, kind, model_type, sh
         assert torch.equal(weights[name], expected[name]), name
 
 
+LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3_ROPE |= {"original_max_position_embeddings": 8192}
 LLAMA = {
     "model_type": "llama",
     "num_hidden_layers": 2,
@@ -205,6 +207,7 @@ LLAMA = {
         ({"num_attention_heads": 8}, ["num_attention_heads", "head_dim"]),
         ({"num_key_value_heads": 4}, ["num_key_value_heads"]),
         ({"num_hidden_layers": 3}, ["num_hidden_layers"]),
+        ({"intermediate_size": 96}, ["intermediate_size is 128 in `model` and 96 in config.json"]),
         ({"hidden_size": 64}, ["hidden_size"]),
         ({"rms_norm_eps": 0.01}, ["rms_norm_eps"]),
         ({"tie_word_embeddings": True}, ["tie_word_embeddings"]),
@@ -217,6 +220,30 @@ def test_a_model_that_is_not_the_folders_is_refused(change, words):
         check_model(model, LLAMA | change)
     for word in [*words, "do not belong together"]:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("left_out", "default"),
+    [("rope_theta", "10000.0"), ("rms_norm_eps", "1e-06"), ("num_key_value_heads", "4")],
+)
+def test_what_config_json_leaves_out_is_compared_with_what_transformers_takes(left_out, default):
+    model = models.full({"_component_": "torchtune.models.llama3.llama3", **SIZES}, dtype="fp32")
+    config = {key: value for key, value in LLAMA.items() if key != left_out}
+    with pytest.raises(UserError, match=f"{left_out} is .* in `model` and {default} by default"):
+        check_model(model, config)
+
+
+@pytest.mark.parametrize(("builder", "model_type"), [("gemma.gemma", "gemma"), ("pairtune.gemma2.gemma2", "gemma2")])
+def test_gemmas_own_norm_is_compared_too(builder, model_type):
+    builder = builder if builder.startswith("pairtune") else f"torchtune.models.{builder}"
+    component = {"_component_": builder, **SIZES, "head_dim": 32}
+    component |= {"query_pre_attn_scalar": 256} if model_type == "gemma2" else {}
+    model = models.full(component, dtype="fp32")
+    config = LLAMA | {"model_type": model_type, "head_dim": 32, "rope_theta": 1e4, "rms_norm_eps": 1e-6}
+    config |= {"tie_word_embeddings": None}
+    check_model(model, config)
+    with pytest.raises(UserError, match="rms_norm_eps is 1e-06 in `model` and 1e-05 in config.json"):
+        check_model(model, config | {"rms_norm_eps": 1e-5})
 
 
 def test_llama_3_1s_scaled_rope_is_told_from_llama_3s():
@@ -234,13 +261,32 @@ def test_llama_3_1s_scaled_rope_is_told_from_llama_3s():
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_parameters.rope_type=yarn: must be default"),
         ({"model_type": "phi3", "rope_scaling": {"type": "longrope"}}, "rope_scaling.type=longrope: must be default"),
         (
-            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 2.0}},
+            {"rope_scaling": LLAMA3_ROPE | {"high_freq_factor": 2.0}},
             "rope_scaling.high_freq_factor=2.0: must be low_freq_factor 1, high_freq_factor 4",
         ),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling.low_freq_factor=null: must be"),
+        ({"rope_scaling": {"factor": 8.0}}, "rope_scaling.rope_type=null: must be default or llama3"),
+        # These have more settings than a factor.
+        ({"rope_scaling": {"type": "longrope", "factor": 1.0, "short_factor": [1.5]}}, "rope_scaling.type=longrope"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 1.0, "attention_factor": 1.5}},
+            "rope_scaling.rope_type=yarn: must be default or llama3",
+        ),
+        (  # transformers takes rope_scaling
+            {"rope_scaling": LLAMA3_ROPE, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+            "rope_scaling and rope_parameters differ",
+        ),
+        ({"model_type": "gemma", "hidden_act": "silu"}, "hidden_act=silu: must be gelu_pytorch_tanh or gelu; models"),
+        ({"model_type": "gemma", "hidden_activation": "relu"}, "hidden_activation=relu: must be gelu_pytorch_tanh"),
+        ({"num_hidden_layers": None}, "num_hidden_layers: is missing"),
     ],
 )
 def test_a_config_json_of_positions_or_an_activation_that_nobody_computes_here_is_refused(tmp_path, change, words):
-    check_config(LLAMA | {"hidden_act": "silu", "rope_parameters": {"rope_type": "default"}}, tmp_path)
+    same = {"rope_type": "default", "rope_theta": 5e5}
+    check_config(LLAMA | {"hidden_act": "silu", "rope_parameters": same, "rope_scaling": dict(same)}, tmp_path)
+    for kind in ("linear", "dynamic"):
+        check_config(LLAMA | {"rope_scaling": {"type": kind, "factor": 1.0}}, tmp_path)
+    check_config(LLAMA | {"model_type": "gemma", "hidden_act": "gelu"}, tmp_path)
     with pytest.raises(UserError, match=re.escape(words)):
         check_config(LLAMA | change, tmp_path)
 

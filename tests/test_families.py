@@ -53,7 +53,7 @@ def test_weights_are_converted_as_torchtune_does_and_back(name):
 
 def test_a_tied_output_layer_is_the_embedding_and_rotary_buffers_are_left_out():
     family, value = FAMILIES["GEMMA"], torch.ones(2, 2)
-    tied = family.to_ours("lm_head.weight", value, {**CONFIG, "tie_word_embeddings": None})
+    tied = family.to_ours("lm_head.weight", value, {**CONFIG, "model_type": "gemma", "tie_word_embeddings": None})
     assert tied.keys() == {"tok_embeddings.weight"}
     assert family.to_ours("lm_head.weight", value, CONFIG).keys() == {"output.weight"}
     assert family.to_ours("model.layers.3.self_attn.rotary_emb.inv_freq", value, CONFIG) == {}

@@ -744,7 +744,7 @@ def edited(folder, **values):
         ({"num_layers": 2}, None, {}, ["num_hidden_layers is 3 in `model` (reference.model is null) and 2"]),
         (
             {"intermediate_dim": 64},
-            None,
+            lambda f: edited(f, intermediate_size=128),
             {},
             [
                 "[64, 128] in the checkpoint",
