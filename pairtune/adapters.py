@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pairtune import models
-from pairtune.checkpoint import ModelFolder, Weights, read_shard
+from pairtune.checkpoint import ModelFolder, Weights, read_json, read_shard
 from pairtune.errors import UserError
 from pairtune.families import Family, Module
 from pairtune.fingerprint import digest_samples
@@ -102,10 +102,7 @@ def _read_config(folder: Path, key: str) -> dict:
     path = folder / "adapter_config.json"
     if not path.is_file():
         raise UserError(f"{key}: lacks adapter_config.json, which says how its matrices are scaled")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read: {error}; write or download it again") from None
+    content = read_json(path, way_out="write or download it again")
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not an adapter's settings")
     return content
@@ -287,9 +284,8 @@ def _check_base(folder: Path, base: ModelFolder, key: str) -> None:
 
     Only files of the same names: a base that was cut into other shards may be the same one.
     """
-    try:
-        then = dict(json.loads((folder / BASE_FILE).read_text())["weights"])
-    except (OSError, ValueError, KeyError, TypeError):
+    then = _read_record(folder / BASE_FILE).get("weights")
+    if not isinstance(then, dict):
         return
     now = digest_samples(base.weight_files)
     if then.keys() == now.keys() and then != now:
@@ -364,7 +360,7 @@ def write_adapter(folder: Path, adapter: dict[str, Tensor], base: ModelFolder, l
     special = {end: rank for end, rank in fused.items() if rank != lora["rank"]}
     power = 0.5 if lora.get("use_rslora") else 1  # a fused layer's larger rank must not change its scale
     config = {
-        "base_model_name_or_path": _repo_id(base) or str(base.path.resolve()),
+        **_origin(base),
         "r": lora["rank"],
         "lora_alpha": lora["alpha"],
         "rank_pattern": special,
@@ -433,6 +429,19 @@ def _targets(modules: dict[str, Module], family: Family) -> list[str]:
     return list(dict.fromkeys(targets))
 
 
-def _repo_id(base: ModelFolder) -> str | None:
-    record = base.path / REPO_ID_FILE
-    return json.loads(record.read_text()).get("repo_id") if record.is_file() else None
+def _origin(base: ModelFolder) -> dict[str, str]:
+    """Returns what PEFT's settings say of the base: its repository, and the commit if it is known, or its folder."""
+    record = _read_record(base.path / REPO_ID_FILE)
+    known = {key: record[key] for key in ("repo_id", "revision") if record.get(key) and isinstance(record[key], str)}
+    if "repo_id" not in known:
+        return {"base_model_name_or_path": str(base.path.resolve())}
+    return {"base_model_name_or_path": known.pop("repo_id")} | known
+
+
+def _read_record(path: Path) -> dict:
+    """Returns what a file that no model needs says; nothing if it is not there, or none that we know."""
+    try:
+        content = read_json(path)
+    except UserError:
+        return {}
+    return content if isinstance(content, dict) else {}

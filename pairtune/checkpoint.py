@@ -57,12 +57,21 @@ def find_weights(checkpoint_dir: str) -> list[str]:
     raise UserError(f"{key}: holds no weights; looked for {', '.join(WEIGHT_FILES)}")
 
 
+def read_json(path: Path, *, way_out: str = "download it again"):
+    """Returns what a JSON file holds.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read: {error}; {way_out}") from None
+
+
 def _read_index(path: Path) -> dict[str, str]:
     """Returns which shard each weight is in, by their names, as an index.json says."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read: {error}; download it again") from None
+    content = read_json(path)
     shards = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
         raise UserError(f"{path}: has no weight_map, the shard of each weight; download it again")
@@ -140,10 +149,7 @@ def open_like(files: ModelFolder, checkpoint_dir: str) -> ModelFolder:
 def read_config(checkpoint_dir: str) -> dict:
     """Returns the folder's config.json; what is read of it is of its kind (model_config.check_config)."""
     path = Path(checkpoint_dir) / "config.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read: {error}; download it again") from None
+    content = read_json(path)
     check_config(content, path)
     return content
 

@@ -441,6 +441,30 @@ def test_an_adapter_of_ours_knows_the_weights_that_it_was_trained_on(tmp_path):
         adapters.read_adapter(tmp_path / "ours", model, files)
 
 
+@pytest.mark.parametrize(
+    ("record", "name", "revision"),
+    [
+        ('{"repo_id": "org/tiny"}', "org/tiny", None),
+        ('{"repo_id": "org/tiny", "revision": "abc123"}', "org/tiny", "abc123"),
+        ("", "base", None),  # neither a run nor its export needs this file
+        ("[]", "base", None),
+        ('{"repo_id": 5, "revision": "abc123"}', "base", None),
+        (None, "base", None),
+    ],
+)
+def test_an_adapter_names_its_base_by_what_tune_download_left_there_or_by_its_folder(tmp_path, record, name, revision):
+    import peft
+
+    files, component = saved_base("Llama", tmp_path / "base")
+    if record is not None:
+        (tmp_path / "base" / "original_repo_id.json").write_text(record)
+    adapter = random_adapter(models.lora(component, **LORA, dtype="fp32"))
+    adapters.write_adapter(tmp_path / "ours", adapter, files, LORA)
+    said = peft.LoraConfig.from_pretrained(str(tmp_path / "ours"))
+    assert said.base_model_name_or_path == (name if "/" in name else str((tmp_path / name).resolve()))
+    assert said.revision == revision
+
+
 def test_one_of_fused_layers_alone_is_written_with_rows_of_zero_for_the_others(tmp_path):
     import peft
     from transformers import AutoModelForCausalLM
