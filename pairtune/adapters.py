@@ -160,7 +160,7 @@ def _check_layers(targets, adapted: set[str], family: Family, key: str) -> None:
     modules = {target: _modules_of(target, family) for target in map(str, targets)}
     strange = sorted(target for target, found in modules.items() if not found)
     if strange:
-        known = dict.fromkeys(m.theirs.rpartition(".")[2] for m in family.modules if _modules_of(m.theirs, family))
+        known = dict.fromkeys(m.theirs.rpartition(".")[2] for m in family.modules if m.is_adaptable)
         raise UserError(
             f"{key}: target_modules has {', '.join(strange)}; layers that can be adapted here are {', '.join(known)}"
         )
@@ -171,8 +171,8 @@ def _check_layers(targets, adapted: set[str], family: Family, key: str) -> None:
     untouched = [m for m in found if not ours & {models.without_numbers(part.name) for part in m.parts}]
     if untouched or not ours <= wanted:
         raise UserError(
-            f"{key}: target_modules is {', '.join(sorted(modules))}, lora.modules is {_as_modules(ours)}; "
-            f"nearest valid: lora.modules={_as_modules(wanted)}"
+            f"{key}: target_modules is {', '.join(sorted(modules))}, lora.modules is {_as_modules(ours, family)}; "
+            f"nearest valid: lora.modules={_as_modules(wanted, family)}"
         )
 
 
@@ -180,16 +180,16 @@ def _modules_of(target: str, family: Family) -> list[Module]:
     """Returns the modules that a target, the end of a layer's name or the whole of it, stands for."""
     target = re.sub(r"\.\d+\.", ".{}.", target)
     found = [m for m in family.modules if any(f".{name}".endswith(f".{target}") for name in (m.theirs, m.adapted))]
-    return [m for m in found if m.is_linear and not m.parts[0].name.endswith("_embeddings")]
+    return [m for m in found if m.is_adaptable]
 
 
-def _as_modules(layers: set[str]) -> str:
+def _as_modules(layers: set[str], family: Family) -> str:
     """Returns what lora.modules says for these layers, the shortest way."""
     names = []
-    for name, ours in LORA_LAYERS.items():
-        if set(ours) <= layers:
+    for name in family.lora_names:
+        if (ours := set(LORA_LAYERS[name])) <= layers:
             names.append(name)
-            layers = layers - set(ours)
+            layers = layers - ours
     return f"[{', '.join([*names, *sorted(layers)])}]"
 
 

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 from torchtune.training.checkpointing._utils import FormattedCheckpointFiles, safe_torch_load
 
-from pairtune.errors import UserError
+from pairtune.errors import UserError, listed
 from pairtune.families import FAMILIES, Family
 from pairtune.metrics import lock
 from pairtune.model_config import check_config, check_model_type, model_type_of
@@ -210,19 +211,22 @@ class Weights(Mapping):
         self.empty: dict[str, Tensor] = {}
         self._sources: dict[str, list[str]] = {}  # their names of each; two where a tied output layer is stored, too
         self._finite: set[str] = set()
+        strange = []
         for key, value in self._tensors.items():
-            for name, empty in self._convert_empty(key, value).items():
+            try:
+                converted = self._convert(key, value.to("meta"))
+            except (KeyError, RuntimeError) as error:
+                strange.append(f"{key} {list(value.shape)} in {self._files[key].name}: {one_line(error.args[0])}")
+                continue
+            for name, empty in converted.items():
                 self.empty.setdefault(name, empty)
                 self._sources.setdefault(name, []).append(key)
-
-    def _convert_empty(self, key: str, value: Tensor) -> dict[str, Tensor]:
-        try:
-            return self._convert(key, value.to("meta"))
-        except (KeyError, RuntimeError) as error:
+        if strange:
             raise UserError(
-                f"{self._files[key]}: {key} {list(value.shape)} is no weight of checkpointer.model_type="
-                f"{self._folder.family.name}, or not of the sizes in config.json: {one_line(error)}"
-            ) from None
+                f"{folder.path}: {len(strange)} tensors are no weights of checkpointer.model_type="
+                f"{folder.family.name}, or not of the sizes in config.json; name the architecture that they are of, or "
+                f"take them out:\n{listed(strange)}"
+            )
 
     def _convert(self, key: str, value: Tensor) -> dict[str, Tensor]:
         return self._folder.family.to_ours(key, value, self._folder.config)
@@ -267,13 +271,15 @@ class Weights(Mapping):
 
 
 def read_shard(path: Path, *, ignored: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """Returns a file's tensors by name, memory-mapped. A pickle may hold tensors only: none of its code is run.
+    """Returns a file's tensors by name, memory-mapped where it is no pickle of torch before 1.6, which is read whole.
+
+    A pickle may hold tensors only: none of its code is run.
 
     Args:
         ignored: Endings of names that are left out, whatever is behind them: masks may be of any type.
     """
     try:
-        shard = safe_torch_load(path)
+        shard = safe_torch_load(path, mmap=is_zipfile(path))
     except ValueError as error:
         reason = one_line(error.__cause__).partition(". ")[0]
         more = "" if path.suffix == ".safetensors" else ", or a pickle that holds more than weights, which nothing runs"

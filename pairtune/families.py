@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pairtune.config_json import setting
+from pairtune.rules import LORA_LAYERS, OUR_LAYERS
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,11 @@ class Module:
     def is_linear(self) -> bool:
         """A matrix and perhaps a bias, not a norm's scale."""
         return self.leaves["weight"] == "weight" and "norm" not in self.parts[0].name
+
+    @property
+    def is_adaptable(self) -> bool:
+        """A linear layer, which LoRA adapts; an embedding is none."""
+        return self.is_linear and not self.parts[0].name.endswith("_embeddings")
 
     def sizes(self, rows: int, config: dict) -> list[int]:
         """Returns how many of a matrix's rows each part has."""
@@ -118,6 +124,14 @@ class Family:
     @cached_property
     def _ours(self) -> list[tuple[re.Pattern, Module, int]]:
         return [(_pattern(part.name), m, i) for m in self.modules for i, part in enumerate(m.parts)]
+
+    @property
+    def lora_names(self) -> list[str]:
+        """What lora.modules may hold for it: torchtune's names and its own."""
+        adaptable = [m for m in self.modules if m.is_adaptable]
+        names = {*OUR_LAYERS, *(name.rpartition(".")[2] for m in adaptable for name in (m.theirs, m.adapted))}
+        layers = {re.sub(r"^layers\.{}\.|experts\.{}\.", "", part.name) for m in adaptable for part in m.parts}
+        return [name for name, ours in LORA_LAYERS.items() if name in names and layers & set(ours)]
 
     def find_theirs(self, layer: str) -> tuple[Module, list[str]] | None:
         """Returns which module one of their layers is, and our layers in it; None for an unknown one."""

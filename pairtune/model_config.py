@@ -11,7 +11,7 @@ from torchtune.modules import TransformerDecoder
 
 from pairtune.config_json import SETTINGS, config_key, setting
 from pairtune.errors import UserError
-from pairtune.families import config_types, of_config_type
+from pairtune.families import FAMILIES, config_types, of_config_type
 from pairtune.rules import fits, kind_words, show
 
 WINDOWED = ("mistral", "mixtral", "phi3", "qwen2", "qwen3", "gemma2")  # layers may have a sliding window
@@ -196,8 +196,9 @@ def check_model(model: TransformerDecoder, config: dict) -> None:
     """Compares a built model with what transformers makes of the folder's config.json.
 
     Raises:
-        UserError: They differ. The message names every difference.
+        UserError: They differ, and the message names every difference; or lora.modules has another architecture's name.
     """
+    _check_lora_modules(getattr(model, "lora", {}).get("modules", ()), config)
     built, expected = describe(model), describe_config(config)
     different = [
         f"{config_key(name, config)} is {built[name]} in `model` and {value} {_place(name, config)}"
@@ -208,6 +209,16 @@ def check_model(model: TransformerDecoder, config: dict) -> None:
         raise UserError(
             f"model: {'; '.join(different)}. `model` and `checkpointer.checkpoint_dir` do not belong together: choose "
             "the builder and the arguments that fit the folder"
+        )
+
+
+def _check_lora_modules(modules: Sequence[str], config: dict) -> None:
+    """Another architecture's name may mean layers of this one, but seldom those that its user has in mind."""
+    known = FAMILIES[of_config_type(config["model_type"])[0]].lora_names
+    if strange := [name for name in modules if name not in known]:
+        raise UserError(
+            f"lora.modules: {', '.join(strange)}: is of another architecture than model_type={config['model_type']}; "
+            f"here it may hold {', '.join(known)}"
         )
 
 

@@ -5,9 +5,9 @@ import re
 
 import pytest
 import torch
-from helpers import padded_logps, random_pairs
+from helpers import padded_logps, random_pairs, save_llama
 from omegaconf import OmegaConf
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torchtune.config._utils import _get_component_from_path
 from torchtune.modules.peft import LoRALinear
 
@@ -231,6 +231,45 @@ def test_what_config_json_leaves_out_is_compared_with_what_transformers_takes(le
     config = {key: value for key, value in LLAMA.items() if key != left_out}
     with pytest.raises(UserError, match=f"{left_out} is .* in `model` and {default} by default"):
         check_model(model, config)
+
+
+def test_another_architectures_name_in_lora_modules_is_refused():
+    lora = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "dtype": "fp32"}
+    component = {"_component_": "torchtune.models.llama3.llama3", **SIZES}
+    check_model(models.lora(component, **lora, modules=["q_proj", "o_proj", "output", "all-linear"]), LLAMA)
+    with pytest.raises(UserError, match="c_attn, dense: is of another architecture .*=llama; here .* q_proj, .*o_proj"):
+        check_model(models.lora(component, **lora, modules=["q_proj", "c_attn", "dense"]), LLAMA)
+    with pytest.raises(UserError, match="router: this model has no such layer; it has q_proj, [a-z_, ]*all-linear$"):
+        models.lora(component, **lora, modules=["router"])
+
+
+@pytest.mark.parametrize("names", [1, 30])
+def test_all_tensors_that_are_no_weights_of_a_model_are_listed(tmp_path, names):
+    save_llama(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    strange = {f"v_head.{number}.weight": torch.ones(1, 128) for number in range(names)}
+    save_file(weights | strange, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError) as error:
+        checkpoint.Weights(checkpoint.open_weights({"checkpoint_dir": str(tmp_path), "model_type": "LLAMA3"}))
+    text = str(error.value)
+    assert f": {names} tensors are no weights of checkpointer.model_type=LLAMA3" in text
+    assert "\n  v_head.0.weight [1, 128] in model.safetensors: no weight of LLAMA3" in text
+    assert text.count("\n") == min(names, 21) and ("and 10 more" in text) == (names == 30)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_of_any_torch_is_read(tmp_path, zipped):
+    save_llama(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(weights, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    files = checkpoint.open_weights({"checkpoint_dir": str(tmp_path), "model_type": "LLAMA3"})
+    found = checkpoint.Weights(files)
+    assert torch.equal(found["output.weight"], weights["lm_head.weight"]) and len(found) == len(weights)
+    if not zipped:  # its code is run no more than another one's
+        torch.save({"a": pytest.raises}, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+        with pytest.raises(UserError, match="a pickle that holds more than weights, which nothing runs"):
+            checkpoint.Weights(files)
 
 
 @pytest.mark.parametrize(("builder", "model_type"), [("gemma.gemma", "gemma"), ("pairtune.gemma2.gemma2", "gemma2")])
