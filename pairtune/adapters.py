@@ -5,26 +5,31 @@ one for each of them, and theirs are written as one whose matrices are put toget
 """
 
 import json
+import math
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torchtune.modules import TiedLinear
 
 from pairtune import models
-from pairtune.checkpoint import ModelFolder, Weights, read_shard
+from pairtune.checkpoint import ModelFolder, Weights, read_json, read_shard
 from pairtune.errors import UserError
 from pairtune.families import Family, Module
 from pairtune.fingerprint import digest_samples
-from pairtune.rules import LORA_LAYERS, fits, show
+from pairtune.rules import LORA_LAYERS, fits, kind_words, show
 
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
 BASE_FILE = "base_weights.json"  # ours: which weights an adapter was trained on
 REPO_ID_FILE = "original_repo_id.json"  # of `tune download`
 # PEFT saves magnitudes with and without ".weight", by its version.
 _PEFT_NAME = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<part>A|B|magnitude_vector)(\.weight)?")
-_BASE_WEIGHT = re.compile(r"base_model\.model\.(?P<layer>.+)\.base_layer\.weight")
+_BASE_WEIGHT = re.compile(r"base_model\.model\.(?P<layer>.+?)(\.base_layer)?\.weight")
+MERGE = "merge it into the base model (PEFT's merge_and_unload) and start from that"
 
 # Of adapter_config.json: what changes the adapted model in a way that ours cannot follow. Absent, null, false or empty
 # is as it should be, and so is what stands here.
@@ -74,8 +79,15 @@ def read_adapter(folder: str | Path, model: nn.Module, base: ModelFolder, *, key
     has_peft_names = any(name.startswith("base_model.") for name in found)
     if has_peft_names or (folder / "adapter_config.json").is_file():
         config = _read_config(folder, key)
-        _check_config(config, model, base.family, key)
-        found = _from_peft(found, config, model, base, path, key) if has_peft_names else found
+        _check_kind(config, key)
+        _check_layers(config.get("target_modules"), model, base.family, key)
+        layers = (
+            [_cut(*layer, config, model, base, path) for layer in _by_layer(found, base, path)]
+            if has_peft_names
+            else []
+        )
+        _check_settings(config | _shared_scale(layers, config, key), model, key)
+        found = _join(layers, config) if has_peft_names else found
     _check_tensors(found, models.adapter_shapes(model), path)
     _check_base(folder, base, key)
     return found
@@ -102,39 +114,40 @@ def _read_config(folder: Path, key: str) -> dict:
     path = folder / "adapter_config.json"
     if not path.is_file():
         raise UserError(f"{key}: lacks adapter_config.json, which says how its matrices are scaled")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read: {error}; write or download it again") from None
+    content = read_json(path, way_out="write or download it again")
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not an adapter's settings")
     return content
 
 
-def _check_config(config: dict, model: nn.Module, family: Family, key: str) -> None:
-    _check_kind(config, key)
+def _check_settings(config: dict, model: nn.Module, key: str) -> None:
     for setting, ours in (
         ("use_dora", "use_dora"),
         ("use_rslora", "use_rslora"),
         ("r", "rank"),
         ("lora_alpha", "alpha"),
     ):
-        value = config.get(setting) or (False if setting == ours else None)
+        value = config.get(setting) or False
         if value != model.lora[ours]:
             raise UserError(
                 f"{key}: {setting} is {value} in its adapter_config.json, lora.{ours} is {model.lora[ours]}; "
-                + ("write or download it again" if value is None else f"nearest valid: lora.{ours}={show(value)}")
+                f"nearest valid: lora.{ours}={show(value)}"
             )
-    _check_layers(config.get("target_modules"), {name for name, _ in models.adapted_modules(model)}, family, key)
 
 
 def _check_kind(config: dict, key: str) -> None:
     if config.get("peft_type", "LORA") != "LORA":
         raise UserError(f"{key}: peft_type is {config['peft_type']}; recipes train LORA adapters only")
-    way_out = "merge it into the base model (PEFT's merge_and_unload) and start from that"
     for setting, what in CANNOT.items():
         if config.get(setting) and config[setting] != "none":
-            raise UserError(f"{key}: {setting}={config[setting]} ({what}) is not available here; {way_out}")
+            raise UserError(f"{key}: {setting}={config[setting]} ({what}) is not available here; {MERGE}")
+    for setting, kind in (("r", int), ("lora_alpha", float)):
+        value = config.get(setting)
+        if not fits(value, kind) or value <= 0:
+            raise UserError(
+                f"{key}: {setting} is {show(value)} in its adapter_config.json, must be {kind_words(kind)} above 0; "
+                "write or download it again"
+            )
     for setting in ("rank_pattern", "alpha_pattern"):
         if not _are_patterns(config.get(setting) or {}):
             raise UserError(
@@ -145,7 +158,7 @@ def _check_kind(config: dict, key: str) -> None:
     if start not in HARMLESS_STARTS:
         raise UserError(
             f"{key}: init_lora_weights={start} changes the base weights, too; convert it to plain LoRA (PEFT's "
-            f"save_pretrained with path_initial_model_for_weight_conversion), or {way_out}"
+            f"save_pretrained with path_initial_model_for_weight_conversion), or {MERGE}"
         )
 
 
@@ -156,26 +169,31 @@ def _are_patterns(values) -> bool:
         return False
 
 
-def _check_layers(targets, adapted: set[str], family: Family, key: str) -> None:
+def _check_layers(targets, model: nn.Module, family: Family, key: str) -> None:
     """`targets` may be endings of layers' names; a pattern is left to the matrices' names."""
     if not isinstance(targets, list):
         return
     modules = {target: _modules_of(target, family) for target in map(str, targets)}
     strange = sorted(target for target, found in modules.items() if not found)
     if strange:
-        known = dict.fromkeys(m.theirs.rpartition(".")[2] for m in family.modules if _modules_of(m.theirs, family))
+        known = dict.fromkeys(m.theirs.rpartition(".")[2] for m in family.modules if m.is_adaptable)
         raise UserError(
             f"{key}: target_modules has {', '.join(strange)}; layers that can be adapted here are {', '.join(known)}"
         )
     found = [m for of_target in modules.values() for m in of_target]
     wanted = {models.without_numbers(part.name) for m in found for part in m.parts}
-    ours = {models.without_numbers(name) for name in adapted}
+    if "output" in wanted and isinstance(model.output, TiedLinear):
+        raise UserError(
+            f"{key}: target_modules has the output layer, which is the embedding here (tied) and has no adapter; train "
+            "one of other layers"
+        )
+    ours = {models.without_numbers(name) for name, _ in models.adapted_modules(model)}
     # Of a fused layer some parts may have no adapter: rows of zero, which are looked at later.
     untouched = [m for m in found if not ours & {models.without_numbers(part.name) for part in m.parts}]
     if untouched or not ours <= wanted:
         raise UserError(
-            f"{key}: target_modules is {', '.join(sorted(modules))}, lora.modules is {_as_modules(ours)}; "
-            f"nearest valid: lora.modules={_as_modules(wanted)}"
+            f"{key}: target_modules is {', '.join(sorted(modules))}, lora.modules is {_as_modules(ours, family)}; "
+            f"nearest valid: lora.modules={_as_modules(wanted, family)}"
         )
 
 
@@ -183,72 +201,128 @@ def _modules_of(target: str, family: Family) -> list[Module]:
     """Returns the modules that a target, the end of a layer's name or the whole of it, stands for."""
     target = re.sub(r"\.\d+\.", ".{}.", target)
     found = [m for m in family.modules if any(f".{name}".endswith(f".{target}") for name in (m.theirs, m.adapted))]
-    return [m for m in found if m.is_linear and not m.parts[0].name.endswith("_embeddings")]
+    return [m for m in found if m.is_adaptable]
 
 
-def _as_modules(layers: set[str]) -> str:
+def _as_modules(layers: set[str], family: Family) -> str:
     """Returns what lora.modules says for these layers, the shortest way."""
     names = []
-    for name, ours in LORA_LAYERS.items():
-        if set(ours) <= layers:
+    for name in family.lora_names:
+        if (ours := set(LORA_LAYERS[name])) <= layers:
             names.append(name)
-            layers = layers - set(ours)
+            layers = layers - ours
     return f"[{', '.join([*names, *sorted(layers)])}]"
 
 
-def _from_peft(
-    found: dict[str, Tensor], config: dict, model: nn.Module, base: ModelFolder, path: Path, key: str
-) -> dict[str, Tensor]:
-    adapted = dict(models.adapted_modules(model))
-    theirs: dict[str, dict[str, Tensor]] = {}  # layer to A and B
+def _by_layer(found: dict[str, Tensor], base: ModelFolder, path: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yields PEFT's layers with their matrices, A and B, and magnitudes; weights of the base are compared with it."""
+    layers: dict[str, dict[str, Tensor]] = {}
     for name, value in found.items():
-        if match := _BASE_WEIGHT.fullmatch(name):
-            _check_base_output(value, match["layer"], base, path)
-        elif match := _PEFT_NAME.fullmatch(name):
-            theirs.setdefault(match["layer"], {})[match["part"]] = value
+        if match := _PEFT_NAME.fullmatch(name):
+            layers.setdefault(match["layer"], {})[match["part"]] = value
         else:
-            raise UserError(f"{path}: {name} is no matrix of a LoRA adapter")
-    converted = {}
-    for layer, matrices in theirs.items():
-        module, ours = base.family.find_theirs(layer) or (None, [])
-        if module is None:
+            _check_base_weight(name, value, base, path)
+    for layer, matrices in layers.items():
+        if base.family.find_theirs(layer) is None:
             raise UserError(f"{path}: {layer} is no layer of {base.family.name}, which the base is")
-        magnitude = matrices.pop("magnitude_vector", None)
-        if matrices.keys() != {"A", "B"}:  # what lacks is told by the caller
-            converted |= {f"{ours[0]}.lora_{part.lower()}.weight": matrix for part, matrix in matrices.items()}
-            continue
-        rank, alpha = _scale_of(layer, config)
-        shapes = [list(matrices[part].shape) for part in "AB"]
-        if [len(shape) for shape in shapes] != [2, 2] or not rank == shapes[0][0] == shapes[1][1]:
-            raise UserError(
-                f"{path}: {layer}.lora_A is {shapes[0]} and {layer}.lora_B {shapes[1]}, which is not rank {rank}, as "
-                "adapter_config.json says; write or download the adapter again"
-            )
-        known = next((adapted[name] for name in ours if name in adapted), None)
-        divisor = rank**0.5 if model.lora["use_rslora"] else rank
-        if known is not None and abs(alpha / divisor - known.alpha / known.rank) > 1e-6 * known.alpha:
-            raise UserError(
-                f"{key}: {layer} is scaled by {alpha:g} / {divisor:g} there and by {known.alpha:g} / {known.rank} "
-                "here; scales that differ between layers are not available"
-            )
-        try:
-            rows = module.split(matrices["B"], base.config)
-            magnitudes = [None] * len(ours) if magnitude is None else module.split(magnitude.flatten(), base.config)
-        except RuntimeError:
-            also = "" if magnitude is None else f", or its magnitude {list(magnitude.shape)}"
-            raise UserError(f"{path}: {layer}.lora_B is {shapes[1]}{also}: not rows of this base's heads") from None
-        parts = [i for i, name in enumerate(ours) if name in adapted] or range(len(ours))
-        if also := [name for i, name in enumerate(ours) if i not in parts and rows[i].any()]:
-            raise UserError(f"{key}: {layer} adapts {', '.join(also)}, too; nearest valid: add it to lora.modules")
-        pieces = _take_apart(matrices["A"], [rows[i] for i in parts], known.rank if known is not None else rank)
-        if pieces is None:
-            raise UserError(
-                f"{key}: {layer} has one adapter of rank {rank} for all of {', '.join(ours)}; nearest valid: "
-                f"lora.rank={rank} with lora.alpha={alpha:g}"
-            )
-        for i, (a, b) in zip(parts, pieces, strict=True):
-            converted |= {f"{ours[i]}.lora_a.weight": a, f"{ours[i]}.lora_b.weight": b}
-            converted |= {} if magnitudes[i] is None else {f"{ours[i]}.magnitude": magnitudes[i]}
+        yield layer, matrices
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One of PEFT's layers, cut into ours.
+
+    Attributes:
+        name: PEFT's.
+        parts: Our layers in it that are adapted.
+        a: [rank, in].
+        rows: Of B, [out, rank], those of each part.
+        magnitudes: Of each part, or nothing.
+        rank, alpha: What adapter_config.json says of it.
+    """
+
+    name: str
+    parts: list[str]
+    a: Tensor
+    rows: list[Tensor]
+    magnitudes: list[Tensor]
+    rank: int
+    alpha: float
+
+
+def _cut(
+    layer: str, matrices: dict[str, Tensor], config: dict, model: nn.Module, base: ModelFolder, path: Path
+) -> _Layer:
+    """Returns one of PEFT's layers in parts.
+
+    Raises:
+        UserError: A matrix is missing or misshapen, or rows are adapted that the model has no adapter for.
+    """
+    module, ours = base.family.find_theirs(layer)
+    rank, alpha = _scale_of(layer, config)
+    if lacking := {"A", "B"} - matrices.keys():
+        raise UserError(
+            f"{path}: {layer}.lora_{lacking.pop()} is not in it, and the other matrix is; write or download it again"
+        )
+    a, b, magnitude = matrices["A"], matrices["B"], matrices.get("magnitude_vector")
+    shapes = [list(a.shape), list(b.shape)]
+    if [len(shape) for shape in shapes] != [2, 2] or not rank == shapes[0][0] == shapes[1][1]:
+        raise UserError(
+            f"{path}: {layer}.lora_A is {shapes[0]} and {layer}.lora_B {shapes[1]}, which is not rank {rank}, as "
+            "adapter_config.json says; write or download the adapter again"
+        )
+    try:
+        rows = module.split(b, base.config)
+        magnitudes = [] if magnitude is None else module.split(magnitude.flatten(), base.config)
+    except RuntimeError:
+        also = "" if magnitude is None else f", or its magnitude {list(magnitude.shape)}"
+        raise UserError(f"{path}: {layer}.lora_B is {shapes[1]}{also}: not rows of this base's heads") from None
+    adapted = {name for name, _ in models.adapted_modules(model)}
+    kept = [i for i, name in enumerate(ours) if name in adapted] or range(len(ours))  # what none adapts is told later
+    if also := [name for i, name in enumerate(ours) if i not in kept and rows[i].any()]:
+        raise UserError(f"{path}: {layer} adapts {', '.join(also)}, too; nearest valid: add it to lora.modules")
+    return _Layer(
+        layer,
+        [ours[i] for i in kept],
+        a,
+        [rows[i] for i in kept],
+        [magnitudes[i] for i in kept if magnitudes],
+        rank,
+        alpha,
+    )
+
+
+def _shared_scale(layers: list[_Layer], config: dict, key: str) -> dict:
+    """Returns the `r` and `lora_alpha` that all layers have, which patterns may give to all of them.
+
+    Raises:
+        UserError: They differ between layers.
+    """
+    scales = {_in_blocks(layer, config) or (layer.rank, layer.alpha): layer.name for layer in layers}
+    if len(scales) > 1:
+        told = [f"{name} has rank {rank} and alpha {alpha:g}" for (rank, alpha), name in scales.items()]
+        raise UserError(
+            f"{key}: {', '.join(told[:2])} (rank_pattern, alpha_pattern); ranks and scales that differ between layers "
+            f"are not available here; {MERGE}"
+        )
+    return dict(zip(("r", "lora_alpha"), *scales, strict=True)) if scales else {}
+
+
+def _in_blocks(layer: _Layer, config: dict) -> tuple[int, float] | None:
+    """Returns rank and alpha of each of our layers in a fused one where each has a block of its own, as we write it."""
+    rank, alpha, power = config["r"], config["lora_alpha"], 0.5 if config.get("use_rslora") else 1
+    same_scale = math.isclose(layer.alpha / layer.rank**power, alpha / rank**power, rel_tol=1e-6)
+    return (rank, alpha) if layer.rank != rank and same_scale and _take_apart(layer, rank) else None
+
+
+def _join(layers: list[_Layer], config: dict) -> dict[str, Tensor]:
+    """Returns the matrices under our names."""
+    converted = {}
+    for layer in layers:
+        rank, _ = _in_blocks(layer, config) or (layer.rank, layer.alpha)
+        for name, (a, b) in zip(layer.parts, _take_apart(layer, rank), strict=True):
+            converted |= {f"{name}.lora_a.weight": a, f"{name}.lora_b.weight": b}
+        converted |= {f"{name}.magnitude": m for name, m in zip(layer.parts, layer.magnitudes, strict=False)}
     return converted
 
 
@@ -261,14 +335,12 @@ def _scale_of(layer: str, config: dict) -> tuple[int, float]:
     return values[0], values[1]
 
 
-def _take_apart(a: Tensor, rows: list[Tensor], rank: int) -> list[tuple[Tensor, Tensor]] | None:
-    """Returns A and B of each of our layers in one of theirs that has an adapter; None if that takes another rank.
+def _take_apart(layer: _Layer, rank: int) -> list[tuple[Tensor, Tensor]] | None:
+    """Returns A and B of this rank for each part; None if they are of another.
 
     Of a fused layer all may share A, which each then has a copy of; or each has a block of its own, as we write it.
-
-    Args:
-        rows: Of B, those of each layer in our order.
     """
+    a, rows = layer.a, layer.rows
     if len(a) == rank:
         return [(a, r) for r in rows]
     blocks = [slice(i * rank, (i + 1) * rank) for i in range(len(rows))]
@@ -287,9 +359,8 @@ def _check_base(folder: Path, base: ModelFolder, key: str) -> None:
 
     Only files of the same names: a base that was cut into other shards may be the same one.
     """
-    try:
-        then = dict(json.loads((folder / BASE_FILE).read_text())["weights"])
-    except (OSError, ValueError, KeyError, TypeError):
+    then = _read_record(folder / BASE_FILE).get("weights")
+    if not isinstance(then, dict):
         return
     now = digest_samples(base.weight_files)
     if then.keys() == now.keys() and then != now:
@@ -299,16 +370,26 @@ def _check_base(folder: Path, base: ModelFolder, key: str) -> None:
         )
 
 
-def _check_base_output(value: Tensor, layer: str, base: ModelFolder, path: Path) -> None:
-    """PEFT saves the base weights of an output layer that it adapts: they tell whether the base is this one."""
-    _, (name, *_) = base.family.find_theirs(layer) or (None, [""])
-    own = Weights(base).get(f"{name}.weight")
-    # One of them may have been rounded to the other's dtype.
-    if own is None or not (torch.equal(value, own.to(value.dtype)) or torch.equal(value.to(own.dtype), own)):
+def _check_base_weight(name: str, value: Tensor, base: ModelFolder, path: Path) -> None:
+    """PEFT saves an output layer that it adapts, and if asked to embedding and output: they tell the base."""
+    match = _BASE_WEIGHT.fullmatch(name)
+    try:
+        saved = base.family.to_ours(f"{match['layer']}.weight", value, base.config) if match else None
+    except (KeyError, RuntimeError):
+        saved = None
+    if saved is None:
+        raise UserError(f"{path}: {name} is no matrix of a LoRA adapter, and no weight of its base; {MERGE}")
+    own = Weights(base)
+    if not all(ours in own and _is_rounded(part, own[ours]) for ours, part in saved.items()):
         raise UserError(
-            f"{path}: {layer}.base_layer is not the base model's layer; the adapter is of another base, or trained "
-            "that layer, too: merge it into its base (PEFT's merge_and_unload) and start from that"
+            f"{path}: {match['layer']} is not the base model's layer; the adapter is of another base, or trained that "
+            f"layer, too: {MERGE}"
         )
+
+
+def _is_rounded(one: Tensor, other: Tensor) -> bool:
+    """Returns whether they are the same but for one having been rounded to the other's dtype."""
+    return torch.equal(one, other.to(one.dtype)) or torch.equal(one.to(other.dtype), other)
 
 
 def _check_tensors(found: dict[str, Tensor], expected: dict[str, torch.Size], path: Path) -> None:
@@ -364,7 +445,7 @@ def write_adapter(folder: Path, adapter: dict[str, Tensor], base: ModelFolder, l
     special = {end: rank for end, rank in fused.items() if rank != lora["rank"]}
     power = 0.5 if lora.get("use_rslora") else 1  # a fused layer's larger rank must not change its scale
     config = {
-        "base_model_name_or_path": _repo_id(base) or str(base.path.resolve()),
+        **_origin(base),
         "r": lora["rank"],
         "lora_alpha": lora["alpha"],
         "rank_pattern": special,
@@ -433,6 +514,19 @@ def _targets(modules: dict[str, Module], family: Family) -> list[str]:
     return list(dict.fromkeys(targets))
 
 
-def _repo_id(base: ModelFolder) -> str | None:
-    record = base.path / REPO_ID_FILE
-    return json.loads(record.read_text()).get("repo_id") if record.is_file() else None
+def _origin(base: ModelFolder) -> dict[str, str]:
+    """Returns what PEFT's settings say of the base: its repository, and the commit if it is known, or its folder."""
+    record = _read_record(base.path / REPO_ID_FILE)
+    known = {key: record[key] for key in ("repo_id", "revision") if record.get(key) and isinstance(record[key], str)}
+    if "repo_id" not in known:
+        return {"base_model_name_or_path": str(base.path.resolve())}
+    return {"base_model_name_or_path": known.pop("repo_id")} | known
+
+
+def _read_record(path: Path) -> dict:
+    """Returns what a file that no model needs says; nothing if it is not there, or none that we know."""
+    try:
+        content = read_json(path)
+    except UserError:
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 from torchtune.training.checkpointing._utils import FormattedCheckpointFiles, safe_torch_load
 
-from pairtune.errors import UserError
+from pairtune.errors import UserError, listed
 from pairtune.families import FAMILIES, Family
 from pairtune.metrics import lock
 from pairtune.model_config import check_config, check_model_type, model_type_of
@@ -57,12 +58,21 @@ def find_weights(checkpoint_dir: str) -> list[str]:
     raise UserError(f"{key}: holds no weights; looked for {', '.join(WEIGHT_FILES)}")
 
 
+def read_json(path: Path, *, way_out: str = "download it again"):
+    """Returns what a JSON file holds.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read: {error}; {way_out}") from None
+
+
 def _read_index(path: Path) -> dict[str, str]:
     """Returns which shard each weight is in, by their names, as an index.json says."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read: {error}; download it again") from None
+    content = read_json(path)
     shards = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
         raise UserError(f"{path}: has no weight_map, the shard of each weight; download it again")
@@ -140,10 +150,7 @@ def open_like(files: ModelFolder, checkpoint_dir: str) -> ModelFolder:
 def read_config(checkpoint_dir: str) -> dict:
     """Returns the folder's config.json; what is read of it is of its kind (model_config.check_config)."""
     path = Path(checkpoint_dir) / "config.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read: {error}; download it again") from None
+    content = read_json(path)
     check_config(content, path)
     return content
 
@@ -186,7 +193,8 @@ class Weights(Mapping):
 
     Raises:
         UserError: A file is damaged, or lacks a weight that the index says it has; a weight is in two files, is
-            quantized, is none of this architecture's, or, when it is asked for, has a value that is not finite.
+            quantized, is none of this architecture's, or, when it is asked for, has a value that is not finite, or
+            is there under two names with different values: an embedding and an output layer that are tied.
     """
 
     def __init__(self, folder: ModelFolder):
@@ -201,32 +209,44 @@ class Weights(Mapping):
             self._files |= dict.fromkeys(shard, path)
         _check_index(folder, self._files)
         self.empty: dict[str, Tensor] = {}
-        self._sources: dict[str, str] = {}
+        self._sources: dict[str, list[str]] = {}  # their names of each; two where a tied output layer is stored, too
         self._finite: set[str] = set()
+        strange = []
         for key, value in self._tensors.items():
-            converted = self._convert_empty(key, value)
-            self.empty |= converted
-            self._sources |= dict.fromkeys(converted, key)
-
-    def _convert_empty(self, key: str, value: Tensor) -> dict[str, Tensor]:
-        try:
-            return self._convert(key, value.to("meta"))
-        except (KeyError, RuntimeError) as error:
+            try:
+                converted = self._convert(key, value.to("meta"))
+            except (KeyError, RuntimeError) as error:
+                strange.append(f"{key} {list(value.shape)} in {self._files[key].name}: {one_line(error.args[0])}")
+                continue
+            for name, empty in converted.items():
+                self.empty.setdefault(name, empty)
+                self._sources.setdefault(name, []).append(key)
+        if strange:
             raise UserError(
-                f"{self._files[key]}: {key} {list(value.shape)} is no weight of checkpointer.model_type="
-                f"{self._folder.family.name}, or not of the sizes in config.json: {one_line(error)}"
-            ) from None
+                f"{folder.path}: {len(strange)} tensors are no weights of checkpointer.model_type="
+                f"{folder.family.name}, or not of the sizes in config.json; name the architecture that they are of, or "
+                f"take them out:\n{listed(strange)}"
+            )
 
     def _convert(self, key: str, value: Tensor) -> dict[str, Tensor]:
         return self._folder.family.to_ours(key, value, self._folder.config)
 
     def __getitem__(self, name: str) -> Tensor:
-        key = self._sources[name]
+        key, *twins = self._sources[name]
+        value = self._read(key, name)
+        for twin in twins:
+            if not torch.equal(value, self._read(twin, name).to(value.dtype)):
+                raise UserError(
+                    f"{self._files[twin]}: {twin} and {key} differ, and are one weight as config.json has it "
+                    "(tie_word_embeddings): remove the wrong one, or, if both were trained, set tie_word_embeddings to "
+                    "false there and choose a builder with an output layer of its own"
+                )
+        return value
+
+    def _read(self, key: str, name: str) -> Tensor:
         value = self._tensors[key]
-        if key in self._finite:
-            return self._convert(key, value)[name]
         # The sum of finite numbers may overflow: only then is every number looked at, which takes several passes.
-        if not value.sum(dtype=torch.float32).isfinite() and not value.isfinite().all():
+        if key not in self._finite and not value.sum(dtype=torch.float32).isfinite() and not value.isfinite().all():
             raise UserError(
                 f"{self._files[key]}: {key} holds NaN or infinite values: the file is damaged, or the run that saved "
                 "it had diverged; download it again, or take an earlier checkpoint"
@@ -237,7 +257,7 @@ class Weights(Mapping):
     def name_of(self, name: str) -> str:
         """Returns what one of our weights is called in a folder of this family, or in these files."""
         if name in self._sources:
-            return self._sources[name]
+            return self._sources[name][0]
         layer, _, leaf = name.rpartition(".")
         module, _, theirs = self._folder.family.find_ours(layer) or (None, 0, "")
         leaves = {ours: t for t, ours in module.leaves.items()} if module else {}
@@ -251,13 +271,15 @@ class Weights(Mapping):
 
 
 def read_shard(path: Path, *, ignored: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """Returns a file's tensors by name, memory-mapped. A pickle may hold tensors only: none of its code is run.
+    """Returns a file's tensors by name, memory-mapped where it is no pickle of torch before 1.6, which is read whole.
+
+    A pickle may hold tensors only: none of its code is run.
 
     Args:
         ignored: Endings of names that are left out, whatever is behind them: masks may be of any type.
     """
     try:
-        shard = safe_torch_load(path)
+        shard = safe_torch_load(path, mmap=is_zipfile(path))
     except ValueError as error:
         reason = one_line(error.__cause__).partition(". ")[0]
         more = "" if path.suffix == ".safetensors" else ", or a pickle that holds more than weights, which nothing runs"

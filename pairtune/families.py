@@ -12,6 +12,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from pairtune.config_json import setting
+from pairtune.rules import LORA_LAYERS, OUR_LAYERS
+
 
 @dataclass(frozen=True)
 class Part:
@@ -59,6 +62,11 @@ class Module:
         """A matrix and perhaps a bias, not a norm's scale."""
         return self.leaves["weight"] == "weight" and "norm" not in self.parts[0].name
 
+    @property
+    def is_adaptable(self) -> bool:
+        """A linear layer, which LoRA adapts; an embedding is none."""
+        return self.is_linear and not self.parts[0].name.endswith("_embeddings")
+
     def sizes(self, rows: int, config: dict) -> list[int]:
         """Returns how many of a matrix's rows each part has."""
         shares = self.shares(config)
@@ -98,8 +106,6 @@ class Family:
         name: The model_type.
         config_types: What config.json calls it.
         ignored: Endings of their tensors that hold nothing trained.
-        tied: Whether the output layer is the embedding where config.json does not say.
-        output: Their name of the output layer, left out of folders whose embedding is tied.
         prefix: Of all other layers; a folder that was saved without an output layer lacks it.
         other_names: Gives what is in a tensor of a folder under the names of `modules`, where some name it otherwise.
     """
@@ -108,8 +114,6 @@ class Family:
     config_types: tuple[str, ...]
     modules: tuple[Module, ...]
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
-    tied: bool = False
-    output: str = "lm_head"
     prefix: str = "model."
     other_names: Callable[[str, Tensor], dict[str, Tensor]] | None = None
 
@@ -121,10 +125,13 @@ class Family:
     def _ours(self) -> list[tuple[re.Pattern, Module, int]]:
         return [(_pattern(part.name), m, i) for m in self.modules for i, part in enumerate(m.parts)]
 
-    def is_tied(self, config: dict) -> bool:
-        """Returns whether the output layer is the embedding."""
-        said = config.get("tie_word_embeddings")
-        return self.tied if said is None else said
+    @property
+    def lora_names(self) -> list[str]:
+        """What lora.modules may hold for it: torchtune's names and its own."""
+        adaptable = [m for m in self.modules if m.is_adaptable]
+        names = {*OUR_LAYERS, *(name.rpartition(".")[2] for m in adaptable for name in (m.theirs, m.adapted))}
+        layers = {re.sub(r"^layers\.{}\.|experts\.{}\.", "", part.name) for m in adaptable for part in m.parts}
+        return [name for name, ours in LORA_LAYERS.items() if name in names and layers & set(ours)]
 
     def find_theirs(self, layer: str) -> tuple[Module, list[str]] | None:
         """Returns which module one of their layers is, and our layers in it; None for an unknown one."""
@@ -141,7 +148,7 @@ class Family:
         return None
 
     def to_ours(self, name: str, value: Tensor, config: dict) -> dict[str, Tensor]:
-        """Returns what one of their tensors is here; nothing for one that is ignored or tied.
+        """Returns what one of their tensors is here; nothing for one that is ignored. A tied output is the embedding.
 
         Raises:
             KeyError: No such tensor in this family.
@@ -152,9 +159,11 @@ class Family:
             if name not in renamed:
                 return {ours: v for theirs in renamed.items() for ours, v in self.to_ours(*theirs, config).items()}
         layer, _, leaf = name.rpartition(".")
-        if name.endswith(self.ignored) or (layer == self.output and self.is_tied(config)):
+        if name.endswith(self.ignored):
             return {}
         module, ours = self.find_theirs(layer) or self.find_theirs(self.prefix + layer) or (None, [])
+        if ours == ["output"] and setting(config, "tie_word_embeddings"):
+            ours = ["tok_embeddings"]
         if module is None or leaf not in module.leaves:
             raise KeyError(f"no weight of {self.name}")
         if module.is_linear and leaf == "weight" and value.dim() != 2:
@@ -186,13 +195,8 @@ class Family:
 
 def num_heads(config: dict, kind: str) -> int:
     """Returns how many heads the rows of queries (q) or of keys and values (kv) belong to."""
-    heads = config[config_key("num_attention_heads", config)]
-    return heads if kind == "q" else config.get(config_key("num_key_value_heads", config)) or heads
-
-
-def config_key(name: str, config: Mapping) -> str:
-    """Returns what this config.json calls a setting that Llama's calls `name`."""
-    return CONFIG_KEYS.get(str(config.get("model_type")), {}).get(name, name)
+    heads = setting(config, "num_attention_heads")
+    return heads if kind == "q" else setting(config, "num_key_value_heads") or heads
 
 
 def order_as_ours(tensor: Tensor, part: Part, config: dict) -> Tensor:
@@ -216,26 +220,6 @@ def _pattern(name: str) -> re.Pattern:
 
 
 # The tables
-
-# By config.json's model_type, what it calls settings that have another name in Llama's. Where every head of queries has
-# keys and values of its own, one key tells the number of both.
-CONFIG_KEYS = {
-    "gpt2": {
-        "hidden_size": "n_embd",
-        "num_hidden_layers": "n_layer",
-        "num_attention_heads": "n_head",
-        "num_key_value_heads": "n_head",
-        "intermediate_size": "n_inner",
-        "max_position_embeddings": "n_positions",
-        "rms_norm_eps": "layer_norm_epsilon",
-    },
-    "gpt_neox": {
-        "num_key_value_heads": "num_attention_heads",
-        "rms_norm_eps": "layer_norm_eps",
-        "rope_theta": "rotary_emb_base",
-        "partial_rotary_factor": "rotary_pct",
-    },
-}
 
 NORM = {"weight": "scale"}
 LAYER = "model.layers.{}."
@@ -364,14 +348,14 @@ FAMILIES = {
         Family("LLAMA3_2", ("llama",), LLAMA),
         Family("MISTRAL", ("mistral",), LLAMA),
         Family("MIXTRAL", ("mixtral",), MIXTRAL, other_names=_unstack_experts),
-        Family("GEMMA", ("gemma",), LLAMA, tied=True),
-        Family("GEMMA2", ("gemma2",), (*_attention(rotary=True), *MLP, *GEMMA2_NORMS, *ENDS), tied=True),
+        Family("GEMMA", ("gemma",), LLAMA),
+        Family("GEMMA2", ("gemma2",), (*_attention(rotary=True), *MLP, *GEMMA2_NORMS, *ENDS)),
         Family("QWEN2", ("qwen2",), QWEN2),
         Family("QWEN3", ("qwen3",), QWEN3),
         Family("PHI3_MINI", ("phi3",), PHI),
         Family("PHI4", ("phi3",), PHI),
-        Family("GPT2", ("gpt2",), GPT2, GPT2_BUFFERS, tied=True, prefix="transformer."),
-        Family("GPT_NEOX", ("gpt_neox",), GPT_NEOX, GPT_NEOX_BUFFERS, output="embed_out", prefix="gpt_neox."),
+        Family("GPT2", ("gpt2",), GPT2, GPT2_BUFFERS, prefix="transformer."),
+        Family("GPT_NEOX", ("gpt_neox",), GPT_NEOX, GPT_NEOX_BUFFERS, prefix="gpt_neox."),
     )
 }
 

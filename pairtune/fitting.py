@@ -9,9 +9,9 @@ from omegaconf import OmegaConf
 
 from pairtune import models
 from pairtune.components import import_component
+from pairtune.config_json import SETTINGS, config_key
 from pairtune.errors import UserError
-from pairtune.experts import MixtureOfExperts
-from pairtune.families import config_key, config_types, of_config_type
+from pairtune.families import config_types, of_config_type
 from pairtune.model_config import check_config, describe, describe_config
 
 # Builders of an architecture in any size, and what they call config.json's values. Llama's: see _choose_builder.
@@ -19,26 +19,7 @@ BUILDERS = {
     **{name: f"torchtune.models.{name}.{name}" for name in ("mistral", "gemma", "qwen2", "phi3")},
     **{name: f"pairtune.{name}.{name}" for name in ("gemma2", "qwen3", "mixtral", "gpt2", "gpt_neox")},
 }
-ARGUMENTS = {
-    "vocab_size": "vocab_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "embed_dim": "hidden_size",
-    "intermediate_dim": "intermediate_size",
-    "max_seq_len": "max_position_embeddings",
-    "norm_eps": "rms_norm_eps",
-    "rope_base": "rope_theta",
-    "head_dim": "head_dim",
-    "tie_word_embeddings": "tie_word_embeddings",
-    "query_pre_attn_scalar": "query_pre_attn_scalar",
-    "attn_logit_softcapping": "attn_logit_softcapping",
-    "final_logit_softcapping": "final_logit_softcapping",
-    "num_experts": "num_local_experts",
-    "experts_per_token": "num_experts_per_tok",
-    "rotary_pct": "partial_rotary_factor",
-    "use_parallel_residual": "use_parallel_residual",
-}
+ARGUMENTS = {known.argument: name for name, known in SETTINGS.items() if known.argument}
 
 
 @dataclass(frozen=True)
@@ -64,8 +45,7 @@ def nearest(config: dict, configs: dict[str, Path]) -> Fit:
     kinds = of_config_type(config["model_type"])
     if not kinds:
         raise UserError(f"config.json: model_type={config['model_type']}: must be one of {', '.join(config_types())}")
-    wanted = describe_config(config) | {"intermediate_size": config.get(config_key("intermediate_size", config))}
-    wanted = {name: value for name, value in wanted.items() if value is not None}
+    wanted = {name: value for name, value in describe_config(config).items() if value is not None}
     candidates = []
     for name, path in configs.items():
         own = OmegaConf.load(path)
@@ -88,10 +68,7 @@ def nearest(config: dict, configs: dict[str, Path]) -> Fit:
 
 
 def _describe(component: dict) -> dict:
-    model = models.full(component, dtype="bf16")  # on the meta device
-    mlp = model.layers[0].mlp
-    mlp = mlp.experts[0] if isinstance(mlp, MixtureOfExperts) else mlp
-    return describe(model) | {"intermediate_size": mlp.w1.out_features}
+    return describe(models.full(component, dtype="bf16"))  # on the meta device
 
 
 def _distance(found: dict, wanted: dict) -> tuple[int, float]:

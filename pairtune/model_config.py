@@ -7,49 +7,24 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import nn
-from torchtune.modules import RMSNorm, TiedLinear, TransformerDecoder
+from torchtune.modules import TransformerDecoder
 
+from pairtune.config_json import SETTINGS, config_key, setting
 from pairtune.errors import UserError
-from pairtune.experts import MixtureOfExperts
-from pairtune.families import config_key, config_types, of_config_type
+from pairtune.families import FAMILIES, config_types, of_config_type
 from pairtune.rules import fits, kind_words, show
 
-# Architectures whose layers may have a sliding window, and the one that they have where config.json has no such key.
-DEFAULT_WINDOWS = {"mistral": 4096, "mixtral": None, "phi3": None, "qwen2": 4096, "qwen3": 4096, "gemma2": 4096}
-
-# What is read of config.json, here and in the conversion of weights, under Llama's names: see families.CONFIG_KEYS.
-NEEDED = {"model_type": str, "hidden_size": int, "num_attention_heads": int, "num_key_value_heads": int}
-READ = NEEDED | {
-    "num_hidden_layers": int,
-    "vocab_size": int,
-    "head_dim": int,
-    "rope_theta": float,
-    "max_position_embeddings": int,
-    "rms_norm_eps": float,
-    "partial_rotary_factor": float,
-    "use_parallel_residual": bool,
-    "tie_word_embeddings": bool,
-    "rope_scaling": dict,
-    "rope_parameters": dict,
-    "sliding_window": int,
-    "use_sliding_window": bool,
-    "max_window_layers": int,
-    "layer_types": list[str],
-    "attn_logit_softcapping": float,
-    "final_logit_softcapping": float,
-    "query_pre_attn_scalar": float,
-    "num_local_experts": int,
-    "num_experts_per_tok": int,
-}
+WINDOWED = ("mistral", "mixtral", "phi3", "qwen2", "qwen3", "gemma2")  # layers may have a sliding window
 MAY_BE_ZERO = ("max_window_layers",)
-SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+ROPE_BLOCKS = ("rope_scaling", "rope_parameters")  # of transformers 4 and 5
 # How positions may be scaled: what torchtune computes, with these settings of it.
 ROPE_TYPES = {"llama": ("default", "llama3")}
 LLAMA3_ROPE = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
 # Settings of which only these values are what the builders compute, by config.json's model_type.
 ONLY = {
     **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "qwen3", "phi3"), {"hidden_act": ("silu", "swish")}),
+    # transformers takes gelu for the approximation, too, which Google's first files mean by it.
+    "gemma": dict.fromkeys(("hidden_act", "hidden_activation"), ("gelu_pytorch_tanh", "gelu")),
     "gemma2": {"hidden_activation": ("gelu_pytorch_tanh",)},
     "gpt2": {
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -71,17 +46,13 @@ def check_config(config, path: Path) -> None:
     """
     if not isinstance(config, dict):
         raise UserError(f"{path}: must hold keys and values, holds {show(config)}")
-    for name, kind in READ.items():
+    for name, known in SETTINGS.items():
         key = config_key(name, config)
         if config.get(key) is not None:
-            _check_kind(path, key, config[key], kind)
-        elif name in NEEDED:
+            _check_kind(path, key, config[key], known.kind)
+        elif known.needed:
             raise UserError(f"{path}: {key}: is missing; download the file again, or set it as the model's authors say")
-    for block in ("rope_scaling", "rope_parameters"):
-        for key in ("factor", "rope_theta", "partial_rotary_factor"):
-            if (config.get(block) or {}).get(key) is not None:
-                _check_kind(path, f"{block}.{key}", config[block][key], float)
-        _check_rope(path, block, config)
+    _check_rope(path, config)
     if config.get("quantization_config"):
         raise UserError(
             f"{path}: quantization_config={show(config['quantization_config'])}: the weights are quantized, which "
@@ -102,19 +73,48 @@ def _check_kind(path: Path, key: str, value, kind: type) -> None:
         raise UserError(f"{path}: {key}={value}: must be above 0 and finite")
 
 
-def _check_rope(path: Path, block: str, config: dict) -> None:
-    rope = config.get(block) or {}
-    name = "rope_type" if rope.get("rope_type") is not None else "type"
-    kind, known = rope.get(name) or "default", ROPE_TYPES.get(config["model_type"], ("default",))
-    fixed = LLAMA3_ROPE if kind == "llama3" else {}
-    different = [f"{block}.{key}={show(rope[key])}" for key, value in fixed.items() if rope.get(key, value) != value]
-    if kind not in known and rope.get("factor") != 1:
-        different = [f"{block}.{name}={show(kind)}"]
-    if different:
-        wanted = ", ".join(f"{key} {value}" for key, value in fixed.items()) or " or ".join(known)
+def _check_rope(path: Path, config: dict) -> None:
+    blocks = {block: config[block] for block in ROPE_BLOCKS if config.get(block)}
+    if len(blocks) == 2 and blocks["rope_scaling"] != blocks["rope_parameters"]:
         raise UserError(
-            f"{path}: {different[0]}: must be {wanted}; models of model_type={config['model_type']} whose positions "
-            "are scaled in another way are not available"
+            f"{path}: rope_scaling and rope_parameters differ, and are two names of one thing; remove the one that is "
+            "not as the model's authors say"
+        )
+    for block, rope in blocks.items():
+        for key in ("factor", "rope_theta", "partial_rotary_factor"):
+            if rope.get(key) is not None:
+                _check_kind(path, f"{block}.{key}", rope[key], float)
+        _check_kind_of_rope(path, block, config)
+        if _kind_of_rope(rope) == "llama3":
+            _check_llama3(path, block, rope)
+
+
+def _kind_of_rope(rope: dict) -> str | None:
+    """Returns how a block scales positions; None where it does not say."""
+    return rope.get("rope_type") or rope.get("type")
+
+
+def _check_kind_of_rope(path: Path, block: str, config: dict) -> None:
+    rope, known = config[block], ROPE_TYPES.get(config["model_type"], ("default",))
+    kind, factor = _kind_of_rope(rope), rope.get("factor")
+    if kind in known or (kind is None and factor in (None, 1)):
+        return
+    if kind in ("linear", "dynamic") and factor == 1:  # others have more settings, which count at any factor
+        return
+    name = "rope_type" if rope.get("rope_type") or kind is None else "type"
+    raise UserError(
+        f"{path}: {block}.{name}={show(kind)}: must be {' or '.join(known)}; models of model_type="
+        f"{config['model_type']} whose positions are scaled in another way are not available"
+    )
+
+
+def _check_llama3(path: Path, block: str, rope: dict) -> None:
+    different = [f"{block}.{key}={show(rope.get(key))}" for key, v in LLAMA3_ROPE.items() if rope.get(key) != v]
+    if different:
+        wanted = ", ".join(f"{key} {value}" for key, value in LLAMA3_ROPE.items())
+        raise UserError(
+            f"{path}: {different[0]}: must be {wanted}; models whose positions are scaled in another way are not "
+            "available"
         )
 
 
@@ -164,9 +164,11 @@ def windows(config: dict, num_layers: int) -> list[int | None]:
         UserError: layer_types has not one entry a layer, or names a kind of attention that is neither full nor sliding.
     """
     architecture = config.get("model_type")
-    window = config.get("sliding_window", DEFAULT_WINDOWS.get(architecture))
-    switched_on = config.get("use_sliding_window") or architecture not in ("qwen2", "qwen3")
-    if architecture not in DEFAULT_WINDOWS or window is None or not switched_on:
+    if architecture not in WINDOWED:
+        return [None] * num_layers
+    window = setting(config, "sliding_window")
+    switched_on = architecture not in ("qwen2", "qwen3") or setting(config, "use_sliding_window")
+    if window is None or not switched_on:
         return [None] * num_layers
     return [window if sliding else None for sliding in _sliding_layers(config, num_layers)]
 
@@ -174,13 +176,12 @@ def windows(config: dict, num_layers: int) -> list[int | None]:
 def _sliding_layers(config: dict, num_layers: int) -> Sequence[bool]:
     """Returns whether each layer has the model's window."""
     architecture, kinds = config["model_type"], config.get("layer_types")
-    if architecture in ("mistral", "mixtral", "phi3"):  # they read no layer_types
-        return [True] * num_layers
+    if architecture in ("mixtral", "phi3") or (kinds is None and architecture == "mistral"):
+        return [True] * num_layers  # with layer_types, Mistral is what transformers calls Ministral
     if kinds is None and architecture == "gemma2":
         return [n % 2 == 0 for n in range(num_layers)]
     if kinds is None:
-        first = config.get("max_window_layers")
-        return [n >= (28 if first is None else first) for n in range(num_layers)]
+        return [n >= setting(config, "max_window_layers") for n in range(num_layers)]
     unknown = [kind for kind in kinds if kind not in ("sliding_attention", "full_attention")]
     if unknown or len(kinds) != num_layers:
         wrong = f"holds {show(unknown[0])}" if unknown else f"has {len(kinds)} entries"
@@ -192,14 +193,15 @@ def _sliding_layers(config: dict, num_layers: int) -> Sequence[bool]:
 
 
 def check_model(model: TransformerDecoder, config: dict) -> None:
-    """Compares a built model with the folder's config.json; what config.json does not say is not compared.
+    """Compares a built model with what transformers makes of the folder's config.json.
 
     Raises:
-        UserError: They differ. The message names every difference.
+        UserError: They differ, and the message names every difference; or lora.modules has another architecture's name.
     """
+    _check_lora_modules(getattr(model, "lora", {}).get("modules", ()), config)
     built, expected = describe(model), describe_config(config)
     different = [
-        f"{config_key(name, config)} is {built[name]} in `model` and {value} in config.json"
+        f"{config_key(name, config)} is {built[name]} in `model` and {value} {_place(name, config)}"
         for name, value in expected.items()
         if value is not None and name in built and built[name] != value
     ]
@@ -210,54 +212,43 @@ def check_model(model: TransformerDecoder, config: dict) -> None:
         )
 
 
+def _check_lora_modules(modules: Sequence[str], config: dict) -> None:
+    """Another architecture's name may mean layers of this one, but seldom those that its user has in mind."""
+    known = FAMILIES[of_config_type(config["model_type"])[0]].lora_names
+    if strange := [name for name in modules if name not in known]:
+        raise UserError(
+            f"lora.modules: {', '.join(strange)}: is of another architecture than model_type={config['model_type']}; "
+            f"here it may hold {', '.join(known)}"
+        )
+
+
+def _place(name: str, config: dict) -> str:
+    said = config.get(config_key(name, config)) is not None or name in _rope(config) or name.startswith("rope_scaling")
+    return "in config.json" if said else "by default, which config.json leaves it to"
+
+
 def describe(model: TransformerDecoder) -> dict:
-    """Returns what a model is, under the names that READ has."""
-    attention = model.layers[0].attn
-    rope, scale = attention.pos_embeddings, getattr(attention._attention_call, "scale", None)
-    description = {
-        "num_hidden_layers": len(model.layers),
-        "vocab_size": model.tok_embeddings.num_embeddings,
-        "hidden_size": model.tok_embeddings.embedding_dim,
-        "num_attention_heads": attention.num_heads,
-        "num_key_value_heads": attention.num_kv_heads,
-        "head_dim": attention.head_dim,
-        "tie_word_embeddings": isinstance(model.output, TiedLinear),
-        "query_pre_attn_scalar": round(scale**-2, 6) if scale else float(attention.head_dim),
-        "attn_logit_softcapping": float(getattr(attention._attention_call, "softcap", None) or 0),
-        "final_logit_softcapping": float(getattr(model.output, "softcap", None) or 0),
-        "use_parallel_residual": getattr(model.layers[0], "use_parallel_residual", False),
-    }
-    if rope is not None:
-        description["rope_theta"] = float(rope.base)
-        description["rope_scaling.factor"] = float(getattr(rope, "scale_factor", 1.0))
-        description["partial_rotary_factor"] = rope.dim / attention.head_dim
-    if hasattr(model, "pos_embeddings"):
-        description["max_position_embeddings"] = model.pos_embeddings.num_embeddings
-    if isinstance(model.norm, (RMSNorm, nn.LayerNorm)):
-        description["rms_norm_eps"] = model.norm.eps
-    mixture = model.layers[0].mlp
-    if isinstance(mixture, MixtureOfExperts):
-        description["num_local_experts"] = len(mixture.experts)
-        description["num_experts_per_tok"] = mixture.experts_per_token
-    return description
+    """Returns what a model is, by names of settings; without those that have no meaning for it."""
+    found = {name: known.of_model(model) for name, known in SETTINGS.items() if known.of_model}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def describe_config(config: dict) -> dict:
-    """Returns the same from a config.json of transformers 4 or 5; None where it does not say."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    said = {name: config.get(config_key(name, config)) for name in READ}
-    heads, width = said["num_attention_heads"], said["hidden_size"]
-    theta = rope.get("rope_theta", said["rope_theta"])
-    named = ("num_hidden_layers", "vocab_size", "num_key_value_heads", "tie_word_embeddings", "use_parallel_residual")
-    return {name: said[name] for name in (*named, "max_position_embeddings", "rms_norm_eps")} | {
-        "hidden_size": width,
-        "num_attention_heads": heads,
-        "head_dim": said["head_dim"] or (width // heads if heads and width else None),
-        "rope_theta": float(theta) if theta is not None else None,
-        "rope_scaling.factor": float(rope.get("factor", 1.0)) if theta is not None else None,
-        "partial_rotary_factor": rope.get("partial_rotary_factor", said["partial_rotary_factor"]),
-        **{key: float(config[key] or 0) for key in SOFTCAPS if key in config},  # null: no cap
-        "query_pre_attn_scalar": config.get("query_pre_attn_scalar"),
-        "num_local_experts": said["num_local_experts"],
-        "num_experts_per_tok": said["num_experts_per_tok"],
-    }
+    """Returns the same from a config.json of transformers 4 or 5; None for sizes that it does not say."""
+    said = {name: setting(config, name) for name, known in SETTINGS.items() if known.of_model}
+    said |= {key: value for key, value in _rope(config).items() if key in said and value is not None}
+    heads, width, rope = said["num_attention_heads"], said["hidden_size"], _rope(config)
+    if _kind_of_rope(rope) not in (None, "default"):
+        said["rope_scaling.factor"] = rope.get("factor") or 1.0
+    said["num_key_value_heads"] = said["num_key_value_heads"] or heads
+    said["head_dim"] = said["head_dim"] or width // heads
+    if config.get("model_type") == "gpt2":
+        said["intermediate_size"] = said["intermediate_size"] or 4 * width
+    for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
+        said[cap] = said[cap] or 0.0
+    is_float = {name for name, known in SETTINGS.items() if known.kind is float}
+    return {name: float(v) if name in is_float and v is not None else v for name, v in said.items()}
+
+
+def _rope(config: dict) -> dict:
+    return next((config[block] for block in ROPE_BLOCKS if config.get(block)), {})

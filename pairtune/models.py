@@ -27,8 +27,8 @@ from torchtune.training import compile_model, set_activation_checkpointing, set_
 from pairtune import logps
 from pairtune.dist import World
 from pairtune.dora import DoRALinear, row_norms
-from pairtune.errors import UserError
-from pairtune.rules import LORA_LAYERS
+from pairtune.errors import UserError, listed
+from pairtune.rules import LORA_LAYERS, OUR_LAYERS
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 NF4_BLOCK = 64 * 256  # torchao quantizes scales of 256 blocks of 64 weights together
@@ -38,7 +38,6 @@ COPIES = {  # an adapter's parameters, and where a frozen copy of them is
     "lora_b.weight": "frozen_b.weight",
     "magnitude": "frozen_magnitude",
 }
-LISTED = 20  # of weights that do not fit
 UNQUANTIZED = ("output", "mlp.router")  # layers that QLoRA keeps as they are: the last word, and who has it
 _STRANGERS = "`model` and `checkpointer.checkpoint_dir` do not belong together"
 
@@ -116,7 +115,7 @@ def lora(
         return layer
 
     _replace_linear(model, dtype, make)
-    model.lora = {"rank": rank, "alpha": alpha, "use_dora": use_dora, "use_rslora": use_rslora}
+    model.lora = {"rank": rank, "alpha": alpha, "use_dora": use_dora, "use_rslora": use_rslora, "modules": modules}
     if frozen_copy:
         _add_frozen_copy(model)
     set_trainable_params(model, get_adapter_params(model))
@@ -167,7 +166,7 @@ def _layers_of(modules: list[str], model: TransformerDecoder) -> set[str]:
             continue
         if module in ("output", "lm_head"):
             raise UserError(f"lora.modules: {module}: the output layer is the embedding (tied), which has no adapter")
-        there = [known for known, layers in LORA_LAYERS.items() if set(layers) & set(linear.values())]
+        there = [known for known in OUR_LAYERS if set(LORA_LAYERS[known]) & set(linear.values())]
         raise UserError(f"lora.modules: {module}: this model has no such layer; it has {', '.join(there)}")
     return set().union(*found.values())
 
@@ -382,16 +381,14 @@ def check_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     adapters = adapter_shapes(model).keys()
     expected = {name: parameter.shape for name, parameter in _own_parameters(model) if name not in adapters}
     found = {name: value.shape for name, value in getattr(weights, "empty", weights).items()}
-    lines = [f"  not in the checkpoint: {_both(name, weights)}" for name in sorted(expected.keys() - found.keys())]
-    lines += [f"  not in the model: {_both(name, weights)}" for name in sorted(found.keys() - expected.keys())]
+    lines = [f"not in the checkpoint: {_both(name, weights)}" for name in sorted(expected.keys() - found.keys())]
+    lines += [f"not in the model: {_both(name, weights)}" for name in sorted(found.keys() - expected.keys())]
     for name in sorted(expected.keys() & found.keys()):
         if expected[name] != found[name]:
             shapes = f"{list(found[name])} in the checkpoint, {list(expected[name])} in the model"
-            lines.append(f"  {shapes}: {_both(name, weights)}")
+            lines.append(f"{shapes}: {_both(name, weights)}")
     if lines:
-        more = [f"  and {len(lines) - LISTED:,} more"] if len(lines) > LISTED else []
-        shown = "\n".join([*lines[:LISTED], *more])
-        raise UserError(f"checkpointer: {len(lines)} weights do not fit: {_STRANGERS}\n{shown}")
+        raise UserError(f"checkpointer: {len(lines)} weights do not fit: {_STRANGERS}\n{listed(lines)}")
 
 
 def _both(name: str, weights: Mapping[str, Tensor]) -> str:

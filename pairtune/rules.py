@@ -71,6 +71,9 @@ LORA_LAYERS = {
     "gate": ("mlp.router",),
     "qkv_proj": ("attn.q_proj", "attn.k_proj", "attn.v_proj"),
     "gate_up_proj": ("mlp.w1", "mlp.w3"),
+    "w1": ("mlp.w1",),
+    "w2": ("mlp.w2",),
+    "w3": ("mlp.w3",),
     "c_attn": ("attn.q_proj", "attn.k_proj", "attn.v_proj"),
     "c_proj": ("attn.output_proj", "mlp.w2"),
     "c_fc": ("mlp.w1",),
@@ -81,6 +84,8 @@ LORA_LAYERS = {
     "embed_out": ("output",),
     "all-linear": ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.output_proj", "mlp.w1", "mlp.w2", "mlp.w3"),
 }
+# Of these, torchtune's and all-linear: every architecture has them. Of the others it has its own (families.py).
+OUR_LAYERS = ("q_proj", "k_proj", "v_proj", "output_proj", "mlp", "output", "router", "all-linear")
 HIGHER_IS_BETTER = {"loss": False, "rewards/accuracies": True, "rewards/margins": True}  # what keep_best goes by
 
 

@@ -1,6 +1,6 @@
 """What `tune validate` tells: whether config, model, tokenizer, weights and pairs are right, and fit each other.
 
-The answers are those of the functions that recipes call, on the meta device: no weight is read, nothing is computed.
+The answers are those of the functions that recipes call, on the meta device: no model is loaded, nothing is computed.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from pairtune import checkpoint, config, contract, data, models
+from pairtune import adapters, checkpoint, config, contract, data, models
 from pairtune.errors import UserError
 from pairtune.formats import detect_format
 from pairtune.loader import Steps
@@ -78,6 +78,8 @@ class Validation:
         sizes = ("model", "lora", "dtype", "max_length", "attention", "compile", "enable_activation_checkpointing")
         answers["model"] = ask(f"{method} model", lambda: _model(method, cfg, found.value), *files, *sizes)
         answers["weights"] = ask("weights", lambda: self._weights(cfg), "checkpointer", "model")
+        if cfg.get("adapter"):
+            answers["adapter"] = ask("adapter", lambda: self._adapter(cfg), "checkpointer", "model", "lora", "adapter")
         reference = cfg.get("reference") or {"name": KNOWN[method][0]}
         if reference["name"] != KNOWN[method][0] or not is_own(reference, method, cfg.dtype):
             about = (*files, "model", "dtype", "max_length", "attention", "compile", "reference", "adapter", "loss")
@@ -111,6 +113,13 @@ class Validation:
         base = models.full(cfg.model, dtype=cfg.dtype)  # adapters and NF4 change no name or shape of the base
         models.check_weights(base, weights)
         return f"{len(weights):,} tensors, names and shapes as in the model", None
+
+    def _adapter(self, cfg: DictConfig) -> tuple[str, Any]:
+        self._must_be_here(cfg.adapter, "adapter")
+        self._must_be_here(cfg.checkpointer.checkpoint_dir, "checkpointer.checkpoint_dir")
+        model = models.lora(cfg.model, **cfg.lora, dtype=cfg.dtype)  # NF4 changes no name or shape of an adapter
+        found = adapters.read_adapter(cfg.adapter, model, checkpoint.open_weights(cfg.checkpointer))
+        return f"{len(found):,} matrices, as in the model", None
 
     def _reference(self, method: str, cfg: DictConfig, tokenizer) -> tuple[str, Any]:
         reference, loss_fn = cfg.reference, config.instantiate(cfg.loss)
@@ -176,7 +185,8 @@ def _model(method: str, cfg: DictConfig, tokenizer) -> tuple[str, Any]:
         attention=cfg.attention, windows=windows(base_config, len(model.layers)),
         checkpoint_activations=cfg.enable_activation_checkpointing, compile_layers=cfg.compile,
     )  # fmt: skip
-    check_model(model, base_config)
+    if here:
+        check_model(model, base_config)
     contract.check_router(model, cfg.get("router_aux_loss_coef", 0))
     num_parameters, num_trained = models.num_parameters(model)
     compared = "as in config.json" if here else "not compared with config.json, which is not here"

@@ -5,9 +5,9 @@ import re
 
 import pytest
 import torch
-from helpers import padded_logps, random_pairs
+from helpers import padded_logps, random_pairs, save_llama
 from omegaconf import OmegaConf
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torchtune.config._utils import _get_component_from_path
 from torchtune.modules.peft import LoRALinear
 
@@ -184,6 +184,8 @@ def test_weights_are_read_as_torchtune_reads_them(tmp_path, kind, model_type, sh
         assert torch.equal(weights[name], expected[name]), name
 
 
+LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3_ROPE |= {"original_max_position_embeddings": 8192}
 LLAMA = {
     "model_type": "llama",
     "num_hidden_layers": 2,
@@ -205,6 +207,7 @@ LLAMA = {
         ({"num_attention_heads": 8}, ["num_attention_heads", "head_dim"]),
         ({"num_key_value_heads": 4}, ["num_key_value_heads"]),
         ({"num_hidden_layers": 3}, ["num_hidden_layers"]),
+        ({"intermediate_size": 96}, ["intermediate_size is 128 in `model` and 96 in config.json"]),
         ({"hidden_size": 64}, ["hidden_size"]),
         ({"rms_norm_eps": 0.01}, ["rms_norm_eps"]),
         ({"tie_word_embeddings": True}, ["tie_word_embeddings"]),
@@ -217,6 +220,69 @@ def test_a_model_that_is_not_the_folders_is_refused(change, words):
         check_model(model, LLAMA | change)
     for word in [*words, "do not belong together"]:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("left_out", "default"),
+    [("rope_theta", "10000.0"), ("rms_norm_eps", "1e-06"), ("num_key_value_heads", "4")],
+)
+def test_what_config_json_leaves_out_is_compared_with_what_transformers_takes(left_out, default):
+    model = models.full({"_component_": "torchtune.models.llama3.llama3", **SIZES}, dtype="fp32")
+    config = {key: value for key, value in LLAMA.items() if key != left_out}
+    with pytest.raises(UserError, match=f"{left_out} is .* in `model` and {default} by default"):
+        check_model(model, config)
+
+
+def test_another_architectures_name_in_lora_modules_is_refused():
+    lora = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "dtype": "fp32"}
+    component = {"_component_": "torchtune.models.llama3.llama3", **SIZES}
+    check_model(models.lora(component, **lora, modules=["q_proj", "o_proj", "output", "all-linear"]), LLAMA)
+    with pytest.raises(UserError, match="c_attn, dense: is of another architecture .*=llama; here .* q_proj, .*o_proj"):
+        check_model(models.lora(component, **lora, modules=["q_proj", "c_attn", "dense"]), LLAMA)
+    with pytest.raises(UserError, match="router: this model has no such layer; it has q_proj, [a-z_, ]*all-linear$"):
+        models.lora(component, **lora, modules=["router"])
+
+
+@pytest.mark.parametrize("names", [1, 30])
+def test_all_tensors_that_are_no_weights_of_a_model_are_listed(tmp_path, names):
+    save_llama(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    strange = {f"v_head.{number}.weight": torch.ones(1, 128) for number in range(names)}
+    save_file(weights | strange, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError) as error:
+        checkpoint.Weights(checkpoint.open_weights({"checkpoint_dir": str(tmp_path), "model_type": "LLAMA3"}))
+    text = str(error.value)
+    assert f": {names} tensors are no weights of checkpointer.model_type=LLAMA3" in text
+    assert "\n  v_head.0.weight [1, 128] in model.safetensors: no weight of LLAMA3" in text
+    assert text.count("\n") == min(names, 21) and ("and 10 more" in text) == (names == 30)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_of_any_torch_is_read(tmp_path, zipped):
+    save_llama(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(weights, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    files = checkpoint.open_weights({"checkpoint_dir": str(tmp_path), "model_type": "LLAMA3"})
+    found = checkpoint.Weights(files)
+    assert torch.equal(found["output.weight"], weights["lm_head.weight"]) and len(found) == len(weights)
+    if not zipped:  # its code is run no more than another one's
+        torch.save({"a": pytest.raises}, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+        with pytest.raises(UserError, match="a pickle that holds more than weights, which nothing runs"):
+            checkpoint.Weights(files)
+
+
+@pytest.mark.parametrize(("builder", "model_type"), [("gemma.gemma", "gemma"), ("pairtune.gemma2.gemma2", "gemma2")])
+def test_gemmas_own_norm_is_compared_too(builder, model_type):
+    builder = builder if builder.startswith("pairtune") else f"torchtune.models.{builder}"
+    component = {"_component_": builder, **SIZES, "head_dim": 32}
+    component |= {"query_pre_attn_scalar": 256} if model_type == "gemma2" else {}
+    model = models.full(component, dtype="fp32")
+    config = LLAMA | {"model_type": model_type, "head_dim": 32, "rope_theta": 1e4, "rms_norm_eps": 1e-6}
+    config |= {"tie_word_embeddings": None}
+    check_model(model, config)
+    with pytest.raises(UserError, match="rms_norm_eps is 1e-06 in `model` and 1e-05 in config.json"):
+        check_model(model, config | {"rms_norm_eps": 1e-5})
 
 
 def test_llama_3_1s_scaled_rope_is_told_from_llama_3s():
@@ -234,13 +300,32 @@ def test_llama_3_1s_scaled_rope_is_told_from_llama_3s():
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_parameters.rope_type=yarn: must be default"),
         ({"model_type": "phi3", "rope_scaling": {"type": "longrope"}}, "rope_scaling.type=longrope: must be default"),
         (
-            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 2.0}},
+            {"rope_scaling": LLAMA3_ROPE | {"high_freq_factor": 2.0}},
             "rope_scaling.high_freq_factor=2.0: must be low_freq_factor 1, high_freq_factor 4",
         ),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling.low_freq_factor=null: must be"),
+        ({"rope_scaling": {"factor": 8.0}}, "rope_scaling.rope_type=null: must be default or llama3"),
+        # These have more settings than a factor.
+        ({"rope_scaling": {"type": "longrope", "factor": 1.0, "short_factor": [1.5]}}, "rope_scaling.type=longrope"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 1.0, "attention_factor": 1.5}},
+            "rope_scaling.rope_type=yarn: must be default or llama3",
+        ),
+        (  # transformers takes rope_scaling
+            {"rope_scaling": LLAMA3_ROPE, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+            "rope_scaling and rope_parameters differ",
+        ),
+        ({"model_type": "gemma", "hidden_act": "silu"}, "hidden_act=silu: must be gelu_pytorch_tanh or gelu; models"),
+        ({"model_type": "gemma", "hidden_activation": "relu"}, "hidden_activation=relu: must be gelu_pytorch_tanh"),
+        ({"num_hidden_layers": None}, "num_hidden_layers: is missing"),
     ],
 )
 def test_a_config_json_of_positions_or_an_activation_that_nobody_computes_here_is_refused(tmp_path, change, words):
-    check_config(LLAMA | {"hidden_act": "silu", "rope_parameters": {"rope_type": "default"}}, tmp_path)
+    same = {"rope_type": "default", "rope_theta": 5e5}
+    check_config(LLAMA | {"hidden_act": "silu", "rope_parameters": same, "rope_scaling": dict(same)}, tmp_path)
+    for kind in ("linear", "dynamic"):
+        check_config(LLAMA | {"rope_scaling": {"type": kind, "factor": 1.0}}, tmp_path)
+    check_config(LLAMA | {"model_type": "gemma", "hidden_act": "gelu"}, tmp_path)
     with pytest.raises(UserError, match=re.escape(words)):
         check_config(LLAMA | change, tmp_path)
 

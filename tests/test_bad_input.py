@@ -402,7 +402,7 @@ MODELS = [
     ("config.json, not UTF-8", write("config.json", b"\xff\xfe{}"), ["config.json", "cannot be read", "utf-8"]),
     *(
         (f"config.json without {key}", edit("config.json", **{key: None}), [f"config.json: {key}: is missing"])
-        for key in ("model_type", "hidden_size", "num_attention_heads", "num_key_value_heads")
+        for key in ("model_type", "hidden_size", "num_attention_heads", "num_hidden_layers")
     ),
     *(
         (f"config.json, {key}={value!r}", edit("config.json", **{key: value}), [f"config.json: {key}=", says])
@@ -430,7 +430,8 @@ MODELS = [
             ({"type": "linear", "factor": 4.0}, "type=linear", "must be default or llama3"),
             ({"rope_type": "yarn", "factor": 4.0}, "rope_type=yarn", "scaled in another way are not available"),
             ({"rope_type": "longrope", "long_factor": [1.0]}, "rope_type=longrope", "must be default or llama3"),
-            ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 4096},
+            ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+              "original_max_position_embeddings": 4096},
              "original_max_position_embeddings=4096", "must be low_freq_factor 1, high_freq_factor 4"),
         )
     ),
@@ -771,8 +772,8 @@ RUNS = [
     ("no pairs", lambda work: (work / "pairs.jsonl").unlink(), [], ["dataset.source=pairs.jsonl: there is no such"]),
     ("pairs of one answer", in_pairs(GOOD), ["dataset.columns.chosen=rejected", "dataset.columns.rejected=rejected"],
      ["there is nothing left of pairs.jsonl", "identical answers"]),
-    ("config.json without a key", in_model(edit("config.json", num_key_value_heads=None)), [],
-     ["model/config.json: num_key_value_heads: is missing"]),
+    ("config.json without a key", in_model(edit("config.json", num_hidden_layers=None)), [],
+     ["model/config.json: num_hidden_layers: is missing"]),
     ("a shard cut short", in_model(cut(FIRST, 20_000)), [], [f"model/{FIRST}: cannot be read"]),
     ("NaN weights", in_model(broken_value(float("nan"))), [], [f"model/{FIRST}: {QUERY} holds NaN"]),
     ("code in the weights", in_model(pickled(lambda file: torch.save({"a": Code()}, file))), [], ["pytorch_model.bin"]),

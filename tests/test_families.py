@@ -51,12 +51,28 @@ def test_weights_are_converted_as_torchtune_does_and_back(name):
         assert torch.equal(value, weights[key]), key
 
 
-def test_a_tied_output_layer_and_rotary_buffers_are_left_out():
+def test_a_tied_output_layer_is_the_embedding_and_rotary_buffers_are_left_out():
     family, value = FAMILIES["GEMMA"], torch.ones(2, 2)
-    assert family.to_ours("lm_head.weight", value, {**CONFIG, "tie_word_embeddings": None}) == {}
+    tied = family.to_ours("lm_head.weight", value, {**CONFIG, "model_type": "gemma", "tie_word_embeddings": None})
+    assert tied.keys() == {"tok_embeddings.weight"}
     assert family.to_ours("lm_head.weight", value, CONFIG).keys() == {"output.weight"}
     assert family.to_ours("model.layers.3.self_attn.rotary_emb.inv_freq", value, CONFIG) == {}
     with pytest.raises(KeyError):
         family.to_ours("model.layers.3.self_attn.qkv_proj.weight", value, CONFIG)
     with pytest.raises(KeyError):
         family.to_theirs({"layers.0.attn.q_norm.scale": value}, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("LLAMA3", "o_proj gate_proj up_proj down_proj lm_head"),
+        ("MIXTRAL", "router o_proj lm_head gate w1 w2 w3"),
+        ("PHI4", "o_proj down_proj lm_head qkv_proj gate_up_proj"),
+        ("GPT2", "lm_head c_attn c_proj c_fc"),
+        ("GPT_NEOX", "lm_head query_key_value dense dense_h_to_4h dense_4h_to_h embed_out"),
+    ],
+)
+def test_lora_modules_are_torchtunes_names_and_the_architectures_own(name, own):
+    ours = {"q_proj", "k_proj", "v_proj", "output_proj", "mlp", "output", "all-linear"}
+    assert set(FAMILIES[name].lora_names) == ours | set(own.split())

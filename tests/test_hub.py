@@ -918,6 +918,15 @@ def test_a_model_of_a_configs_sizes_gets_that_config_and_nothing_to_set(tmp_path
     assert "model.intermediate_dim=11008" in fit.overrides
 
 
+def test_a_model_that_is_another_only_between_its_layers_widths_is_another():
+    llama3_8b = {"vocab_size": 128256, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+    llama3_8b |= {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "intermediate_size": 14336, "rope_theta": 5e5}
+    llama3_8b |= {"max_position_embeddings": 8192}
+    fit = fitting.nearest(llama3_8b | {"model_type": "llama", "intermediate_size": 11008}, cli.own("config"))
+    assert fit.different == ["intermediate_size is 11008 and there 14336"]
+    assert "model.intermediate_dim=11008" in fit.overrides
+
+
 def test_an_architecture_that_is_not_here_is_named():
     with pytest.raises(UserError, match="model_type=t5: must be one of llama, mistral"):
         fitting.nearest(sizes("llama").to_dict() | {"model_type": "t5"}, cli.own("config"))

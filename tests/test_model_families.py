@@ -2,8 +2,11 @@
 
 import hf_peers
 import pytest
-from helpers import ROOT
+import torch
+from helpers import ROOT, random_pairs
+from safetensors.torch import load_file, save_file
 
+from pairtune.errors import UserError
 from pairtune.families import FAMILIES
 
 # All matrices of layers have a multiple of 16,384 weights, as NF4 wants; no two sides that could be confused are alike.
@@ -69,6 +72,7 @@ ELSEWHERE = {  # the same, and more
     "MIXTRAL": "test_mixtral.py",
 }
 LORA = {"rank": 4, "alpha": 8.0, "modules": ["all-linear"]}
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def component(name):
@@ -107,3 +111,29 @@ def test_what_a_run_exports_is_what_it_measured(base, method):
 def test_pefts_adapter_of_all_linear_layers_loads_here(base, tmp_path):
     name, files, _ = base
     hf_peers.check_peft_adapter(files, component(name), tmp_path, targets="all-linear", modules=["all-linear"])
+
+
+@pytest.mark.parametrize("name", ["llama3_2", "gemma", "qwen2_tied"])
+def test_a_tied_output_layer_that_is_stored_too_is_the_embedding_or_refused(name, tmp_path):
+    import transformers
+
+    model_type, kind, said, *_ = MODELS[name]
+    peer = hf_peers.save_peer(tmp_path, getattr(transformers, f"{kind}Config")(**THEIRS | said))
+    weights, pairs = load_file(tmp_path / "model.safetensors"), random_pairs(2)
+    embedding = weights.pop(EMBEDDING)
+    output, expected = embedding.clone(), hf_peers.peer_logps(peer, pairs)
+
+    def scores(stored):
+        save_file(weights | stored, tmp_path / "model.safetensors", {"format": "pt"})
+        files = hf_peers.open_folder(tmp_path, model_type)
+        return hf_peers.our_logps(hf_peers.load_ours(files, component(name)), pairs)
+
+    # As Qwen3 0.6B has it; and as safetensors.torch.save_model writes it.
+    for stored in ({EMBEDDING: embedding, OUTPUT: output}, {OUTPUT: output}):
+        torch.testing.assert_close(scores(stored), expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            hf_peers.peer_logps(hf_peers.load_peer(tmp_path), pairs), expected, rtol=1e-5, atol=0
+        )
+    output[5, 7] += 1  # transformers leaves both as they are, and computes with an untied output
+    with pytest.raises(UserError, match="embed_tokens.weight and lm_head.weight differ.*tie_word_embeddings to false"):
+        scores({EMBEDDING: embedding, OUTPUT: output})

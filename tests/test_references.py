@@ -243,7 +243,8 @@ def read_from(peft_folder, folder, **changes):
 @pytest.mark.parametrize(
     ("setting", "value", "words"),
     [
-        ("r", 16, ["r is 16", "lora.rank is 4", "lora.rank=16"]),
+        ("r", 16, ["q_proj.lora_A is [4, 64]", "not rank 16"]),
+        ("r", None, ["r is null", "must be a whole number above 0"]),
         ("lora_alpha", 32, ["lora_alpha is 32", "lora.alpha is 8.0", "lora.alpha=32"]),
         ("target_modules", ["q_proj"], ["target_modules is q_proj", "lora.modules=[q_proj]"]),
         ("target_modules", ["o_proj", "lm_head", "gate_proj", "up_proj", "down_proj"], ["[output_proj, mlp, output]"]),
@@ -259,7 +260,7 @@ def read_from(peft_folder, folder, **changes):
         ("lora_bias", True, ["lora_bias"]),
         ("modules_to_save", ["lm_head"], ["modules_to_save", "lm_head"]),
         ("rank_pattern", {"q_proj": 8}, ["q_proj.lora_A is [4, 64]", "not rank 8"]),
-        ("alpha_pattern", {"q_proj": 16}, ["q_proj is scaled by 16 / 4 there", "8 / 4 here"]),
+        ("alpha_pattern", {"q_proj": 16}, ["q_proj has rank 4 and alpha 16", "rank 4 and alpha 8", "merge it"]),
         ("layers_to_transform", [0], ["layers_to_transform"]),
         ("init_lora_weights", "pissa", ["init_lora_weights=pissa", "base weights"]),
     ],
@@ -293,9 +294,12 @@ Q, V = (f"{LAYER_1}.{name}_proj.lora_B.weight" for name in "qv")
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        (Q, None, ["1 of the model's adapters are not in it", "layers.1.attn.q_proj.lora_b"]),
-        (Q.replace(".1.", ".9."), torch.ones(64, 4), ["not in the model's adapters", "layers.9"]),
-        ("base_model.model.model.embed_tokens.weight", torch.ones(3), ["embed_tokens", "no matrix"]),
+        (Q, None, ["layers.1.self_attn.q_proj.lora_B is not in it, and the other matrix is"]),
+        (Q.replace(".1.", ".9."), torch.ones(64, 4), ["layers.9.self_attn.q_proj.lora_A is not in it"]),
+        ("base_model.model.model.embed_tokens.weight", torch.ones(3), ["embed_tokens", "no matrix", "merge it"]),
+        ("base_model.model.model.embed_tokens.weight", torch.ones(320, 64), ["embed_tokens", "another base", "merge"]),
+        ("base_model.model.model.layers.9.mlp.up_proj.weight", torch.ones(96, 64), ["up_proj is not the base model's"]),
+        ("base_model.model.v_head.weight", torch.ones(1, 64), ["v_head.weight is no matrix", "merge it"]),
         ("base_model.model.lm_head.base_layer.weight", torch.ones(320, 64), ["lm_head", "another base"]),
         (V, torch.zeros(32, 5), ["v_proj.lora_B", "[32, 5]", "not rank 4"]),
         (Q, torch.zeros(63, 4), ["q_proj.lora_B", "[63, 4]", "this base's heads"]),
@@ -311,6 +315,102 @@ def test_matrices_that_do_not_fit_are_named(tmp_path, peft_folder, name, value, 
         read_from(peft_folder, tmp_path / "sft")
     for word in [str(tmp_path / "sft"), *words]:
         assert word in str(error.value)
+
+
+def test_layers_whose_matrices_are_both_missing_or_too_many_are_named(tmp_path, peft_folder):
+    _, _, config, tensors = peft_folder
+    fewer = {name: value for name, value in tensors.items() if "layers.1.self_attn.q_proj" not in name}
+    write_adapter(tmp_path / "fewer", config, fewer)
+    with pytest.raises(UserError, match="2 of the model's adapters are not in it, such as layers.1.attn.q_proj.lora_a"):
+        read_from(peft_folder, tmp_path / "fewer")
+    more = {name.replace("layers.1", "layers.9"): value.clone() for name, value in tensors.items()}
+    write_adapter(tmp_path / "more", config, tensors | more)
+    with pytest.raises(UserError, match="4 of its matrices are not in the model's adapters, such as layers.9"):
+        read_from(peft_folder, tmp_path / "more")
+
+
+def peft_adapter(files, folder, **settings):
+    """Writes a random adapter of PEFT's; returns the adapted model of transformers."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    base = AutoModelForCausalLM.from_pretrained(files.path, dtype=torch.float32)
+    adapted = peft.get_peft_model(base, peft.LoraConfig(init_lora_weights=False, task_type="CAUSAL_LM", **settings))
+    adapted.save_pretrained(folder)
+    return adapted.eval()
+
+
+QV = {"target_modules": ["q_proj", "v_proj"]}
+QKV = {"target_modules": ["qkv_proj"]}
+
+
+@pytest.mark.parametrize(
+    ("family", "modules", "settings"),
+    [
+        ("Llama", ["q_proj", "v_proj"], QV | {"r": 16, "lora_alpha": 8, "rank_pattern": {"q_proj": 4, "v_proj": 4}}),
+        ("Llama", ["q_proj", "v_proj"], QV | {"r": 4, "lora_alpha": 1, "alpha_pattern": {"(q|v)_proj": 8}}),
+        ("Phi3", ["qkv_proj"], QKV | {"r": 16, "lora_alpha": 8, "rank_pattern": {"qkv_proj": 4}}),
+        # As many times the rank as our blocks would have, and one A for all parts.
+        ("Phi3", ["qkv_proj"], QKV | {"r": 4, "lora_alpha": 8, "rank_pattern": {"qkv_proj": 12}}),
+        ("Phi3", ["qkv_proj"], QKV | {"r": 4, "lora_alpha": 8, "rank_pattern": {"qkv_proj": 12},
+                                      "alpha_pattern": {"qkv_proj": 24}}),
+    ],
+)  # fmt: skip
+def test_what_patterns_give_to_all_layers_alike_is_the_rank_and_alpha(tmp_path, family, modules, settings):
+    files, component = saved_base(family, tmp_path / "base")
+    theirs = peft_adapter(files, tmp_path / "sft", **settings)
+    lora, tried = LORA | {"modules": modules, "rank": 2, "alpha": 1.0}, []
+    for _ in range(3):  # each refusal's advice is followed, for one setting at a time
+        model = models.lora(component, **lora, dtype="fp32")
+        try:
+            adapter = adapters.read_adapter(tmp_path / "sft", model, files)
+            break
+        except UserError as error:
+            advice = str(error).rpartition("nearest valid: lora.")[2].split("=")
+            assert advice not in tried
+            tried.append(advice)
+            lora[advice[0]] = float(advice[1]) if advice[0] == "alpha" else int(advice[1])
+    tokens = torch.randint(3, 320, (2, 30))
+    models.prepare(model, max_length=128)
+    models.load(model, checkpoint.Weights(files), world=ONE, adapter=adapter)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens), theirs(tokens).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_ranks_that_differ_between_layers_are_refused_with_a_way_out_that_leads_out(tmp_path):
+    files, component = saved_base("Llama", tmp_path / "base")
+    settings = QV | {"rank_pattern": {"q_proj": 8}, "alpha_pattern": {"q_proj": 16}}
+    peft_adapter(files, tmp_path / "sft", r=4, lora_alpha=8, **settings)
+    for rank, alpha in ((4, 8.0), (8, 16.0)):
+        model = models.lora(
+            component, **LORA | {"modules": QV["target_modules"], "rank": rank, "alpha": alpha}, dtype="fp32"
+        )
+        with pytest.raises(
+            UserError, match="q_proj has rank 8 and alpha 16, .*v_proj has rank 4 and alpha 8 .*merge it"
+        ):
+            adapters.read_adapter(tmp_path / "sft", model, files)
+
+
+def test_an_adapter_of_a_tied_output_layer_is_refused_without_advice_that_is_refused(tmp_path):
+    files, component = saved_base("Gemma", tmp_path / "base")
+    peft_adapter(files, tmp_path / "sft", r=4, lora_alpha=8, target_modules=["q_proj", "lm_head"])
+    model = models.lora(component, **LORA | {"modules": ["q_proj"]}, dtype="fp32")
+    with pytest.raises(UserError, match=r"the output layer, which is the embedding here \(tied\).* other layers$"):
+        adapters.read_adapter(tmp_path / "sft", model, files)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Gemma"])
+def test_embeddings_beside_an_adapter_are_left_out_where_they_are_the_bases(tmp_path, kind):
+    files, component = saved_base(kind, tmp_path / "base")
+    theirs = peft_adapter(files, tmp_path / "sft", r=4, lora_alpha=8, **QV)
+    theirs.save_pretrained(tmp_path / "saved", save_embedding_layers=True)
+    names = load_file(tmp_path / "saved" / "adapter_model.safetensors").keys()
+    assert any("embed_tokens" in name for name in names)
+    model = models.lora(component, **LORA | {"modules": QV["target_modules"]}, dtype="fp32")
+    expected = adapters.read_adapter(tmp_path / "sft", model, files)
+    found = adapters.read_adapter(tmp_path / "saved", model, files)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
 def test_a_folder_without_an_adapter_is_told_and_a_pickle_runs_no_code(tmp_path, peft_folder):
@@ -439,6 +539,30 @@ def test_an_adapter_of_ours_knows_the_weights_that_it_was_trained_on(tmp_path):
     save_file({name: value + 0.01 for name, value in weights.items()}, tmp_path / "base" / "model.safetensors")
     with pytest.raises(UserError, match="was trained on other weights than .*base holds.*checkpointer.checkpoint_dir"):
         adapters.read_adapter(tmp_path / "ours", model, files)
+
+
+@pytest.mark.parametrize(
+    ("record", "name", "revision"),
+    [
+        ('{"repo_id": "org/tiny"}', "org/tiny", None),
+        ('{"repo_id": "org/tiny", "revision": "abc123"}', "org/tiny", "abc123"),
+        ("", "base", None),  # neither a run nor its export needs this file
+        ("[]", "base", None),
+        ('{"repo_id": 5, "revision": "abc123"}', "base", None),
+        (None, "base", None),
+    ],
+)
+def test_an_adapter_names_its_base_by_what_tune_download_left_there_or_by_its_folder(tmp_path, record, name, revision):
+    import peft
+
+    files, component = saved_base("Llama", tmp_path / "base")
+    if record is not None:
+        (tmp_path / "base" / "original_repo_id.json").write_text(record)
+    adapter = random_adapter(models.lora(component, **LORA, dtype="fp32"))
+    adapters.write_adapter(tmp_path / "ours", adapter, files, LORA)
+    said = peft.LoraConfig.from_pretrained(str(tmp_path / "ours"))
+    assert said.base_model_name_or_path == (name if "/" in name else str((tmp_path / name).resolve()))
+    assert said.revision == revision
 
 
 def test_one_of_fused_layers_alone_is_written_with_rows_of_zero_for_the_others(tmp_path):
@@ -744,7 +868,7 @@ def edited(folder, **values):
         ({"num_layers": 2}, None, {}, ["num_hidden_layers is 3 in `model` (reference.model is null) and 2"]),
         (
             {"intermediate_dim": 64},
-            None,
+            lambda f: edited(f, intermediate_size=128),
             {},
             [
                 "[64, 128] in the checkpoint",

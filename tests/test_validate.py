@@ -9,7 +9,7 @@ import torch
 from helpers import NF4_SIZES, random_pairs, save_llama, save_pairs
 from safetensors.torch import load_file, save_file
 
-from pairtune import cli
+from pairtune import adapters, checkpoint, cli, models
 from pairtune.cli import main
 
 SIX = sorted(cli.own("recipe"))
@@ -155,6 +155,30 @@ def test_a_reference_of_its_own_has_a_line_with_what_is_wrong_with_it(work, vali
     assert status == 1 and "num_hidden_layers is 3" in tables[LORA]["reference"]
     status, tables = validate("my.yaml", "--recipe", LORA, "reference=model")
     assert status == 1 and "would hold the base a second time" in tables[LORA]["reference"]
+
+
+def test_an_adapter_has_a_line_with_what_is_wrong_with_it(work, validate):
+    block = {"checkpoint_dir": "base", "model_type": "LLAMA3"}
+    component = {"_component_": "torchtune.models.llama3.llama3", **NF4_SIZES}
+    settings = {"rank": 4, "alpha": 8.0, "dropout": 0.0}
+    model = models.lora(component, **settings, modules=["q_proj"], dtype="fp32")
+    adapter = {name: torch.ones(shape) for name, shape in models.adapter_shapes(model).items()}
+    adapters.write_adapter(work / "sft", adapter, checkpoint.open_weights(block), settings)
+    words = ["my.yaml", "adapter=sft", "reference=start", "lora.rank=4", "lora.alpha=8", "lora.modules=[q_proj]"]
+    for recipe in (LORA, LORA.replace("lora", "qlora")):
+        status, tables = validate(*words, "--recipe", recipe)
+        assert status == 0 and tables[recipe]["adapter"] == "ok: 6 matrices, as in the model"
+    for setting, says in (
+        ("lora.rank=8", "r is 4 in its adapter_config.json, lora.rank is 8; nearest valid: lora.rank=4"),
+        ("lora.modules=[v_proj]", "nearest valid: lora.modules=[q_proj]"),
+        ("adapter=stf", "adapter=stf: no such folder"),
+        ("checkpointer.checkpoint_dir=bsae", "no such folder"),
+    ):
+        status, tables = validate(*words, setting, "--recipe", LORA)
+        assert status == 1 and tables[LORA]["adapter"].startswith("refused: ") and says in tables[LORA]["adapter"]
+    shutil.rmtree(work / "sft")
+    change(work / "my.yaml", adapter="sft", reference="start")
+    assert "refused: adapter=sft: no such folder" in validate("my.yaml", "--recipe", LORA)[1][LORA]["adapter"]
 
 
 def break_weights(work, edit):

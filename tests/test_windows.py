@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hf_peers
 import pytest
 import torch
 import transformers
@@ -278,7 +279,7 @@ QWEN = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 16,
     ],
 )
 def test_windows_are_read_as_transformers_reads_them(config, expected):
-    check_config(config | {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}, "config.json")
+    check_config(config | {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 4}, "config.json")
     assert windows(config, 4) == expected
     if config["model_type"] in ("llama", "gemma"):
         return
@@ -301,9 +302,22 @@ def test_layer_types_that_nobody_computes_are_refused(change, words):
 
 @pytest.mark.parametrize("change", [{"sliding_window": "16"}, {"sliding_window": 0}, {"layer_types": [1]}])
 def test_windows_of_the_wrong_kind_are_refused(change):
-    needed = {"model_type": "qwen2", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    needed = {"model_type": "qwen2", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
     with pytest.raises(UserError, match=next(iter(change))):
         check_config(needed | change, "config.json")
+
+
+def test_a_mistral_with_layer_types_is_the_ministral_that_transformers_makes_of_it(tmp_path):
+    kinds = ["full_attention", "sliding_attention"] * 2
+    said = THEIRS | {"layer_types": kinds, "sliding_window": 8, "head_dim": 18}
+    hf_peers.save_peer(tmp_path, transformers.MinistralConfig(**said))
+    config = json.loads((tmp_path / "config.json").read_text()) | {"model_type": "mistral"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    peer, pairs = hf_peers.load_peer(tmp_path), long_pairs()
+    assert peer.config.model_type == "ministral"
+    component = SIZES | FAMILIES["mistral"][2]
+    model = hf_peers.load_ours(hf_peers.open_folder(tmp_path, "MISTRAL"), component)
+    torch.testing.assert_close(hf_peers.our_logps(model, pairs), hf_peers.peer_logps(peer, pairs), rtol=1e-5, atol=0)
 
 
 # Gemma 2
