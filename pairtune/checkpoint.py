@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import count
@@ -17,6 +18,7 @@ from pairtune.errors import UserError, listed
 from pairtune.families import FAMILIES, Family
 from pairtune.metrics import lock
 from pairtune.model_config import check_config, check_model_type, model_type_of
+from pairtune.models import DTYPES
 from pairtune.rules import nearest, one_line
 
 # In the order of preference: an index that names the shards, or one file.
@@ -268,6 +270,21 @@ class Weights(Mapping):
 
     def __len__(self) -> int:
         return len(self._sources)
+
+
+def rounding(folder: ModelFolder, dtype: str) -> list[str]:
+    """Returns a sentence where the run's dtype, bf16 or fp32, has fewer digits than most of the folder's weights."""
+    numbers = Counter()
+    for value in Weights(folder).empty.values():
+        numbers[value.dtype] += value.numel()
+    ((stored, _),) = numbers.most_common(1)
+    if torch.finfo(stored).eps >= torch.finfo(DTYPES[dtype]).eps:
+        return []
+    kind = str(stored).removeprefix("torch.")
+    return [
+        f"dtype={dtype}: the folder's weights are {kind}, which has more digits; they are rounded, for training and "
+        "for the export. dtype=fp32 keeps them, in twice the memory"
+    ]
 
 
 def read_shard(path: Path, *, ignored: tuple[str, ...] = ()) -> dict[str, Tensor]:

@@ -268,7 +268,7 @@ def main(cfg):
     optimizer = config.instantiate(cfg.optimizer, [p for p in model.parameters() if p.requires_grad])
     scheduler = config.instantiate(cfg.lr_scheduler, optimizer, num_training_steps=total_steps, last_epoch=-1)
     contract.check_trained(model, optimizer)
-    for line in advice_for(cfg.loss, cfg.optimizer.lr, METHOD, train):
+    for line in advice_for(cfg.loss, cfg.optimizer.lr, METHOD, train) + checkpoint.rounding(files, cfg.dtype):
         world.print(f"advice: {line}")
     torch.manual_seed(cfg.seed + world.rank)  # dropout, if it is on, differs between processes
     meter = metrics.Meter()

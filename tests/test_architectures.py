@@ -394,3 +394,18 @@ def test_an_earlier_run_in_the_folder_is_kept_beside_it(tmp_path, capsys):
         (run_dir / "metrics.jsonl").write_text(str(number))
     assert [(tmp_path / n / "metrics.jsonl").read_text() for n in ("run.1", "run.2", "run")] == ["0", "1", "2"]
     assert "is now" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype", "told"),
+    [("float16", "bf16", True), ("float32", "bf16", True), ("bfloat16", "bf16", False), ("float16", "fp32", False)],
+)
+def test_weights_that_the_runs_dtype_rounds_are_told(tmp_path, stored, dtype, told):
+    save_llama(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = {name: value.to(getattr(torch, stored)) for name, value in load_file(file).items()}
+    weights["model.norm.weight"] = weights["model.norm.weight"].float()  # as some folders have it
+    save_file(weights, file)
+    folder = checkpoint.open_weights({"checkpoint_dir": str(tmp_path), "model_type": "LLAMA3"})
+    lines = checkpoint.rounding(folder, dtype)
+    assert len(lines) == told and all(f"weights are {stored}, which has more digits" in line for line in lines)
