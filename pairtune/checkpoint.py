@@ -258,12 +258,7 @@ class Weights(Mapping):
 
     def name_of(self, name: str) -> str:
         """Returns what one of our weights is called in a folder of this family, or in these files."""
-        if name in self._sources:
-            return self._sources[name][0]
-        layer, _, leaf = name.rpartition(".")
-        module, _, theirs = self._folder.family.find_ours(layer) or (None, 0, "")
-        leaves = {ours: t for t, ours in module.leaves.items()} if module else {}
-        return f"{theirs}.{leaves[leaf]}" if leaf in leaves else "nothing"
+        return self._sources[name][0] if name in self._sources else self._folder.family.name_of(name) or "nothing"
 
     def __iter__(self):
         return iter(self._sources)

@@ -147,6 +147,13 @@ class Family:
                 return module, i, module.theirs.format(*match.groups())
         return None
 
+    def name_of(self, weight: str) -> str | None:
+        """Returns what one of our weights is called there; None for an unknown one."""
+        layer, _, our_leaf = weight.rpartition(".")
+        module, _, theirs = self.find_ours(layer) or (None, 0, "")
+        leaves = {ours: leaf for leaf, ours in module.leaves.items()} if module else {}
+        return f"{theirs}.{leaves[our_leaf]}" if our_leaf in leaves else None
+
     def to_ours(self, name: str, value: Tensor, config: dict) -> dict[str, Tensor]:
         """Returns what one of their tensors is here; nothing for one that is ignored. A tied output is the embedding.
 
@@ -180,16 +187,15 @@ class Family:
         """
         converted = {}
         for name in weights:
-            layer, _, our_leaf = name.rpartition(".")
-            module, i, theirs = self.find_ours(layer) or (None, 0, "")
-            leaf = next((t for t, ours in module.leaves.items() if ours == our_leaf), None) if module else None
-            if leaf is None:
+            theirs = self.name_of(name)
+            if theirs is None:
                 raise KeyError(f"{name}: no weight of {self.name}")
-            if i:  # is taken along with the first part
+            if theirs in converted:  # with an earlier part of it
                 continue
-            _, ours = self.find_theirs(theirs)
-            whole = module.join([weights[f"{part_name}.{our_leaf}"] for part_name in ours], config)
-            converted[f"{theirs}.{leaf}"] = (whole.T if module.transposed and whole.dim() == 2 else whole).contiguous()
+            layer, _, leaf = theirs.rpartition(".")
+            module, ours = self.find_theirs(layer)
+            whole = module.join([weights[f"{part_name}.{module.leaves[leaf]}"] for part_name in ours], config)
+            converted[theirs] = (whole.T if module.transposed and whole.dim() == 2 else whole).contiguous()
         return converted
 
 
