@@ -194,7 +194,8 @@ def fetch(planned: Plan) -> None:
                 _in_threads(lambda file: _fetch_file(planned, file, update), others)
             shutil.rmtree(planned.folder / BOOKKEEPING / "parts", ignore_errors=True)
             if planned.source.repo_type == "model":
-                (planned.folder / REPO_ID_FILE).write_text(json.dumps({"repo_id": planned.source.repo_id}, indent=4))
+                origin = {"repo_id": planned.source.repo_id, "revision": planned.source.revision}
+                (planned.folder / REPO_ID_FILE).write_text(json.dumps(origin, indent=4))
     except (HFValidationError, *UNREACHABLE) as error:
         raise explained(error, planned.source, planned.folder) from error
 

@@ -257,7 +257,7 @@ def test_a_download_holds_what_the_hub_has_and_knows_where_it_came_from(download
     assert names(tmp_path / "m") == KEPT | {hub.REPO_ID_FILE}
     for name in KEPT:
         assert (tmp_path / "m" / name).read_bytes() == MODEL[name]
-    assert json.loads((tmp_path / "m" / hub.REPO_ID_FILE).read_text()) == {"repo_id": "org/tiny"}
+    assert json.loads((tmp_path / "m" / hub.REPO_ID_FILE).read_text()) == {"repo_id": "org/tiny", "revision": COMMIT}
     assert set(server.fetched) == KEPT  # what is left out is not fetched and deleted, but never asked for
 
 
