@@ -45,8 +45,12 @@ def make_work(folder: Path, num_pairs: int) -> None:
     torch.manual_seed(0)
     weights = tune_to_hf(llama3(**MODEL).state_dict(), num_heads=HEADS, num_kv_heads=KV_HEADS, dim=WIDTH)
     save_file({k: v.contiguous() for k, v in weights.items()}, base / "model.safetensors", {"format": "pt"})
-    sizes = {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "hidden_size": WIDTH}
-    (base / "config.json").write_text(json.dumps({"model_type": "llama", **sizes}))
+    config = {
+        "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": HIDDEN,
+        "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
+        "rope_theta": float(MODEL["rope_base"]), "rms_norm_eps": 1e-5,
+    }  # fmt: skip
+    (base / "config.json").write_text(json.dumps(config))
     words = {"<s>": 0, "</s>": 1, **{f"w{i}": i for i in range(2, VOCABULARY)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="</s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -56,8 +56,13 @@ def write_model(folder: Path) -> float:
     heads = {"num_heads": MODEL["num_heads"], "num_kv_heads": MODEL["num_kv_heads"], "dim": MODEL["embed_dim"]}
     weights = {k: v.contiguous() for k, v in tune_to_hf(llama3(**MODEL).state_dict(), **heads).items()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    sizes = {"num_attention_heads": 16, "num_key_value_heads": 16, "hidden_size": 1024, "model_type": "llama"}
-    (folder / "config.json").write_text(json.dumps(sizes))
+    config = {
+        "model_type": "llama", "vocab_size": MODEL["vocab_size"], "hidden_size": MODEL["embed_dim"],
+        "intermediate_size": MODEL["intermediate_dim"], "num_hidden_layers": MODEL["num_layers"],
+        "num_attention_heads": MODEL["num_heads"], "num_key_value_heads": MODEL["num_kv_heads"],
+        "rope_theta": float(MODEL["rope_base"]), "rms_norm_eps": 1e-5,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
     return (folder / "model.safetensors").stat().st_size / 2**20
 
 

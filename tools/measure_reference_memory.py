@@ -75,12 +75,13 @@ def write_inputs(folder: Path, device: str) -> None:
         "checkpointer": {"checkpoint_dir": str(base), "model_type": "LLAMA3"},
         "dataset": {"source": str(folder / "pairs.jsonl")}, "max_length": 256, "max_prompt_length": 128,
         "pairs_per_step": 16, "batch_size": 4, "keep_last_n": 0, "samples": {"num_prompts": 0},
-        "reference": {"cache_dir": str(folder / "cache")},
     }))  # fmt: skip
 
 
 def measure(folder: Path, settings: list[str]) -> tuple[float, float]:
     """Runs the recipe in a process of its own; returns peak GiB, and GiB when it began."""
+    if "reference=cached" in settings:
+        settings = [*settings, f"reference.cache_dir={folder / 'cache'}"]
     command = [sys.executable, __file__, "--worker", str(folder), *settings]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
