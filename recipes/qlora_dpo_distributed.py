@@ -205,7 +205,7 @@ def main(cfg):
     order = {name: cfg[name] for name in ("pairs_per_step", "batch_size", "seed", "shuffle")}
     steps = Steps(train, **order, rank=world.rank, size=world.size)
     total_steps = min(cfg.epochs * len(steps), cfg.max_steps or math.inf)
-    moved_every = check_moves(cfg.reference, total_steps)  # null: the reference stays as it is
+    moved_every = check_moves(cfg.reference, total_steps)  # None: the reference stays as it is
     mixed_within = cfg.max_length if "kl" in needed.inputs else None  # KTO puts prompts before the answers to others
     row_length = longest_row([*train, *held_out], mixed_within=mixed_within) if model.dense_attention else None
 
