@@ -5,6 +5,7 @@ import re
 import pytest
 from helpers import ROOT
 
+from pairtune import cli, plan
 from pairtune.preference_losses import LOSSES
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -41,3 +42,11 @@ def test_every_page_is_linked_from_the_readme():
 def test_the_pages_name_every_loss():
     for page in (ROOT / "README.md", ROOT / "docs" / "losses.md"):
         assert [name for name in LOSSES if f"`{name}`" not in page.read_text()] == [], page
+
+
+@pytest.mark.parametrize("recipe", cli.own("recipe"))
+def test_the_readme_tells_what_is_counted_on_a_gpu(recipe):
+    row = re.search(rf"^\| \[`{recipe}`\].*$", PAGES[0].read_text(), re.MULTILINE)[0]
+    told, gpus = re.search(r"\| ([\d.]+)(?: on (\d+))? \|", row).groups()
+    counted = plan.plan(plan.Run(recipe, (ROOT / "configs" / "llama3_8b.yaml",), gpus=int(gpus or 1)), cli._read_recipe)
+    assert f"{counted.peak / plan.GIB:.1f}" == told
