@@ -545,13 +545,13 @@ def test_a_reference_that_would_never_move_is_refused(run):
 
 
 def test_ktos_baseline_is_logged(run):
-    """At the start it is 0: policy and reference are one; later it is what the policy has moved, or 0 if below."""
-    log = run("lora_dpo_single_device", "loss=kto", "epochs=1")
-    cut = run("lora_dpo_single_device", "loss=kto", "epochs=1", "batch_size=2", name="cut")
-    assert log[0]["kl"] == 0 and all(row.get("kl", row.get("eval/kl")) >= 0 for row in log)
-    assert "eval/kl" in log[-1] and [row.get("kl") for row in cut] == pytest.approx(
-        [r.get("kl") for r in log], abs=1e-4
-    )
+    """At the start it is 0: policy and reference are one. Answers that all become likelier raise it."""
+    settings = ["loss=kto", "loss.undesirable_weight=0.01"]
+    log = run("lora_dpo_single_device", *settings)
+    cut = run("lora_dpo_single_device", *settings, "batch_size=2", name="cut")
+    baseline, of_cut = ([row["kl"] for row in training(rows)] for rows in (log, cut))
+    assert baseline[0] == 0 and baseline[-1] > 0.5 and log[-1]["eval/kl"] > 0.5
+    assert of_cut == pytest.approx(baseline, rel=1e-2, abs=1e-4)  # Adam divides small gradients' rounding
 
 
 @pytest.mark.parametrize("loss", ["simpo", "sft"])
