@@ -14,29 +14,21 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from pairtune import (
-    adapters,
-    checkpoint,
-    config,
-    contract,
-    data,
-    dist,
-    generation,
-    loss_needs,
-    metrics,
-    models,
-    reference_cache,
-    train_state,
-)
-from pairtune.batch import lay_out, longest_row
-from pairtune.export import check_export, export
-from pairtune.fingerprint import check_same, fingerprint
-from pairtune.loader import Steps, share
-from pairtune.logps import answer_logps, answer_scores
-from pairtune.loss_advice import advice_for
-from pairtune.losses import kto_kl
-from pairtune.model_config import check_model, windows
-from pairtune.reference import (
+from pairtune import config, dist, models
+from pairtune.folders import peft as adapters
+from pairtune.folders import weights as checkpoint
+from pairtune.folders.check_model import check_model, windows
+from pairtune.folders.export import check_export, export
+from pairtune.losses import calling as loss_needs
+from pairtune.losses.formulas import kto_kl
+from pairtune.losses.published import advice_for
+from pairtune.models import generation
+from pairtune.models.logps import answer_logps, answer_scores
+from pairtune.pairs import tokenize as data
+from pairtune.pairs.batch import lay_out, longest_row
+from pairtune.pairs.steps import Steps, share
+from pairtune.reference import cache as reference_cache
+from pairtune.reference.sources import (
     AdapterCopy,
     AdaptersOff,
     AsItStarts,
@@ -47,7 +39,10 @@ from pairtune.reference import (
     is_own,
     open_second_model,
 )
-from pairtune.tokenizer import adapt
+from pairtune.run import contract, metrics
+from pairtune.run import state as train_state
+from pairtune.run.fingerprint import check_same, fingerprint
+from pairtune.tokenizer.hf import adapt
 
 METHOD = "lora"  # picks per_method.lora out of a config
 

@@ -1,6 +1,7 @@
 """What several tests need: small models, random pairs, naive computations."""
 
 import json
+import os
 import random
 import runpy
 from pathlib import Path
@@ -15,7 +16,7 @@ from torchtune.models.llama3_2._component_builders import llama3_2
 from torchtune.rlhf import get_batch_log_probs
 
 from pairtune import config
-from pairtune.metrics import read_log
+from pairtune.run.metrics import read_log
 
 SIZES = {
     "vocab_size": 320,
@@ -69,6 +70,10 @@ def padded_logps(model, pairs):
 
 
 ROOT = Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+}  # of a test's processes
 SHARED = ROOT.parent / "shared" / "data"  # real weights, pairs and tokenizers; tests that need them skip without
 NF4_SIZES = SIZES | {"embed_dim": 128, "num_kv_heads": 4, "intermediate_dim": 128}  # multiples of 16,384 weights
 

@@ -10,14 +10,16 @@ from safetensors.torch import load_file
 from torchtune.modules.peft import LoRALinear
 from torchtune.rlhf import get_batch_log_probs
 
-from pairtune import adapters, checkpoint, models
-from pairtune.batch import lay_out
+from pairtune import models
 from pairtune.dist import World
-from pairtune.export import export
-from pairtune.families import FAMILIES
-from pairtune.logps import answer_logps
-from pairtune.metrics import read_log
-from pairtune.model_config import check_model, windows
+from pairtune.folders import peft as adapters
+from pairtune.folders import weights as checkpoint
+from pairtune.folders.check_model import check_model, windows
+from pairtune.folders.export import export
+from pairtune.folders.families import FAMILIES
+from pairtune.models.logps import answer_logps
+from pairtune.pairs.batch import lay_out
+from pairtune.run.metrics import read_log
 
 ONE = World(torch.device("cpu"))
 

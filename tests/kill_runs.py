@@ -25,7 +25,7 @@ import torch
 from helpers import ROOT, SHARDED_SIZES, random_pairs, run_config, save_llama, save_pairs
 from safetensors.torch import load_file
 
-from pairtune.metrics import read_log
+from pairtune.run.metrics import read_log
 
 SPEED = {"pairs_per_second", "tokens_per_second", "peak_memory_gib"}
 MOMENTS = ("any time", "training", "saving", "saving")

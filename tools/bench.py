@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from pairtune.cli import quiet_torchao
+from pairtune.cli.commands import quiet_torchao
 
 VOCABULARY, LAYERS, WIDTH, HEADS, KV_HEADS, HIDDEN = 32_000, 4, 256, 8, 8, 688
 PAIRS_PER_STEP, WARM_STEPS = 4, 2

@@ -20,16 +20,17 @@ import torch
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from pairtune.cli import quiet_torchao
+from pairtune.cli.commands import quiet_torchao
 
 quiet_torchao()  # before torchao is imported
 
 from torchtune.rlhf.loss import DPOLoss  # noqa: E402
 
-from pairtune import dist, memory, models, plan  # noqa: E402
-from pairtune.logps import answer_logps  # noqa: E402
-from pairtune.model_config import windows  # noqa: E402
-from pairtune.reference import frozen_model  # noqa: E402
+from pairtune import dist, models  # noqa: E402
+from pairtune.cli import memory, plan  # noqa: E402
+from pairtune.folders.check_model import windows  # noqa: E402
+from pairtune.models.logps import answer_logps  # noqa: E402
+from pairtune.reference.sources import frozen_model  # noqa: E402
 
 MODEL = {
     "_component_": "torchtune.models.llama3.llama3", "vocab_size": 2000, "num_layers": 4, "num_heads": 4,

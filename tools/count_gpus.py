@@ -13,7 +13,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pairtune import cli, plan
+from pairtune.cli import commands as cli
+from pairtune.cli import plan
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 LINE = re.compile(r"^# .*`tune plan` counts on each: .*$", re.MULTILINE)

@@ -5,7 +5,7 @@ python tools/download.py Qwen/Qwen2.5-0.5B-Instruct --output-dir /tmp/Qwen2.5-0.
 
 import sys
 
-from pairtune.cli import main
+from pairtune.cli.commands import main
 
 if __name__ == "__main__":
     sys.exit(main(["download", *sys.argv[1:]]))

@@ -16,7 +16,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-from pairtune.cli import quiet_torchao
+from pairtune.cli.commands import quiet_torchao
 
 MODEL = {
     "vocab_size": 32_000, "num_layers": 16, "num_heads": 16, "num_kv_heads": 16, "embed_dim": 1024, "max_seq_len": 512,
@@ -70,7 +70,8 @@ def load(folder: Path) -> None:
     """One process: loads its shard and appends what it took to the folder's report."""
     from omegaconf import OmegaConf
 
-    from pairtune import checkpoint, dist, models
+    from pairtune import dist, models
+    from pairtune.folders import weights as checkpoint
 
     world = dist.connect(dist.start("cpu"))
     cfg = {

@@ -6,7 +6,7 @@ Runs recipes/full_dpo_single_device on a random Llama (24 million parameters, fl
 prompt and 64 answer tokens, each run in a process of its own: loss=sft, DPO with reference=cached as it fills the cache
 and as it finds it, and with reference=model. Peaks are those of metrics.jsonl: on a GPU what torch has allocated, on
 the CPU what the process had resident, Python, its libraries, what allocators keep and the mapped weight file included.
-tests/test_plan.py counts the bytes that tensors take instead.
+tests/cli/test_plan.py counts the bytes that tensors take instead.
 """
 
 import argparse
@@ -91,12 +91,13 @@ def measure(folder: Path, settings: list[str]) -> tuple[float, float]:
 
 def work(folder: Path, settings: list[str]) -> None:
     """Runs the recipe; prints the peak by its last step, before the export, and what the process held at first."""
-    from pairtune.cli import quiet_torchao
+    from pairtune.cli.commands import quiet_torchao
 
     quiet_torchao()  # before torchao is imported
     import runpy
 
-    from pairtune import config, dist, metrics
+    from pairtune import config, dist
+    from pairtune.run import metrics
 
     recipe = runpy.run_path(str(ROOT / "recipes" / "full_dpo_single_device.py"))
     overrides = [*settings, f"output_dir={folder / 'run'}"]

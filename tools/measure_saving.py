@@ -22,12 +22,12 @@ from torchtune.models.llama3 import llama3
 from tqdm import tqdm
 
 from pairtune import models
-from pairtune.batch import lay_out
-from pairtune.cli import quiet_torchao
+from pairtune.cli.commands import quiet_torchao
 from pairtune.dist import World
-from pairtune.logps import answer_logps
-from pairtune.metrics import Meter
-from pairtune.train_state import Checkpoints, TrainState
+from pairtune.models.logps import answer_logps
+from pairtune.pairs.batch import lay_out
+from pairtune.run.metrics import Meter
+from pairtune.run.state import Checkpoints, TrainState
 
 SIZES = {
     "vocab_size": 32_000, "num_layers": 4, "num_heads": 8, "num_kv_heads": 8, "embed_dim": 256, "max_seq_len": 2048,

@@ -6,7 +6,7 @@
 Everything follows from the model's sizes, which torchtune's builder gives on the meta device, and from these formulas.
 With N GPUs, weights in bf16, gradients reduced in float32, activations checkpointed layer by layer:
 
-  GiB          as `tune plan` counts it (pairtune/memory.py) at a step's fullest moment: weights, AdamW's state and
+  GiB          as `tune plan` counts it (pairtune/cli/memory.py) at a step's fullest moment: weights, AdamW's state and
                full DPO's second model, sharded; gradients; weights on their way; activations and logits
   sent         a step: (N - 1) / N of what is gathered (a layer for forward, for backward and for the reference's
                forward, the root once, for each micro-batch; in full DPO the reference's root too) and of the float32
@@ -26,7 +26,7 @@ from importlib import import_module
 import torch
 from torch import nn
 
-from pairtune.cli import quiet_torchao
+from pairtune.cli.commands import quiet_torchao
 
 PEAK_FLOPS, KERNELS = 989e12, 0.5  # bf16 on an H100, and the share of it that matrix products reach
 NVLINK, NETWORK = 450e9, 50e9  # bytes a second a GPU, one direction: within eight GPUs, and beyond (400 Gb/s a GPU)
@@ -99,7 +99,7 @@ def reduced_bytes(s: Sizes, method: str) -> int:
 
 def memory_bytes(builder: str, method: str, shards: int, pairs: int, micro_batches: int = 1) -> dict[str, int]:
     """Returns bytes a GPU, by column of the table."""
-    from pairtune import memory, plan
+    from pairtune.cli import memory, plan
 
     setting = memory.Setting("cuda", shards, micro_batches)
     policy, reference = plan.build(

@@ -1,0 +1,426 @@
+"""How much memory a training step takes, counted without taking it.
+
+The step runs on the meta device, where tensors have shapes and no memory, through the functions that recipes call:
+forward, reference, backward, clipping, optimizer. So no formula can miss what a layer keeps for its backward. Three
+things differ from the real run and are modelled here: which attention and norm kernels the device has, what some
+kernels allocate inside, and what FSDP2 shards, gathers and reduces.
+"""
+
+import inspect
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchtune.modules import TransformerDecoder
+
+from pairtune import models
+from pairtune.config.layers import instantiate
+from pairtune.errors import UserError
+from pairtune.models import logps
+from pairtune.pairs.batch import PairBatch, lay_out
+
+aten = torch.ops.aten
+META = torch.device("meta")
+
+# Bytes that a kernel allocates for itself and frees before it returns.
+KERNEL_BYTES = {aten.logsumexp.default: lambda x, *_: x.nbytes}  # exp(x - max)
+
+
+PARTS = {  # in the order of a table, and what is not plain from the name
+    "weights": "",
+    "reference": "the second, frozen model",
+    "gradients": "",
+    "whole gradients": "not sharded before a step's last micro-batch has been through backward",
+    "optimizer state": "",
+    "optimizer scratch": "what its step allocates",
+    "gathered weights": "layers on their way, embedding and output, buffers for gradients on theirs",
+    "activations": "",
+    "logits": "",
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a step runs, and in how many pieces."""
+
+    device: str = "cuda"  # or cpu
+    num_shards: int = 1  # devices that share a model's weights (FSDP2)
+    micro_batches: int = 1  # a step
+    cpu_offload: bool = False  # shards wait in host memory; weights are gathered even by one device
+
+    @property
+    def shards(self) -> bool:
+        return self.num_shards > 1 or self.cpu_offload
+
+    @property
+    def share(self) -> float:
+        """What a device holds of whatever is sharded."""
+        return 0.0 if self.cpu_offload else 1 / self.num_shards
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes a device at the moment when a step holds most, by part, and what there is over all devices."""
+
+    parts: dict[str, int]  # without those that hold nothing then
+    trained: int  # bytes of the trained weights
+    optimizer: int  # bytes of the optimizer's state
+    host: int  # bytes a process of the shards that wait in host memory; 0 without offloading
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def step_memory(
+    policy: TransformerDecoder,
+    reference: TransformerDecoder | None,
+    batch: PairBatch,
+    optimizer: dict,
+    setting: Setting,
+) -> StepMemory:
+    """Returns the peak of a training step, once the optimizer has its state.
+
+    Args:
+        policy: On the meta device, from models.full or models.lora and models.prepare.
+        reference: A second model, likewise; None: the policy with its adapters off.
+        batch: A micro-batch.
+        optimizer: The config's block.
+
+    Raises:
+        UserError: The optimizer does not run on the meta device.
+    """
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer, allocates = _make_optimizer(optimizer, trained, setting.device)
+    state = [v for values in optimizer.state.values() for v in values.values() if isinstance(v, Tensor)]
+    held = {"weights": [*policy.parameters()], "reference": [], "optimizer state": state}
+    if reference is not None:
+        held["reference"] = [*reference.parameters()]
+    ledger = _Ledger(*filter(None, (policy, reference)))
+    for part, tensors in held.items():
+        ledger.own(tensors, part, setting.share)
+    for model, part in ((policy, "weights"), (reference, "reference")):
+        if model is not None:
+            _fill_rope(model)
+            ledger.own(model.buffers(), part)  # not sharded
+    sharding = _Sharding(policy, reference, setting, ledger)
+    with _kernels_of(setting.device), ledger, sharding.of_gradients():
+        if setting.micro_batches > 1:  # the last one holds most: it finds the gradients of those before it
+            sharding.accumulate()
+        _forward_backward(policy, reference, batch, sharding)
+        models.clip_gradients(policy, 1.0)
+        ledger.new = ("optimizer scratch", setting.share if allocates else 0.0)
+        optimizer.step()
+    on_host = [*trained, *(t for tensors in held.values() for t in tensors)]  # the gradients are as large as `trained`
+    return StepMemory(
+        parts={part: round(ledger.peak[part]) for part in PARTS if ledger.peak[part] >= 1},
+        trained=num_bytes(trained),
+        optimizer=num_bytes(state),
+        host=num_bytes(on_host) // setting.num_shards if setting.cpu_offload else 0,
+    )
+
+
+def pass_memory(reference: TransformerDecoder, batch: PairBatch, setting: Setting) -> int:
+    """Returns the peak bytes a device while a second model fills a cache: it is alone, and keeps nothing for backward.
+
+    Args:
+        reference, batch, setting: As for `step_memory`.
+    """
+    ledger = _Ledger(reference)
+    ledger.own(reference.parameters(), "reference", setting.share)
+    _fill_rope(reference)
+    ledger.own(reference.buffers(), "reference")
+    sharding = _Sharding(reference, None, setting, ledger)
+    with _kernels_of(setting.device), ledger, torch.no_grad():
+        sharding.forward()
+        logps.answer_logps(reference, batch.to(META))
+    return round(sum(ledger.peak.values()))
+
+
+def worst_batch(batch_size: int, max_length: int, row_length: int | None = None) -> PairBatch:
+    """Returns a batch of the pairs that take most memory: a prompt of one token and two answers that fill max_length.
+
+    `row_length` is for dense masks, as in lay_out.
+    """
+    return uniform_batch(batch_size, 1, max_length - 1, row_length)
+
+
+def uniform_batch(batch_size: int, prompt: int, answer: int, row_length: int | None = None) -> PairBatch:
+    """Returns a batch of pairs of equal lengths, in tokens; the answers have no beginning in common."""
+    pair = SimpleNamespace(prompt=[0] * prompt, chosen=[1] * answer, rejected=[2] * answer)
+    return lay_out([pair] * batch_size, row_length)
+
+
+def num_bytes(tensors: Iterable[Tensor]) -> int:
+    """Returns the bytes of these tensors' memory; of NF4 ones, what they are packed into."""
+    return sum(map(_num_bytes, tensors))
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    return sum(t.untyped_storage().nbytes() for t in _plain(tensor))
+
+
+def _plain(tensor: Tensor) -> list[Tensor]:
+    """The tensors that a tensor subclass such as NF4 is made of, or the tensor itself."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in _plain(getattr(tensor, name))]
+
+
+# The step
+
+
+def _forward_backward(policy, reference, batch: PairBatch, sharding: "_Sharding") -> None:
+    batch = batch.to(META)
+    sharding.forward()
+    chosen, rejected = logps.answer_logps(policy, batch)
+    sharding.reference_forward()
+    with torch.no_grad():
+        if reference is None:
+            with models.reference_of(policy):
+                logps.answer_logps(policy, batch)
+        else:
+            logps.answer_logps(reference, batch)
+    sharding.backward()
+    F.logsigmoid(chosen - rejected).sum().backward()
+    sharding.end_backward()
+
+
+def _make_optimizer(block: dict, trained: list[nn.Parameter], device: str) -> tuple[torch.optim.Optimizer, bool]:
+    """Returns the optimizer with its state, and whether what its step allocates counts: a fused one allocates nothing.
+
+    On a GPU torch's optimizers take all parameters at once (foreach), on a CPU one after the other, unless told.
+    """
+    arguments = dict(block)
+    fused, foreach = arguments.pop("fused", None), arguments.pop("foreach", None)
+    try:
+        optimizer = instantiate(arguments, trained)
+        if "foreach" in inspect.signature(type(optimizer)).parameters:
+            foreach = device == "cuda" and not fused if foreach is None else foreach
+            optimizer = instantiate(arguments | {"foreach": bool(foreach)}, trained)
+        for parameter in trained:
+            parameter.grad = torch.empty_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"optimizer._component_={block['_component_']}: its memory cannot be told without running it: {error}"
+        ) from None
+    return optimizer, not fused
+
+
+def _fill_rope(model: nn.Module) -> None:
+    """Llama 3.1 and later leave rope's buffers out on the meta device; models.load makes them."""
+    for module in model.modules():
+        if hasattr(module, "rope_init") and not list(module.buffers()):
+            with torch.device("cpu"):
+                module.rope_init()
+            module.to(META)
+
+
+# What is alive
+
+
+class _Ledger(TorchDispatchMode):
+    """Adds up, by part, the bytes of all meta tensors that are alive, and remembers the most.
+
+    What an operation returns counts until the last reference to its storage is gone, as in an allocator.
+    """
+
+    def __init__(self, *models: TransformerDecoder):
+        super().__init__()
+        self.sizes: Counter[str] = Counter()  # part -> bytes a device
+        self.peak: Counter[str] = Counter()
+        self.new = ("activations", 1.0)  # the part of new tensors, and what a device holds of them
+        self._vocabularies = {model.tok_embeddings.num_embeddings for model in models}
+        self._total, self._most = 0.0, 0.0
+        self._entries: dict[int, tuple[str, float, weakref.ref]] = {}  # by a storage's address: part, bytes
+
+    def own(self, tensors: Iterable[Tensor], part: str, share: float = 1.0) -> None:
+        """Says what these tensors are, and how much of them a device holds."""
+        for tensor in (plain for t in tensors for plain in _plain(t) if plain.is_meta):
+            self._forget(tensor.untyped_storage()._cdata)
+            self._enter(tensor.untyped_storage(), part, share)
+
+    def set(self, part: str, size: float) -> None:
+        """Says how many bytes a part has for which no tensor stands."""
+        self._add(part, size - self.sizes[part])
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if any(t not in (Tensor, nn.Parameter) for t in types):
+            return NotImplemented  # NF4 does it with plain tensors, which come back here
+        if operation in KERNEL_BYTES:
+            inside = KERNEL_BYTES[operation](*args)
+            self._add("logits", inside)
+            self._add("logits", -inside)
+        result = operation(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._entries:
+                    is_logits = tensor.dim() > 1 and tensor.shape[-1] in self._vocabularies
+                    self._enter(storage, *(("logits", 1.0) if is_logits else self.new))
+        return result
+
+    def _enter(self, storage, part: str, share: float) -> None:
+        address, size = storage._cdata, storage.nbytes() * share
+        self._entries[address] = (part, size, weakref.ref(storage, lambda _: self._forget(address)))
+        self._add(part, size)
+
+    def _forget(self, address: int) -> None:
+        if address in self._entries:
+            part, size, _ = self._entries.pop(address)
+            self._add(part, -size)
+
+    def _add(self, part: str, size: float) -> None:
+        self.sizes[part] += size
+        self._total += size
+        if self._total > self._most:
+            self._most, self.peak = self._total, self.sizes.copy()
+
+
+# Sharding
+
+
+class _Sharding:
+    """Enters what FSDP2 holds beside the shards; nothing where there are none.
+
+    A block is gathered into a flat buffer and copied out of it. In forward the buffer is kept until the next block has
+    come; in backward the next layer's is there already, and beside it a layer's gradients and the float32 buffer in
+    which those of the layer before are reduced. The root stays from forward to the end of backward, where its
+    gradients are reduced: until then they are whole.
+    """
+
+    def __init__(self, policy: TransformerDecoder, reference: nn.Module | None, setting: Setting, ledger: _Ledger):
+        self._setting, self._ledger = setting, ledger
+        layers = [p for layer in policy.layers for p in layer.parameters()]
+        of_layers = set(map(id, layers))
+        self._trained = {p: id(p) in of_layers for p in policy.parameters() if p.requires_grad}
+        self._trained_root = [p for p, in_layer in self._trained.items() if not in_layer]
+        self._layer, self._root = _block_bytes(policy)
+        # Without a second model, the reference's forward is one more of the policy's, whose root is there already.
+        self._second_layer, self._second_root = (self._layer, 0) if reference is None else _block_bytes(reference)
+        numbers = sum(p.numel() for p in layers if p.requires_grad) / len(policy.layers)
+        item = next((p.element_size() for p in self._trained), 0)
+        self._reducing = numbers * (item + 4)  # a layer's gradients, and in float32 those of the one before
+
+    def accumulate(self) -> None:
+        """Enters the gradients of earlier micro-batches; FSDP2 reduces them in the last one only."""
+        for parameter in self._trained:
+            parameter.grad = torch.empty_like(parameter)
+            self._enter_gradient(parameter, reduced=not self._setting.shards)
+
+    def forward(self) -> None:
+        self._gather(2 * self._root + self._layer, self._root + self._layer)
+        self._gather(self._root + 2 * self._layer, self._root + self._layer)
+
+    def reference_forward(self) -> None:
+        root = self._root + self._second_root
+        self._gather(root + self._second_root + self._second_layer, root + self._second_layer)
+        self._gather(root + 2 * self._second_layer, root + self._second_layer)
+
+    def backward(self) -> None:
+        self._gather(self._root + 2 * self._layer + self._reducing, self._root + self._layer + self._reducing)
+
+    def end_backward(self) -> None:
+        if self._setting.shards:
+            in_float32 = 4 * sum(p.numel() for p in self._trained_root)
+            self._gather(in_float32, in_float32)
+            self._ledger.own([p.grad for p in self._trained_root], "gradients", self._setting.share)
+        self._gather(0, 0)
+
+    def _gather(self, among_several: float, alone: float) -> None:
+        if self._setting.shards:
+            self._ledger.set("gathered weights", among_several if self._setting.num_shards > 1 else alone)
+
+    @contextmanager
+    def of_gradients(self):
+        """Enters each gradient when it has come."""
+        handles = [p.register_post_accumulate_grad_hook(self._arrive) for p in self._trained]
+        yield
+        for handle in handles:
+            handle.remove()
+
+    def _arrive(self, parameter: nn.Parameter) -> None:
+        self._enter_gradient(parameter, reduced=self._trained[parameter] or not self._setting.shards)
+
+    def _enter_gradient(self, parameter: nn.Parameter, *, reduced: bool) -> None:
+        if reduced:
+            self._ledger.own([parameter.grad], "gradients", self._setting.share)
+        else:  # in float32 once there are several to add up
+            share = 4 / parameter.element_size() if self._setting.micro_batches > 1 else 1
+            self._ledger.own([parameter.grad], "whole gradients", share)
+
+
+def _block_bytes(model: TransformerDecoder) -> tuple[float, int]:
+    """Returns the bytes of a layer and of the root: embedding, last norm and output."""
+    layers = num_bytes(p for layer in model.layers for p in layer.parameters())
+    return layers / len(model.layers), num_bytes(model.parameters()) - layers
+
+
+# Kernels
+
+
+@contextmanager
+def _kernels_of(device: str):
+    """Treats meta tensors as this device's: its attention and norm kernels, its number of logits at a time.
+
+    torch would take its general kernels for them, which keep all attention weights.
+    """
+    attention, rms_norm = F.scaled_dot_product_attention, F.rms_norm
+
+    def attend(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):  # which takes no memory
+        if dropout_p and device == "cpu":  # no fused kernel there
+            return attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal)
+        return _fused_attention(device, q, k, v, attn_mask, is_causal)
+
+    def norm(x, normalized_shape, weight=None, eps=None):
+        if device == "cuda" and weight is not None and weight.dtype == x.dtype:
+            return _FusedNorm.apply(x, weight)
+        return rms_norm(x, normalized_shape, weight, eps)
+
+    F.scaled_dot_product_attention, F.rms_norm = attend, norm
+    logps.CHUNK_LOGITS["meta"] = logps.CHUNK_LOGITS[device]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that bf16 norms are not fused: counted as such
+            yield
+    finally:
+        F.scaled_dot_product_attention, F.rms_norm = attention, rms_norm
+        del logps.CHUNK_LOGITS["meta"]
+
+
+def _fused_attention(device: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+    """Keeps q, k, v, the output and a number a query and head; a boolean mask becomes one of q's dtype, kept too."""
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.where(mask, torch.zeros((), dtype=q.dtype, device=META), float("-inf"))
+    if device == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, attn_mask=mask)[0]
+    if mask is None and q.dtype != torch.float32:
+        return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
+    mask = None if mask is None else mask.expand(*q.shape[:2], *mask.shape[-2:])
+    return aten._scaled_dot_product_efficient_attention(q, k, v, mask, q.requires_grad, 0.0, is_causal)[0]
+
+
+class _FusedNorm(torch.autograd.Function):
+    """The shapes of CUDA's RMSNorm: it keeps its input and a number a position."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1]))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight) if ctx.needs_input_grad[1] else None

@@ -1,0 +1,426 @@
+"""What a run takes, before anything is downloaded: memory a device, steps, disk, whether it fits, and what to change.
+
+How a step's memory is counted is in memory.py; here is what a config and devices make of it.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from pairtune import models
+from pairtune.cli.memory import PARTS, Setting, StepMemory, pass_memory, step_memory, worst_batch
+from pairtune.config.layers import instantiate, load
+from pairtune.errors import UserError
+from pairtune.folders import weights as checkpoint
+from pairtune.folders.check_model import windows
+from pairtune.losses.calling import needs
+from pairtune.pairs import tokenize as data
+from pairtune.reference.cache import BATCHES
+from pairtune.reference.sources import KNOWN, check_reference, frozen_model, has_second_model
+
+GIB = 2**30
+USABLE = 0.9  # of a GPU; the rest is left to CUDA, NCCL and what the allocator cannot use
+ROW_MULTIPLE = 128  # of a dense mask's row, as in batch.longest_row
+
+ASSUMED = f"""\
+Counted, not measured: what tensors hold at the fullest moment of a step, in the worst case, a batch of pairs with a
+prompt of one token and two answers that fill max_length. Not counted: what compile changes, answers to samples.prompts,
+and what CUDA, NCCL and an allocator's gaps take: {1 - USABLE:.0%} of a GPU is left to them."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe, a config and devices. `recipe` is a name, read by whatever is passed as `read_recipe`."""
+
+    recipe: str
+    config_paths: tuple[Path, ...] = ()
+    overrides: tuple[str, ...] = ()
+    gpus: int = 1
+    gpu_memory: float | None = None  # GiB each; None: not known
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes; sizes in bytes. str() is a table."""
+
+    run: Run
+    memory: StepMemory
+    device: str
+    dtype: str
+    num_parameters: int
+    num_trained: int
+    pairs_per_step: int
+    batch_size: int
+    micro_batches: int  # a step, of at most batch_size pairs a device
+    max_tokens: int  # of a pair
+    num_rows: int | None  # of the data set, where it is here
+    num_steps: int | None
+    export: int
+    num_checkpoints: int  # that lie on the disk at a time
+    reference_pass: int = 0  # bytes a device at its fullest moment; 0 without a second model that fills a cache
+
+    @property
+    def checkpoint(self) -> int:
+        """Bytes of one: the trained weights and the optimizer's state."""
+        return self.memory.trained + self.memory.optimizer
+
+    @property
+    def peak(self) -> int:
+        """Bytes a device, of a training step or of what comes before."""
+        return max(self.memory.total, self.reference_pass)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether a device holds it; None where its memory is not known."""
+        return None if self.run.gpu_memory is None else self.peak <= USABLE * self.run.gpu_memory * GIB
+
+    def __str__(self) -> str:
+        unit, size_of_unit = ("GiB", GIB) if self.memory.total >= GIB else ("MiB", GIB / 1024)
+
+        def amount(size: float) -> str:
+            return f"{size / size_of_unit:10,.2f}"
+
+        lines = [
+            f"{self.run.recipe} on {self._devices()}",
+            "",
+            _line("parameters", f"{self.num_parameters:,}, {self.num_trained:,} trained, {self.dtype}"),
+            _line("a step", f"{self.pairs_per_step:,} pairs, at most {self.pairs_per_step * self.max_tokens:,} tokens"),
+            _line("a device at a time", f"{self.batch_size:,} pairs; micro-batches a step: {self.micro_batches:,}"),
+            _line("steps", self._steps()),
+            "",
+            f"{unit} a device",
+            *(_line(f"  {part}", amount(size), PARTS[part]) for part, size in self.memory.parts.items()),
+            _line("  together", amount(self.memory.total)),
+        ]
+        if self.reference_pass:
+            note = "the second model alone, before training; none where the cache has every value"
+            lines.append(_line("reference's pass", amount(self.reference_pass), note))
+        if self.memory.host:
+            lines += [f"{unit} a process in host memory", _line("  shards", amount(self.memory.host))]
+        lines.append(f"{unit} on the disk")
+        if self.num_checkpoints:
+            each = f"{self.num_checkpoints} of {amount(self.checkpoint).strip()}"
+            lines.append(_line("  checkpoints", amount(self.num_checkpoints * self.checkpoint), each))
+        lines += [_line("  export", amount(self.export)), "", ASSUMED]
+        if self.fits is not None:
+            lines += ["", f"It {'fits' if self.fits else 'does not fit'}: {self.of_memory()}."]
+        return "\n".join(lines)
+
+    def of_memory(self) -> str:
+        """Returns how much of a device's memory it takes, in words."""
+        return f"{self.peak / GIB:.2f} of {self.run.gpu_memory:.4g} GiB a device"
+
+    def _devices(self) -> str:
+        kind = "GPU" if self.device == "cuda" else "CPU"
+        memory = f" of {self.run.gpu_memory:.4g} GiB" if self.run.gpu_memory else ""
+        return f"{self.run.gpus} {kind}{'s' * (self.run.gpus > 1)}{memory}"
+
+    def _steps(self) -> str:
+        if self.num_rows is None:
+            known = "" if self.num_steps is None else f"at most {self.num_steps:,}; "
+            return f"{known}unknown: the data set is not here"
+        return f"{self.num_steps:,}, if all {self.num_rows:,} rows become pairs"
+
+
+def _line(title: str, text: str, note: str = "") -> str:
+    return f"{title:<24}{text}{'   ' * bool(note)}{note}"
+
+
+ReadRecipe = Callable[[str], tuple[str, dict]]  # a recipe's name -> its METHOD and DEFAULTS
+
+
+def plan(run: Run, read_recipe: ReadRecipe) -> Plan:
+    """Returns what the run takes.
+
+    Raises:
+        UserError: The config is refused, or devices that this recipe cannot use.
+    """
+    method, defaults = read_recipe(run.recipe)
+    cfg = load(method, defaults, list(run.config_paths), list(run.overrides))
+    if run.gpus > 1 and not is_distributed(defaults):
+        raise UserError(f"--gpus {run.gpus}: {run.recipe} runs on one device; nearest valid: a distributed recipe")
+    return plan_config(cfg, method, run)
+
+
+def is_distributed(defaults: dict) -> bool:
+    """Returns whether a recipe with these DEFAULTS runs on several devices."""
+    return "data_parallel_replicate_dim" in defaults
+
+
+def on_devices(run: Run, read_recipe: ReadRecipe, *, gpus: int | None, gpu_memory: float | None) -> Run:
+    """Returns the run on these GPUs, or, where they are not told, on those that are visible; on one if none is."""
+    method, defaults = read_recipe(run.recipe)
+    on_cpu = load(method, defaults, list(run.config_paths), list(run.overrides)).device == "cpu"
+    visible = torch.cuda.device_count() if torch.cuda.is_available() and not on_cpu else 0
+    if gpus is None:
+        gpus = max(1, visible) if is_distributed(defaults) else 1
+    if gpu_memory is None and visible:
+        gpu_memory = torch.cuda.get_device_properties(0).total_memory / GIB
+    return replace(run, gpus=gpus, gpu_memory=gpu_memory)
+
+
+def plan_config(cfg: DictConfig, method: str, run: Run) -> Plan:
+    """Returns what a run with this resolved config takes."""
+    num_shards = _num_shards(run.gpus, cfg.get("data_parallel_replicate_dim", 1))
+    setting = Setting(
+        device="cpu" if cfg.device == "cpu" else "cuda",
+        num_shards=num_shards,
+        micro_batches=math.ceil(cfg.pairs_per_step / (cfg.batch_size * run.gpus)),
+        cpu_offload=cfg.get("fsdp_cpu_offload", False),
+    )
+    loss_fn, reference = instantiate(cfg.loss), cfg.get("reference") or {"name": KNOWN[method][0]}
+    check_reference(reference, loss_fn, method, dtype=cfg.dtype, has_adapter=cfg.get("adapter") is not None)
+    folder = cfg.checkpointer.checkpoint_dir
+    policy, second = build(
+        method,
+        cfg.model,
+        reference=reference if needs(loss_fn).reference else {"name": "none"},
+        lora=cfg.get("lora"),
+        dtype=cfg.dtype,
+        max_length=cfg.max_length,
+        attention="mask" if cfg.compile else cfg.attention,
+        checkpoint_activations=cfg.enable_activation_checkpointing,
+        dropout=not cfg.disable_dropout,
+        setting=setting,
+        num_processes=run.gpus,
+        base_config=checkpoint.read_config(folder) if (Path(folder) / "config.json").is_file() else None,
+    )
+    max_tokens = 2 * cfg.max_length - 1
+    row_length = math.ceil(max_tokens / ROW_MULTIPLE) * ROW_MULTIPLE if policy.dense_attention else None
+    batch_size = min(cfg.batch_size, math.ceil(cfg.pairs_per_step / run.gpus))
+    batch, larger = (worst_batch(n * batch_size, cfg.max_length, row_length) for n in (1, BATCHES))
+    live, passing = (None, second) if reference["name"] == "cached" else (second, None)
+    num_parameters, num_trained = models.num_parameters(policy)
+    num_rows = _num_rows(cfg.dataset)
+    return Plan(
+        run=run,
+        memory=step_memory(policy, live, batch, OmegaConf.to_container(cfg.optimizer), setting),
+        reference_pass=pass_memory(passing, larger, setting) if passing else 0,
+        device=setting.device,
+        dtype=cfg.dtype,
+        num_parameters=num_parameters,
+        num_trained=num_trained,
+        pairs_per_step=cfg.pairs_per_step,
+        batch_size=batch_size,
+        micro_batches=setting.micro_batches,
+        max_tokens=max_tokens,
+        num_rows=num_rows,
+        num_steps=_num_steps(num_rows, cfg.pairs_per_step, cfg.epochs, cfg.max_steps),
+        export=num_parameters * policy.tok_embeddings.weight.element_size(),  # NF4 weights are exported in full
+        num_checkpoints=_num_checkpoints(cfg.get("keep_last_n", 0), cfg.get("keep_best")),
+    )
+
+
+def build(
+    method: str,
+    component: dict,
+    *,
+    dtype: str,
+    max_length: int,
+    lora: dict | None = None,
+    attention: str = "auto",
+    checkpoint_activations: bool = False,
+    dropout: bool = False,
+    setting: Setting,
+    num_processes: int = 1,
+    reference: Mapping | None = None,
+    base_config: dict | None = None,
+):
+    """Returns a recipe's policy and its second model or None, on the meta device.
+
+    Args:
+        reference: The config's block; None: the method's default.
+        base_config: The base folder's config.json, where it is here: it tells of sliding windows, which take masks.
+    """
+    reference, second = reference or {"name": KNOWN[method][0]}, None
+    processes = SimpleNamespace(num_shards=setting.num_shards, shards=setting.shards, size=num_processes)
+    if method == "full":
+        policy = models.full(component, dtype=dtype)
+    else:
+        frozen_copy = reference["name"] in ("start", "sync")
+        kind = {"dtype": dtype, "quantize_base": method == "qlora", "frozen_copy": frozen_copy}
+        policy = models.lora(component, **lora, **kind, world=processes)
+    if has_second_model(reference, method, dtype):
+        second = frozen_model(reference, method, component=component, dtype=dtype, world=processes)
+    if not dropout:
+        models.disable_dropout(policy)
+    for model in (policy, second):
+        if model is not None:
+            models.prepare(
+                model,
+                max_length=max_length,
+                attention=attention,
+                windows=windows(base_config or {}, len(model.layers)),
+                checkpoint_activations=checkpoint_activations,
+            )
+    return policy, second
+
+
+def _num_shards(gpus: int, copies: int) -> int:
+    if gpus % copies:
+        raise UserError(f"data_parallel_replicate_dim={copies}: must divide the {gpus} processes")
+    return gpus // copies
+
+
+def _num_rows(dataset: DictConfig) -> int | None:
+    """Rows to train on, of a data set that is here."""
+    if not Path(dataset.source).expanduser().exists():
+        return None
+    rows = data.read_rows(
+        dataset.source,
+        split=dataset.split,
+        name=dataset.name,
+        revision=dataset.revision,
+        limit=dataset.limit,
+        columns=dict(dataset.columns),
+    )
+    return len(rows) - round((dataset.val_fraction or 0) * len(rows))
+
+
+def _num_steps(num_rows: int | None, pairs_per_step: int, epochs: int, max_steps: int | None) -> int | None:
+    if num_rows is None:
+        return max_steps
+    return min(epochs * math.ceil(num_rows / pairs_per_step), max_steps or math.inf)
+
+
+def _num_checkpoints(keep_last_n: int, keep_best: str | None) -> int:
+    """Those that are kept, and one while it is written."""
+    return keep_last_n + 1 + (keep_best is not None) if keep_last_n else 0
+
+
+# What to change
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing to do differently: another recipe, more GPUs, or other values."""
+
+    words: str
+    recipe: str | None = None
+    gpus: int | None = None
+    overrides: tuple[str, ...] = ()
+
+    def of(self, run: Run) -> Run:
+        """Returns the run with this change."""
+        return replace(
+            run,
+            recipe=self.recipe or run.recipe,
+            gpus=self.gpus or run.gpus,
+            overrides=(*run.overrides, *self.overrides),
+        )
+
+
+def smallest_change(run: Run, read_recipe: ReadRecipe) -> tuple[list[Change], Plan] | None:
+    """Returns what makes a run fit that does not, and the plan with it; None where nothing here does.
+
+    Tried alone, in this order, each as little as is enough: fewer pairs at a time, a second model's values from a
+    cache, activation checkpointing, all of a device's pairs at a time (then FSDP2 keeps no whole gradients), more GPUs,
+    CPU offload, a second model in 4 bits, LoRA, QLoRA, shorter pairs. Where none is enough, several: what lowers the
+    total is put together in the same order until it fits, and what turns out not to be needed is left out again.
+    """
+    knobs = _knobs(run, read_recipe)
+    trials = _Trials(run, read_recipe)
+    for knob in knobs:
+        if change := _least(knob, lambda change: trials.fits([change])):
+            return [change], trials.plan([change])
+    chosen: dict[int, Change] = {}  # by the number of the knob
+    for number, knob in enumerate(knobs):
+        more = chosen | {number: knob[-1]}
+        if trials.total(more.values()) < trials.total(chosen.values()):
+            chosen = more
+        if trials.fits(chosen.values()):
+            break
+    else:
+        return None
+    for number in reversed([*chosen]):  # the most harmful ones first
+        others = {n: change for n, change in chosen.items() if n != number}
+        chosen = others if trials.fits(others.values()) else chosen
+    for number in reversed([*chosen]):
+        chosen[number] = _least(knobs[number], lambda change, n=number: trials.fits((chosen | {n: change}).values()))
+    return [*chosen.values()], trials.plan(chosen.values())
+
+
+def advice(found: tuple[list[Change], Plan] | None) -> str:
+    """Returns smallest_change's answer in words."""
+    if found is None:
+        return "Nothing that this command knows makes it fit: a smaller model does."
+    changes, changed = found
+    return f"It fits with {' '.join(change.words for change in changes)}: {changed.of_memory()}."
+
+
+class _Trials:
+    """Plans of a run with changes, each made once."""
+
+    def __init__(self, run: Run, read_recipe: ReadRecipe):
+        self._run, self._read_recipe = run, read_recipe
+        self._plans: dict[tuple[Change, ...], Plan | None] = {}
+
+    def plan(self, changes: Iterable[Change]) -> Plan | None:
+        """Returns the plan of the run with these changes, None for a config that is refused."""
+        key, run = tuple(changes), self._run
+        if key not in self._plans:
+            for change in key:
+                run = change.of(run)
+            try:
+                self._plans[key] = plan(run, self._read_recipe)
+            except UserError:
+                self._plans[key] = None
+        return self._plans[key]
+
+    def fits(self, changes: Iterable[Change]) -> bool:
+        found = self.plan(changes)
+        return found is not None and found.fits
+
+    def total(self, changes: Iterable[Change]) -> float:
+        """Returns the bytes a device."""
+        found = self.plan(changes)
+        return math.inf if found is None else found.peak
+
+
+def _least(knob: list[Change], fits: Callable[[Change], bool]) -> Change | None:
+    """Returns the first change that fits; the last one, which changes most, is tried first."""
+    if not fits(knob[-1]):
+        return None
+    return next(change for change in knob if fits(change))
+
+
+def _knobs(run: Run, read_recipe: ReadRecipe) -> list[list[Change]]:
+    """Each thing that can be changed, from a little to a lot; the least harmful thing first."""
+    method, defaults = read_recipe(run.recipe)
+    cfg = load(method, defaults, list(run.config_paths), list(run.overrides))
+    distributed, pairs = is_distributed(defaults), cfg.pairs_per_step
+    fewer = [n for n in range(cfg.batch_size - 1, 0, -1) if pairs % n == 0]
+    knobs = [[_override(f"batch_size={n}") for n in fewer]]
+    reference = cfg.get("reference") or {"name": KNOWN[method][0]}
+    if reference["name"] == "model":
+        knobs.append([_override("reference=cached")])
+    if not cfg.enable_activation_checkpointing:
+        knobs.append([_override("enable_activation_checkpointing=true")])
+    if distributed:
+        if pairs % run.gpus == 0 and pairs // run.gpus > cfg.batch_size:
+            knobs.append([_override(f"batch_size={pairs // run.gpus}")])
+        knobs.append([Change(f"--gpus {run.gpus * n}", gpus=run.gpus * n) for n in (2, 4, 8)])
+        if not cfg.fsdp_cpu_offload:
+            knobs.append([_override("fsdp_cpu_offload=true")])
+    if reference["name"] != "sync" and has_second_model(reference, method, cfg.dtype):
+        knobs.append([_override("reference.quantize=true")])
+    for other in {"full": ("lora", "qlora"), "lora": ("qlora",), "qlora": ()}[method]:
+        name = f"{other}_dpo_{'distributed' if distributed else 'single_device'}"
+        knobs.append([Change(f"--recipe {name}", recipe=name)])
+    shorter = [(cfg.max_length // n, cfg.max_prompt_length and max(1, cfg.max_prompt_length // n)) for n in (2, 4)]
+    knobs.append([_shorter(*lengths) for lengths in shorter])
+    return [knob for knob in knobs if knob]
+
+
+def _override(*overrides: str) -> Change:
+    return Change(" ".join(overrides), overrides=overrides)
+
+
+def _shorter(max_length: int, max_prompt_length: int | None) -> Change:
+    prompt = [f"max_prompt_length={max_prompt_length}"] if max_prompt_length else []
+    return _override(f"max_length={max_length}", *prompt)

@@ -1,0 +1,229 @@
+"""What `tune validate` tells: whether config, model, tokenizer, weights and pairs are right, and fit each other.
+
+The answers are those of the functions that recipes call, on the meta device: no model is loaded, nothing is computed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from pairtune import config, models
+from pairtune.errors import UserError
+from pairtune.folders import peft as adapters
+from pairtune.folders import weights as checkpoint
+from pairtune.folders.check_model import check_model, windows
+from pairtune.losses.calling import needs
+from pairtune.pairs import tokenize as data
+from pairtune.pairs.formats import detect_format
+from pairtune.pairs.rows import looks_like_path
+from pairtune.pairs.steps import Steps
+from pairtune.reference.sources import KNOWN, check_reference, is_own, open_second_model
+from pairtune.run import contract
+from pairtune.tokenizer.hf import adapt
+
+QUESTION = [{"role": "user", "content": "Hello?"}]
+ANSWER = {"role": "assistant", "content": "Hello."}
+KEYS = ("model", "tokenizer", "checkpointer", "dataset", "eval_dataset", "optimizer", "lr_scheduler", "loss")
+UNKNOWN_STEPS = 1_000_000  # of a run whose pairs are not here
+
+
+class NotHere(Exception):
+    """What is to be checked is not on this machine."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one check found: a sentence, and what the checks after it need."""
+
+    text: str
+    value: Any = None
+
+    @property
+    def refused(self) -> bool:
+        return self.text.startswith("refused")
+
+
+@dataclass
+class Validation:
+    """One config, checked recipe by recipe; what recipes have in common is checked once.
+
+    Attributes:
+        paths, overrides: The config.
+        num_rows: Rows of each source that are tokenized; None: all.
+        may_be_absent: Whether the sources and folders that the file itself names need not be on this machine.
+    """
+
+    paths: list[Path]
+    overrides: list[str]
+    num_rows: int | None
+    may_be_absent: bool
+    _answers: dict[tuple, Answer] = field(default_factory=dict)
+
+    def check(self, method: str, defaults: dict) -> dict[str, Answer]:
+        """Returns the answers for a recipe, by what was asked."""
+        loaded = _answer(lambda: ("", config.load(method, defaults, self.paths, self.overrides)))
+        answers, cfg = {"config": loaded}, loaded.value
+        if cfg is None or not set(KEYS) <= cfg.keys():  # refused, or for a recipe with keys of its own
+            return answers
+
+        def ask(title: str, question: Callable, *keys: str) -> Answer:
+            """Asks each question once about these keys' values."""
+            about = title, OmegaConf.to_yaml(OmegaConf.masked_copy(cfg, keys))
+            if about not in self._answers:
+                self._answers[about] = _answer(question)
+            return self._answers[about]
+
+        files = ("checkpointer", "tokenizer")
+        answers["tokenizer"] = found = ask("tokenizer", lambda: self._tokenizer(cfg), *files)
+        sizes = ("model", "lora", "dtype", "max_length", "attention", "compile", "enable_activation_checkpointing")
+        answers["model"] = ask(f"{method} model", lambda: _model(method, cfg, found.value), *files, *sizes)
+        answers["weights"] = ask("weights", lambda: self._weights(cfg), "checkpointer", "model")
+        if cfg.get("adapter"):
+            answers["adapter"] = ask("adapter", lambda: self._adapter(cfg), "checkpointer", "model", "lora", "adapter")
+        reference = cfg.get("reference") or {"name": KNOWN[method][0]}
+        if reference["name"] != KNOWN[method][0] or not is_own(reference, method, cfg.dtype):
+            about = (*files, "model", "dtype", "max_length", "attention", "compile", "reference", "adapter", "loss")
+            answers["reference"] = ask(f"{method} reference", lambda: self._reference(method, cfg, found.value), *about)
+        for key in ("dataset", "eval_dataset"):
+            if cfg[key].source:
+                budget = ("max_length", "max_prompt_length")
+                answers[key] = ask(key, lambda key=key: self._pairs(key, cfg, found.value), key, *files, *budget)
+        answers["steps"] = _answer(lambda: _steps(cfg, answers["dataset"].value))
+        return answers
+
+    def _must_be_here(self, path: str, *keys: str) -> None:
+        """Raises NotHere for an absent path that may be absent: not one that the command line has given."""
+        names = {name for key in keys for name in (key, key.partition(".")[0])}
+        given = any(override.partition("=")[0] in names for override in self.overrides)
+        if self.may_be_absent and not given and not Path(path).expanduser().exists():
+            raise NotHere(path)
+
+    def _tokenizer(self, cfg: DictConfig) -> tuple[str, Any]:
+        block = cfg.tokenizer
+        if isinstance(block.get("path"), str):
+            self._must_be_here(block.path, "tokenizer.path", "checkpointer.checkpoint_dir")
+        tokenizer = adapt(config.instantiate(block))
+        tokenizer.render(QUESTION, add_generation_prompt=True)
+        tokenizer.render([*QUESTION, ANSWER])
+        return f"{tokenizer.vocab_size:,} ids, {tokenizer.style}", tokenizer
+
+    def _weights(self, cfg: DictConfig) -> tuple[str, Any]:
+        self._must_be_here(cfg.checkpointer.checkpoint_dir, "checkpointer.checkpoint_dir")
+        weights = checkpoint.Weights(checkpoint.open_weights(cfg.checkpointer))
+        base = models.full(cfg.model, dtype=cfg.dtype)  # adapters and NF4 change no name or shape of the base
+        models.check_weights(base, weights)
+        return f"{len(weights):,} tensors, names and shapes as in the model", None
+
+    def _adapter(self, cfg: DictConfig) -> tuple[str, Any]:
+        self._must_be_here(cfg.adapter, "adapter")
+        self._must_be_here(cfg.checkpointer.checkpoint_dir, "checkpointer.checkpoint_dir")
+        model = models.lora(cfg.model, **cfg.lora, dtype=cfg.dtype)  # NF4 changes no name or shape of an adapter
+        found = adapters.read_adapter(cfg.adapter, model, checkpoint.open_weights(cfg.checkpointer))
+        return f"{len(found):,} matrices, as in the model", None
+
+    def _reference(self, method: str, cfg: DictConfig, tokenizer) -> tuple[str, Any]:
+        reference, loss_fn = cfg.reference, config.instantiate(cfg.loss)
+        check_reference(reference, loss_fn, method, dtype=cfg.dtype, has_adapter=cfg.get("adapter") is not None)
+        if is_own(reference, method, cfg.dtype):
+            return reference.name, None
+        if reference.checkpoint_dir:
+            self._must_be_here(reference.checkpoint_dir, "reference.checkpoint_dir")
+        self._must_be_here(cfg.checkpointer.checkpoint_dir, "checkpointer.checkpoint_dir")
+        like = {"component": cfg.model, "dtype": cfg.dtype, "tokenizer": tokenizer}
+        second = open_second_model(reference, method, files=checkpoint.open_weights(cfg.checkpointer), **like)
+        second.prepare(
+            max_length=cfg.max_length, vocab_size=tokenizer.vocab_size if tokenizer else 0,
+            attention=cfg.attention, compile_layers=cfg.compile,
+        )  # fmt: skip
+        return f"{reference.name}, {models.num_parameters(second.model)[0]:,} parameters of its own", None
+
+    def _pairs(self, key: str, cfg: DictConfig, tokenizer) -> tuple[str, Any]:
+        source = cfg[key]
+        if not Path(source.source).expanduser().exists() and not looks_like_path(source.source):
+            raise NotHere(f"{source.source} is a data set of the Hugging Face Hub")
+        self._must_be_here(source.source, f"{key}.source")
+        where = {name: source[name] for name in ("split", "name", "revision", "limit")}
+        rows = data.read_rows(source.source, **where, columns=dict(source.columns), key=key)
+        if tokenizer is None:
+            form = detect_format(rows.column_names, list(islice(rows, 10)), source=rows.source, key=key)
+            return f"{len(rows):,} rows, {form.name}; not tokenized, for want of a tokenizer", len(rows)
+        first = rows
+        if self.num_rows is not None:
+            part = list(islice(rows, self.num_rows))
+            first = data.Rows(part, source=rows.source, numbers=rows.numbers[: len(part)], key=key)
+        pairs, report = data.tokenize_pairs(
+            first, tokenizer, max_length=cfg.max_length, max_prompt_length=cfg.max_prompt_length,
+            overlong=source.overlong, unpaired=needs(config.instantiate(cfg.loss)).takes_unpaired,
+            progress=False, key=key,
+        )  # fmt: skip
+        num_pairs = len(pairs) if len(first) == len(rows) else len(rows)
+        if source.get("val_fraction"):
+            train, _ = data.split_pairs(range(num_pairs), source.val_fraction)
+            num_pairs = len(train)
+        return _told(report, len(rows)), num_pairs
+
+
+def _answer(question: Callable[[], tuple[str, Any]]) -> Answer:
+    try:
+        text, value = question()
+    except NotHere as error:
+        return Answer(f"not here, not checked: {error}")
+    except UserError as error:
+        return Answer(f"refused: {error}")
+    return Answer(f"ok: {text}" if text else "ok", value)
+
+
+def _model(method: str, cfg: DictConfig, tokenizer) -> tuple[str, Any]:
+    if method == "full":
+        model = models.full(cfg.model, dtype=cfg.dtype)
+    else:
+        model = models.lora(cfg.model, **cfg.lora, dtype=cfg.dtype, quantize_base=method == "qlora")
+    here = Path(cfg.checkpointer.checkpoint_dir).is_dir()
+    base_config = checkpoint.read_config(cfg.checkpointer.checkpoint_dir) if here else {}
+    models.prepare(
+        model, max_length=cfg.max_length, vocab_size=tokenizer.vocab_size if tokenizer else 0,
+        attention=cfg.attention, windows=windows(base_config, len(model.layers)),
+        checkpoint_activations=cfg.enable_activation_checkpointing, compile_layers=cfg.compile,
+    )  # fmt: skip
+    if here:
+        check_model(model, base_config)
+    contract.check_router(model, cfg.get("router_aux_loss_coef", 0))
+    num_parameters, num_trained = models.num_parameters(model)
+    compared = "as in config.json" if here else "not compared with config.json, which is not here"
+    return f"{num_parameters:,} parameters, {num_trained:,} trained, {compared}", None
+
+
+def _told(report: data.Report, num_rows: int) -> str:
+    read = f"{report.num_rows:,}" if report.num_rows == num_rows else f"the first {report.num_rows:,} of {num_rows:,}"
+    dropped = [f"{len(rows):,} dropped ({reason}; row {rows[0]})" for reason, rows in report.dropped.items()]
+    return ", ".join([f"{read} rows, {report.format}: {report.num_kept:,} kept", *dropped])
+
+
+def _steps(cfg: DictConfig, num_pairs: int | None) -> tuple[str, Any]:
+    total = cfg.max_steps or UNKNOWN_STEPS
+    if num_pairs:
+        steps = Steps(range(num_pairs), pairs_per_step=cfg.pairs_per_step, batch_size=cfg.batch_size, seed=cfg.seed)
+        total = min(cfg.epochs * len(steps), cfg.max_steps or cfg.epochs * len(steps))
+    config.rehearse(cfg.optimizer, cfg.lr_scheduler, cfg.loss, num_training_steps=total)
+    return f"{total:,}, at most" if num_pairs else "optimizer, schedule and loss work together", None
+
+
+def alike(answers: dict[str, dict[str, Answer]]) -> list[list[str]]:
+    """Returns the recipes' names, those with the same answers together."""
+    groups: dict[tuple, list[str]] = {}
+    for recipe, found in answers.items():
+        groups.setdefault(tuple(answer.text for answer in found.values()), []).append(recipe)
+    return list(groups.values())
+
+
+def table(names: list[str], answers: dict[str, Answer]) -> str:
+    """Returns the answers of recipes that share them, a line each."""
+    refused = any(answer.refused for answer in answers.values())
+    lines = [f"{', '.join(names)}: {'refused' if refused else 'ok'}"]
+    for name, answer in answers.items():
+        lines.append(f"  {name:<15} " + answer.text.replace("\n", "\n" + " " * 18))
+    return "\n".join(lines)

@@ -1,0 +1,153 @@
+"""Weights out: a folder that transformers and PEFT load, with the base's config and the tokenizer of the training."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor
+
+from pairtune import models
+from pairtune.errors import UserError
+from pairtune.folders import peft as adapters
+from pairtune.folders.weights import ModelFolder, Weights, open_weights
+from pairtune.models.logps import answer_logps
+from pairtune.pairs.batch import PairBatch
+from pairtune.tokenizer.files import read_json
+from pairtune.tokenizer.hf import HFTokenizer, TorchtuneTokenizer, trained_template
+from pairtune.tokenizer.template import set_template
+
+# Nats an answer and a token of it that rounding of merged weights makes; another order of rows, or a lost layer, makes
+# several a token. bf16 logits of 16 and above are 0.125 apart: of an answer of one token or two that is all there is.
+TOLERANCE = {"fp32": (0.01, 0.01), "bf16": (0.5, 0.1)}
+SHARD_BYTES = 5 * 10**9
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "chat_template*",
+    "additional_chat_templates/*.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+MODEL_FILES = ("config.json", "generation_config.json", "LICENSE*")
+
+
+def export(
+    base: ModelFolder,
+    run_dir: Path,
+    *,
+    merged: dict[str, Tensor],
+    adapter: dict[str, Tensor] | None = None,
+    lora: dict | None = None,
+    tokenizer: HFTokenizer | TorchtuneTokenizer | None = None,
+) -> Path:
+    """Writes run_dir/export: the merged weights in Hugging Face layout, with the config of the base and the tokenizer.
+
+    An adapter goes to run_dir/export/adapter in PEFT layout, with the tokenizer beside it. The folder takes its name
+    when it is complete.
+
+    Args:
+        base: The model that training started from.
+        merged: models.merge_adapters of the gathered weights.
+        adapter: models.only_adapters of the same; empty without adapters.
+        lora: rank, alpha, dropout and modules, with an adapter.
+        tokenizer: The run's, from tokenizer.adapt: its files and chat template are written, and generation stops at
+            its `stop_ids`. None: the base's files as they are.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    dtype = str(next(iter(merged.values())).dtype).removeprefix("torch.")
+    with tempfile.TemporaryDirectory(dir=run_dir, prefix=".export-") as name:
+        folder = Path(name) / "export"
+        folder.mkdir()
+        save_torch_state_dict(base.family.to_theirs(merged, base.config), folder, max_shard_size=SHARD_BYTES)
+        _copy(base.path, MODEL_FILES, folder)
+        _edit_json(folder / "config.json", torch_dtype=dtype, dtype=dtype)
+        _write_tokenizer(tokenizer, base, folder)
+        if adapter:
+            adapters.write_adapter(folder / "adapter", adapter, base, lora)
+            _copy(folder, TOKENIZER_FILES, folder / "adapter")
+        exported = run_dir / "export"
+        if exported.exists():
+            exported.rename(Path(name) / "earlier")
+        folder.rename(exported)
+    return exported
+
+
+def check_export(
+    exported: Path,
+    base: ModelFolder,
+    component: dict,
+    batch: PairBatch,
+    trained: tuple[Tensor, Tensor],
+    *,
+    dtype: str,
+    other_base: bool = False,
+    **prepared,
+) -> str:
+    """Reads an export again and compares what it computes with what the trained model did; returns a sentence.
+
+    Only one layer of it is in memory at a time.
+
+    Args:
+        component: The config's `model` block.
+        batch: A few pairs, on the device to compute on.
+        trained: Their chosen and rejected log-probabilities, [P] each, under the trained model.
+        other_base: It was merged into weights that training did not compute with: the difference is told only.
+        prepared: What models.prepare got.
+
+    Raises:
+        UserError: It is not the trained model.
+    """
+    folder = open_weights({"checkpoint_dir": str(exported), "model_type": base.family.name})
+    model = models.full(component, dtype=dtype)
+    models.prepare(model, **prepared | {"checkpoint_activations": False, "compile_layers": False})
+    with models.streamed(model, Weights(folder), batch.tokens.device):
+        again = torch.cat(answer_logps(model, batch))
+    lengths = torch.tensor(batch.answer_lengths, device=again.device).clamp(min=1)
+    difference, (an_answer, a_token) = (again - torch.cat(trained)).abs(), TOLERANCE[dtype]
+    furthest = f"{(difference / lengths).max():.2g}"
+    told = f"read again, its log-probabilities are within {furthest} nats a token of the trained model's"
+    if not other_base and not (difference <= an_answer + a_token * lengths).all():
+        raise UserError(
+            f"{exported}: {told}; rounding makes at most {an_answer} an answer and {a_token} a token: this is not the "
+            "trained model, which the run's checkpoints hold if it kept any. It is a mistake in the export, which its "
+            "authors should hear of"
+        )
+    return told
+
+
+def _write_tokenizer(tokenizer: HFTokenizer | TorchtuneTokenizer | None, base: ModelFolder, folder: Path) -> None:
+    """Puts files, chat template and stop tokens of the training into a folder that has the base's config."""
+    source = base.path if tokenizer is None or tokenizer.folder is None else tokenizer.folder
+    _copy(source, TOKENIZER_FILES, folder)
+    if (folder / "tokenizer_config.json").is_file():
+        _edit_json(folder / "tokenizer_config.json")
+    if tokenizer is not None:
+        for file in tokenizer.files:
+            shutil.copyfile(file, folder / file.name)
+        set_template(folder, trained_template(tokenizer, base.path))
+        _write_stop_ids(tokenizer.stop_ids, base.config, folder / "generation_config.json")
+
+
+def _write_stop_ids(stop_ids: list[int], config: dict, file: Path) -> None:
+    if not file.is_file():  # then readers take the ids of config.json, and where this file is, none of them
+        ids = {key: config[key] for key in ("bos_token_id", "pad_token_id") if config.get(key) is not None}
+        file.write_text(json.dumps(ids))
+    _edit_json(file, eos_token_id=stop_ids if len(stop_ids) > 1 else stop_ids[0])
+
+
+def _copy(source: Path, patterns: tuple[str, ...], folder: Path) -> None:
+    """Copies files without their modes: a base may be read-only, its export must not be."""
+    for file in (file for pattern in patterns for file in source.glob(pattern) if file.is_file()):
+        copy = folder / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
+
+
+def _edit_json(path: Path, **values) -> None:
+    """Sets values, and takes auto_map out: it names code of the base's folder, and the weights are not that code's."""
+    content = {key: value for key, value in read_json(path).items() if key != "auto_map"}
+    path.write_text(json.dumps(content | values, indent=2) + "\n")

@@ -1,0 +1,325 @@
+"""Weights in: a folder in Hugging Face layout, whose shards are found and read without a copy."""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from zipfile import is_zipfile
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+from torchtune.training.checkpointing._utils import FormattedCheckpointFiles, safe_torch_load
+
+from pairtune.config.rules import nearest, one_line
+from pairtune.errors import UserError, listed
+from pairtune.folders.check_model import check_config, check_model_type, model_type_of
+from pairtune.folders.families import FAMILIES, Family
+from pairtune.models.build import DTYPES
+from pairtune.run.metrics import lock
+
+# In the order of preference: an index that names the shards, or one file.
+WEIGHT_FILES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # others are quantized: they need their scales
+
+
+def find_weights(checkpoint_dir: str) -> list[str]:
+    """Returns the names of the folder's weight files, all of which exist.
+
+    Raises:
+        UserError: No such folder, no weights or no config.json in it, or a shard that its index names is missing.
+    """
+    folder = Path(checkpoint_dir)
+    key = f"checkpointer.checkpoint_dir={checkpoint_dir}"
+    if not folder.is_dir():
+        raise UserError(f"{key}: no such folder; `tune download REPO_ID --output-dir {checkpoint_dir}` fetches a model")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{key}: holds no config.json: it is not a model in Hugging Face layout")
+    for name in WEIGHT_FILES:
+        if not (folder / name).is_file():
+            continue
+        if not name.endswith(".index.json"):
+            return [name]
+        shards = sorted(set(_read_index(folder / name).values()))
+        missing = [shard for shard in shards if not (folder / shard).is_file()]
+        if missing:
+            raise UserError(
+                f"{key}: {name} names {len(shards)} shards, {len(missing)} of them are missing: {', '.join(missing)}; "
+                "download the folder again"
+            )
+        return shards
+    raise UserError(f"{key}: holds no weights; looked for {', '.join(WEIGHT_FILES)}")
+
+
+def read_json(path: Path, *, way_out: str = "download it again"):
+    """Returns what a JSON file holds.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read: {error}; {way_out}") from None
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Returns which shard each weight is in, by their names, as an index.json says."""
+    content = read_json(path)
+    shards = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
+        raise UserError(f"{path}: has no weight_map, the shard of each weight; download it again")
+    return shards
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model's folder in Hugging Face layout; no weight of it is read yet.
+
+    Attributes:
+        path: The folder.
+        weight_files: The files of its weights.
+        config: Its config.json.
+        family: How its weights are named.
+    """
+
+    path: Path
+    weight_files: tuple[Path, ...]
+    config: dict
+    family: Family
+
+
+def open_weights(checkpointer) -> ModelFolder:
+    """Returns the folder of the config's `checkpointer` block.
+
+    The block names torchtune.training.FullModelHFCheckpointer, whose arguments it has; it is read here, for more
+    families and without a copy of the weights. `checkpoint_files` may be left out: the shards are found.
+
+    Raises:
+        UserError: The folder is not a model, its files are not complete, or `model_type` is not its architecture.
+    """
+    block = OmegaConf.to_container(checkpointer, resolve=True) if OmegaConf.is_config(checkpointer) else checkpointer
+    folder, model_type = Path(block["checkpoint_dir"]), block["model_type"]
+    if model_type not in FAMILIES:
+        raise UserError(
+            f"checkpointer.model_type={model_type}: must be one of {', '.join(FAMILIES)}{nearest(model_type, FAMILIES)}"
+        )
+    names = _file_names(block.get("checkpoint_files")) or find_weights(str(folder))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise UserError(
+            f"checkpointer.checkpoint_files: {folder} has no {', '.join(missing)}; leave checkpoint_files out, and the "
+            "files are found"
+        )
+    config = read_config(str(folder))
+    check_model_type(model_type, config)
+    return ModelFolder(folder, tuple(folder / name for name in names), config, FAMILIES[model_type])
+
+
+def _file_names(files) -> list[str]:
+    """Returns a list of names as it is, and those of torchtune's {filename_format, max_filename}."""
+    if not isinstance(files, dict):
+        return list(files or [])
+    try:
+        return sorted(FormattedCheckpointFiles.from_dict(files).build_checkpoint_filenames())
+    except ValueError as error:
+        raise UserError(f"checkpointer.checkpoint_files: {error}") from None
+
+
+def open_like(files: ModelFolder, checkpoint_dir: str) -> ModelFolder:
+    """Returns another model's folder, whose config.json says what family it is of.
+
+    Args:
+        files: Of the run; its name of the family, such as LLAMA2, is kept where it is one.
+
+    Raises:
+        UserError: As open_weights.
+    """
+    find_weights(checkpoint_dir)
+    model_type = model_type_of(read_config(checkpoint_dir), like=files.family.name)
+    return open_weights({"checkpoint_dir": checkpoint_dir, "model_type": model_type})
+
+
+def read_config(checkpoint_dir: str) -> dict:
+    """Returns the folder's config.json; what is read of it is of its kind (model_config.check_config)."""
+    path = Path(checkpoint_dir) / "config.json"
+    content = read_json(path)
+    check_config(content, path)
+    return content
+
+
+def make_room(run_dir: Path, resumed: Path | None = None) -> None:
+    """Makes the run folder; an earlier run that it holds is kept beside it, as run_dir.1, run_dir.2, ...
+
+    Args:
+        resumed: The checkpoint that the run goes on from. If it is of this folder, the folder stays; if of another one,
+            what that run has logged and answered is copied.
+    """
+    continues = resumed is not None and resumed.resolve().parent.parent == run_dir.resolve()
+    log = run_dir / "metrics.jsonl"
+    if log.exists():
+        with log.open("a") as file:
+            if not lock(file):
+                raise UserError(
+                    f"output_dir={run_dir}: another run is writing there; wait for it, or name another folder"
+                )
+    if (log.exists() or (run_dir / "checkpoints").exists()) and not continues:
+        kept = next(p for n in count(1) if not (p := run_dir.with_name(f"{run_dir.name}.{n}")).exists())
+        run_dir.rename(kept)
+        print(f"{run_dir} held an earlier run, which is now {kept}\n")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    for left in run_dir.glob(".export-*"):  # by a kill
+        shutil.rmtree(left, ignore_errors=True)
+    for name in ("metrics.jsonl", "samples.jsonl") if resumed and not continues else ():
+        source = resumed.parent.parent / name
+        if source.exists():
+            shutil.copy(source, run_dir / name)
+
+
+class Weights(Mapping):
+    """A folder's weights under torchtune's names, on the CPU; each is converted when it is asked for.
+
+    safetensors files are memory-mapped: however many processes read them, the machine holds them once, and may drop
+    what it has no room for. torchtune's own reader converts everything first, which for Llama copies an eighth.
+
+    `empty` holds the same weights on the meta device: their names and shapes, for which no value is read.
+
+    Raises:
+        UserError: A file is damaged, or lacks a weight that the index says it has; a weight is in two files, is
+            quantized, is none of this architecture's, or, when it is asked for, has a value that is not finite, or
+            is there under two names with different values: an embedding and an output layer that are tied.
+    """
+
+    def __init__(self, folder: ModelFolder):
+        self._folder = folder
+        self._tensors: dict[str, Tensor] = {}
+        self._files: dict[str, Path] = {}  # which file a tensor is in
+        for path in folder.weight_files:
+            shard = read_shard(path, ignored=folder.family.ignored)
+            for key in shard.keys() & self._files.keys():
+                raise UserError(f"{path}: {key} is there twice, also in {self._files[key].name}; remove one file")
+            self._tensors |= shard
+            self._files |= dict.fromkeys(shard, path)
+        _check_index(folder, self._files)
+        self.empty: dict[str, Tensor] = {}
+        self._sources: dict[str, list[str]] = {}  # their names of each; two where a tied output layer is stored, too
+        self._finite: set[str] = set()
+        strange = []
+        for key, value in self._tensors.items():
+            try:
+                converted = self._convert(key, value.to("meta"))
+            except (KeyError, RuntimeError) as error:
+                strange.append(f"{key} {list(value.shape)} in {self._files[key].name}: {one_line(error.args[0])}")
+                continue
+            for name, empty in converted.items():
+                self.empty.setdefault(name, empty)
+                self._sources.setdefault(name, []).append(key)
+        if strange:
+            raise UserError(
+                f"{folder.path}: {len(strange)} tensors are no weights of checkpointer.model_type="
+                f"{folder.family.name}, or not of the sizes in config.json; name the architecture that they are of, or "
+                f"take them out:\n{listed(strange)}"
+            )
+
+    def _convert(self, key: str, value: Tensor) -> dict[str, Tensor]:
+        return self._folder.family.to_ours(key, value, self._folder.config)
+
+    def __getitem__(self, name: str) -> Tensor:
+        key, *twins = self._sources[name]
+        value = self._read(key, name)
+        for twin in twins:
+            if not torch.equal(value, self._read(twin, name).to(value.dtype)):
+                raise UserError(
+                    f"{self._files[twin]}: {twin} and {key} differ, and are one weight as config.json has it "
+                    "(tie_word_embeddings): remove the wrong one, or, if both were trained, set tie_word_embeddings to "
+                    "false there and choose a builder with an output layer of its own"
+                )
+        return value
+
+    def _read(self, key: str, name: str) -> Tensor:
+        value = self._tensors[key]
+        # The sum of finite numbers may overflow: only then is every number looked at, which takes several passes.
+        if key not in self._finite and not value.sum(dtype=torch.float32).isfinite() and not value.isfinite().all():
+            raise UserError(
+                f"{self._files[key]}: {key} holds NaN or infinite values: the file is damaged, or the run that saved "
+                "it had diverged; download it again, or take an earlier checkpoint"
+            )
+        self._finite.add(key)  # a fused tensor is asked for once a part
+        return self._convert(key, value)[name]
+
+    def name_of(self, name: str) -> str:
+        """Returns what one of our weights is called in a folder of this family, or in these files."""
+        return self._sources[name][0] if name in self._sources else self._folder.family.name_of(name) or "nothing"
+
+    def __iter__(self):
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+
+def rounding(folder: ModelFolder, dtype: str) -> list[str]:
+    """Returns a sentence where the run's dtype, bf16 or fp32, has fewer digits than most of the folder's weights."""
+    numbers = Counter()
+    for value in Weights(folder).empty.values():
+        numbers[value.dtype] += value.numel()
+    ((stored, _),) = numbers.most_common(1)
+    if torch.finfo(stored).eps >= torch.finfo(DTYPES[dtype]).eps:
+        return []
+    kind = str(stored).removeprefix("torch.")
+    return [
+        f"dtype={dtype}: the folder's weights are {kind}, which has more digits; they are rounded, for training and "
+        "for the export. dtype=fp32 keeps them, in twice the memory"
+    ]
+
+
+def read_shard(path: Path, *, ignored: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """Returns a file's tensors by name, memory-mapped where it is no pickle of torch before 1.6, which is read whole.
+
+    A pickle may hold tensors only: none of its code is run.
+
+    Args:
+        ignored: Endings of names that are left out, whatever is behind them: masks may be of any type.
+    """
+    try:
+        shard = safe_torch_load(path, mmap=is_zipfile(path))
+    except ValueError as error:
+        reason = one_line(error.__cause__).partition(". ")[0]
+        more = "" if path.suffix == ".safetensors" else ", or a pickle that holds more than weights, which nothing runs"
+        raise UserError(
+            f"{path}: cannot be read: {reason}; it is damaged{more}; download it again, as safetensors if there are any"
+        ) from error
+    if not isinstance(shard, dict):
+        raise UserError(f"{path}: holds a {type(shard).__name__}, not weights by name; save the model's state_dict")
+    shard = {key: value for key, value in shard.items() if not str(key).endswith(ignored)}
+    for key, value in shard.items():
+        if not isinstance(value, Tensor):
+            raise UserError(f"{path}: {key} is a {type(value).__name__}: not weights by name; save the state_dict")
+        if value.dtype not in FLOATS:
+            dtype = str(value.dtype).removeprefix("torch.")
+            raise UserError(f"{path}: {key} is {dtype}: quantized; take the model that it was made from")
+    return shard
+
+
+def _check_index(folder: ModelFolder, files: dict[str, Path]) -> None:
+    """Every weight that an index names is in the file that it names, as far as that file is read."""
+    read = {path.name for path in files.values()}
+    for index in (folder.path / name for name in WEIGHT_FILES if name.endswith(".index.json")):
+        shards = _read_index(index) if index.is_file() else {}
+        weights = (key for key in shards if not key.endswith(folder.family.ignored))
+        elsewhere = (key for key in weights if key not in files or files[key].name != shards[key])
+        absent = [key for key in elsewhere if shards[key] in read]
+        if absent:
+            raise UserError(
+                f"{index}: {len(absent)} weights are not in the file it names, such as {absent[0]} in "
+                f"{shards[absent[0]]}; download the folder again"
+            )

@@ -1,0 +1,70 @@
+"""Which pairs a process sees in which step: a pure function of the seed and the step, so any step can be had again."""
+
+import torch
+
+from pairtune.pairs.tokenize import Pair
+
+
+class Steps:
+    """Training steps over pairs: every pair once an epoch, the last step of an epoch holding what is left.
+
+    `len(steps)` is the number of steps in an epoch; `steps[n]`, n from 0 over all epochs, is what `rank` does in that
+    step: micro-batches, see `share`. `num_pairs(n)` counts the step's pairs over all processes.
+    """
+
+    def __init__(
+        self,
+        pairs: list[Pair],
+        *,
+        pairs_per_step: int,
+        batch_size: int,
+        seed: int,
+        shuffle: bool = True,
+        rank: int = 0,
+        size: int = 1,
+    ):
+        self._pairs = pairs
+        self._pairs_per_step = pairs_per_step
+        self._batch_size = batch_size
+        self._seed = seed
+        self._shuffle = shuffle
+        self._rank, self._size = rank, size
+        self._order: tuple[int, list[int]] = (-1, [])  # the epoch it belongs to, and indices
+
+    def __len__(self) -> int:
+        return -(-len(self._pairs) // self._pairs_per_step)
+
+    def __getitem__(self, step: int) -> list[list[Pair]]:
+        return share(self.pairs(step), self._batch_size, rank=self._rank, size=self._size)
+
+    def pairs(self, step: int) -> list[Pair]:
+        """Returns the step's pairs, of all processes."""
+        return [self._pairs[i] for i in self._members(step)]
+
+    def num_pairs(self, step: int) -> int:
+        return len(self._members(step))
+
+    def _members(self, step: int) -> list[int]:
+        epoch, step_in_epoch = divmod(step, len(self))
+        if self._order[0] != epoch:
+            self._order = (epoch, self._shuffled(epoch))
+        first = step_in_epoch * self._pairs_per_step
+        return self._order[1][first : first + self._pairs_per_step]
+
+    def _shuffled(self, epoch: int) -> list[int]:
+        if not self._shuffle:
+            return list(range(len(self._pairs)))
+        # Two numbers in one seed: epochs of one run differ, and so do equal epochs of neighbouring seeds.
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+        return torch.randperm(len(self._pairs), generator=generator).tolist()
+
+
+def share(pairs: list[Pair], batch_size: int, *, rank: int = 0, size: int = 1) -> list[list[Pair]]:
+    """Returns this process's pairs as micro-batches of at most `batch_size`.
+
+    Each pair goes to one process. All processes get the same number of micro-batches, since a model that is sharded
+    over them runs on all of them or on none; where the pairs do not go round, a micro-batch is smaller, or empty.
+    """
+    mine = pairs[rank::size]
+    count = -(-len(pairs) // (batch_size * size))  # the fullest process's, rank 0's
+    return [mine[i * batch_size : (i + 1) * batch_size] for i in range(count)]

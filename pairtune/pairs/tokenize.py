@@ -1,0 +1,374 @@
+"""Preference pairs: rows tokenized once, limited and counted. No shuffling and no batches: those are in loader.py.
+
+Where rows come from is in rows.py, what a row may look like in formats.py, how a conversation becomes tokens in
+tokenizer.py.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+
+from tqdm import tqdm
+
+from pairtune.errors import UserError
+from pairtune.pairs.formats import Example, Skip, detect_format
+from pairtune.pairs.rows import Rows, read_rows
+from pairtune.tokenizer.hf import adapt, common_prefix
+from pairtune.tokenizer.template import Refusal
+
+__all__ = ["Pair", "Report", "Rows", "count_overlap", "read_pairs", "read_rows", "split_pairs", "tokenize_pairs"]
+
+REFUSED = "refused by the chat template"
+CHARACTERS_A_TOKEN = 256  # no tokenizer known has a longer token
+# Initials of a prompt's roles, as most templates and models know them: system, user, assistant, tools' results.
+USUAL_ORDER = re.compile(r"s*u(at*u|at+)*")
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A prompt with two answers, as tokens; of an unpaired row, with one, and no token of the other.
+
+    Attributes:
+        prompt: Starts with the template's BOS, if it has one.
+        chosen, rejected: Continue the prompt and end in exactly one end token. An unpaired row's desirable answer is
+            chosen, its undesirable one rejected.
+        row: Index of its row in the source, from 0.
+    """
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    row: int
+
+
+@dataclass
+class Report:
+    """What became of the rows; str() is a table. Rows are given by their number in the source."""
+
+    source: str
+    format: str
+    style: str  # how the tokenizer writes conversations
+    num_rows: int
+    num_kept: int = 0
+    dropped: dict[str, list[int]] = field(default_factory=dict)  # reason to rows
+    trimmed: list[int] = field(default_factory=list)  # rows whose prompt was cut
+    unordered: list[int] = field(default_factory=list)  # rows whose prompt does not go system, user, assistant, user
+    ends_taken_off: list[int] = field(default_factory=list)  # rows with an answer that was written with an end token
+    special: list[int] = field(default_factory=list)  # rows with a special token written in their text
+    special_as: str = "text"  # what it became
+    merges: list[int] = field(default_factory=list)  # rows where a token spans the prompt's end
+    # Tokens of every row that was tokenized, before limits: what max_length would have to be
+    lengths: dict[str, list[int]] = field(default_factory=lambda: {"prompt": [], "chosen": [], "rejected": []})
+    notes: list[str] = field(default_factory=list)
+    num_desirable: int | None = None  # of unpaired rows
+    num_held_out: int | None = None
+    num_overlap: int | None = None  # held-out pairs whose prompt and chosen answer are in the training part, too
+
+    def with_split(self, train: list[Pair], held_out: list[Pair]) -> "Report":
+        """Returns the report with two lines more: the held-out pairs, and how many of them training sees."""
+        return replace(self, num_held_out=len(held_out), num_overlap=count_overlap(train, held_out))
+
+    def __str__(self) -> str:
+        lines = [self._line("rows read", self.num_rows), self._line("kept", self.num_kept)]
+        if self.num_desirable is not None:
+            lines.append(self._line("of these, desirable", self.num_desirable))
+            lines.append(self._line("of these, undesirable", self.num_kept - self.num_desirable))
+        if self.trimmed:
+            lines.append(self._line("of these, prompt trimmed", len(self.trimmed), self.trimmed))
+        if self.unordered:
+            lines.append(self._line("of these, roles out of order", len(self.unordered), self.unordered))
+        if self.ends_taken_off:
+            lines.append(self._line("end token's text taken off", len(self.ends_taken_off), self.ends_taken_off))
+        if self.special:
+            lines.append(self._line(f"special tokens, as {self.special_as}", len(self.special), self.special))
+        for reason, rows in sorted(self.dropped.items(), key=lambda item: -len(item[1])):
+            lines.append(self._line(f"dropped: {reason}", len(rows), rows))
+        if self.merges:
+            lines.append(self._line("boundary merges", len(self.merges), self.merges))
+        if self.num_held_out is not None:
+            lines.append(self._line("held out", self.num_held_out))
+            lines.append(self._line("of these, also in training", self.num_overlap))
+        if self.lengths["prompt"]:
+            lines.append(f"{'tokens, before limits':32} {'median':>8} {'95 %':>8} {'max':>8}")
+            lines += [self._lengths_line(name, lengths) for name, lengths in self._all_lengths().items()]
+        lines += [f"format: {self.format}", self.style, *self.notes]
+        return "\n".join(lines)
+
+    def _line(self, title: str, count: int, rows: Sequence[int] = ()) -> str:
+        examples = ", ".join(map(str, rows[:3])) + (", ..." if len(rows) > 3 else "")
+        return f"{title:32} {count:8,} {100 * count / self.num_rows:6.1f} %" + (f"   row {examples}" if rows else "")
+
+    def _all_lengths(self) -> dict[str, list[int]]:
+        total = [prompt + max(answers) for prompt, *answers in zip(*self.lengths.values(), strict=True)]
+        if self.num_desirable is None:
+            return {**self.lengths, "prompt + longer answer": total}
+        answers = {"desirable": self.lengths["chosen"], "undesirable": self.lengths["rejected"]}
+        present = {name: [length for length in lengths if length] for name, lengths in answers.items()}
+        return {
+            "prompt": self.lengths["prompt"],
+            **{name: lengths for name, lengths in present.items() if lengths},
+            "prompt + answer": total,
+        }
+
+    def _lengths_line(self, name: str, lengths: list[int]) -> str:
+        ranked = sorted(lengths)
+        median, most, longest = (ranked[-(-len(ranked) * percent // 100) - 1] for percent in (50, 95, 100))
+        return f"  {name:30} {median:8,} {most:8,} {longest:8,}"
+
+
+@dataclass(frozen=True)
+class _Limits:
+    max_length: int
+    max_prompt_length: int
+    overlong: str
+    key: str
+
+    def __post_init__(self):
+        if self.overlong not in ("drop", "trim_prompt", "error"):
+            raise UserError(f"{self.key}.overlong={self.overlong!r}: must be drop, trim_prompt or error.")
+        if self.max_length < 2:
+            raise UserError(f"max_length={self.max_length}: must be at least 2, a token of prompt and one of answer.")
+        if not 0 < self.max_prompt_length <= self.max_length:
+            raise UserError(
+                f"max_prompt_length={self.max_prompt_length}: must be at least 1 and at most max_length="
+                f"{self.max_length}, which counts prompt and answer together. Lower it, or raise max_length."
+            )
+
+    def check_texts(self, prompt: int, answer: int) -> None:
+        """Raises Skip or UserError for so many characters that tokenizing, which takes gigabytes, is for nothing."""
+        most = CHARACTERS_A_TOKEN * self.max_length
+        if answer <= most and (prompt <= most or self.overlong == "trim_prompt"):
+            return
+        if self.overlong == "error":
+            raise UserError(
+                f"a prompt of {prompt:,} characters and an answer of {answer:,} do not fit max_length="
+                f"{self.max_length}. Set {self.key}.overlong to drop, or remove the row."
+            )
+        raise Skip("too long")
+
+    def fit(self, prompt: list[int], answer_length: int, *, bos_id: int | None) -> list[int]:
+        """Returns the prompt, cut from the left if the policy says so. Raises Skip or UserError if it does not fit."""
+        room = min(self.max_prompt_length, self.max_length - answer_length)
+        if len(prompt) <= room:
+            return prompt
+        if self.overlong == "error":
+            raise UserError(
+                f"a prompt of {len(prompt)} tokens and an answer of {answer_length} do not fit max_length="
+                f"{self.max_length}, max_prompt_length={self.max_prompt_length}. Raise them, or set "
+                f"{self.key}.overlong to drop or trim_prompt."
+            )
+        bos = prompt[:1] if prompt[0] == bos_id else []
+        if self.overlong == "drop" or room <= len(bos):  # one token of the question must remain
+            raise Skip("too long")
+        return bos + prompt[len(prompt) - room + len(bos) :]
+
+
+def read_pairs(
+    block: dict,
+    tokenizer,
+    *,
+    max_length: int,
+    max_prompt_length: int | None = None,
+    unpaired: bool = False,
+    progress: bool = True,
+    beat: Callable[[str], None] | None = None,
+    key: str = "dataset",
+) -> tuple[list[Pair], Report]:
+    """Returns read_rows and then tokenize_pairs of a config's `dataset` or `eval_dataset` block, all but its split.
+
+    Args:
+        unpaired, beat: See `tokenize_pairs`.
+        key: The block's name, for messages.
+    """
+    where = {name: block[name] for name in ("split", "name", "revision", "limit")}
+    rows = read_rows(block["source"], **where, columns=dict(block["columns"]), key=key)
+    limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "overlong": block["overlong"]}
+    return tokenize_pairs(rows, tokenizer, **limits, unpaired=unpaired, progress=progress, beat=beat, key=key)
+
+
+def tokenize_pairs(
+    rows: Sequence[dict],
+    tokenizer,
+    *,
+    max_length: int,
+    max_prompt_length: int | None = None,
+    overlong: str = "drop",
+    columns: dict[str, str | None] | None = None,
+    unpaired: bool = False,
+    progress: bool = True,
+    beat: Callable[[str], None] | None = None,
+    key: str = "dataset",
+) -> tuple[list[Pair], Report]:
+    """Returns the rows' pairs in order, and a report of what was dropped, why, and how long the pairs are.
+
+    Each of the two conversations is rendered once, whole. The prompt is what they share with each other and with the
+    prompt rendered alone, generation prompt included: a token that spans the prompt's end belongs to the answers.
+    Dropped are rows whose prompts differ, end with an answer, or are empty; with an empty answer, identical answers or
+    tool calls; too long; or refused by the chat template. From an answer that ends in an end token's text, that text is
+    taken off; a special token's text elsewhere stays, as the tokenizer's special_tokens_in_text says.
+
+    Args:
+        rows: From `read_rows`, or a list of dicts.
+        tokenizer: From tokenizer.hf_tokenizer, or one of torchtune's.
+        max_length: Most tokens of prompt + longer answer.
+        max_prompt_length: Most tokens of the prompt; None leaves it to max_length.
+        overlong: What becomes of a pair over either: drop, trim_prompt (from the left, BOS stays; answers are never
+            cut) or error.
+        columns: Our names to theirs, for rows that `read_rows` has not renamed.
+        unpaired: The loss takes rows of one answer and a label, too: needs(loss_fn).takes_unpaired.
+        beat: Called with a word before each row, as dist.World.beat: a long data set is no standstill.
+        key: Where the config describes the rows, for messages.
+
+    Raises:
+        UserError: A row is broken (source, row and column are named), its format is unknown or not one that the loss
+            takes, or nothing is left.
+    """
+    limits = _Limits(max_length, max_length if max_prompt_length is None else max_prompt_length, overlong, key)
+    if columns or not isinstance(rows, Rows):
+        source, numbers = getattr(rows, "source", "rows"), getattr(rows, "numbers", None)
+        rows = Rows(rows, source=source, columns=columns, numbers=numbers, key=key)
+    if not len(rows):
+        raise UserError(f"{key}: {rows.source} has no rows in this split.")
+    tokenizer = adapt(tokenizer)
+    form = detect_format(rows.column_names, list(islice(rows, 10)), source=rows.source, key=key)
+    if not (form.is_paired or unpaired):
+        raise UserError(
+            f"{key}: {rows.source} holds answers with a label ({', '.join(form.columns)}), and this loss compares the "
+            "two answers of a pair; loss=kto takes each answer for itself"
+        )
+    special_as = tokenizer.special_tokens_in_text
+    report = Report(rows.source, form.name, tokenizer.style, len(rows), special_as=special_as)
+    pairs = []
+    bar = tqdm(rows, desc="tokenize", leave=False, disable=not progress or len(rows) < 500)
+    for number, row in zip(rows.numbers, bar, strict=True):
+        if beat:
+            beat("tokenizing")
+        try:
+            pairs.append(_tokenize(form.read(row), number, tokenizer, limits=limits, report=report))
+        except Skip as skip:
+            report.dropped.setdefault(str(skip), []).append(number)
+        except Refusal as refusal:
+            report.dropped.setdefault(f"{REFUSED}: {refusal.reason}", []).append(number)
+        except UserError as error:
+            raise UserError(f"{rows.source}, row {number} (from 0): {error}") from error
+    report.num_kept = len(pairs)
+    report.num_desirable = None if form.is_paired else sum(bool(pair.chosen) for pair in pairs)
+    report.notes = _notes(report, tokenizer, max_length, max_prompt_length)
+    if not pairs:
+        raise UserError(f"{key}: there is nothing left of {rows.source}.\n{report}")
+    return pairs, report
+
+
+def split_pairs(pairs: list[Pair], val_fraction: float) -> tuple[list[Pair], list[Pair]]:
+    """Returns training and held-out pairs: held out are the last round(val_fraction * len(pairs)), in order.
+
+    Raises:
+        UserError: `val_fraction` is not between 0 and 1, or leaves either part empty.
+    """
+    if not 0 < val_fraction < 1:
+        raise UserError(f"dataset.val_fraction={val_fraction}: must be between 0 and 1, such as 0.1, or null.")
+    num_train = len(pairs) - round(val_fraction * len(pairs))
+    train, held_out = pairs[:num_train], pairs[num_train:]
+    if not train or not held_out:
+        raise UserError(
+            f"dataset.val_fraction={val_fraction} of {len(pairs)} pairs leaves {len(train)} to train on and "
+            f"{len(held_out)} held out; both need one at least."
+        )
+    return train, held_out
+
+
+def count_overlap(train: list[Pair], held_out: list[Pair]) -> int:
+    """Returns how many held-out pairs have prompt and chosen (or only) answer in common with a training pair."""
+    seen = {(tuple(pair.prompt), tuple(pair.chosen or pair.rejected)) for pair in train}
+    return sum((tuple(pair.prompt), tuple(pair.chosen or pair.rejected)) in seen for pair in held_out)
+
+
+def _notes(report: Report, tokenizer, max_length: int, max_prompt_length: int | None) -> list[str]:
+    notes = []
+    if max_prompt_length == max_length:
+        notes.append(f"max_prompt_length = max_length = {max_length}: a prompt that long leaves no room to answer")
+    if "strftime_now" in (tokenizer.chat_template or ""):
+        day = (
+            f"tokenizer.date={tokenizer.date}" if tokenizer.date else "its own; tokenizer.date=YYYY-MM-DD sets another"
+        )
+        notes.append(f"the day that the chat template writes: {day}")
+    if report.special and report.special_as == "text":
+        notes.append("special tokens in text are no tokens, unless hf_tokenizer gets special_tokens_in_text=control")
+    if tokenizer.chat_template and any(reason.startswith(REFUSED) for reason in report.dropped):
+        notes.append("rows refused: tokenizer.chat_template=FILE.jinja, or =plain, gives a template that takes them")
+    return notes
+
+
+def _tokenize(example: Example, number: int, tokenizer, *, limits: _Limits, report: Report) -> Pair:
+    whole, example = example, _without_end_texts(example, tokenizer.end_texts)
+    texts = [text for text in (example.chosen, example.rejected) if text is not None]
+    if not all(text.strip() for text in texts):
+        raise Skip("empty answer")
+    _check_prompt(example.prompt)
+    limits.check_texts(sum(len(message["content"]) for message in example.prompt), max(map(len, texts)))
+    asked, *conversations = _sequences(example, tokenizer)
+    if len(conversations) == 2 and conversations[0] == conversations[1]:  # also texts that a template makes alike
+        raise Skip("identical answers")
+    prompt = common_prefix(asked, *conversations)
+    answers = [conversation[len(prompt) :] for conversation in conversations]
+    _check_ends(prompt, answers, tokenizer)
+    chosen = [] if example.chosen is None else answers[0]
+    rejected = [] if example.rejected is None else answers[-1]
+    for name, tokens in zip(report.lengths, (prompt, chosen, rejected), strict=True):
+        report.lengths[name].append(len(tokens))
+    fitted = limits.fit(prompt, max(len(chosen), len(rejected)), bos_id=tokenizer.bos_id)
+    if len(fitted) < len(prompt):
+        report.trimmed.append(number)
+    if not USUAL_ORDER.fullmatch("".join(message["role"][0] for message in example.prompt)):
+        report.unordered.append(number)
+    if example != whole:
+        report.ends_taken_off.append(number)
+    if any(map(tokenizer.holds_special, [*(message["content"] for message in example.prompt), *texts])):
+        report.special.append(number)
+    if len(prompt) < len(asked):
+        report.merges.append(number)
+    return Pair(fitted, chosen, rejected, number)
+
+
+def _check_prompt(messages: list[dict]) -> None:
+    if messages[-1]["role"] == "assistant":
+        raise Skip("the prompt ends with an answer")
+    if messages[-1]["role"] != "tool" and not messages[-1]["content"].strip():  # a tool may have nothing to say
+        raise Skip("empty prompt")
+
+
+def _without_end_texts(example: Example, end_texts: list[str]) -> Example:
+    """Returns the example with answers that do not end in an end token's text: rendering appends the token itself."""
+    ends = "|".join(map(re.escape, end_texts))
+    pattern = re.compile(rf"(?:(?:{ends})\s*)+\Z")
+
+    def take_off(text: str | None) -> str | None:
+        return text and pattern.sub("", text)
+
+    written = example.written and (example.written[0], *map(take_off, example.written[1:]))
+    return replace(example, chosen=take_off(example.chosen), rejected=take_off(example.rejected), written=written)
+
+
+def _sequences(example: Example, tokenizer) -> list[list[int]]:
+    """Returns the tokens of the prompt alone, and of each whole conversation: chosen, rejected, as far as there are."""
+    if tokenizer.is_plain and example.written:
+        prompt, *answers = example.written
+        return [tokenizer.render_text(prompt, text) for text in (None, *(text for text in answers if text is not None))]
+    asked = tokenizer.render(example.prompt, add_generation_prompt=True)
+    texts = [text for text in (example.chosen, example.rejected) if text is not None]
+    return [asked, *(tokenizer.render([*example.prompt, {"role": "assistant", "content": text}]) for text in texts)]
+
+
+def _check_ends(prompt: list[int], answers: list[list[int]], tokenizer) -> None:
+    if not prompt:  # nothing would predict the answer's first token
+        raise Skip("empty prompt")
+    if len(prompt) > 1 and prompt[0] == prompt[1] == tokenizer.bos_id:
+        raise UserError(
+            "the conversation begins with two BOS tokens; the template writes one, and so does the text, or the "
+            "template again. Take one of them out."
+        )
+    for answer in answers:
+        assert answer[-1] in tokenizer.end_ids, "render() ends an answer in an end token"
+        if len(answer) > 1 and answer[-2] in tokenizer.end_ids:
+            raise Skip("answer ends in an end token")  # not written as in the vocabulary, but normalized to it

@@ -1,0 +1,1 @@
+"""Where reference log-probabilities come from."""

@@ -1,0 +1,148 @@
+"""What a run is, so that a checkpoint is continued by the same run only: its config, pairs and base weights."""
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from pairtune.config.rules import show
+from pairtune.errors import UserError
+from pairtune.folders.weights import ModelFolder
+from pairtune.pairs.tokenize import Pair
+
+# Keys that change where a run computes, how long and what it tells, not what a step computes but for rounding.
+HARMLESS = (
+    "output_dir", "resume", "device", "data_parallel_replicate_dim", "fsdp_cpu_offload", "collective_timeout_s",
+    "compile", "attention", "enable_activation_checkpointing", "batch_size", "epochs", "max_steps",
+    "log_every_n_steps", "eval_every_n_steps", "save_every_n_steps", "keep_last_n", "keep_best", "export_best",
+    "merge_into", "on_save_failure", "samples", "metric_logger", "eval_dataset", "reference.cache_dir",
+)  # fmt: skip
+# Keys that say where pairs and weights come from: what came of them is compared instead.
+JUDGED_BY_RESULT = (
+    "dataset", "tokenizer", "max_length", "max_prompt_length", "checkpointer.checkpoint_dir", "adapter",
+    "reference.checkpoint_dir",
+)  # fmt: skip
+BLOCKS = 256  # of pairs, each with a digest of its own, to tell where data differ
+SAMPLES, SAMPLE_BYTES = 64, 2**16  # of a weight file
+
+
+def fingerprint(
+    cfg: DictConfig, train: list[Pair], held_out: list[Pair], files: ModelFolder, reference: ModelFolder | None = None
+) -> dict:
+    """Returns what identifies a run: `config`, `pairs`, `held_out`, `weights` and `reference`, as JSON can hold it.
+
+    Args:
+        files: From checkpoint.open_weights.
+        reference: A second model's.
+    """
+    return {
+        "config": OmegaConf.to_container(cfg, resolve=True),
+        "pairs": digest_pairs(train),
+        "held_out": digest_pairs(held_out),
+        "weights": digest_samples([*files.weight_files, *_adapter_files(cfg.get("adapter"))]),
+        "reference": digest_samples(reference.weight_files if reference else ()),
+    }
+
+
+def _adapter_files(folder: str | None) -> list[Path]:
+    return sorted(Path(folder).glob("adapter_model.*")) if folder else []
+
+
+def digest_pairs(pairs: list[Pair]) -> dict:
+    """Returns the number of pairs and a digest of every block of them: tokens, rows and order."""
+    size = max(1, -(-len(pairs) // BLOCKS))
+    blocks = [pairs[i : i + size] for i in range(0, len(pairs), size)]
+    return {"num": len(pairs), "first_rows": [b[0].row for b in blocks], "digests": [_digest_block(b) for b in blocks]}
+
+
+def _digest_block(pairs: list[Pair]) -> str:
+    hashed = hashlib.sha256()
+    for pair in pairs:
+        for tokens in ([pair.row], pair.prompt, pair.chosen, pair.rejected):
+            hashed.update(array("q", [len(tokens), *tokens]).tobytes())
+    return hashed.hexdigest()[:16]
+
+
+def digest_samples(paths: Sequence[Path]) -> dict[str, str]:
+    """Returns a digest a file, by name: of its size and 64 samples of 64 KiB, the first and last bytes included."""
+    return {Path(path).name: _digest_samples_of(Path(path)) for path in paths}
+
+
+def _digest_samples_of(path: Path) -> str:
+    size = path.stat().st_size
+    hashed = hashlib.sha256(str(size).encode())
+    last = max(0, size - SAMPLE_BYTES)
+    with path.open("rb") as file:
+        for start in sorted({last * i // (SAMPLES - 1) for i in range(SAMPLES)}):
+            file.seek(start)
+            hashed.update(file.read(SAMPLE_BYTES))
+    return hashed.hexdigest()[:16]
+
+
+def check_same(values: dict, now: dict, where: Path, *, total_steps: int) -> list[str]:
+    """Returns the differences that do no harm, a line each.
+
+    Args:
+        values: A checkpoint's, from train_state.read_values.
+        now: From `fingerprint`, of this run.
+        where: The checkpoint, for the message.
+        total_steps: Of this run.
+
+    Raises:
+        UserError: Anything differs that makes this another run; every difference is listed. Or the checkpoint lies
+            behind this run's end.
+    """
+    saved = values["fingerprint"]
+    if values["step"] > total_steps:
+        raise UserError(
+            f"resume: {where} is after step {values['step']}, and this run ends with step {total_steps}: raise "
+            "epochs or max_steps, or name an earlier checkpoint, with another output_dir"
+        )
+    refused, allowed = [], []
+    if values["torch"] != torch.__version__:
+        allowed.append(f"torch: {values['torch']} then, {torch.__version__} now")
+    for key, before, after in _differences(saved["config"], now["config"]):
+        line = f"{key}: {show(before)} then, {show(after)} now"
+        harmless = any(key == name or key.startswith(f"{name}.") for name in (*HARMLESS, *JUDGED_BY_RESULT))
+        is_new = key.partition(".")[0] not in saved["config"]  # a later version's, whose default does as before
+        (allowed if harmless or is_new else refused).append(line)
+    refused += _pair_differences(saved["pairs"], now["pairs"])
+    refused += _file_differences("base weights", saved["weights"], now["weights"])
+    refused += _file_differences("reference weights", saved.get("reference", now["reference"]), now["reference"])
+    if refused:
+        changed = [line for line in allowed if line.startswith(JUDGED_BY_RESULT)]  # what the above may come from
+        raise UserError(
+            f"resume: {where} belongs to another run:\n  " + "\n  ".join([*refused, *changed]) + "\nGo on with the "
+            "config that the checkpoint was written with (config.yaml beside its folder), or start anew: resume=false"
+        )
+    if saved["held_out"] != now["held_out"]:
+        allowed.append("held-out pairs: not the same; the best checkpoint so far is forgotten")
+    return allowed
+
+
+def _file_differences(what: str, saved: dict, now: dict) -> list[str]:
+    names = sorted(name for name in {**saved, **now} if saved.get(name) != now.get(name))
+    return [f"{what}: not the same in {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"] if names else []
+
+
+def _pair_differences(saved: dict, now: dict) -> list[str]:
+    if saved == now:
+        return []
+    if saved["num"] != now["num"]:
+        return [f"training pairs: {saved['num']:,} then, {now['num']:,} now"]
+    block = next(i for i, digest in enumerate(saved["digests"]) if digest != now["digests"][i])
+    return [f"training pairs: as many, but not the same or not so tokenized; first from row {now['first_rows'][block]}"]
+
+
+def _differences(saved: dict, now: dict, prefix: str = "") -> list[tuple]:
+    found = []
+    for key in {**saved, **now}:
+        before, after = saved.get(key), now.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += _differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append((f"{prefix}{key}", before, after))
+    return found

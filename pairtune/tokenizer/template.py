@@ -1,0 +1,266 @@
+"""Conversations to text: a model folder's Jinja template rendered as transformers renders it, or plain text.
+
+A conversation is a list of messages, `{"role", "content"}`. What becomes of the text is in tokenizer.py.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from datetime import date, datetime, time
+from pathlib import Path
+
+import jinja2
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
+
+from pairtune.errors import UserError
+from pairtune.tokenizer.files import read_json
+
+ANSWER_END = "\ue000"  # private use: stands behind an answer to find what a template writes after it
+MOST_STEPS = 1_000_000  # of a template's counting loops, in one conversation
+SPEAKER = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "tool": "\n\nTool: ", "system": "\n\n"}
+
+
+class Refusal(UserError):
+    """A conversation that a template does not take; `reason` is the first line of what the template says."""
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.reason = reason.strip().partition("\n")[0]
+
+
+class ChatTemplate:
+    """A Jinja template with the special tokens it may write, as `{"bos_token": "<s>", ...}`.
+
+    Args:
+        day: What strftime_now tells. None: there is no strftime_now, and a template such as Llama 3.2's writes a day
+            of its own.
+    """
+
+    def __init__(self, source: str, special: dict[str, str], day: date | None = None):
+        self.source, self._special = source, special
+        environment = _Sandbox(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = _tojson
+        environment.globals.update(range=self._range, dict=_Dict(), namespace=_Namespace)
+        self._steps = 0
+        environment.globals.update(raise_exception=_raise)
+        if day:  # not today: a run that is resumed tomorrow, and another process, must read the same tokens
+            environment.globals.update(strftime_now=datetime.combine(day, time()).strftime)
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(f"The chat template is not valid Jinja (line {error.lineno}): {error.message}") from error
+        except (SyntaxError, RecursionError) as error:  # of the Python that it becomes: nested too deep
+            raise UserError(f"The chat template is not valid Jinja: {error}") from error
+
+    def render(self, messages: list[dict], *, add_generation_prompt: bool = False) -> str:
+        """Returns the conversation's text.
+
+        Raises:
+            Refusal: The template refuses the conversation: many know no system role, or want roles to alternate.
+            UserError: It needs a day and has none, or counts for ever.
+        """
+        values = {**self._special, "messages": messages, "tools": None, "documents": None}
+        self._steps = 0
+        try:
+            return self._template.render(**values, add_generation_prompt=add_generation_prompt)
+        except UserError:
+            raise
+        except Exception as error:  # what a template may raise: its own refusals, and all that Python raises
+            if isinstance(error, jinja2.UndefinedError) and "strftime_now" in str(error):
+                raise UserError(
+                    "The chat template writes the day (strftime_now) and knows none without a clock: give it one that "
+                    "stays, such as tokenizer.date=2025-01-31, so that a run can be resumed on another day."
+                ) from error
+            roles = ", ".join(message["role"] for message in messages)
+            raise Refusal(
+                f"The chat template refuses the conversation ({roles}): {error}. "
+                "Remove it, or give a template that takes it: chat_template=FILE.jinja or chat_template=plain.",
+                str(error),
+            ) from error
+
+    def _range(self, *bounds: int) -> "_CountedRange":
+        return _CountedRange(safe_range(*bounds), self)
+
+    def count_step(self) -> None:
+        """Ends a template that would count for ever, as a loop in a loop in a loop can."""
+        self._steps += 1
+        if self._steps > MOST_STEPS:
+            raise UserError(f"The chat template counts more than {MOST_STEPS:,} steps; give another one.")
+
+    def tail_length(self, messages: list[dict], text: str) -> int:
+        """Returns how many characters of `text`, the rendered messages, stand behind the last message's content.
+
+        The content is marked, not searched for: it may be trimmed, or be as short as 'e'.
+        """
+        marked = {**messages[-1], "content": messages[-1]["content"] + ANSWER_END}
+        _, mark, tail = self.render([*messages[:-1], marked]).rpartition(ANSWER_END)
+        if not mark or not text.endswith(tail):
+            raise UserError("The chat template does not write the last assistant message as it is; give another one.")
+        return len(tail)
+
+
+def plain_text(messages: list[dict], *, add_generation_prompt: bool = False) -> tuple[str, str | None]:
+    """Returns prompt and answer as text, the answer None where the last message is no assistant's.
+
+    A question and its answer are joined by a newline; more than a question is written as an HH transcript.
+    """
+    answer = None
+    if messages[-1]["role"] == "assistant" and not add_generation_prompt:
+        *messages, last = messages
+        answer = last["content"]
+    opened = add_generation_prompt or answer is not None
+    if [message["role"] for message in messages] == ["user"]:
+        return messages[0]["content"] + ("\n" if opened else ""), answer
+    prompt = "".join(SPEAKER[message["role"]] + message["content"] for message in messages)
+    if messages and messages[0]["role"] == "system":
+        prompt = prompt.removeprefix(SPEAKER["system"])
+    return prompt + ("\n\nAssistant:" if opened else ""), answer if answer is None else f" {answer}"
+
+
+def choose_template(folder: Path, config: dict, wanted: str | None) -> tuple[str | None, str]:
+    """Returns the template's source, None for plain text, and in words where it comes from.
+
+    Args:
+        config: The folder's tokenizer_config.json.
+        wanted: As in `tokenizer.hf_tokenizer`.
+    """
+    if wanted is None:
+        own = _own_template(folder, config)
+        return own or None, "the folder's chat template" if own else "plain text: the tokenizer has no chat template"
+    if wanted == "plain":
+        return None, "plain text: chat_template=plain"
+    if "{{" in wanted or "{%" in wanted:
+        return wanted, "the chat template given as text"
+    if wanted.endswith(".jinja"):
+        file = Path(wanted).expanduser()
+        if not file.is_file():
+            raise UserError(f"chat_template={wanted}: there is no such file.")
+        return _read(file), f"the chat template {file}"
+    raise UserError(
+        f"chat_template={wanted!r} is neither null (the folder's own), 'plain', a .jinja file, nor a Jinja text."
+    )
+
+
+def set_template(folder: Path, template: str | None) -> None:
+    """Makes `template` the one that transformers finds in a folder, None for none; does nothing where it is already."""
+    file = folder / "tokenizer_config.json"
+    config = read_json(file)
+    try:
+        if choose_template(folder, config, None)[0] == template:
+            return
+    except UserError:  # the folder's own is broken, which is why the run was given another
+        pass
+    for old in folder.glob("chat_template*"):
+        old.unlink()
+    shutil.rmtree(folder / "additional_chat_templates", ignore_errors=True)
+    if "chat_template" in config:
+        config.pop("chat_template")
+        file.write_text(json.dumps(config, indent=2) + "\n")
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the chat template {file} cannot be read: {error}. It must be text in UTF-8.") from error
+
+
+def _own_template(folder: Path, config: dict) -> str | None:
+    """Returns the template that transformers would use: in files, in tokenizer_config.json, for a processor."""
+    files = {"default": folder / "chat_template.jinja"}
+    files |= {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    named = {name: _read(file) for name, file in files.items() if file.is_file()}
+    if not named:
+        own = config.get("chat_template")
+        if own is None:
+            own = read_json(folder / "chat_template.json").get("chat_template")
+        if own is None or isinstance(own, str):
+            return own
+        if isinstance(own, list) and all(isinstance(entry, dict) for entry in own):
+            own = {entry.get("name"): entry.get("template") for entry in own}
+        if not isinstance(own, dict) or not all(isinstance(text, str) for item in own.items() for text in item):
+            raise UserError(
+                f"{folder}/tokenizer_config.json: chat_template must be text, texts by name, or a list of name and "
+                "template."
+            )
+        named = own
+    if "default" not in named:
+        names = ", ".join(named)
+        raise UserError(
+            f"{folder} has chat templates ({names}) but none named default. Save one of them as a .jinja file and "
+            "give chat_template=FILE.jinja."
+        )
+    return named["default"]
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's own writes nothing where a template reaches for Python's inside, such as ''.__class__; here it ends."""
+
+    def unsafe_undefined(self, obj, attribute: str):
+        raise jinja2.sandbox.SecurityError(f"access to attribute {attribute!r} of a {type(obj).__name__} is unsafe")
+
+
+class _Dict:
+    """A template's dict(...) and dict.fromkeys(...), and nothing else that Python's class can do."""
+
+    fromkeys = staticmethod(dict.fromkeys)
+
+    def __call__(self, *args, **kwargs) -> dict:
+        return dict(*args, **kwargs)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """A template's namespace(...), which takes no name of Python's inside."""
+
+    def __init__(self, /, *args, **kwargs):
+        values = dict(*args, **kwargs)
+        for name in values:
+            _check_name(name)
+        super().__init__(values)
+
+    def __setitem__(self, name, value):
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
+class _CountedRange(Sequence):
+    """A template's range(...), which counts what is taken from it."""
+
+    def __init__(self, numbers: range, template: ChatTemplate):
+        self._numbers, self._template = numbers, template
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index):
+        self._template.count_step()
+        return self._numbers[index]
+
+
+class _GenerationTag(Extension):
+    """`{% generation %}` marks answers for other trainers; here its body is simply written."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        next(parser.stream)
+        return jinja2.nodes.Scope(parser.parse_statements(["name:endgeneration"], drop_needle=True))
+
+
+def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    """Jinja's own filter escapes <, > and & for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _check_name(name: str) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.sandbox.SecurityError(f"a namespace's attribute {name!r} begins with an underscore")
+
+
+def _raise(message: str):
+    raise jinja2.TemplateError(message)

@@ -1,0 +1,54 @@
+"""What the pages name is there."""
+
+import re
+
+import pytest
+from helpers import ROOT
+
+from pairtune.cli import commands as cli
+from pairtune.cli import plan
+from pairtune.losses.modules import LOSSES
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def anchors(page):
+    """GitHub's names of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)]+)\)", page.read_text())
+    for link in (link for link in links if not link.startswith("https://")):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.is_relative_to(ROOT) and target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_name_files_that_are_there(page):
+    named = re.findall(r"\b((?:tools|tests|recipes|configs)/[\w/.]+\.(?:py|yaml))\b", page.read_text())
+    assert [name for name in named if not (ROOT / name).exists()] == []
+    tests = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
+    assert set(re.findall(r"`(test_\w+\.py)`", page.read_text())) <= tests
+
+
+def test_every_page_is_linked_from_the_readme():
+    readme = PAGES[0].read_text()
+    assert [page.name for page in PAGES[1:] if f"(docs/{page.name}" not in readme] == []
+
+
+def test_the_pages_name_every_loss():
+    for page in (ROOT / "README.md", ROOT / "docs" / "losses.md"):
+        assert [name for name in LOSSES if f"`{name}`" not in page.read_text()] == [], page
+
+
+@pytest.mark.parametrize("recipe", cli.own("recipe"))
+def test_the_readme_tells_what_is_counted_on_a_gpu(recipe):
+    row = re.search(rf"^\| \[`{recipe}`\].*$", PAGES[0].read_text(), re.MULTILINE)[0]
+    told, gpus = re.search(r"\| ([\d.]+)(?: on (\d+))? \|", row).groups()
+    counted = plan.plan(plan.Run(recipe, (ROOT / "configs" / "llama3_8b.yaml",), gpus=int(gpus or 1)), cli._read_recipe)
+    assert f"{counted.peak / plan.GIB:.1f}" == told

@@ -1,0 +1,201 @@
+"""Full, LoRA and QLoRA models hold the weights they were given, adapt what they say, and merge to what they compute."""
+
+import pytest
+import torch
+from helpers import NF4_SIZES, SIZES, random_pairs, tiny_llama
+from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
+from torchtune.modules.peft import LoRALinear, disable_adapter
+
+from pairtune import models
+from pairtune.dist import World
+from pairtune.errors import UserError
+from pairtune.models.logps import answer_logps
+from pairtune.pairs.batch import lay_out
+
+ONE = World(torch.device("cpu"))
+LLAMA3, TIED = "torchtune.models.llama3", "torchtune.models.llama3_2.llama3_2_1b"
+LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "modules": ["q_proj", "v_proj", "mlp"], "dtype": "fp32"}
+
+
+def component(sizes=SIZES):
+    return {"_component_": "torchtune.models.llama3.llama3", **sizes}
+
+
+def loaded(method, *, sizes=SIZES, seed=0, **changes):
+    """A prepared model with the weights of tiny_llama(seed), its adapters' B matrices away from zero."""
+    if method == "full":
+        model = models.full(component(sizes), dtype="fp32")
+    else:
+        model = models.lora(component(sizes), **LORA | changes, quantize_base=method == "qlora")
+    models.prepare(model, max_length=128)
+    models.load(model, tiny_llama(seed=seed, **sizes).state_dict(), world=ONE)
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            torch.nn.init.normal_(module.lora_b.weight, std=0.1)
+    return model
+
+
+def plain_values(model):
+    values = {name: p.data for name, p in model.named_parameters()}
+    return {n: v.get_original_weight() if isinstance(v, NF4Tensor) else v.clone() for n, v in values.items()}
+
+
+def scores(model, pairs):
+    with torch.no_grad():
+        return torch.cat(answer_logps(model, lay_out(pairs)))
+
+
+def test_only_adapters_are_trained():
+    model = loaded("lora")
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if "lora_" in name}
+    assert len(trained) == 3 * 5 * 2  # layers, adapted matrices, A and B
+    assert all(p.requires_grad for p in loaded("full").parameters())
+
+
+def test_adapters_off_is_the_base_bit_for_bit():
+    pairs, model = random_pairs(3), loaded("lora")
+    with disable_adapter(model):
+        off = scores(model, pairs)
+    assert torch.equal(off, scores(loaded("full"), pairs))
+    assert not torch.equal(off, scores(model, pairs))
+
+
+def test_fresh_adapters_change_nothing():
+    pairs, model = random_pairs(3), models.lora(component(), **LORA)
+    models.prepare(model, max_length=128)
+    models.load(model, tiny_llama().state_dict(), world=ONE)
+    assert torch.equal(scores(model, pairs), scores(loaded("full"), pairs))
+    assert all(m.lora_a.weight.abs().max() > 0 for m in model.modules() if isinstance(m, LoRALinear))
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_reference_values_kept_from_before_training_equal_live_ones_after_it(method):
+    """What a cache would hold, one pair at a time, against the reference of the trained model, all pairs in one row."""
+    model, pairs = loaded(method, sizes=NF4_SIZES), random_pairs(4)
+    with models.reference_of(model):
+        kept = torch.stack([scores(model, [pair]) for pair in pairs]).T.flatten()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    for _ in range(3):
+        chosen, rejected = answer_logps(model, lay_out(pairs))
+        (rejected - chosen).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with models.reference_of(model):
+        live = scores(model, pairs)
+    torch.testing.assert_close(live, kept, atol=1e-4, rtol=0)
+    assert (scores(model, pairs) - live).abs().max() > 1  # the policy moved
+
+
+def test_the_reference_has_no_dropout_and_no_gradients():
+    model, pairs = loaded("lora", dropout=0.5).train(), random_pairs(2)
+    with models.reference_of(model):
+        chosen, _ = answer_logps(model, lay_out(pairs))
+        assert not chosen.requires_grad
+        assert torch.equal(scores(model, pairs), scores(loaded("full"), pairs))
+    assert model.training
+    assert not torch.equal(scores(model, pairs), scores(model, pairs))
+
+
+def test_a_quantized_base_is_torchaos_nf4_of_the_weights():
+    model, weights = loaded("qlora", sizes=NF4_SIZES), tiny_llama(**NF4_SIZES).state_dict()
+    quantized = {n: p.data for n, p in model.named_parameters() if isinstance(p.data, NF4Tensor)}
+    assert len(quantized) == 3 * 7
+    for name, value in quantized.items():
+        assert torch.equal(value.get_original_weight(), to_nf4(weights[name]).get_original_weight())
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_merged_weights_compute_what_the_adapted_model_computes(method, checkpointing):
+    model = loaded(method, sizes=NF4_SIZES)
+    if checkpointing:
+        models.prepare(model, max_length=128, checkpoint_activations=True)
+    before = plain_values(model)
+    merged = models.merge_adapters(model, models.gather_weights(model, ONE))
+    assert merged.keys() == tiny_llama(**NF4_SIZES).state_dict().keys()
+    plain = models.full(component(NF4_SIZES), dtype="fp32")
+    models.prepare(plain, max_length=128)
+    models.load(plain, merged, world=ONE)
+    pairs = random_pairs(3)
+    torch.testing.assert_close(scores(plain, pairs), scores(model, pairs), atol=1e-4, rtol=0)
+    for name, value in plain_values(model).items():  # merging is not in place
+        assert torch.equal(value, before[name]), name
+
+
+def test_two_models_filled_from_one_checkpoint_share_no_memory():
+    weights, pairs = tiny_llama().state_dict(), random_pairs(2)
+    policy, reference = (models.full(component(), dtype="fp32") for _ in range(2))
+    for model in (policy, reference):
+        models.prepare(model, max_length=128)
+        models.load(model, weights, world=ONE)
+    before = scores(reference, pairs)
+    assert torch.equal(before, scores(policy, pairs))
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.mul_(1.1)
+    assert torch.equal(before, scores(reference, pairs))
+    assert torch.equal(weights["norm.scale"], tiny_llama().state_dict()["norm.scale"])
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    pairs, gradients = random_pairs(2), []
+    for checkpointing in (False, True):
+        model = loaded("lora")
+        if checkpointing:
+            models.prepare(model, max_length=128, checkpoint_activations=True)
+        chosen, rejected = answer_logps(model, lay_out(pairs))
+        (chosen - rejected).sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(checkpointed, plain, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: models.lora(component(), **LORA, quantize_base=True), ["NF4", "16384", "64 x 64 = 4096", "lora_"]),
+        (lambda: models.lora({"_component_": f"{LLAMA3}.lora_llama3"}, **LORA), ["base builder", "llama3"]),
+        (lambda: models.lora({"_component_": TIED}, **LORA | {"modules": ["q_proj", "output"]}), ["output", "tied"]),
+        (lambda: models.full({**component(), "num_layer": 3}, dtype="fp32"), ["num_layer", "num_layers"]),
+        (lambda: models.full({"_component_": "torchtune.models.llama3.llama3"}, dtype="fp32"), ["vocab_size"]),
+        (lambda: models.prepare(models.full(component(), dtype="fp32"), max_length=129), ["129", "128 positions"]),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_built_is_told(call, words):
+    with pytest.raises(UserError) as error:
+        call()
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda weights: weights.pop("norm.scale"), ["1 weights do not fit", "not in the checkpoint: norm.scale"]),
+        (
+            lambda weights: weights.update(extra=torch.zeros(1)),
+            ["1 weights do not fit", "not in the model: extra"],
+        ),
+        (lambda weights: weights.update({"norm.scale": torch.zeros(3)}), ["norm.scale", "[3]", "[64]"]),
+    ],
+)
+def test_weights_of_another_model_are_refused(change, words):
+    weights = tiny_llama().state_dict()
+    change(weights)
+    with pytest.raises(UserError) as error:
+        models.load(models.full(component(), dtype="fp32"), weights, world=ONE)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_bf16_differs_from_float32_by_rounding_only():
+    pairs, scored = random_pairs(3), {}
+    for dtype in models.DTYPES:
+        model = models.full(component(), dtype=dtype)
+        models.prepare(model, max_length=128)
+        models.load(model, tiny_llama().state_dict(), world=ONE)
+        scored[dtype] = scores(model, pairs)
+    assert scored["bf16"].dtype == torch.float32
+    assert not torch.equal(scored["bf16"], scored["fp32"])
+    torch.testing.assert_close(scored["bf16"], scored["fp32"], rtol=0.02, atol=0)

@@ -1,0 +1,203 @@
+"""What must hold before the first update and at every one: each breach is told with its cause and a way out."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import random_pairs, run_config, run_recipe, save_llama, save_pairs, tiny_llama
+from torchtune.rlhf.loss import DPOLoss, RSOLoss
+
+from pairtune.dist import World
+from pairtune.errors import UserError
+from pairtune.losses.modules import build
+from pairtune.run import contract
+from pairtune.run.metrics import read_log
+from pairtune.run.state import complete_checkpoints
+
+WORLD = World(torch.device("cpu"))
+TOKENIZER = SimpleNamespace(bos_id=1, end_ids={2})
+
+
+def pair(prompt=(1, 5), chosen=(6, 2), rejected=(7, 2), row=3):
+    return SimpleNamespace(prompt=list(prompt), chosen=list(chosen), rejected=list(rejected), row=row)
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        (pair(prompt=(1, 1, 5)), "row 3: begins with two BOS tokens"),
+        (pair(prompt=(5,)), "row 0 begins with BOS, row 3 does not"),
+        (pair(chosen=(), rejected=()), "row 3: has no token of an answer"),
+        (pair(rejected=(7,)), "row 3: rejected must end in exactly one end token"),
+        (pair(chosen=(6, 2, 2)), "row 3: chosen must end in exactly one end token"),
+    ],
+)
+def test_pairs_that_teach_nonsense_are_refused_with_their_row(broken, words):
+    with pytest.raises(UserError, match=words):
+        contract.check_pairs([pair(row=0), broken], TOKENIZER)
+
+
+def test_right_pairs_pass_whether_a_tokenizer_has_a_bos_or_not():
+    contract.check_pairs(random_pairs(20), TOKENIZER)
+    contract.check_pairs([pair(prompt=(5,)), pair(prompt=(8, 9))], SimpleNamespace(bos_id=None, end_ids={2}))
+    contract.check_pairs([pair(chosen=()), pair(rejected=())], TOKENIZER)  # unpaired rows
+
+
+def test_a_best_checkpoint_needs_a_metric_that_the_held_out_rows_have():
+    desirable, undesirable = pair(rejected=()), pair(chosen=())
+    kto = {"loss_fn": build("kto"), "pairs_per_step": 2, "train": [pair(), pair(prompt=(1, 6))]}
+    contract.check_loss(**kto, held_out=[desirable, undesirable], keep_best="rewards/margins")
+    contract.check_loss(**kto, held_out=[pair()], keep_best="rewards/accuracies")
+    contract.check_loss(**kto, held_out=[desirable], keep_best="loss")
+    with pytest.raises(UserError, match="accuracies: the held-out rows are unpaired.* keep_best=rewards/margins"):
+        contract.check_loss(**kto, held_out=[desirable, undesirable], keep_best="rewards/accuracies")
+    with pytest.raises(UserError, match="margins: the held-out rows have one label only.* keep_best=loss"):
+        contract.check_loss(**kto, held_out=[desirable], keep_best="rewards/margins")
+
+
+def test_ktos_baseline_needs_a_second_pair():
+    contract.check_loss(build("sigmoid"), [pair()], [], pairs_per_step=1, keep_best=None)
+    with pytest.raises(UserError, match="pairs_per_step=1: KTO's baseline .* nearest valid: pairs_per_step=2"):
+        contract.check_loss(build("kto"), [pair(), pair(prompt=(1, 6))], [], pairs_per_step=1, keep_best=None)
+    with pytest.raises(UserError, match="all rows have the same prompt, and KTO's baseline"):
+        contract.check_loss(build("kto"), [pair(), pair()], [], pairs_per_step=2, keep_best=None)
+
+
+def test_an_end_token_alone_is_no_answer_where_ends_are_not_scored():
+    contract.check_pairs([pair(chosen=(2,))], TOKENIZER)
+    with pytest.raises(UserError, match="row 3: chosen is its end token alone, which score_end=false does not score"):
+        contract.check_pairs([pair(chosen=(2,))], TOKENIZER, score_end=False)
+
+
+def test_a_start_of_unpaired_rows_is_that_of_their_labels():
+    loss_fn = build("kto", undesirable_weight=3.0)
+    options = {"loss_fn": loss_fn, "is_reference": True, "pairs": [pair(rejected=()), pair(chosen=()), pair()]}
+    contract.check_start(torch.tensor([0.5, 1.5, 1.0]), {}, torch.tensor(1.0), **options)
+    with pytest.raises(UserError, match="the loss of row 3 is 0.5000; it must be 1.5000"):
+        contract.check_start(torch.tensor([0.5, 0.5, 1.0]), {}, torch.tensor(1.0), **options)
+
+
+def test_a_model_without_trained_parameters_is_refused():
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    contract.check_trained(model, optimizer)
+    with pytest.raises(UserError, match="does not have 1 of 2 trainable parameters"):
+        contract.check_trained(model, torch.optim.SGD([model.weight], lr=1.0))
+    with pytest.raises(UserError, match="has no trainable parameter"):
+        contract.check_trained(model.requires_grad_(False), optimizer)
+
+
+def test_the_longest_pairs_are_those_with_most_tokens():
+    pairs = random_pairs(50)
+    lengths = sorted(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs)
+    found = [len(p.prompt) + len(p.chosen) + len(p.rejected) for p in contract.longest(pairs, 4)]
+    assert found == lengths[:-5:-1]
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adafactor, torch.optim.RMSprop])
+def test_a_rehearsal_leaves_no_trace_and_has_the_optimizers_state_meanwhile(kind):
+    model = tiny_llama()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = kind(model.parameters(), lr=0.1, weight_decay=0.1)
+    generator = torch.get_rng_state()
+    with contract.rehearsal(model, optimizer, DPOLoss(), [], WORLD):
+        assert kind is torch.optim.SGD or len(optimizer.state) == len(before)
+        (model(torch.arange(9)[None]) * torch.rand(1)).sum().backward()
+    assert not optimizer.state and optimizer.param_groups[0]["lr"] == 0.1
+    assert all(p.grad is None and torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+    ],
+)
+def test_out_of_memory_names_the_pairs_and_what_to_lower(error):
+    model = tiny_llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    words = r"longest pairs \(rows 3; tokens 6\)\. Lower batch_size .* allocate"
+    with pytest.raises(UserError, match=words), contract.rehearsal(model, optimizer, DPOLoss(), [pair()], WORLD):
+        raise error
+    with pytest.raises(RuntimeError, match="another"), contract.rehearsal(model, optimizer, DPOLoss(), [pair()], WORLD):
+        raise RuntimeError("another")
+
+
+def check_start(losses, *, margin=0.0, grad_norm=1.0, loss_fn=None, is_reference=True):
+    means, pairs = {"rewards/margins": margin, "loss": sum(losses)}, [pair()] * len(losses)
+    options = {"pairs": pairs, "loss_fn": loss_fn or DPOLoss(), "is_reference": is_reference}
+    contract.check_start(torch.tensor(losses), means, torch.tensor(grad_norm), **options)
+
+
+def test_a_start_at_the_loss_of_zero_margins_passes():
+    check_start([math.log(2), math.log(2) + 1e-4])
+    check_start([1.0], loss_fn=RSOLoss())  # a hinge at zero
+    check_start([math.log(2)], loss_fn=DPOLoss(label_smoothing=0.3))
+    check_start([5.0], margin=1.0, is_reference=False)  # dropout is on
+    check_start([])  # a process without a pair
+    check_start([0.0], grad_norm=0.0, is_reference=False)  # a hinge whose margin is wide enough
+
+
+@pytest.mark.parametrize(
+    ("start", "words"),
+    [
+        (
+            {"losses": [0.6931, 0.8]},
+            "the loss of row 3 is 0.8000; it must be 0.6931",
+        ),
+        ({"losses": [0.6931], "margin": 0.5}, "mean margin is .0.5000; it must be 0, since"),
+        ({"losses": [math.nan]}, "the loss of row 3 is nan"),
+        ({"losses": [0.6931], "grad_norm": math.nan}, "the gradient's norm is nan; weights that are not numbers"),
+        ({"losses": [0.8], "grad_norm": 0.0, "is_reference": False}, "the gradient is zero: nothing would be learned"),
+        ({"losses": [0.6931], "grad_norm": 0.0}, "the gradient is zero: nothing would be learned"),
+    ],
+)
+def test_a_start_that_cannot_be_right_is_refused(start, words):
+    with pytest.raises(UserError, match=words):
+        check_start(**start)
+
+
+def test_numbers_that_are_not_finite_name_the_rows_to_blame():
+    losses = torch.tensor([0.5, math.inf, 0.5])
+    contract.check_step(7, torch.tensor([0.5]), torch.tensor(1.0), [4], WORLD)
+    with pytest.raises(UserError, match=r"step 7: the loss of rows \[5\] is not a finite number; no update was made"):
+        contract.check_step(7, losses, torch.tensor(1.0), [4, 5, 6], WORLD)
+    with pytest.raises(UserError, match=r"the gradient's norm \(rows of this step: \[4, 6\]\) is not a finite"):
+        contract.check_step(7, torch.tensor([0.5, 0.5]), torch.tensor(math.nan), [6, 4], WORLD)
+
+
+# In a run
+
+
+@pytest.fixture
+def work(tmp_path):
+    save_llama(tmp_path / "base")
+    save_pairs(tmp_path / "train.jsonl", random_pairs(24, seed=1))
+    cfg = run_config(tmp_path, eval_dataset={"source": None}, batch_size=4, samples={"num_prompts": 0})
+    (tmp_path / "config.yaml").write_text(json.dumps(cfg))
+    return tmp_path
+
+
+def test_a_run_that_diverges_stops_before_the_update_and_keeps_its_checkpoint(work):
+    settings = ("optimizer.lr=1e30", "optimizer.weight_decay=1.0", "save_every_n_steps=1", "shuffle=false")
+    with pytest.raises(UserError, match=r"step 2: .*rows of this step: \[8, 9, 10, 11, 12, 13, 14, 15\]\) is not a"):
+        run_recipe("full_dpo_single_device", *settings, config_paths=[work / "config.yaml"])
+    assert [row["step"] for row in read_log(work / "run" / "metrics.jsonl")] == [1]
+    assert [p.name for p in complete_checkpoints(work / "run" / "checkpoints")] == ["step_1"]
+
+
+def test_a_loss_that_ignores_the_policy_is_refused_before_the_first_update(work):
+    (work / "deaf.py").write_text(
+        "from torchtune.rlhf.loss import DPOLoss\n"
+        "class Loss(DPOLoss):\n"
+        "    def forward(self, *logps):\n"
+        "        return tuple(0 * x for x in super().forward(*logps))\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(work))
+        with pytest.raises(UserError, match="before the first update the gradient is zero: nothing would be learned"):
+            run_recipe("lora_dpo_single_device", "loss=deaf.Loss", config_paths=[work / "config.yaml"])
