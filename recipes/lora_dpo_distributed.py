@@ -40,8 +40,10 @@ from pairtune.reference.sources import (
     open_second_model,
 )
 from pairtune.run import contract, metrics
-from pairtune.run import state as train_state
+from pairtune.run.checkpoints import Checkpoints, find, read_values
 from pairtune.run.fingerprint import check_same, fingerprint
+from pairtune.run.folder import make_room
+from pairtune.run.state import TrainState, is_better
 from pairtune.tokenizer.hf import adapt
 
 METHOD = "lora"  # picks per_method.lora out of a config
@@ -148,7 +150,7 @@ def main(cfg):
     world = dist.connect(world, cfg.data_parallel_replicate_dim, cfg.collective_timeout_s)  # distributed only
     world = world.with_cpu_offload(cfg.fsdp_cpu_offload)  # distributed only
     run_dir = Path(cfg.output_dir)
-    resumed = world.agree(train_state.find(cfg.resume, run_dir) if world.is_main else None)
+    resumed = world.agree(find(cfg.resume, run_dir) if world.is_main else None)
     torch.manual_seed(cfg.seed)
 
     # 2. Policy and reference, on the meta device: what is wrong with a config shows before a weight is read
@@ -211,10 +213,10 @@ def main(cfg):
     config.rehearse(cfg.optimizer, cfg.lr_scheduler, cfg.loss, num_training_steps=total_steps)
     identity = fingerprint(cfg, train, held_out, files, second.files if second else None)
     if resumed:
-        changes = check_same(train_state.read_values(resumed), identity, resumed, total_steps=total_steps)
+        changes = check_same(read_values(resumed), identity, resumed, total_steps=total_steps)
         world.print("\n".join([f"resuming from {resumed}", *(f"  changed: {line}" for line in changes)]), "\n")
     if world.is_main:
-        checkpoint.make_room(run_dir, resumed)
+        make_room(run_dir, resumed)
         print(config.save(cfg, run_dir / "config.yaml", recipe=__file__))
 
     # 4. Weights
@@ -271,11 +273,11 @@ def main(cfg):
     torch.manual_seed(cfg.seed + world.rank)  # dropout, if it is on, differs between processes
     meter = metrics.Meter()
     kept = {"loss_fn": loss_fn, "reference": reference if moved_every else None}
-    state = train_state.TrainState(model, optimizer, scheduler, meter, world=world, fingerprint=identity, **kept)
+    state = TrainState(model, optimizer, scheduler, meter, world=world, fingerprint=identity, **kept)
     if resumed:
         state.load(resumed, run_dir, best_metric=cfg.keep_best)
     keeping = {key: cfg[key] for key in ("keep_last_n", "on_save_failure")}
-    checkpoints = train_state.Checkpoints(run_dir, world, **keeping)
+    checkpoints = Checkpoints(run_dir, world, **keeping)
     logger = config.instantiate(cfg.metric_logger) if world.is_main else None
     log = metrics.RunLog(run_dir, world, logger, cfg, step=state.step, evaluated=state.evaluated)
     num_parameters, num_trained = models.num_parameters(model)
@@ -371,7 +373,7 @@ def main(cfg):
         state.evaluated = state.step
         if world.is_main:
             tqdm.write(f"step {state.step}: held out {metrics.summary(results, 'eval/')}")
-        if cfg.keep_best and train_state.is_better(results[f"eval/{cfg.keep_best}"], state.best, cfg.keep_best):
+        if cfg.keep_best and is_better(results[f"eval/{cfg.keep_best}"], state.best, cfg.keep_best):
             state.best = {"step": state.step, "metric": cfg.keep_best, "value": results[f"eval/{cfg.keep_best}"]}
 
     asked = [[{"role": "user", "content": text}] for text in cfg.samples.prompts]

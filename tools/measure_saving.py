@@ -26,8 +26,9 @@ from pairtune.cli.commands import quiet_torchao
 from pairtune.dist import World
 from pairtune.models.logps import answer_logps
 from pairtune.pairs.batch import lay_out
+from pairtune.run.checkpoints import Checkpoints
 from pairtune.run.metrics import Meter
-from pairtune.run.state import Checkpoints, TrainState
+from pairtune.run.state import TrainState
 
 SIZES = {
     "vocab_size": 32_000, "num_layers": 4, "num_heads": 8, "num_kv_heads": 8, "embed_dim": 256, "max_seq_len": 2048,

@@ -19,9 +19,9 @@ from torchtune.modules import TiedLinear
 from pairtune import models
 from pairtune.config.rules import LORA_LAYERS, fits, kind_words, show
 from pairtune.errors import UserError
+from pairtune.folders.digests import digest_samples
 from pairtune.folders.families import Family, Module
 from pairtune.folders.weights import ModelFolder, Weights, read_json, read_shard
-from pairtune.run.fingerprint import digest_samples
 
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
 BASE_FILE = "base_weights.json"  # ours: which weights an adapter was trained on

@@ -1,11 +1,9 @@
 """Weights in: a folder in Hugging Face layout, whose shards are found and read without a copy."""
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from zipfile import is_zipfile
 
@@ -19,7 +17,6 @@ from pairtune.errors import UserError, listed
 from pairtune.folders.check_model import check_config, check_model_type, model_type_of
 from pairtune.folders.families import FAMILIES, Family
 from pairtune.models.build import DTYPES
-from pairtune.run.metrics import lock
 
 # In the order of preference: an index that names the shards, or one file.
 WEIGHT_FILES = (
@@ -155,34 +152,6 @@ def read_config(checkpoint_dir: str) -> dict:
     content = read_json(path)
     check_config(content, path)
     return content
-
-
-def make_room(run_dir: Path, resumed: Path | None = None) -> None:
-    """Makes the run folder; an earlier run that it holds is kept beside it, as run_dir.1, run_dir.2, ...
-
-    Args:
-        resumed: The checkpoint that the run goes on from. If it is of this folder, the folder stays; if of another one,
-            what that run has logged and answered is copied.
-    """
-    continues = resumed is not None and resumed.resolve().parent.parent == run_dir.resolve()
-    log = run_dir / "metrics.jsonl"
-    if log.exists():
-        with log.open("a") as file:
-            if not lock(file):
-                raise UserError(
-                    f"output_dir={run_dir}: another run is writing there; wait for it, or name another folder"
-                )
-    if (log.exists() or (run_dir / "checkpoints").exists()) and not continues:
-        kept = next(p for n in count(1) if not (p := run_dir.with_name(f"{run_dir.name}.{n}")).exists())
-        run_dir.rename(kept)
-        print(f"{run_dir} held an earlier run, which is now {kept}\n")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    for left in run_dir.glob(".export-*"):  # by a kill
-        shutil.rmtree(left, ignore_errors=True)
-    for name in ("metrics.jsonl", "samples.jsonl") if resumed and not continues else ():
-        source = resumed.parent.parent / name
-        if source.exists():
-            shutil.copy(source, run_dir / name)
 
 
 class Weights(Mapping):

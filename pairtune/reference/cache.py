@@ -22,13 +22,11 @@ import random
 import re
 import shutil
 import struct
-import tempfile
 import time
-from array import array
 from collections.abc import Iterator, Sequence
 from concurrent import futures
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,24 +34,24 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from pairtune.dist import World
 from pairtune.errors import UserError
+from pairtune.files import replace_text
+from pairtune.folders.digests import digest_files
 from pairtune.models import attention
 from pairtune.models.build import adapted_modules, plain_name
+from pairtune.pairs.digests import digest_pair
 from pairtune.pairs.tokenize import Pair
 
 VERSION = 1  # part of every key: raise it when log-probabilities or records change
-ENTRY, VALUES, MEMO = "entry.json", "values.bin", "weights.json"
+ENTRY, VALUES = "entry.json", "values.bin"
 KEY = re.compile(r"[0-9a-f]{16}")
 RECORD = struct.Struct("<16sff8s")  # a pair's digest, chosen, rejected, checksum
 FLUSH_EVERY = 32  # micro-batches: what a kill costs
 BATCHES = 4  # of training that are scored at a time: without gradients little is kept
 # Absolute and relative, of a sum in nats: how far rounding goes when a batch is put together in another way.
 TOLERANCE = {"torch.float32": (0.01, 1e-4), "torch.bfloat16": (0.5, 0.01)}
-BLOCK_BYTES = 2**27  # of a weight file, hashed by one thread
-SETTLED_NS = 2 * 10**9  # a file that changed just now may change again within the clock's step
 
 
 def find_folder(cache_dir: str | Path | None = None) -> Path:
@@ -128,82 +126,6 @@ def _from_main_patiently(world: World, work, doing: str):
         while not world.agree(future is not None and bool(futures.wait([future], timeout=5).done)):
             world.beat(doing)
         return world.agree(future.result() if future else None)
-
-
-def digest_files(folder: Path, files: Sequence[Path]) -> list[str]:
-    """Returns a digest of each file's whole content; `folder` remembers those of files that are as they were.
-
-    Raises:
-        UserError: A file changes while it is read.
-    """
-    paths = [str(Path(file).resolve()) for file in files]
-    states, memo = {path: _state(path) for path in paths}, _read_memo(folder)
-    known = {path: memo[path][-1] for path in states if path in memo and memo[path][:-1] == states[path]}
-    new = _digest_contents([path for path in states if path not in known])
-    for path in new:
-        if _state(path) != states[path]:
-            raise UserError(f"{path}: changed while it was read; start again when it is complete")
-    _remember(folder, {path: [*states[path], digest] for path, digest in new.items()})
-    return [(known | new)[path] for path in paths]
-
-
-def _state(path: str) -> list[int]:
-    """What changes when a file does. ctime cannot be set back, as mtime can."""
-    found = os.stat(path)
-    return [found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino]
-
-
-def _remember(folder: Path, found: dict[str, list]) -> None:
-    now = time.time_ns()
-    settled = {path: state for path, state in found.items() if now - max(state[:2]) > SETTLED_NS}
-    if settled:
-        with suppress(OSError):  # only a memo: another run reads the files again
-            folder.mkdir(parents=True, exist_ok=True)
-            _replace(folder / MEMO, json.dumps(_read_memo(folder) | settled, indent=1))
-
-
-def _read_memo(folder: Path) -> dict[str, list]:
-    try:
-        memo = json.loads((folder / MEMO).read_text())
-        return {path: list(state) for path, state in memo.items() if len(state) == 5}
-    except (OSError, ValueError, AttributeError, TypeError):
-        return {}
-
-
-def _digest_contents(paths: list[str]) -> dict[str, str]:
-    """Returns SHA-256 of a file's size and its blocks' SHA-256, by path."""
-    sizes = {path: os.stat(path).st_size for path in paths}
-    total, digests = sum(sizes.values()), {}
-    with (
-        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,  # reading and hashing release the GIL
-        tqdm(total=total, desc="reading weights", unit="B", unit_scale=True, disable=total < 2**30) as progress,
-    ):
-        for path, size in sizes.items():
-            whole = hashlib.sha256(str(size).encode())
-            for digest, num_bytes in pool.map(partial(_digest_block, path), range(0, size, BLOCK_BYTES)):
-                whole.update(digest)
-                progress.update(num_bytes)
-            digests[path] = whole.hexdigest()
-    return digests
-
-
-def _digest_block(path: str, start: int) -> tuple[bytes, int]:
-    """Returns SHA-256 of one block, and its length."""
-    hashed, buffer, left = hashlib.sha256(), memoryview(bytearray(2**20)), BLOCK_BYTES
-    with open(path, "rb", buffering=0) as file:
-        file.seek(start)
-        while left and (count := file.readinto(buffer[:left])):
-            hashed.update(buffer[:count])
-            left -= count
-    return hashed.digest(), BLOCK_BYTES - left
-
-
-def digest_pair(pair: Pair) -> bytes:
-    """Returns 16 bytes that stand for the pair's tokens; its row does not matter."""
-    hashed = hashlib.blake2b(digest_size=16)
-    for tokens in (pair.prompt, pair.chosen, pair.rejected):
-        hashed.update(array("q", [len(tokens), *tokens]).tobytes())
-    return hashed.digest()
 
 
 # Values of pairs
@@ -341,7 +263,7 @@ def append(folder: Path, identity: Identity, values: dict[bytes, tuple[float, fl
     try:
         entry.mkdir(parents=True, exist_ok=True)
         if not (entry / ENTRY).exists():
-            _replace(entry / ENTRY, json.dumps({"made_of": identity.made_of, **identity.content}, indent=1))
+            replace_text(entry / ENTRY, json.dumps({"made_of": identity.made_of, **identity.content}, indent=1))
     except OSError as error:
         raise _unusable(entry, error) from None
     with _locked(entry / VALUES, "a+b", fcntl.LOCK_EX) as file:
@@ -412,15 +334,6 @@ def _locked(path: Path, mode: str, kind: int) -> Iterator:
             yield file
     except OSError as error:
         raise _unusable(path, error) from None
-
-
-def _replace(path: Path, text: str) -> None:
-    """Replaces a small file at once; of several processes that do, the last one wins."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    Path(file.name).replace(path)
 
 
 def _unusable(path: Path, error: OSError) -> UserError:

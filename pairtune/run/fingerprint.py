@@ -1,8 +1,5 @@
 """What a run is, so that a checkpoint is continued by the same run only: its config, pairs and base weights."""
 
-import hashlib
-from array import array
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,7 +7,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from pairtune.config.rules import show
 from pairtune.errors import UserError
+from pairtune.folders.digests import digest_samples
 from pairtune.folders.weights import ModelFolder
+from pairtune.pairs.digests import digest_in_order
 from pairtune.pairs.tokenize import Pair
 
 # Keys that change where a run computes, how long and what it tells, not what a step computes but for rounding.
@@ -26,7 +25,6 @@ JUDGED_BY_RESULT = (
     "reference.checkpoint_dir",
 )  # fmt: skip
 BLOCKS = 256  # of pairs, each with a digest of its own, to tell where data differ
-SAMPLES, SAMPLE_BYTES = 64, 2**16  # of a weight file
 
 
 def fingerprint(
@@ -35,7 +33,7 @@ def fingerprint(
     """Returns what identifies a run: `config`, `pairs`, `held_out`, `weights` and `reference`, as JSON can hold it.
 
     Args:
-        files: From checkpoint.open_weights.
+        files: From weights.open_weights.
         reference: A second model's.
     """
     return {
@@ -55,38 +53,18 @@ def digest_pairs(pairs: list[Pair]) -> dict:
     """Returns the number of pairs and a digest of every block of them: tokens, rows and order."""
     size = max(1, -(-len(pairs) // BLOCKS))
     blocks = [pairs[i : i + size] for i in range(0, len(pairs), size)]
-    return {"num": len(pairs), "first_rows": [b[0].row for b in blocks], "digests": [_digest_block(b) for b in blocks]}
-
-
-def _digest_block(pairs: list[Pair]) -> str:
-    hashed = hashlib.sha256()
-    for pair in pairs:
-        for tokens in ([pair.row], pair.prompt, pair.chosen, pair.rejected):
-            hashed.update(array("q", [len(tokens), *tokens]).tobytes())
-    return hashed.hexdigest()[:16]
-
-
-def digest_samples(paths: Sequence[Path]) -> dict[str, str]:
-    """Returns a digest a file, by name: of its size and 64 samples of 64 KiB, the first and last bytes included."""
-    return {Path(path).name: _digest_samples_of(Path(path)) for path in paths}
-
-
-def _digest_samples_of(path: Path) -> str:
-    size = path.stat().st_size
-    hashed = hashlib.sha256(str(size).encode())
-    last = max(0, size - SAMPLE_BYTES)
-    with path.open("rb") as file:
-        for start in sorted({last * i // (SAMPLES - 1) for i in range(SAMPLES)}):
-            file.seek(start)
-            hashed.update(file.read(SAMPLE_BYTES))
-    return hashed.hexdigest()[:16]
+    return {
+        "num": len(pairs),
+        "first_rows": [b[0].row for b in blocks],
+        "digests": [digest_in_order(b) for b in blocks],
+    }
 
 
 def check_same(values: dict, now: dict, where: Path, *, total_steps: int) -> list[str]:
     """Returns the differences that do no harm, a line each.
 
     Args:
-        values: A checkpoint's, from train_state.read_values.
+        values: A checkpoint's, from checkpoints.read_values.
         now: From `fingerprint`, of this run.
         where: The checkpoint, for the message.
         total_steps: Of this run.

@@ -1,6 +1,5 @@
 """What a run writes down: exact means, metrics.jsonl, torchtune's loggers, curves.png."""
 
-import fcntl
 import json
 import math
 import os
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from pairtune.dist import World
 from pairtune.errors import UserError
+from pairtune.run.folder import lock
 
 _SLASHED = {
     f"{kind}_{which}": f"{kind}/{which}"
@@ -105,17 +105,6 @@ class RunLog:
             self._file.close()
         if self._logger:
             self._logger.close()
-
-
-def lock(file) -> bool:
-    """Marks an open file as this process's until it is closed; False if another process has it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        pass
-    return True
 
 
 def _keep_lines(path: Path, step: int, evaluated: int) -> None:

@@ -389,15 +389,6 @@ def test_an_export_takes_only_what_belongs_to_a_model_and_keeps_the_earlier_one_
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["export"]
 
 
-def test_an_earlier_run_in_the_folder_is_kept_beside_it(tmp_path, capsys):
-    run_dir = tmp_path / "run"
-    for number in range(3):
-        checkpoint.make_room(run_dir)
-        (run_dir / "metrics.jsonl").write_text(str(number))
-    assert [(tmp_path / n / "metrics.jsonl").read_text() for n in ("run.1", "run.2", "run")] == ["0", "1", "2"]
-    assert "is now" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("stored", "dtype", "told"),
     [("float16", "bf16", True), ("float32", "bf16", True), ("bfloat16", "bf16", False), ("float16", "fp32", False)],

@@ -18,8 +18,8 @@ from helpers import ENVIRONMENT, ROOT, SHARDED_SIZES, random_pairs, run_recipe, 
 from safetensors.torch import load_file
 
 from pairtune.pairs.steps import Steps, share
+from pairtune.run.checkpoints import complete_checkpoints
 from pairtune.run.metrics import read_log
-from pairtune.run.state import complete_checkpoints
 
 METHODS = ("full", "lora", "qlora")
 SPEED = {"pairs_per_second", "tokens_per_second", "peak_memory_gib"}

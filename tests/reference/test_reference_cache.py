@@ -19,11 +19,14 @@ from safetensors.torch import save_file
 from pairtune import models
 from pairtune.cli.commands import main
 from pairtune.errors import UserError
+from pairtune.folders import digests as file_digests
+from pairtune.folders.digests import digest_files
 from pairtune.losses.calling import mean_chosen_length, needs, step_losses
 from pairtune.losses.modules import LOSSES, build
 from pairtune.models.logps import AnswerScores
 from pairtune.pairs import tokenize as data
 from pairtune.pairs.batch import lay_out
+from pairtune.pairs.digests import digest_pair
 from pairtune.reference import cache as reference_cache
 from pairtune.reference.cache import RECORD, ReferenceCache
 from pairtune.tokenizer.hf import hf_tokenizer
@@ -240,14 +243,14 @@ def test_a_weight_file_that_has_not_changed_is_not_read_again(tmp_path, wide):
 
 
 def test_large_files_are_hashed_whole_block_by_block(tmp_path, monkeypatch):
-    monkeypatch.setattr(reference_cache, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(file_digests, "BLOCK_BYTES", 1000)
     path, digests = tmp_path / "weights", set()
     for changed in (None, 0, 999, 1000, 2499):
         content = bytearray(2500)
         if changed is not None:
             content[changed] = 1
         path.write_bytes(content)
-        digests.update(reference_cache.digest_files(tmp_path, [path]))
+        digests.update(digest_files(tmp_path, [path]))
     assert len(digests) == 5
 
 
@@ -299,7 +302,7 @@ def test_tokens_that_move_between_prompt_and_answers_are_another_pair():
     first, second = random_pairs(2)
     moved = type(first)(prompt=first.prompt + first.chosen[:1], chosen=first.chosen[1:], rejected=first.rejected)
     swapped = type(first)(prompt=first.prompt, chosen=first.rejected, rejected=first.chosen)
-    assert len({reference_cache.digest_pair(pair) for pair in (first, second, moved, swapped)}) == 4
+    assert len({digest_pair(pair) for pair in (first, second, moved, swapped)}) == 4
 
 
 # Interrupted, side by side, distributed

@@ -13,8 +13,8 @@ from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.losses.modules import build
 from pairtune.run import contract
+from pairtune.run.checkpoints import complete_checkpoints
 from pairtune.run.metrics import read_log
-from pairtune.run.state import complete_checkpoints
 
 WORLD = World(torch.device("cpu"))
 TOKENIZER = SimpleNamespace(bos_id=1, end_ids={2})

@@ -26,8 +26,9 @@ from safetensors.torch import load_file
 from pairtune.dist import Interruption, World
 from pairtune.errors import UserError
 from pairtune.models import generation
-from pairtune.run import state as train_state
+from pairtune.run.checkpoints import Checkpoints, find, is_complete, read_values
 from pairtune.run.metrics import Meter, read_log
+from pairtune.run.state import TrainState
 
 WORLD = World(torch.device("cpu"))
 METHODS = ("full", "lora", "qlora")
@@ -246,7 +247,7 @@ def test_a_half_written_checkpoint_is_never_taken(work):
     shard = next((folder / "step_8").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-100])
     (folder / ".step_16").mkdir()
-    assert train_state.find(True, work / "run").name == "step_4"
+    assert find(True, work / "run").name == "step_4"
     run(work, "lora_dpo_single_device", "resume=true", "save_every_n_steps=4", "keep_last_n=3")
     assert checkpoints(work) == ["step_12", "step_4", "step_8"]
 
@@ -346,7 +347,7 @@ def test_a_save_that_fails_leaves_the_earlier_ones_and_training_goes_on_if_asked
     stopped = subprocess.run([*command, "save_every_n_steps=2"], **limited)
     assert stopped.returncode == 2
     assert "no checkpoint: OSError: [Errno 27] File too large" in stopped.stderr
-    assert checkpoints(work) == ["step_4"] and train_state.is_complete(work / "run" / "checkpoints" / "step_4")
+    assert checkpoints(work) == ["step_4"] and is_complete(work / "run" / "checkpoints" / "step_4")
     went_on = subprocess.run([*command, "on_save_failure=continue", "max_steps=8"], **limited)
     assert "Training goes on (on_save_failure=continue)" in went_on.stdout
     assert read_log(work / "run" / "metrics.jsonl")[-1]["step"] == 8  # and then the export is too long for the limit
@@ -431,7 +432,7 @@ def test_a_best_checkpoint_that_is_not_there_is_forgotten(work):
     settings = ("keep_best=rewards/margins", "epochs=4", "save_every_n_steps=100", "disable_dropout=true")
     log = run(work, "lora_dpo_single_device", "resume=true", *settings)
     margins = {row["step"]: row["eval/rewards/margins"] for row in log if row["step"] >= 12 and "eval/loss" in row}
-    best = train_state.read_values(work / "run" / "checkpoints" / "step_16")["best"]
+    best = read_values(work / "run" / "checkpoints" / "step_16")["best"]
     assert best == {"step": max(margins, key=margins.get), "metric": "rewards/margins", "value": max(margins.values())}
 
 
@@ -516,7 +517,7 @@ def test_any_optimizers_state_comes_back_in_its_own_dtype(tmp_path, kind, dtype)
         optimizer = kind(model.parameters(), lr=0.1)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=20, cycle_momentum=False)
         identity = {"held_out": {}, "config": {"epochs": 1, "max_steps": None}}
-        state = train_state.TrainState(model, optimizer, schedule, Meter(), world=WORLD, fingerprint=identity)
+        state = TrainState(model, optimizer, schedule, Meter(), world=WORLD, fingerprint=identity)
         return model, optimizer, schedule, state
 
     def train(model, optimizer, schedule, steps):
@@ -529,7 +530,7 @@ def test_any_optimizers_state_comes_back_in_its_own_dtype(tmp_path, kind, dtype)
     model, optimizer, schedule, state = make()
     train(model, optimizer, schedule, 4)
     state.step = 4
-    keeping = train_state.Checkpoints(tmp_path, WORLD, keep_last_n=1)
+    keeping = Checkpoints(tmp_path, WORLD, keep_last_n=1)
     keeping.save(state)
     train(model, optimizer, schedule, 5)  # while the copy is written
     keeping.close()
@@ -548,7 +549,7 @@ def test_a_schedule_that_json_does_not_give_back_is_refused_before_training():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 4])
     with pytest.raises(UserError, match="lr_scheduler: its state cannot be saved as JSON"):
-        train_state.TrainState(model, optimizer, schedule, Meter(), world=WORLD, fingerprint={})
+        TrainState(model, optimizer, schedule, Meter(), world=WORLD, fingerprint={})
 
 
 def test_a_disk_that_answers_with_an_error_loses_no_checkpoint(work, monkeypatch):

@@ -1,0 +1,25 @@
+"""Digests of pairs, by which runs and caches tell whether they have the same ones. A file that was written holds them:
+another digest would make strangers of the same pairs."""
+
+import hashlib
+from array import array
+from collections.abc import Iterable, Sequence
+
+from pairtune.pairs.tokenize import Pair
+
+
+def digest_pair(pair: Pair) -> bytes:
+    """Returns 16 bytes that stand for the pair's tokens; its row does not matter."""
+    return _digest((pair.prompt, pair.chosen, pair.rejected), hashlib.blake2b(digest_size=16))
+
+
+def digest_in_order(pairs: Sequence[Pair]) -> str:
+    """Returns 16 hexadecimal digits that stand for the pairs' tokens, rows and order."""
+    parts = (part for p in pairs for part in ([p.row], p.prompt, p.chosen, p.rejected))
+    return _digest(parts, hashlib.sha256()).hex()[:16]
+
+
+def _digest(parts: Iterable[Sequence[int]], hashed) -> bytes:
+    for tokens in parts:
+        hashed.update(array("q", [len(tokens), *tokens]).tobytes())
+    return hashed.digest()

@@ -1,0 +1,355 @@
+"""Training checkpoints on the disk, written so that a kill at any moment loses no earlier one.
+
+A checkpoint is a folder, checkpoints/step_N. torch.distributed.checkpoint writes its tensors as safetensors, each
+process its own shards, and any number of processes reads them back; the rest is state.json. Nothing is pickled. The
+folder has a temporary name until every file is on the disk; its marker, written last, lists the files. What is in one
+is told by state.TrainState.
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as torch_dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from pairtune.dist import World
+from pairtune.errors import UserError
+
+MARKER, VALUES = "COMPLETE", "state.json"
+FILE_BYTES = 2**30  # of tensors a file: safetensors holds a file's bytes a second time while it writes them
+_WAY_OUT = "remove that folder to go on from the one before it"
+
+
+class Checkpoints:
+    """The checkpoints of a run folder: written in the background, the newest and the best kept.
+
+    Every process calls every method, at the same step. `state` is the run's TrainState.
+    """
+
+    def __init__(self, run_dir: Path, world: World, *, keep_last_n: int, on_save_failure: str = "stop"):
+        """
+        Args:
+            keep_last_n: Checkpoints that stay, besides the best; 0 writes none.
+            on_save_failure: stop, or continue: say so and train on. Earlier checkpoints stay in either case.
+        """
+        self._dir, self._world = run_dir / "checkpoints", world
+        self._keep_last_n, self._on_save_failure = keep_last_n, on_save_failure
+        self._pending: Future | None = None
+        self._writing: Path | None = None  # the folder that it fills
+        self._best: Path | None = None  # the best that is on the disk
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        # Collectives of a save run beside those of training: on the CPU, in a group of their own.
+        hours = timedelta(hours=6)  # a slow disk; a process that dies ends it at once
+        self._group = torch_dist.new_group(backend="gloo", timeout=hours) if world.mesh is not None else None
+        if world.is_main:  # what a kill has left
+            without_marker = (folder for folder in self._dir.glob("step_*") if not (folder / MARKER).exists())
+            for folder in (*self._dir.glob(".step_*"), *without_marker):
+                shutil.rmtree(folder, ignore_errors=True)
+        self._check_shared()
+
+    def folder(self, step: int) -> Path:
+        """Returns where the checkpoint of a step is, or will be."""
+        return self._dir / f"step_{step}"
+
+    def __str__(self) -> str:
+        complete = complete_checkpoints(self._dir)
+        return f"resume=true goes on from {complete[-1]}" if complete else "there is no checkpoint to go on from"
+
+    def save(self, state) -> None:
+        """Copies the state and returns; a thread writes the copy. Waits for the save before, if it still goes on.
+
+        Raises:
+            UserError: The disk has no room, or cannot be written; with on_save_failure=continue it is only told.
+        """
+        if not self._keep_last_n:
+            return
+        self.wait()
+        self._world.beat(f"saving step {state.step}", patient=True)
+        folder = self.folder(state.step)
+        tensors, values = state.tensors(), state.values()
+        missing = self._world.agree(self._missing_bytes(tensors) if self._world.is_main else None)
+        if missing:
+            self._fail(
+                f"step {state.step}: no checkpoint: {self._dir} has {_gib(missing)} less than it takes; make room, or "
+                f"lower keep_last_n={self._keep_last_n}"
+            )
+            return
+        if self._world.agree(self._world.is_main and is_complete(folder)):  # the same weights, evaluated since
+            if self._world.is_main:
+                _write(folder / VALUES, json.dumps(values))
+            return
+        if self._world.is_main:
+            self._dir.mkdir(parents=True, exist_ok=True)
+        temporary = self._dir / f".step_{state.step}"
+        files = _files(tensors, self._world.size)
+        try:
+            written = dcp.async_save(
+                tensors,
+                storage_writer=HuggingFaceStorageWriter(str(temporary), files, save_distributed=True),
+                process_group=self._group,
+                no_dist=self._group is None,
+            )
+        except (Exception, CheckpointException) as error:  # such as tensors of a kind that safetensors does not know
+            self._fail(f"step {state.step}: no checkpoint: {_reason(error)}")
+            return
+        self._writing = temporary
+        self._pending = self._thread.submit(self._finish, written, values, temporary, folder)
+
+    def load_best(self, state) -> str:
+        """Gives the model the weights of the best checkpoint, if there is one; returns a sentence about it."""
+        folder = self._best
+        if state.best and is_complete(self.folder(state.best["step"])):
+            folder = self.folder(state.best["step"])
+        folder = self._world.agree(folder)
+        if folder is None:
+            return "export_best=true: no best checkpoint is on the disk; exported are the last weights"
+        state.load_weights(folder)
+        return f"exported are the weights of {folder}, the best by the held-out {read_values(folder)['best']['metric']}"
+
+    def wait(self) -> None:
+        """Returns when the last save has ended. Raises as `save` does."""
+        pending, self._pending = self._pending, None
+        try:
+            size = None
+            while pending and not futures.wait([pending], timeout=5).done:
+                if size != (size := _size(self._writing)):  # it gets on; a disk that hangs is for the watchdog
+                    self._world.beat("writing a checkpoint", patient=True)
+            if pending:
+                pending.result()
+        except (Exception, CheckpointException) as error:
+            self._fail(f"no checkpoint: {_reason(error)}")
+
+    def close(self) -> None:
+        """Waits for the last save and ends its thread."""
+        self.wait()
+        self._thread.shutdown()
+
+    def check_room(self, state) -> None:
+        """Raises UserError, or tells, if the disk has no room for as many checkpoints as are kept, and one more."""
+        if self._keep_last_n:
+            copies = self._keep_last_n + 1
+            missing = self._world.agree(self._missing_bytes(state.tensors(), copies) if self._world.is_main else None)
+            if missing:
+                self._fail(
+                    f"{self._dir} has {_gib(missing)} less than {copies} checkpoints take (keep_last_n="
+                    f"{self._keep_last_n}, and one while it is written); make room, or lower keep_last_n"
+                )
+
+    def _missing_bytes(self, tensors: dict[str, Tensor], copies: int = 1) -> int:
+        needed = copies * sum(t.numel() * t.element_size() for t in tensors.values())  # a DTensor counts whole
+        exists = next(p for p in (self._dir, *self._dir.parents) if p.exists())
+        return max(0, needed - shutil.disk_usage(exists).free)
+
+    def _finish(self, written: Future, values: dict, temporary: Path, folder: Path) -> None:
+        """In the thread: waits for every process's files, then gives the folder its name, and its marker last."""
+        try:
+            written.result()
+            sizes = self._sync_files(temporary)
+            if self._world.is_main:
+                _write(temporary / VALUES, json.dumps(values))
+                _sync_folder(temporary)
+                shutil.rmtree(folder, ignore_errors=True)  # one of this step that was damaged
+                temporary.rename(folder)
+                _sync_folder(self._dir)
+                _write(folder / MARKER, json.dumps(sizes))
+                self._prune(values["best"])
+        except (Exception, CheckpointException):
+            if self._world.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+    def _sync_files(self, temporary: Path) -> dict[str, int]:
+        """Has every process's files on the disk, and returns their sizes, which this process sees, too."""
+        own = {}
+        for path in temporary.glob(f"shard-{self._world.rank + 1:05}-*.safetensors"):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())  # torch before 2.15 leaves what is in a buffer
+            own[path.name] = path.stat().st_size
+        parts = [own]
+        if self._group is not None:
+            parts = [None] * self._world.size
+            torch_dist.all_gather_object(parts, own, group=self._group)
+        sizes = {name: size for part in parts for name, size in part.items()}
+        if self._world.is_main:
+            for name, size in sizes.items():
+                if (temporary / name).stat().st_size != size:
+                    raise OSError(f"{temporary / name} is not as long as the process that wrote it says")
+        return sizes
+
+    def _check_shared(self) -> None:
+        """Raises UserError if a process does not see what the main one writes."""
+        if not self._keep_last_n or self._world.size == 1:
+            return
+        token = self._dir / self._world.agree(f".seen-{os.getpid()}")
+        if self._world.is_main:
+            self._dir.mkdir(parents=True, exist_ok=True)
+            token.touch()
+        self._world.barrier()
+        blind = self._world.max_number(int(not token.exists()))
+        if self._world.is_main:
+            token.unlink()
+        if blind:
+            raise UserError(
+                f"output_dir={self._dir.parent}: not all machines see it, and each process writes its own shards "
+                "there; name a folder on a disk that they share, or keep_last_n=0"
+            )
+
+    def _prune(self, best: dict | None) -> None:
+        complete = complete_checkpoints(self._dir)
+        if best and is_complete(self.folder(best["step"])):
+            self._best = self.folder(best["step"])  # else the save of a new best has failed: the one before stays
+        kept = [*complete[-self._keep_last_n :], self._best]
+        for folder in complete:
+            if folder not in kept:
+                (folder / MARKER).unlink()
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _fail(self, message: str) -> None:
+        if self._on_save_failure == "stop":
+            raise UserError(f"{message}. Earlier checkpoints are as they were (on_save_failure=continue trains on)")
+        self._world.print(f"{message}. Training goes on (on_save_failure=continue)")
+
+
+def find(resume: bool | str, run_dir: Path) -> Path | None:
+    """Returns the checkpoint that a run begins with, None for the start.
+
+    Args:
+        resume: false; true: the newest complete checkpoint of `run_dir`; auto: the same, if there is one; or a path, of
+            a checkpoint or of another run folder.
+
+    Raises:
+        UserError: There is none, or the path is an earlier checkpoint of this very run folder.
+    """
+    if resume is False:
+        return None
+    own = complete_checkpoints(run_dir / "checkpoints")
+    if resume in (True, "auto"):
+        if own or resume == "auto":
+            return own[-1] if own else None
+        raise UserError(f"resume=true: {run_dir}/checkpoints holds no complete one; resume=auto starts anew then")
+    folder = Path(resume)
+    if not folder.name.startswith("step_"):
+        found = complete_checkpoints(folder / "checkpoints")
+        if not found:
+            raise UserError(
+                f"resume={resume}: holds no complete checkpoint; must be true, false, auto, or the path of a run "
+                "folder or of its checkpoints/step_N"
+            )
+        folder = found[-1]
+    if not is_complete(folder):
+        raise UserError(
+            f"resume={resume}: is not a complete checkpoint: it has no {MARKER}, or lacks a file named there"
+        )
+    if own and _branched_from(own[-1], resume):
+        return own[-1]  # the same command again
+    if own and folder.resolve().parent == own[-1].resolve().parent and folder.resolve() != own[-1].resolve():
+        raise UserError(
+            f"resume={resume}: this run went on to {own[-1].name}, which would be overwritten; resume=true goes on "
+            "from there, and another output_dir makes a branch from here"
+        )
+    return folder
+
+
+def _branched_from(own: Path, resume: str) -> bool:
+    """Returns whether a run's checkpoint stems from the one, or the run folder, that `resume` names."""
+    origin = read_values(own)["origin"]
+    return origin is not None and Path(resume).resolve() in (Path(origin), Path(origin).parent.parent)
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Returns the complete checkpoints of a `checkpoints` folder, oldest first."""
+    numbered = [p for p in folder.glob("step_*") if p.name.removeprefix("step_").isdigit() and is_complete(p)]
+    return sorted(numbered, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def is_complete(folder: Path) -> bool:
+    """Returns whether a checkpoint has its marker and every file that it lists, as long as it was.
+
+    An error of the disk is an error: a checkpoint that cannot be read now is not one that is incomplete.
+    """
+    try:
+        sizes = json.loads((folder / MARKER).read_text())
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+
+
+def read_values(folder: Path) -> dict:
+    """Returns a checkpoint's state.json."""
+    try:
+        return json.loads((folder / VALUES).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"resume: {folder / VALUES} cannot be read: {error}; {_WAY_OUT}") from None
+
+
+def read_tensors(folder: Path, templates: Callable[[dict], dict[str, Tensor]], world: World) -> dict[str, Tensor]:
+    """Returns tensors by their names in a checkpoint, filled from it in place; every process has to call it.
+
+    Args:
+        templates: Chooses the tensors to fill by what the checkpoint has: names, and torch's metadata of each.
+
+    Raises:
+        UserError: A file is damaged.
+    """
+    reader = HuggingFaceStorageReader(str(folder))
+    try:
+        wanted = templates(reader.read_metadata().state_dict_metadata)
+        dcp.load(wanted, storage_reader=reader, no_dist=world.mesh is None)
+    except (Exception, CheckpointException) as error:  # the latter is no Exception; safetensors has its own
+        raise UserError(f"resume: {folder} cannot be read: {_reason(error)}; {_WAY_OUT}") from None
+    return wanted
+
+
+def _files(tensors: dict[str, Tensor], num_processes: int) -> dict[str, int]:
+    """Which file, from 1, of each process a tensor goes to."""
+    files, filled = {}, 0
+    for name, tensor in tensors.items():
+        files[name] = 1 + filled // (FILE_BYTES * num_processes)
+        filled += tensor.numel() * tensor.element_size()
+    own = [name for name in tensors if name.startswith(("generator.", "meter."))]
+    for rank in range(num_processes):  # every process looks its own up here
+        files |= {f"{n.split('.')[0]}.{rank}{''.join('.' + part for part in n.split('.')[2:])}": files[n] for n in own}
+    return files
+
+
+def _write(path: Path, text: str) -> None:
+    """Replaces a small file at once, on the disk when this returns."""
+    temporary = path.with_name(f".{path.name}")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    _sync_folder(path.parent)
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*")) if folder.exists() else 0
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, of an error that DCP may have wrapped, one of each process."""
+    failures = getattr(error, "failures", None) or {}
+    inner = next((e[0] if isinstance(e, tuple) else e for e in failures.values()), error)
+    if isinstance(inner, OSError) and inner.errno == errno.ENOSPC:
+        return "the disk is full"
+    return f"{type(inner).__name__}: {' '.join(str(inner).split())}"
