@@ -1,6 +1,6 @@
 """The settings that are read of a Hugging Face config.json: one table of what each is called, there and here.
 
-Names are Llama's. What to make of the values is said in model_config.py, and of rows and ties in families.py.
+Names are Llama's. What to make of the values is said in check_model.py, and of rows and ties in families.py.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,6 +1,5 @@
 """Weights in: a folder in Hugging Face layout, whose shards are found and read without a copy."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,66 +15,10 @@ from pairtune.config.rules import nearest, one_line
 from pairtune.errors import UserError, listed
 from pairtune.folders.check_model import check_config, check_model_type, model_type_of
 from pairtune.folders.families import FAMILIES, Family
+from pairtune.folders.layout import INDEX_FILES, find_weights, read_index, read_json
 from pairtune.models.build import DTYPES
 
-# In the order of preference: an index that names the shards, or one file.
-WEIGHT_FILES = (
-    "model.safetensors.index.json",
-    "model.safetensors",
-    "pytorch_model.bin.index.json",
-    "pytorch_model.bin",
-)
-
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # others are quantized: they need their scales
-
-
-def find_weights(checkpoint_dir: str) -> list[str]:
-    """Returns the names of the folder's weight files, all of which exist.
-
-    Raises:
-        UserError: No such folder, no weights or no config.json in it, or a shard that its index names is missing.
-    """
-    folder = Path(checkpoint_dir)
-    key = f"checkpointer.checkpoint_dir={checkpoint_dir}"
-    if not folder.is_dir():
-        raise UserError(f"{key}: no such folder; `tune download REPO_ID --output-dir {checkpoint_dir}` fetches a model")
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{key}: holds no config.json: it is not a model in Hugging Face layout")
-    for name in WEIGHT_FILES:
-        if not (folder / name).is_file():
-            continue
-        if not name.endswith(".index.json"):
-            return [name]
-        shards = sorted(set(_read_index(folder / name).values()))
-        missing = [shard for shard in shards if not (folder / shard).is_file()]
-        if missing:
-            raise UserError(
-                f"{key}: {name} names {len(shards)} shards, {len(missing)} of them are missing: {', '.join(missing)}; "
-                "download the folder again"
-            )
-        return shards
-    raise UserError(f"{key}: holds no weights; looked for {', '.join(WEIGHT_FILES)}")
-
-
-def read_json(path: Path, *, way_out: str = "download it again"):
-    """Returns what a JSON file holds.
-
-    Raises:
-        UserError: It cannot be read.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read: {error}; {way_out}") from None
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    """Returns which shard each weight is in, by their names, as an index.json says."""
-    content = read_json(path)
-    shards = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
-        raise UserError(f"{path}: has no weight_map, the shard of each weight; download it again")
-    return shards
 
 
 @dataclass(frozen=True)
@@ -147,7 +90,7 @@ def open_like(files: ModelFolder, checkpoint_dir: str) -> ModelFolder:
 
 
 def read_config(checkpoint_dir: str) -> dict:
-    """Returns the folder's config.json; what is read of it is of its kind (model_config.check_config)."""
+    """Returns the folder's config.json; what is read of it is of its kind (check_model.check_config)."""
     path = Path(checkpoint_dir) / "config.json"
     content = read_json(path)
     check_config(content, path)
@@ -282,8 +225,8 @@ def read_shard(path: Path, *, ignored: tuple[str, ...] = ()) -> dict[str, Tensor
 def _check_index(folder: ModelFolder, files: dict[str, Path]) -> None:
     """Every weight that an index names is in the file that it names, as far as that file is read."""
     read = {path.name for path in files.values()}
-    for index in (folder.path / name for name in WEIGHT_FILES if name.endswith(".index.json")):
-        shards = _read_index(index) if index.is_file() else {}
+    for index in (folder.path / name for name in INDEX_FILES):
+        shards = read_index(index) if index.is_file() else {}
         weights = (key for key in shards if not key.endswith(folder.family.ignored))
         elsewhere = (key for key in weights if key not in files or files[key].name != shards[key])
         absent = [key for key in elsewhere if shards[key] in read]

@@ -4,7 +4,7 @@ Of a model only what training reads: a repository often holds its weights two or
 stays: huggingface_hub's own downloads start a file that broke off anew, so files come through its `http_get`, which
 goes on at the byte where a file ended, and get their names when their checksums are the repository's. What was fetched
 is noted in the folder, so that another revision takes the place of the first and leaves a user's own files alone.
-Requests and their errors are in hub_http.py. Nothing here imports torch.
+Requests and their errors are in http.py. Nothing here imports torch.
 """
 
 import hashlib
@@ -25,6 +25,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import WeakFileLock, filter_repo_objects, tqdm
 
 from pairtune.errors import UserError
+from pairtune.folders.layout import ADAPTER_FILES, INDEX_FILES, MODEL_FILES, REPO_ID_FILE
 from pairtune.hub.http import (
     BUSY,
     UNREACHABLE,
@@ -39,13 +40,8 @@ from pairtune.hub.http import (
     patiently,
 )
 
-REPO_ID_FILE = "original_repo_id.json"  # torchtune's name; by it an exported adapter tells which model it belongs to
 BOOKKEEPING = ".cache/pairtune"  # in the folder, beside huggingface_hub's; hidden, so that no data set is read from it
 RECORD = f"{BOOKKEEPING}/fetched.jsonl"  # what came from where: a row of Record's fields, then one for each File
-INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-# What a run looks for in a folder, in this order: a model's weights, and an adapter's.
-LOADED = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
-LOADED_ADAPTER = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
 OTHER_FRAMEWORKS = ("*.msgpack", "*.h5", "*.ot", "*.tflite", "*.onnx", "*.onnx_data", "*.gguf", "*.mlmodel")
 # Weights a second time, where safetensors exist. Not all of original/: Llama 3's tokenizer.model is only there.
 OTHER_WEIGHTS = ("*.bin", "*.bin.index.json", "*.pth", "*.pt", "*.safetensors")
@@ -229,10 +225,10 @@ def unread(files: list[str]) -> list[str]:
     patterns = OTHER_FRAMEWORKS
     if any(_is_own_weights(name) for name in files):
         patterns += OTHER_WEIGHTS
-    if any(_is_own_weights(name) or name in LOADED + LOADED_ADAPTER for name in files):
+    if any(_is_own_weights(name) or name in MODEL_FILES + ADAPTER_FILES for name in files):
         patterns += TRAINING_STATES
-    if LOADED_ADAPTER[0] in files:
-        patterns += LOADED_ADAPTER[1:]
+    if ADAPTER_FILES[0] in files:
+        patterns += ADAPTER_FILES[1:]
     return [name for name in files if not _is_own_weights(name) and any(fnmatch(name, p) for p in patterns)]
 
 
@@ -418,7 +414,7 @@ def _check_folder(folder: Path, source: Source, record: Record | None) -> None:
 def _check_strangers(planned: Plan) -> None:
     """A run must not find weights of a user's before those of the plan."""
     names = {file.name for file in planned.files}
-    for order in (LOADED, LOADED_ADAPTER) if planned.source.repo_type == "model" else ():
+    for order in (MODEL_FILES, ADAPTER_FILES) if planned.source.repo_type == "model" else ():
         first = next((n for n, name in enumerate(order) if name in names), 0)
         if before := [name for name in order[:first] if name in planned.strangers()]:
             raise _in_the_way(planned, before)

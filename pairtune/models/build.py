@@ -249,7 +249,7 @@ def prepare(
         max_length: Tokens of the longest conversation.
         vocab_size: Token ids that the tokenizer can produce.
         attention: segments, mask, or auto: mask with `compile_layers`, which wants few shapes, else segments.
-        windows: How far each layer looks back, from model_config.windows; None: no layer has a sliding window.
+        windows: How far each layer looks back, from check_model.windows; None: no layer has a sliding window.
         checkpoint_activations: Keep only each layer's input for backward and compute the rest again: less memory,
             about a third more work.
         compile_layers: torch.compile layer by layer, so that compile time does not grow with depth.

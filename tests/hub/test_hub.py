@@ -22,8 +22,7 @@ from huggingface_hub.utils import WeakFileLock
 from pairtune import config, models
 from pairtune.cli import commands as cli
 from pairtune.errors import UserError
-from pairtune.folders import peft as adapters
-from pairtune.folders import weights as checkpoint
+from pairtune.folders import layout
 from pairtune.folders.check_model import check_model
 from pairtune.hub import download as hub
 from pairtune.hub import fitting
@@ -380,11 +379,11 @@ def test_another_revision_takes_the_place_of_the_first_and_a_run_reads_its_weigh
     assert (folder / "chat_template.jinja").is_file()
     succeeds(download("org/tiny", "--output-dir", folder))
     assert names(folder) == {*SINGLE, "notes.txt", hub.REPO_ID_FILE}
-    assert checkpoint.find_weights(str(folder)) == ["model.safetensors"]
+    assert layout.find_weights(str(folder)) == ["model.safetensors"]
     server.repos["models/org/tiny"] = dict(MODEL)  # and back
     succeeds(download("org/tiny", "--output-dir", folder))
     assert names(folder) == {*KEPT, "notes.txt", hub.REPO_ID_FILE}
-    assert len(checkpoint.find_weights(str(folder))) == 2
+    assert len(layout.find_weights(str(folder))) == 2
 
 
 def test_another_revision_that_broke_off_leaves_nothing_of_the_first(download, server, tmp_path):
@@ -394,7 +393,7 @@ def test_another_revision_that_broke_off_leaves_nothing_of_the_first(download, s
     fails_with(download("org/tiny", "--output-dir", tmp_path / "m"))
     assert names(tmp_path / "m") <= {"config.json", hub.REPO_ID_FILE}
     with pytest.raises(UserError, match="holds no weights"):
-        checkpoint.find_weights(str(tmp_path / "m"))
+        layout.find_weights(str(tmp_path / "m"))
     server.repos["models/org/tiny"] = {"README.md": b"of a third"}  # what came of the second goes, too
     succeeds(download("org/tiny", "--output-dir", tmp_path / "m"))
     assert names(tmp_path / "m") == {"README.md", hub.REPO_ID_FILE}
@@ -500,10 +499,6 @@ def test_what_a_failed_download_did_not_bring_is_a_users(download, server, tmp_p
     assert "in the way: config.json;" in error and (tmp_path / "m/config.json").read_bytes() == b"mine"
     (tmp_path / "m/config.json").unlink()
     succeeds(download("org/tiny", "--output-dir", tmp_path / "m"))  # nothing of the other one is there
-
-
-def test_hub_looks_for_weights_where_a_run_does():
-    assert hub.LOADED == checkpoint.WEIGHT_FILES and hub.LOADED_ADAPTER == adapters.WEIGHT_FILES
 
 
 # What does not come

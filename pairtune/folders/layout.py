@@ -1,0 +1,100 @@
+"""What the files of a model's and of an adapter's folder are called, and which of them are read. No torch here."""
+
+import json
+from pathlib import Path
+
+from pairtune.errors import UserError
+
+# In the order of preference: an index that names the shards, or one file.
+MODEL_FILES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+INDEX_FILES = tuple(name for name in MODEL_FILES if name.endswith(".index.json"))
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
+REPO_ID_FILE = "original_repo_id.json"  # torchtune's name; by it an exported adapter tells which model it belongs to
+BASE_FILE = "base_weights.json"  # ours: which weights an adapter was trained on
+
+
+def find_weights(checkpoint_dir: str) -> list[str]:
+    """Returns the names of a model's weight files, all of which exist.
+
+    Raises:
+        UserError: No such folder, no weights or no config.json in it, or a shard that its index names is missing.
+    """
+    folder = Path(checkpoint_dir)
+    key = f"checkpointer.checkpoint_dir={checkpoint_dir}"
+    if not folder.is_dir():
+        raise UserError(f"{key}: no such folder; `tune download REPO_ID --output-dir {checkpoint_dir}` fetches a model")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{key}: holds no config.json: it is not a model in Hugging Face layout")
+    for name in MODEL_FILES:
+        if not (folder / name).is_file():
+            continue
+        if name not in INDEX_FILES:
+            return [name]
+        shards = sorted(set(read_index(folder / name).values()))
+        missing = [shard for shard in shards if not (folder / shard).is_file()]
+        if missing:
+            raise UserError(
+                f"{key}: {name} names {len(shards)} shards, {len(missing)} of them are missing: {', '.join(missing)}; "
+                "download the folder again"
+            )
+        return shards
+    raise UserError(f"{key}: holds no weights; looked for {', '.join(MODEL_FILES)}")
+
+
+def find_adapter(folder: str | Path, *, key: str = "adapter") -> Path:
+    """Returns the file of an adapter's matrices.
+
+    Args:
+        key: The config's name for `folder`, for messages.
+
+    Raises:
+        UserError: There is none.
+    """
+    folder, told = Path(folder), f"{key}={folder}"
+    if not folder.is_dir():
+        raise UserError(f"{told}: no such folder; `tune download REPO_ID --output-dir {folder}` fetches one")
+    for name in ADAPTER_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    inside = [file.parent for name in ADAPTER_FILES for file in folder.glob(f"*/{name}")]
+    hint = f"; nearest valid: {key}={inside[0]}" if inside else ""
+    raise UserError(f"{told}: holds no adapter; looked for {', '.join(ADAPTER_FILES)}{hint}")
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Returns which shard each weight is in, by their names, as an index.json says.
+
+    Raises:
+        UserError: It does not say.
+    """
+    content = read_json(path)
+    shards = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
+        raise UserError(f"{path}: has no weight_map, the shard of each weight; download it again")
+    return shards
+
+
+def read_json(path: Path, *, way_out: str = "download it again"):
+    """Returns what a JSON file holds.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read: {error}; {way_out}") from None
+
+
+def read_record(path: Path) -> dict:
+    """Returns what a file that no model needs says; nothing if it is not there, or none that we know."""
+    try:
+        content = read_json(path)
+    except UserError:
+        return {}
+    return content if isinstance(content, dict) else {}
