@@ -19,8 +19,9 @@ from torchtune.config._utils import _get_component_from_path
 from torchtune.modules import TransformerDecoder
 
 from pairtune import schedules
-from pairtune.config.rules import component_path, fits, is_component, nearest, one_line, show, wrong_kind
-from pairtune.errors import UserError
+from pairtune.config.checks import component_path, is_component
+from pairtune.config.rules import fits, one_line, show, wrong_kind
+from pairtune.errors import UserError, nearest
 from pairtune.losses.calling import example_inputs, needs
 
 # What recipes pass to a component themselves; a config cannot. So is the first argument of an optimizer or schedule.

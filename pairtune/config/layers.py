@@ -1,6 +1,6 @@
 """A run's config: the recipe's DEFAULTS, then YAML files, then key=value, checked before anything is loaded.
 
-DEFAULTS is the schema: its keys are the keys, the type of a default is the key's type; rules.py adds what a type
+DEFAULTS is the schema: its keys are the keys, the type of a default is the key's type; keys.py adds what a type
 cannot say. A block with `_component_` is anything importable; its other keys are that callable's arguments, and null
 there means "not passed".
 """
@@ -18,35 +18,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from pairtune.config import keys
+from pairtune.config.checks import check_together, check_values, holds_component, is_component, unknown_key
 from pairtune.config.components import check_components, instantiate, rehearse  # noqa: F401  (recipes call the last two)
 from pairtune.config.from_torchtune import translate
-from pairtune.config.rules import (
-    REQUIRED,
-    RULES,  # noqa: F401
-    check_together,
-    check_values,
-    holds_component,
-    is_component,
-    may_be_null,
-    one_line,
-    show,
-    unknown_key,
-)
+from pairtune.config.rules import REQUIRED, one_line, show
 from pairtune.config.secrets import check_secrets
 from pairtune.errors import UserError
 from pairtune.losses.modules import path_of
 
 METHODS = ("full", "lora", "qlora")
-
-# Keys that some of the six recipes have. One file serves all of them: in a file, the others pass over these.
-SOME_RECIPES = {
-    "lora": "lora_ and qlora_ recipes",
-    "adapter": "lora_ and qlora_ recipes",
-    "merge_into": "qlora_ recipes",
-    "data_parallel_replicate_dim": "distributed recipes",
-    "fsdp_cpu_offload": "distributed recipes",
-    "collective_timeout_s": "distributed recipes",
-}
 
 
 def parse(method: str, defaults: dict, argv: list[str] | None = None) -> DictConfig:
@@ -77,7 +58,7 @@ def load(method: str, defaults: dict, config_paths: list[Path], overrides: list[
     check_components(cfg)
     check_together(cfg)
     _check_other_methods(method, layers, defaults)
-    return OmegaConf.create(_escaped(_spelled_out(cfg, defaults)))
+    return OmegaConf.create(_escaped(_spelled_out(keys.with_published(cfg), defaults)))
 
 
 def save(cfg: DictConfig, path: Path, recipe: str) -> str:
@@ -154,7 +135,7 @@ def _check_no_adapter(block: Any, where: str) -> None:
 
 
 def _known_here(values: dict, schema: dict) -> dict:
-    return {key: value for key, value in values.items() if key in schema or key not in SOME_RECIPES}
+    return {key: value for key, value in values.items() if key in schema or not keys.recipes_with(key)}
 
 
 def _stack(method: str, layers: list[_Layer], overrides: list[str], schema: dict) -> dict:
@@ -241,8 +222,9 @@ def _override(override: str, earlier: list[str], merged: dict, schema: dict) -> 
             raise UserError(f"{where}: must be key=value or ~key")
         value = _parse_value(key, written, where)
     parts = key.split(".")
-    if parts[0] in SOME_RECIPES and parts[0] not in schema:
-        raise UserError(f"{where}: this recipe has no {parts[0]}; it is a key of {SOME_RECIPES[parts[0]]}")
+    others = keys.recipes_with(parts[0])
+    if others and parts[0] not in schema:
+        raise UserError(f"{where}: this recipe has no {parts[0]}; it is a key of {others}")
     arguments = [text for text in earlier if text.lstrip("~").startswith(f"{key}.")]
     if arguments and holds_component(key, schema.get(key)) and (is_component(value) or not isinstance(value, dict)):
         raise UserError(f"{where}: must stand before {arguments[0]}, an argument of what it names")
@@ -275,7 +257,7 @@ def _check_removable(key: str, merged: dict, schema: dict, where: str) -> None:
     if is_component(node) and last != "_component_":
         return
     default = default.get(last, REQUIRED) if isinstance(default, dict) else REQUIRED
-    if not may_be_null(key, default):
+    if not keys.may_be_null(key, default):
         raise UserError(f"{where}: {key} cannot be removed; give it another value")
 
 

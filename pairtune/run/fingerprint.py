@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from pairtune.config import keys
 from pairtune.config.rules import show
 from pairtune.errors import UserError
 from pairtune.folders.digests import digest_samples
@@ -12,18 +13,6 @@ from pairtune.folders.weights import ModelFolder
 from pairtune.pairs.digests import digest_in_order
 from pairtune.pairs.tokenize import Pair
 
-# Keys that change where a run computes, how long and what it tells, not what a step computes but for rounding.
-HARMLESS = (
-    "output_dir", "resume", "device", "data_parallel_replicate_dim", "fsdp_cpu_offload", "collective_timeout_s",
-    "compile", "attention", "enable_activation_checkpointing", "batch_size", "epochs", "max_steps",
-    "log_every_n_steps", "eval_every_n_steps", "save_every_n_steps", "keep_last_n", "keep_best", "export_best",
-    "merge_into", "on_save_failure", "samples", "metric_logger", "eval_dataset", "reference.cache_dir",
-)  # fmt: skip
-# Keys that say where pairs and weights come from: what came of them is compared instead.
-JUDGED_BY_RESULT = (
-    "dataset", "tokenizer", "max_length", "max_prompt_length", "checkpointer.checkpoint_dir", "adapter",
-    "reference.checkpoint_dir",
-)  # fmt: skip
 BLOCKS = 256  # of pairs, each with a digest of its own, to tell where data differ
 
 
@@ -79,21 +68,22 @@ def check_same(values: dict, now: dict, where: Path, *, total_steps: int) -> lis
             f"resume: {where} is after step {values['step']}, and this run ends with step {total_steps}: raise "
             "epochs or max_steps, or name an earlier checkpoint, with another output_dir"
         )
-    refused, allowed = [], []
+    refused, allowed, by_result = [], [], []
     if values["torch"] != torch.__version__:
         allowed.append(f"torch: {values['torch']} then, {torch.__version__} now")
-    for key, before, after in _differences(saved["config"], now["config"]):
+    for key, before, after in _differences(keys.with_published(saved["config"]), now["config"]):
         line = f"{key}: {show(before)} then, {show(after)} now"
-        harmless = any(key == name or key.startswith(f"{name}.") for name in (*HARMLESS, *JUDGED_BY_RESULT))
+        on_resume = keys.on_resume(key)
         is_new = key.partition(".")[0] not in saved["config"]  # a later version's, whose default does as before
-        (allowed if harmless or is_new else refused).append(line)
+        (refused if on_resume == "no" and not is_new else allowed).append(line)
+        by_result += [line] * (on_resume == "by result")
     refused += _pair_differences(saved["pairs"], now["pairs"])
     refused += _file_differences("base weights", saved["weights"], now["weights"])
     refused += _file_differences("reference weights", saved.get("reference", now["reference"]), now["reference"])
     if refused:
-        changed = [line for line in allowed if line.startswith(JUDGED_BY_RESULT)]  # what the above may come from
+        lines = "\n  ".join([*refused, *by_result])  # the latter may be what the others come from
         raise UserError(
-            f"resume: {where} belongs to another run:\n  " + "\n  ".join([*refused, *changed]) + "\nGo on with the "
+            f"resume: {where} belongs to another run:\n  {lines}\nGo on with the "
             "config that the checkpoint was written with (config.yaml beside its folder), or start anew: resume=false"
         )
     if saved["held_out"] != now["held_out"]:

@@ -1,0 +1,170 @@
+"""Whether values are what keys.py and a recipe's defaults say, and possible together. Components: components.py."""
+
+import math
+from typing import Any
+
+from pairtune.config import keys
+from pairtune.config.rules import REQUIRED, fits, kind_words, show, wrong_kind
+from pairtune.errors import UserError, nearest
+
+
+def check_values(cfg: dict, defaults: dict, prefix: str = "") -> None:
+    """Types are the defaults', conditions those of keys.py. Of a component's arguments, conditions alone."""
+    for key, value in cfg.items():
+        name, default = f"{prefix}{key}", defaults.get(key)
+        if holds_component(name, default):
+            _check_block(name, value, default)
+        elif isinstance(default, dict) and isinstance(value, dict):
+            check_values(value, default, f"{name}.")
+        else:
+            _check_value(name, value, default)
+
+
+def holds_component(name: str, default: Any) -> bool:
+    """Returns whether the key's value is a block with `_component_`."""
+    return is_component(default) or keys.may_hold_component(name)
+
+
+def is_component(node: Any) -> bool:
+    return isinstance(node, dict) and "_component_" in node
+
+
+def component_path(key: str, default: dict | None = None) -> str:
+    """Returns the default's path, or an example."""
+    path = (default or {}).get("_component_")
+    return keys.example(key) if path in (None, REQUIRED) else path
+
+
+def _check_block(name: str, block: Any, default: dict | None) -> None:
+    if block is None and keys.may_hold_component(name):
+        return
+    example = component_path(name, default)
+    if isinstance(block, dict) and block and not is_component(block):
+        argument = next(iter(block))
+        raise UserError(
+            f"{name}.{argument}={show(block[argument])}: there is no {name} that could take it; "
+            f"name one first: {name}={example}"
+        )
+    if not is_component(block) or not isinstance(block["_component_"], str):
+        raise UserError(f"{name}={show(block)}: must be a component, named by its import path: {name}={example}")
+    for argument, value in block.items():
+        if value is not None:  # null: not passed
+            rule = keys.rule(f"{name}.{argument}")
+            _check_finite(f"{name}.{argument}", value)
+            _check_rule(f"{name}.{argument}", value, rule.kind if rule else None, (default or {}).get(argument))
+
+
+def _check_value(name: str, value: Any, default: Any) -> None:
+    rule = keys.rule(name)
+    kind = rule.kind if rule and rule.kind else None if default in (None, REQUIRED) else type(default)
+    if value is None and keys.may_be_null(name, default):
+        return
+    if value is None:
+        raise UserError(f"{name}=null: must be {kind_words(kind)}{_for_example(name, default)}")
+    _check_finite(name, value)
+    _check_rule(name, value, kind, default)
+
+
+def _check_finite(name: str, value: Any) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        off = f" ({name}=null switches it off)" if keys.switched_off(name) else ""
+        raise UserError(f"{name}={value}: must be a finite number{off}")
+
+
+def _check_rule(name: str, value: Any, kind: Any, default: Any) -> None:
+    if not fits(value, kind):
+        raise wrong_kind(name, value, kind)
+    rule = keys.rule(name)
+    if rule and not rule.holds(value):
+        hint = f"; nearest valid: {name}={show(rule.nearest(value))}" if rule.nearest else _for_example(name, default)
+        raise UserError(f"{name}={show(value)}: must be {rule.says}{hint}")
+
+
+def _for_example(name: str, default: Any) -> str:
+    return "" if default in (None, REQUIRED, []) else f"; e.g. {name}={show(default)}"
+
+
+def check_together(cfg: dict) -> None:
+    """Refuses values that are possible alone and impossible together."""
+    _check_sizes(cfg)
+    _check_evaluated(cfg)
+    _check_kept(cfg)
+    _check_rate(cfg)
+    _check_reference(cfg.get("reference") or {})
+
+
+def _check_sizes(cfg: dict) -> None:
+    prompt, total = cfg.get("max_prompt_length"), cfg.get("max_length")
+    if prompt and total and prompt >= total:
+        raise UserError(
+            f"max_prompt_length={prompt}: must be below max_length={total}, which counts prompt and answer: nothing "
+            f"would be left for an answer; nearest valid: max_prompt_length={total - 1} or max_length={2 * prompt}"
+        )
+    pairs, batch = cfg.get("pairs_per_step"), cfg.get("batch_size")
+    if pairs and batch and pairs % batch:
+        divisor = min((d for d in range(1, pairs + 1) if pairs % d == 0), key=lambda d: (abs(d - batch), d))
+        raise UserError(
+            f"batch_size={batch}: must divide pairs_per_step={pairs}; nearest valid: batch_size={divisor} "
+            f"or pairs_per_step={max(1, round(pairs / batch)) * batch}"
+        )
+
+
+def _check_evaluated(cfg: dict) -> None:
+    source = (cfg.get("eval_dataset") or {}).get("source")
+    fraction = (cfg.get("dataset") or {}).get("val_fraction")
+    for key in ("eval_every_n_steps", "keep_best"):
+        if cfg.get(key) and not (source or fraction):
+            raise UserError(
+                f"{key}={cfg[key]}: there is nothing to evaluate on; "
+                f"set eval_dataset.source or dataset.val_fraction, or {key}=null"
+            )
+    if source and fraction:
+        raise UserError(
+            f"dataset.val_fraction={fraction}: eval_dataset.source is set too; keep one of the "
+            "two (dataset.val_fraction=null or eval_dataset.source=null)"
+        )
+
+
+def _check_kept(cfg: dict) -> None:
+    if cfg.get("export_best") and not cfg.get("keep_best"):
+        raise UserError("export_best=true: set keep_best, which says by what metric, such as keep_best=loss")
+    if cfg.get("keep_last_n") == 0 and (cfg.get("keep_best") or cfg.get("resume")):
+        key = "keep_best" if cfg.get("keep_best") else "resume"
+        raise UserError(
+            f"keep_last_n=0: writes no checkpoint, which {key}={show(cfg[key])} needs; nearest valid: keep_last_n=1"
+        )
+
+
+def _check_rate(cfg: dict) -> None:
+    schedule = cfg.get("lr_scheduler") or {}
+    steps, ratio = schedule.get("num_warmup_steps"), schedule.get("warmup_ratio")
+    if steps is not None and ratio is not None:
+        raise UserError(
+            f"lr_scheduler.num_warmup_steps={steps}: warmup_ratio={ratio} says the same in another way; keep one of "
+            "them (lr_scheduler.warmup_ratio=null or lr_scheduler.num_warmup_steps=null)"
+        )
+    optimizer = cfg.get("optimizer")
+    if optimizer and optimizer.get("lr") is None:
+        raise UserError(f"optimizer.lr: {optimizer['_component_']} needs a learning rate: set optimizer.lr=...")
+
+
+def _check_reference(reference: dict) -> None:
+    for key, names in keys.by_reference().items():
+        if reference.get(key) is not None and reference.get("name") not in names:
+            raise UserError(
+                f"reference.{key}={show(reference[key])}: has no effect with reference={reference.get('name')}, only "
+                f"with {' or '.join(names)}; nearest valid: reference.{key}=null or reference={names[0]}"
+            )
+    if reference.get("model") and not reference.get("checkpoint_dir"):
+        raise UserError(
+            f"reference.model={reference['model']['_component_']}: the run's own weights are those of `model`; name "
+            "the folder of this one's: reference.checkpoint_dir=..., or set reference.model=null"
+        )
+
+
+def unknown_key(key: Any, schema: dict, where: str, prefix: str) -> UserError:
+    """Returns the error of a key that the schema does not have."""
+    here = keys.name_here(str(key))
+    hint = f"; here it is called {here}" if here else nearest(key, schema, prefix=prefix)
+    hint = hint or "; known: " + ", ".join(prefix + known for known in schema)
+    return UserError(f"{where}: unknown key {prefix}{key}{hint}")
