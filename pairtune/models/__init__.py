@@ -1,31 +1,19 @@
 """torchtune's models and what they lack: built, loaded, sharded, gathered; attention over pairs, log-probabilities."""
 
-from pairtune.models.build import (
-    DTYPES,
+from pairtune.models.adapters import (
     adapted_modules,
     adapter_shapes,
-    check_weights,
-    clip_gradients,
     copied_parameters,
-    disable_dropout,
-    forget_gathered,
     frozen,
     frozen_copy_of,
-    full,
-    gather_weights,
-    load,
-    lora,
-    merge_adapters,
     num_parameters,
-    on_base,
-    only_adapters,
     plain_name,
-    prepare,
     reference_of,
-    streamed,
-    sync_gradients,
-    without_numbers,
 )
+from pairtune.models.build import DTYPES, disable_dropout, full, lora, prepare, without_numbers
+from pairtune.models.gather import gather_weights, merge_adapters, on_base, only_adapters
+from pairtune.models.load import check_weights, load, streamed
+from pairtune.models.shard import clip_gradients, forget_gathered, sync_gradients
 
 __all__ = [
     "DTYPES",

@@ -1,4 +1,4 @@
-"""Full, LoRA and QLoRA models from a torchtune builder: build, prepare, load, shard, gather, merge.
+"""Full, LoRA and QLoRA models from a torchtune builder, and what prepares them for pairs.
 
 A model is built on the meta device, where size costs nothing and mistakes show, and gets its memory in `load`.
 """
@@ -6,40 +6,29 @@ A model is built on the meta device, where size costs nothing and mistakes show,
 import inspect
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 
 import torch
-import torch.distributed as torch_dist
 from omegaconf import OmegaConf
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
+from torch import nn
+from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune.config._utils import _get_component_from_path
 from torchtune.modules import MultiHeadAttention, TransformerDecoder, TransformerSelfAttentionLayer
 from torchtune.modules.low_precision import FrozenNF4Linear
-from torchtune.modules.peft import LoRALinear, disable_adapter, get_adapter_params, set_trainable_params
+from torchtune.modules.peft import LoRALinear, get_adapter_params, set_trainable_params
 from torchtune.training import compile_model, set_activation_checkpointing, set_default_dtype
 
 from pairtune.config.rules import LORA_LAYERS, OUR_LAYERS
 from pairtune.dist import World
-from pairtune.errors import UserError, listed
+from pairtune.errors import UserError
 from pairtune.models import logps
-from pairtune.models.dora import DoRALinear, row_norms
+from pairtune.models.adapters import add_frozen_copy
+from pairtune.models.dora import DoRALinear
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 NF4_BLOCK = 64 * 256  # torchao quantizes scales of 256 blocks of 64 weights together
-_WRAPPED = "_checkpoint_wrapped_module."
-COPIES = {  # an adapter's parameters, and where a frozen copy of them is
-    "lora_a.weight": "frozen_a.weight",
-    "lora_b.weight": "frozen_b.weight",
-    "magnitude": "frozen_magnitude",
-}
 UNQUANTIZED = ("output", "mlp.router")  # layers that QLoRA keeps as they are: the last word, and who has it
-_STRANGERS = "`model` and `checkpointer.checkpoint_dir` do not belong together"
 
 
 def full(component: dict, *, dtype: str, quantize: bool = False, world: World | None = None) -> TransformerDecoder:
@@ -87,7 +76,7 @@ def lora(
         use_dora: DoRA (arXiv 2402.09353): each row of an adapted weight has a magnitude besides.
         use_rslora: rsLoRA (arXiv 2312.03732): scaled by alpha / sqrt(rank), not alpha / rank.
         quantize_base: Base weights of all linear layers in NF4 (QLoRA, arXiv 2305.14314) but UNQUANTIZED.
-        frozen_copy: Room for a second set of adapters, which `load` makes a copy of the first: reference.AdapterCopy.
+        frozen_copy: Room for a second set of adapters, which `load` makes a copy of the first: AdapterCopy.
         world: The processes that share these.
 
     Raises:
@@ -117,7 +106,7 @@ def lora(
     _replace_linear(model, dtype, make)
     model.lora = {"rank": rank, "alpha": alpha, "use_dora": use_dora, "use_rslora": use_rslora, "modules": modules}
     if frozen_copy:
-        _add_frozen_copy(model)
+        add_frozen_copy(model)
     set_trainable_params(model, get_adapter_params(model))
     return model
 
@@ -174,21 +163,6 @@ def _layers_of(modules: list[str], model: TransformerDecoder) -> set[str]:
 def without_numbers(layer: str) -> str:
     """Returns attn.q_proj for layers.3.attn.q_proj: what is alike in all layers; mlp.w1 for all experts' w1."""
     return re.sub(r"^layers\.(\d+|{})\.|(\.experts)?\.(\d+|{})(?=\.)", "", layer)
-
-
-def _add_frozen_copy(model: nn.Module) -> None:
-    """The copy's parameters are beside the trained ones: sharded and offloaded with them."""
-    for _, module in adapted_modules(model):
-        module.frozen_a, module.frozen_b = deepcopy(module.lora_a), deepcopy(module.lora_b)
-        if isinstance(module, DoRALinear):
-            module.frozen_magnitude = nn.Parameter(torch.empty_like(module.magnitude))
-
-
-def copied_parameters(module: LoRALinear | DoRALinear) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
-    """Yields a layer's trained parameters by name, each with its frozen copy; nothing where there is no copy."""
-    if hasattr(module, "frozen_a"):
-        for name in module.adapter_params():
-            yield name, module.get_parameter(name), module.get_parameter(COPIES[name])
 
 
 def _split(component: dict) -> tuple[str, dict]:
@@ -292,323 +266,3 @@ def disable_dropout(model: nn.Module) -> bool:
                 setattr(module, name, 0.0)
                 found = True
     return found
-
-
-def load(
-    model: TransformerDecoder,
-    state_dict: Mapping[str, Tensor],
-    *,
-    world: World,
-    adapter: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Fills a model built on the meta device, base weights from `state_dict`, and shards it.
-
-    Weights take the model's dtype; NF4 ones are quantized from the checkpoint's values on the device. Adapters are
-    `adapter`'s or, without it, initialised from torch's global generator: seed it before, alike in every process. In a
-    distributed world each layer is sharded (FSDP2) as soon as it is filled, so that a process never holds more than its
-    shards and one layer.
-
-    Args:
-        state_dict: The whole checkpoint under torchtune's names, in each process: checkpoint.Weights.
-        adapter: What the adapters start from, whole, in each process: adapters.read_adapter.
-
-    Raises:
-        UserError: The checkpoint lacks a weight, has one too many, or one of another shape.
-    """
-    home = torch.device("cpu") if world.cpu_offload else world.device
-    adapters = adapter_shapes(model).keys()
-    assert adapter is None or adapter.keys() == adapters, "adapters.read_adapter knows the model's adapters"
-    check_weights(model, state_dict)
-    names = {id(module): plain_name(name) for name, module in model.named_modules()}
-    for block in [*model.layers, model]:
-        world.beat("loading weights")
-        for module in block.modules():
-            _fill(module, names[id(module)], state_dict, home, world.device)
-            if isinstance(module, (LoRALinear, DoRALinear)) and module.lora_a.weight.is_meta:
-                _fill_adapter(module, names[id(module)], adapter, home)
-        if world.shards:
-            _shard(block, world, is_root=block is model)
-
-
-@contextmanager
-def streamed(model: TransformerDecoder, weights: Mapping[str, Tensor], device: torch.device) -> Iterator[nn.Module]:
-    """Lets a model on the meta device compute with one layer's weights in memory at a time: slow, for a forward or two.
-
-    Args:
-        model: From `full`, prepared without activation checkpointing and compilation.
-        weights: As for `load`.
-
-    Raises:
-        UserError: As `load`.
-    """
-    check_weights(model, weights)
-    names = {id(module): name for name, module in model.named_modules()}
-
-    def fill(block: nn.Module, *_) -> None:
-        for module in block.modules():
-            _fill(module, names[id(module)], weights, device, device)
-
-    def empty(block: nn.Module, *_) -> None:
-        for module in block.modules():
-            for leaf, parameter in list(module.named_parameters(recurse=False)):
-                setattr(module, leaf, nn.Parameter(parameter.to("meta"), requires_grad=False))
-
-    hooks = [layer.register_forward_pre_hook(fill) for layer in model.layers]
-    hooks += [layer.register_forward_hook(empty) for layer in model.layers]
-    in_layers = {id(module) for layer in model.layers for module in layer.modules()}
-    for module in model.modules():
-        if id(module) not in in_layers:
-            _fill(module, names[id(module)], weights, device, device)
-    try:
-        with frozen(model):
-            yield model
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def plain_name(name: str) -> str:
-    """Returns a module's or parameter's name without what activation checkpointing wraps around it."""
-    return name.replace(_WRAPPED, "").removesuffix("." + _WRAPPED[:-1])
-
-
-def check_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Compares names and shapes with a model's, adapters left out; no value is read.
-
-    Raises:
-        UserError: They differ. All that does is listed, under the names of both sides.
-    """
-    adapters = adapter_shapes(model).keys()
-    expected = {name: parameter.shape for name, parameter in _own_parameters(model) if name not in adapters}
-    found = {name: value.shape for name, value in getattr(weights, "empty", weights).items()}
-    lines = [f"not in the checkpoint: {_both(name, weights)}" for name in sorted(expected.keys() - found.keys())]
-    lines += [f"not in the model: {_both(name, weights)}" for name in sorted(found.keys() - expected.keys())]
-    for name in sorted(expected.keys() & found.keys()):
-        if expected[name] != found[name]:
-            shapes = f"{list(found[name])} in the checkpoint, {list(expected[name])} in the model"
-            lines.append(f"{shapes}: {_both(name, weights)}")
-    if lines:
-        raise UserError(f"checkpointer: {len(lines)} weights do not fit: {_STRANGERS}\n{listed(lines)}")
-
-
-def _both(name: str, weights: Mapping[str, Tensor]) -> str:
-    theirs = weights.name_of(name) if hasattr(weights, "name_of") else name
-    return name if theirs == name else f"{name} ({theirs} in the folder)"
-
-
-def _fill(module: nn.Module, name: str, state_dict: Mapping[str, Tensor], home: torch.device, device: torch.device):
-    """Gives one module, not its children, its memory; a module that has it already is left alone."""
-    for leaf, parameter in list(module.named_parameters(recurse=False)):
-        full_name = f"{name}.{leaf}" if name else leaf
-        value = state_dict.get(full_name) if parameter.is_meta else None
-        if value is None:
-            continue
-        # A transposed matrix is a view of what is on the disk; FSDP2 and NF4 want rows that lie one behind the other.
-        value = value.to(device=home, dtype=parameter.dtype, copy=True, memory_format=torch.contiguous_format)
-        if isinstance(parameter, NF4Tensor):
-            value = to_nf4(value, parameter.block_size, parameter.scaler_block_size)
-        setattr(module, leaf, nn.Parameter(value, requires_grad=parameter.requires_grad))
-    # A rope of Llama 3.1 and later leaves its buffers out on the meta device. They stay on the device when offloading.
-    if hasattr(module, "rope_init") and all(buffer.is_meta for buffer in module.buffers()):
-        with device:
-            module.rope_init()
-
-
-@torch.no_grad()
-def _fill_adapter(
-    module: LoRALinear | DoRALinear, name: str, adapter: Mapping[str, Tensor] | None, home: torch.device
-) -> None:
-    module.lora_a.to_empty(device=home)
-    module.lora_b.to_empty(device=home)
-    if isinstance(module, DoRALinear):
-        module.magnitude = nn.Parameter(torch.empty_like(module.magnitude, device=home))
-    if adapter is None:
-        module.initialize_parameters()
-        if isinstance(module, DoRALinear):
-            module.initialize_dora_magnitude()
-    else:
-        for leaf in module.adapter_params():
-            module.get_parameter(leaf).copy_(adapter[f"{name}.{leaf}"])
-    if hasattr(module, "frozen_a"):
-        module.frozen_a.to_empty(device=home)
-        module.frozen_b.to_empty(device=home)
-        if isinstance(module, DoRALinear):
-            frozen = torch.empty_like(module.frozen_magnitude, device=home)
-            module.frozen_magnitude = nn.Parameter(frozen, requires_grad=False)
-        for _, trained, copy in copied_parameters(module):
-            copy.copy_(trained)
-
-
-def _shard(block: nn.Module, world: World, *, is_root: bool) -> None:
-    offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if world.cpu_offload else OffloadPolicy()
-    fully_shard(
-        block,
-        mesh=world.mesh,
-        mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),
-        # A layer's weights are gathered again for its backward. The root's, embedding and output, are needed at the end
-        # of forward and the beginning of backward: gathering them twice would be for nothing, unless there is none.
-        reshard_after_forward=not (is_root and any(p.requires_grad for p in block.parameters())),
-        offload_policy=offload,
-    )
-
-
-@contextmanager
-def reference_of(model: nn.Module):
-    """Makes a LoRA model its base: adapters off, no dropout, no gradients."""
-    with disable_adapter(model), frozen(model):
-        yield model
-
-
-@contextmanager
-def frozen_copy_of(model: nn.Module):
-    """Makes a LoRA model with a frozen copy the model of that copy: its adapters, no dropout, no gradients.
-
-    Modules change places, and no number does: what autograd keeps of the policy for its backward stays as it is, and a
-    checkpointed layer that is computed again in backward is the policy's. FSDP2 puts gathered parameters where it found
-    them, so magnitudes, which have no module of their own, are chosen by the layer.
-    """
-    adapted = [module for _, module in adapted_modules(model)]
-    _swap_copies(adapted)
-    try:
-        with frozen(model):
-            yield model
-    finally:
-        _swap_copies(adapted)
-
-
-def _swap_copies(adapted: list[nn.Module]) -> None:
-    for module in adapted:
-        module.lora_a, module.frozen_a = module.frozen_a, module.lora_a
-        module.lora_b, module.frozen_b = module.frozen_b, module.lora_b
-        if isinstance(module, DoRALinear):
-            module.reads_frozen = not module.reads_frozen
-
-
-@contextmanager
-def frozen(model: nn.Module):
-    """Makes a model one without dropout and gradients."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield model
-    finally:
-        model.train(training)
-
-
-def adapted_modules(model: nn.Module) -> list[tuple[str, LoRALinear | DoRALinear]]:
-    """Returns the layers that have adapters, and their names in torchtune's checkpoints."""
-    found = ((plain_name(name), module) for name, module in model.named_modules())
-    return [(name, module) for name, module in found if isinstance(module, (LoRALinear, DoRALinear))]
-
-
-def adapter_shapes(model: nn.Module) -> dict[str, torch.Size]:
-    """Returns the shapes of the adapters' parameters, by their names in torchtune's checkpoints."""
-    return {plain_name(name): parameter.shape for name, parameter in get_adapter_params(model).items()}
-
-
-def forget_gathered(model: nn.Module) -> None:
-    """Shows shards again where FSDP2's root still shows the whole weights of the last forward."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
-
-
-def sync_gradients(model: nn.Module, sync: bool) -> None:
-    """Says whether the next backward adds gradients up over processes; a step's last one has to."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(sync)
-
-
-def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
-    """Scales gradients down to a norm of `max_norm` over all parameters and processes; returns what it was before."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-def num_parameters(model: nn.Module) -> tuple[int, int]:
-    """Returns how many parameters the model has, a frozen copy of adapters left out, and how many are trained."""
-    sizes = [(p.numel(), p.requires_grad) for _, p in _own_parameters(model)]
-    return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
-
-
-def _own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters by their names in torchtune's checkpoints, a frozen copy of adapters left out."""
-    for name, parameter in model.named_parameters():
-        if not plain_name(name).endswith(tuple(f".{copy}" for copy in COPIES.values())):
-            yield plain_name(name), parameter
-
-
-def _whole_parameters(model: nn.Module, wanted: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """The same, or those that are wanted, gathered from all processes; NF4 ones as plain values."""
-    for name, parameter in _own_parameters(model):
-        if wanted is not None and name not in wanted:
-            continue
-        value = parameter.data
-        if isinstance(value, DTensor):
-            local = value.to_local()
-            value = _gather_nf4(local, value.device_mesh) if isinstance(local, NF4Tensor) else value.full_tensor()
-        yield name, value.get_original_weight() if isinstance(value, NF4Tensor) else value
-
-
-def _gather_nf4(shard: NF4Tensor, mesh: DeviceMesh) -> NF4Tensor:
-    """DTensor cannot gather NF4; the hooks that FSDP2 gathers it with can."""
-    group = mesh.get_group("shard")
-    pieces, metadata = shard.fsdp_pre_all_gather(mesh)
-    whole = []
-    for piece in pieces:
-        gathered = piece.new_empty(piece.shape[0] * group.size(), *piece.shape[1:])
-        torch_dist.all_gather_into_tensor(gathered, piece.contiguous(), group=group)
-        whole.append(gathered)
-    return shard.fsdp_post_all_gather(tuple(whole), metadata, shard.dtype)[0]
-
-
-@torch.no_grad()
-def gather_weights(model: nn.Module, world: World, *, adapters_only: bool = False) -> dict[str, Tensor]:
-    """Returns the whole parameters on the CPU, in the main process; elsewhere nothing. Every process has to call it.
-
-    NF4 weights come back dequantized: as what was trained on.
-    """
-    weights, wanted = {}, adapter_shapes(model).keys() if adapters_only else None
-    for name, value in _whole_parameters(model, wanted):
-        world.beat("gathering weights")
-        if world.is_main:
-            value = value.cpu()
-            is_part = value.untyped_storage().nbytes() > value.nbytes  # of a padded one: gathered from uneven shards
-            weights[name] = value.clone() if is_part else value
-    return weights
-
-
-def on_base(adapters: dict[str, Tensor], base: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
-    """Returns a base's weights, as they were before they were quantized, and gathered adapters.
-
-    Args:
-        base: checkpoint.Weights; what has this dtype stays where it is, on the disk.
-    """
-    return {name: base[name].to(DTYPES[dtype]) for name in base} | adapters
-
-
-@torch.no_grad()
-def merge_adapters(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns gathered weights with W + (alpha / rank) B A in the place of each adapted W, summed in float32.
-
-    DoRA's rows are scaled to their magnitudes.
-
-    QLoRA: gathered W is what was trained on, so the merged model is the trained policy; of `on_base` it is
-    one that the adapters were not trained on, and W without its rounding to 4 bits. `model` tells alpha and rank only.
-    """
-    weights = dict(weights)
-    for name, module in adapted_modules(model):
-        a, b = weights.pop(f"{name}.lora_a.weight"), weights.pop(f"{name}.lora_b.weight")
-        weight, scaling = weights[f"{name}.weight"], module.alpha / module.rank
-        merged = weight.float() + scaling * (b.float() @ a.float())
-        if isinstance(module, DoRALinear):
-            magnitude = weights.pop(f"{name}.magnitude").float()
-            merged *= (magnitude / row_norms(weight, a, b, scaling))[:, None]
-        weights[f"{name}.weight"] = merged.to(weight.dtype)
-    return weights
-
-
-def only_adapters(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the adapters among gathered weights, under torchtune's names; none for a model without."""
-    names = adapter_shapes(model)
-    return {name: value for name, value in weights.items() if name in names}

@@ -40,7 +40,7 @@ from pairtune.errors import UserError
 from pairtune.files import replace_text
 from pairtune.folders.digests import digest_files
 from pairtune.models import attention
-from pairtune.models.build import adapted_modules, plain_name
+from pairtune.models.adapters import adapted_modules, plain_name
 from pairtune.pairs.digests import digest_pair
 from pairtune.pairs.tokenize import Pair
 

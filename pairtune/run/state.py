@@ -14,7 +14,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from pairtune.config.rules import HIGHER_IS_BETTER
 from pairtune.dist import World
 from pairtune.errors import UserError
-from pairtune.models.build import forget_gathered, plain_name
+from pairtune.models.adapters import plain_name
+from pairtune.models.shard import forget_gathered
 from pairtune.run.checkpoints import is_complete, read_tensors, read_values
 from pairtune.run.metrics import Meter
 

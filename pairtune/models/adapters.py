@@ -1,0 +1,109 @@
+"""Adapters in a model: which layers have them, under which names, and how the reference is computed beside them.
+
+A LoRA model is its own reference: with adapters off, or with a second, frozen set of them in the place of the first.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+
+import torch
+from torch import nn
+from torchtune.modules.peft import LoRALinear, disable_adapter, get_adapter_params
+
+from pairtune.models.dora import DoRALinear
+
+COPIES = {  # an adapter's parameters, and where a frozen copy of them is
+    "lora_a.weight": "frozen_a.weight",
+    "lora_b.weight": "frozen_b.weight",
+    "magnitude": "frozen_magnitude",
+}
+_WRAPPED = "_checkpoint_wrapped_module."
+
+
+def plain_name(name: str) -> str:
+    """Returns a module's or parameter's name without what activation checkpointing wraps around it."""
+    return name.replace(_WRAPPED, "").removesuffix("." + _WRAPPED[:-1])
+
+
+def own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters by their names in torchtune's checkpoints, a frozen copy of adapters left out."""
+    for name, parameter in model.named_parameters():
+        if not plain_name(name).endswith(tuple(f".{copy}" for copy in COPIES.values())):
+            yield plain_name(name), parameter
+
+
+def num_parameters(model: nn.Module) -> tuple[int, int]:
+    """Returns how many parameters the model has, a frozen copy of adapters left out, and how many are trained."""
+    sizes = [(p.numel(), p.requires_grad) for _, p in own_parameters(model)]
+    return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
+
+
+def adapted_modules(model: nn.Module) -> list[tuple[str, LoRALinear | DoRALinear]]:
+    """Returns the layers that have adapters, and their names in torchtune's checkpoints."""
+    found = ((plain_name(name), module) for name, module in model.named_modules())
+    return [(name, module) for name, module in found if isinstance(module, (LoRALinear, DoRALinear))]
+
+
+def adapter_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Returns the shapes of the adapters' parameters, by their names in torchtune's checkpoints."""
+    return {plain_name(name): parameter.shape for name, parameter in get_adapter_params(model).items()}
+
+
+def add_frozen_copy(model: nn.Module) -> None:
+    """The copy's parameters are beside the trained ones: sharded and offloaded with them."""
+    for _, module in adapted_modules(model):
+        module.frozen_a, module.frozen_b = deepcopy(module.lora_a), deepcopy(module.lora_b)
+        if isinstance(module, DoRALinear):
+            module.frozen_magnitude = nn.Parameter(torch.empty_like(module.magnitude))
+
+
+def copied_parameters(module: LoRALinear | DoRALinear) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+    """Yields a layer's trained parameters by name, each with its frozen copy; nothing where there is no copy."""
+    if hasattr(module, "frozen_a"):
+        for name in module.adapter_params():
+            yield name, module.get_parameter(name), module.get_parameter(COPIES[name])
+
+
+@contextmanager
+def frozen(model: nn.Module):
+    """Makes a model one without dropout and gradients."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield model
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def reference_of(model: nn.Module):
+    """Makes a LoRA model its base: adapters off, no dropout, no gradients."""
+    with disable_adapter(model), frozen(model):
+        yield model
+
+
+@contextmanager
+def frozen_copy_of(model: nn.Module):
+    """Makes a LoRA model with a frozen copy the model of that copy: its adapters, no dropout, no gradients.
+
+    Modules change places, and no number does: what autograd keeps of the policy for its backward stays as it is, and a
+    checkpointed layer that is computed again in backward is the policy's. FSDP2 puts gathered parameters where it found
+    them, so magnitudes, which have no module of their own, are chosen by the layer.
+    """
+    adapted = [module for _, module in adapted_modules(model)]
+    _swap_copies(adapted)
+    try:
+        with frozen(model):
+            yield model
+    finally:
+        _swap_copies(adapted)
+
+
+def _swap_copies(adapted: list[nn.Module]) -> None:
+    for module in adapted:
+        module.lora_a, module.frozen_a = module.frozen_a, module.lora_a
+        module.lora_b, module.frozen_b = module.frozen_b, module.lora_b
+        if isinstance(module, DoRALinear):
+            module.reads_frozen = not module.reads_frozen

@@ -1,0 +1,158 @@
+"""A built model's memory: its weights read, compared, quantized, and sharded layer by layer."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
+from torchtune.modules import TransformerDecoder
+from torchtune.modules.peft import LoRALinear
+
+from pairtune.dist import World
+from pairtune.errors import UserError, listed
+from pairtune.models.adapters import adapter_shapes, copied_parameters, frozen, own_parameters, plain_name
+from pairtune.models.dora import DoRALinear
+from pairtune.models.shard import shard
+
+_STRANGERS = "`model` and `checkpointer.checkpoint_dir` do not belong together"
+
+
+def load(
+    model: TransformerDecoder,
+    state_dict: Mapping[str, Tensor],
+    *,
+    world: World,
+    adapter: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Fills a model built on the meta device, base weights from `state_dict`, and shards it.
+
+    Weights take the model's dtype; NF4 ones are quantized from the checkpoint's values on the device. Adapters are
+    `adapter`'s or, without it, initialised from torch's global generator: seed it before, alike in every process. In a
+    distributed world each layer is sharded (FSDP2) as soon as it is filled, so that a process never holds more than its
+    shards and one layer.
+
+    Args:
+        state_dict: The whole checkpoint under torchtune's names, in each process: weights.Weights.
+        adapter: What the adapters start from, whole, in each process: peft.read_adapter.
+
+    Raises:
+        UserError: The checkpoint lacks a weight, has one too many, or one of another shape.
+    """
+    home = torch.device("cpu") if world.cpu_offload else world.device
+    adapters = adapter_shapes(model).keys()
+    assert adapter is None or adapter.keys() == adapters, "peft.read_adapter knows the model's adapters"
+    check_weights(model, state_dict)
+    names = {id(module): plain_name(name) for name, module in model.named_modules()}
+    for block in [*model.layers, model]:
+        world.beat("loading weights")
+        for module in block.modules():
+            _fill(module, names[id(module)], state_dict, home, world.device)
+            if isinstance(module, (LoRALinear, DoRALinear)) and module.lora_a.weight.is_meta:
+                _fill_adapter(module, names[id(module)], adapter, home)
+        if world.shards:
+            shard(block, world, is_root=block is model)
+
+
+@contextmanager
+def streamed(model: TransformerDecoder, weights: Mapping[str, Tensor], device: torch.device) -> Iterator[nn.Module]:
+    """Lets a model on the meta device compute with one layer's weights in memory at a time: slow, for a forward or two.
+
+    Args:
+        model: From `full`, prepared without activation checkpointing and compilation.
+        weights: As for `load`.
+
+    Raises:
+        UserError: As `load`.
+    """
+    check_weights(model, weights)
+    names = {id(module): name for name, module in model.named_modules()}
+
+    def fill(block: nn.Module, *_) -> None:
+        for module in block.modules():
+            _fill(module, names[id(module)], weights, device, device)
+
+    def empty(block: nn.Module, *_) -> None:
+        for module in block.modules():
+            for leaf, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, leaf, nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+    hooks = [layer.register_forward_pre_hook(fill) for layer in model.layers]
+    hooks += [layer.register_forward_hook(empty) for layer in model.layers]
+    in_layers = {id(module) for layer in model.layers for module in layer.modules()}
+    for module in model.modules():
+        if id(module) not in in_layers:
+            _fill(module, names[id(module)], weights, device, device)
+    try:
+        with frozen(model):
+            yield model
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def check_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Compares names and shapes with a model's, adapters left out; no value is read.
+
+    Raises:
+        UserError: They differ. All that does is listed, under the names of both sides.
+    """
+    adapters = adapter_shapes(model).keys()
+    expected = {name: parameter.shape for name, parameter in own_parameters(model) if name not in adapters}
+    found = {name: value.shape for name, value in getattr(weights, "empty", weights).items()}
+    lines = [f"not in the checkpoint: {_both(name, weights)}" for name in sorted(expected.keys() - found.keys())]
+    lines += [f"not in the model: {_both(name, weights)}" for name in sorted(found.keys() - expected.keys())]
+    for name in sorted(expected.keys() & found.keys()):
+        if expected[name] != found[name]:
+            shapes = f"{list(found[name])} in the checkpoint, {list(expected[name])} in the model"
+            lines.append(f"{shapes}: {_both(name, weights)}")
+    if lines:
+        raise UserError(f"checkpointer: {len(lines)} weights do not fit: {_STRANGERS}\n{listed(lines)}")
+
+
+def _both(name: str, weights: Mapping[str, Tensor]) -> str:
+    theirs = weights.name_of(name) if hasattr(weights, "name_of") else name
+    return name if theirs == name else f"{name} ({theirs} in the folder)"
+
+
+def _fill(module: nn.Module, name: str, state_dict: Mapping[str, Tensor], home: torch.device, device: torch.device):
+    """Gives one module, not its children, its memory; a module that has it already is left alone."""
+    for leaf, parameter in list(module.named_parameters(recurse=False)):
+        full_name = f"{name}.{leaf}" if name else leaf
+        value = state_dict.get(full_name) if parameter.is_meta else None
+        if value is None:
+            continue
+        # A transposed matrix is a view of what is on the disk; FSDP2 and NF4 want rows that lie one behind the other.
+        value = value.to(device=home, dtype=parameter.dtype, copy=True, memory_format=torch.contiguous_format)
+        if isinstance(parameter, NF4Tensor):
+            value = to_nf4(value, parameter.block_size, parameter.scaler_block_size)
+        setattr(module, leaf, nn.Parameter(value, requires_grad=parameter.requires_grad))
+    # A rope of Llama 3.1 and later leaves its buffers out on the meta device. They stay on the device when offloading.
+    if hasattr(module, "rope_init") and all(buffer.is_meta for buffer in module.buffers()):
+        with device:
+            module.rope_init()
+
+
+@torch.no_grad()
+def _fill_adapter(
+    module: LoRALinear | DoRALinear, name: str, adapter: Mapping[str, Tensor] | None, home: torch.device
+) -> None:
+    module.lora_a.to_empty(device=home)
+    module.lora_b.to_empty(device=home)
+    if isinstance(module, DoRALinear):
+        module.magnitude = nn.Parameter(torch.empty_like(module.magnitude, device=home))
+    if adapter is None:
+        module.initialize_parameters()
+        if isinstance(module, DoRALinear):
+            module.initialize_dora_magnitude()
+    else:
+        for leaf in module.adapter_params():
+            module.get_parameter(leaf).copy_(adapter[f"{name}.{leaf}"])
+    if hasattr(module, "frozen_a"):
+        module.frozen_a.to_empty(device=home)
+        module.frozen_b.to_empty(device=home)
+        if isinstance(module, DoRALinear):
+            frozen = torch.empty_like(module.frozen_magnitude, device=home)
+            module.frozen_magnitude = nn.Parameter(frozen, requires_grad=False)
+        for _, trained, copy in copied_parameters(module):
+            copy.copy_(trained)
