@@ -197,7 +197,8 @@ def main(cfg):
     total_steps = min(cfg.epochs * len(steps), cfg.max_steps or math.inf)
     moved_every = check_moves(cfg.reference, total_steps)  # None: the reference stays as it is
     mixed_within = cfg.max_length if "kl" in needed.inputs else None  # KTO puts prompts before the answers to others
-    row_length = longest_row([*train, *held_out], mixed_within=mixed_within) if model.dense_attention else None
+    dense = model.pairtune.dense_attention
+    row_length = longest_row([*train, *held_out], mixed_within=mixed_within) if dense else None
 
     def batch_of(pairs):
         return lay_out(pairs, row_length, score_end=cfg.score_end).to(world.device)

@@ -191,7 +191,7 @@ def plan_config(cfg: DictConfig, method: str, run: Run) -> Plan:
         base_config=checkpoint.read_config(folder) if (Path(folder) / "config.json").is_file() else None,
     )
     max_tokens = 2 * cfg.max_length - 1
-    row_length = math.ceil(max_tokens / ROW_MULTIPLE) * ROW_MULTIPLE if policy.dense_attention else None
+    row_length = math.ceil(max_tokens / ROW_MULTIPLE) * ROW_MULTIPLE if policy.pairtune.dense_attention else None
     batch_size = min(cfg.batch_size, math.ceil(cfg.pairs_per_step / run.gpus))
     batch, larger = (worst_batch(n * batch_size, cfg.max_length, row_length) for n in (1, BATCHES))
     live, passing = (None, second) if reference["name"] == "cached" else (second, None)

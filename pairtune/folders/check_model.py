@@ -13,6 +13,7 @@ from pairtune.config.rules import fits, kind_words, show
 from pairtune.errors import UserError
 from pairtune.folders.config_json import SETTINGS, config_key, setting
 from pairtune.folders.families import FAMILIES, config_types, of_config_type
+from pairtune.models.additions import additions
 
 WINDOWED = ("mistral", "mixtral", "phi3", "qwen2", "qwen3", "gemma2")  # layers may have a sliding window
 MAY_BE_ZERO = ("max_window_layers",)
@@ -198,7 +199,8 @@ def check_model(model: TransformerDecoder, config: dict) -> None:
     Raises:
         UserError: They differ, and the message names every difference; or lora.modules has another architecture's name.
     """
-    _check_lora_modules(getattr(model, "lora", {}).get("modules", ()), config)
+    if lora := additions(model).lora:
+        _check_lora_modules(lora["modules"], config)
     built, expected = describe(model), describe_config(config)
     different = [
         f"{config_key(name, config)} is {built[name]} in `model` and {value} {_place(name, config)}"

@@ -151,9 +151,9 @@ def check_settings(config: dict, model: nn.Module, key: str) -> None:
         ("lora_alpha", "alpha"),
     ):
         value = config.get(setting) or False
-        if value != model.lora[ours]:
+        if value != model.pairtune.lora[ours]:
             raise UserError(
-                f"{key}: {setting} is {value} in its adapter_config.json, lora.{ours} is {model.lora[ours]}; "
+                f"{key}: {setting} is {value} in its adapter_config.json, lora.{ours} is {model.pairtune.lora[ours]}; "
                 f"nearest valid: lora.{ours}={show(value)}"
             )
 

@@ -51,11 +51,25 @@ def adapter_shapes(model: nn.Module) -> dict[str, torch.Size]:
 
 
 def add_frozen_copy(model: nn.Module) -> None:
-    """The copy's parameters are beside the trained ones: sharded and offloaded with them."""
+    """Makes room for a second set of adapters, beside the trained ones: sharded and offloaded with them."""
     for _, module in adapted_modules(model):
         module.frozen_a, module.frozen_b = deepcopy(module.lora_a), deepcopy(module.lora_b)
         if isinstance(module, DoRALinear):
             module.frozen_magnitude = nn.Parameter(torch.empty_like(module.magnitude))
+
+
+@torch.no_grad()
+def fill_frozen_copy(module: LoRALinear | DoRALinear, home: torch.device) -> None:
+    """Gives a layer's frozen copy, if it has one, its memory and the values of the trained adapter."""
+    if not hasattr(module, "frozen_a"):
+        return
+    module.frozen_a.to_empty(device=home)
+    module.frozen_b.to_empty(device=home)
+    if isinstance(module, DoRALinear):
+        empty = torch.empty_like(module.frozen_magnitude, device=home)
+        module.frozen_magnitude = nn.Parameter(empty, requires_grad=False)
+    for _, trained, copy in copied_parameters(module):
+        copy.copy_(trained)
 
 
 def copied_parameters(module: LoRALinear | DoRALinear) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:

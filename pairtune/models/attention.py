@@ -51,9 +51,13 @@ def dense_mask(batch: PairBatch, window: int | None = None) -> Tensor:
     return mask & (position[:, :, None] - position[:, None, :] < window) if window else mask
 
 
-def dense_masks(batch: PairBatch, windows: Sequence[int]) -> dict[int | None, Tensor]:
-    """Returns a mask a window, and under None the one without; a window as long as a row leaves nothing out."""
-    return {window: dense_mask(batch, window) for window in (None, *windows) if (window or 0) < batch.tokens.shape[1]}
+def dense_masks(batch: PairBatch, windows: Sequence[int | None]) -> dict[int | None, Tensor]:
+    """Returns a mask a window, and under None the one without; a window as long as a row leaves nothing out.
+
+    Args:
+        windows: Of the layers.
+    """
+    return {window: dense_mask(batch, window) for window in {None, *windows} if (window or 0) < batch.tokens.shape[1]}
 
 
 def install(model: nn.Module, windows: Sequence[int | None] | None = None) -> None:
@@ -76,12 +80,6 @@ def install(model: nn.Module, windows: Sequence[int | None] | None = None) -> No
     for layer, window in zip(layers, windows or [None] * len(layers), strict=True):
         call = layer._attention_call
         layer._attention_call = replace(call if isinstance(call, Attention) else Attention(), window=window)
-
-
-def windows(model: nn.Module) -> list[int | None]:
-    """Returns the window of each layer, as installed."""
-    layers = [layer for layer in model.modules() if isinstance(layer, MultiHeadAttention)]
-    return [getattr(layer._attention_call, "window", None) for layer in layers]
 
 
 @dataclass(frozen=True)

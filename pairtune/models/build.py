@@ -24,6 +24,7 @@ from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.models import logps
 from pairtune.models.adapters import add_frozen_copy
+from pairtune.models.additions import additions
 from pairtune.models.dora import DoRALinear
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -68,7 +69,7 @@ def lora(
 ) -> TransformerDecoder:
     """Returns the same model with LoRA adapters (arXiv 2106.09685), on the meta device; only they are trainable.
 
-    It keeps `lora`, their settings.
+    `model.pairtune.lora` has their settings.
 
     Args:
         component: As for `full`: the base builder; adapters are put into what it builds.
@@ -99,12 +100,16 @@ def lora(
             return _quantized(name, in_dim, out_dim, biased) if quantize_base else None
         options = {"use_bias": biased, "quantize_base": quantize_base and without_numbers(name) not in UNQUANTIZED}
         scaled = alpha * math.sqrt(rank) if use_rslora else alpha
-        layer = (DoRALinear if use_dora else LoRALinear)(in_dim, out_dim, rank, scaled, dropout, **options)
-        layer.rank, layer.alpha = rank, scaled  # DoRA's has their ratio only
-        return layer
+        return (DoRALinear if use_dora else LoRALinear)(in_dim, out_dim, rank, scaled, dropout, **options)
 
     _replace_linear(model, dtype, make)
-    model.lora = {"rank": rank, "alpha": alpha, "use_dora": use_dora, "use_rslora": use_rslora, "modules": modules}
+    additions(model).lora = {
+        "rank": rank,
+        "alpha": alpha,
+        "use_dora": use_dora,
+        "use_rslora": use_rslora,
+        "modules": modules,
+    }
     if frozen_copy:
         add_frozen_copy(model)
     set_trainable_params(model, get_adapter_params(model))
@@ -246,7 +251,7 @@ def prepare(
             "attention=segments: compile=true would compile anew for each batch; nearest valid: attention=auto"
         )
     # A row holds several documents, each with positions of its own, all below max_length.
-    model.num_positions, model.max_seq_len = model.max_seq_len, 2**31
+    additions(model).num_positions, model.max_seq_len = model.max_seq_len, 2**31
     logps.install(model, "mask" if attention == "mask" or compile_layers else "segments", windows)
     if checkpoint_activations:
         set_activation_checkpointing(model, auto_wrap_policy={TransformerSelfAttentionLayer})

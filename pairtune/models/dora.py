@@ -15,12 +15,14 @@ class DoRALinear(TorchtuneDoRALinear):
     PEFT drops the base's too.
 
     Attributes:
+        rank, alpha: As torchtune's LoRALinear has them.
         frozen_magnitude: A second, frozen set of magnitudes, or None: models.lora(frozen_copy=True).
         reads_frozen: The forward takes those: models.frozen_copy_of.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, in_dim: int, out_dim: int, rank: int, alpha: float, dropout: float = 0.0, **options):
+        super().__init__(in_dim, out_dim, rank, alpha, dropout, **options)
+        self.rank, self.alpha = rank, alpha  # torchtune's keeps their ratio only
         self.frozen_magnitude: nn.Parameter | None
         self.register_parameter("frozen_magnitude", None)
         self.reads_frozen = False

@@ -32,7 +32,7 @@ def answers(
         temperature: 0 takes the likeliest token; above, answers depend on `seed` and on the batch a prompt is in.
     """
     device, dtype = world.device, next(p.dtype for p in model.norm.parameters())
-    vocabulary = model.tok_embeddings.num_embeddings
+    vocabulary, num_positions = model.tok_embeddings.num_embeddings, model.pairtune.num_positions
     rng = torch.Generator(device=device).manual_seed(seed)
     was_training = model.training
     model.eval()
@@ -42,10 +42,10 @@ def answers(
     for start in tqdm(starts, desc="answers", leave=False, disable=len(starts) < 2 or not world.is_main):
         batch = prompts[start : start + batch_size]
         width = max(map(len, batch))
-        room = min(max_new_tokens, model.num_positions - width)
+        room = min(max_new_tokens, num_positions - width)
         if room < 1:
             raise UserError(
-                f"samples: a prompt of {width} tokens leaves no room in the model's {model.num_positions} positions"
+                f"samples: a prompt of {width} tokens leaves no room in the model's {num_positions} positions"
             )
         used = set().union(*batch)
         # torchtune tells padding by its id: take one that no prompt holds, so that pad = eos or = bos does no harm.

@@ -11,7 +11,7 @@ from torchtune.modules.peft import LoRALinear
 
 from pairtune.dist import World
 from pairtune.errors import UserError, listed
-from pairtune.models.adapters import adapter_shapes, copied_parameters, frozen, own_parameters, plain_name
+from pairtune.models.adapters import adapter_shapes, fill_frozen_copy, frozen, own_parameters, plain_name
 from pairtune.models.dora import DoRALinear
 from pairtune.models.shard import shard
 
@@ -148,11 +148,4 @@ def _fill_adapter(
     else:
         for leaf in module.adapter_params():
             module.get_parameter(leaf).copy_(adapter[f"{name}.{leaf}"])
-    if hasattr(module, "frozen_a"):
-        module.frozen_a.to_empty(device=home)
-        module.frozen_b.to_empty(device=home)
-        if isinstance(module, DoRALinear):
-            frozen = torch.empty_like(module.frozen_magnitude, device=home)
-            module.frozen_magnitude = nn.Parameter(frozen, requires_grad=False)
-        for _, trained, copy in copied_parameters(module):
-            copy.copy_(trained)
+    fill_frozen_copy(module, home)

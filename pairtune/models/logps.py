@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torchtune.modules import TiedLinear, TransformerDecoder
 
 from pairtune.models import attention, experts
+from pairtune.models.additions import additions
 from pairtune.pairs.batch import PairBatch
 
 CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**27}  # logits that exist at a time: 16 MiB (near a CPU's cache), 512 MiB
@@ -33,11 +34,9 @@ def install(model: TransformerDecoder, back_end: str = "segments", windows: Sequ
         windows: Of the layers, as attention.install takes them.
     """
     attention.install(model, windows)
-    model.windows = sorted({window for window in windows or () if window})
-    model.dense_attention = back_end == "mask"
-    model.scored_batch = None
-    model.log_collision = None
-    model.mixtures = experts.mixtures_of(model)
+    kept = additions(model)
+    kept.windows, kept.dense_attention = list(windows or ()), back_end == "mask"
+    kept.mixtures = experts.mixtures_of(model)
     model.unembed = MethodType(_unembed, model)
 
 
@@ -74,17 +73,18 @@ def answer_scores(
         weights: WPO's (arXiv 2406.11827), exp(mean_t [log p_t - log sum_v p_v^2]) of each answer: how likely it is by
             the token, next to what the policy would have sampled. They cost another look at the logits.
     """
+    kept = model.pairtune
     if weights:
-        model.log_collision = torch.empty(len(batch.target), device=batch.target.device)  # [N], filled by the forward
+        kept.log_collision = torch.empty(len(batch.target), device=batch.target.device)  # [N], filled by the forward
     try:
-        with experts.recorded_routing(model.mixtures) as routing:
+        with experts.recorded_routing(kept.mixtures) as routing:
             token_logps = _token_logps(model, batch)
-        log_weights = token_logps.detach() - model.log_collision if weights else None
+        log_weights = token_logps.detach() - kept.log_collision if weights else None
     finally:
-        model.log_collision = None
+        kept.log_collision = None
     chosen, rejected = _sums(token_logps, batch, ld_alpha).chunk(2)
     whole = chosen if ld_alpha == 1 else _sums(token_logps, batch).chunk(2)[0]
-    router_loss = experts.router_loss(routing, model.mixtures[0].experts_per_token, batch) if routing else None
+    router_loss = experts.router_loss(routing, kept.mixtures[0].experts_per_token, batch) if routing else None
     if log_weights is None:
         return AnswerScores(chosen, rejected, whole, None, None, router_loss)
     means = [answer.mean() for answer in log_weights.split(batch.answer_lengths)]
@@ -94,15 +94,15 @@ def answer_scores(
 
 def _token_logps(model: TransformerDecoder, batch: PairBatch) -> Tensor:
     """Returns [N] float32."""
-    if model.dense_attention:
-        mask = attention.dense_masks(batch, model.windows)
+    if model.pairtune.dense_attention:
+        mask = attention.dense_masks(batch, model.pairtune.windows)
     else:
         mask = attention.Segments(batch.rows, batch.tokens.device)
-    model.scored_batch = batch
+    model.pairtune.batch = batch
     try:
         return model(batch.tokens, mask=mask, input_pos=batch.input_pos)
     finally:
-        model.scored_batch = None
+        model.pairtune.batch = None
 
 
 def _sums(token_logps: Tensor, batch: PairBatch, ld_alpha: float = 1.0) -> Tensor:
@@ -119,15 +119,15 @@ def _sums(token_logps: Tensor, batch: PairBatch, ld_alpha: float = 1.0) -> Tenso
 
 
 def _unembed(model: TransformerDecoder, hidden: Tensor) -> Tensor:
-    if model.scored_batch is None:
+    batch, log_collision = model.pairtune.batch, model.pairtune.log_collision
+    if batch is None:
         return TransformerDecoder.unembed(model, hidden)
-    batch = model.scored_batch
     hidden = model.norm(hidden.flatten(0, 1)[batch.source])  # [N, D]: normalises each position for itself
     weight = _plain_weight(model.output)
     if weight is None:
-        return _checkpointed_token_logps(hidden, batch.target, model.output, model.log_collision)
+        return _checkpointed_token_logps(hidden, batch.target, model.output, log_collision)
     softcap = getattr(model.output, "softcap", None)
-    return token_logps(hidden, weight, batch.target, softcap=softcap, log_collision=model.log_collision)
+    return token_logps(hidden, weight, batch.target, softcap=softcap, log_collision=log_collision)
 
 
 def _plain_weight(output) -> Tensor | None:

@@ -39,8 +39,8 @@ from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.files import replace_text
 from pairtune.folders.digests import digest_files
-from pairtune.models import attention
 from pairtune.models.adapters import adapted_modules, plain_name
+from pairtune.models.additions import additions
 from pairtune.pairs.digests import digest_pair
 from pairtune.pairs.tokenize import Pair
 
@@ -114,7 +114,7 @@ def identify(
         "ld_alpha": float(ld_alpha),
         "score_end": score_end,
     }
-    if any(windows := attention.windows(model)):  # they are in config.json, not among weights or arguments
+    if any(windows := additions(model).windows):  # they are in config.json, not among weights or arguments
         content["windows"] = windows
     return Identity(content, made_of=str(Path(weight_files[0]).resolve().parent))
 

@@ -898,7 +898,7 @@ def test_wpo_weights_are_those_of_the_whole_vocabulary(head):
     assert scores.chosen_logps.requires_grad == (head != "no_grad")
     if head == "lora":
         scores.chosen_logps.sum().backward()  # computes chunks again
-    assert model.log_collision is None
+    assert model.pairtune.log_collision is None
 
 
 @pytest.mark.parametrize("trainable", [True, False])

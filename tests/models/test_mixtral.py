@@ -123,7 +123,7 @@ def transformers_router_loss(peer, pairs):
 
 def scores(model, pairs):
     with torch.no_grad():
-        return torch.cat(answer_logps(model, lay_out(pairs, 256 if model.dense_attention else None)))
+        return torch.cat(answer_logps(model, lay_out(pairs, 256 if model.pairtune.dense_attention else None)))
 
 
 def gradients_under_our_names(peer, config):
@@ -179,7 +179,7 @@ def test_an_expert_without_tokens_has_gradients_of_zero(base):
     pairs = random_pairs(1, prompt=(1, 1), answer=(1, 1), shared=(0, 0))
     for method in ("full", "lora"):
         model = loaded(folder, method, modules=["mlp"])
-        with experts.recorded_routing(model.mixtures) as routing:
+        with experts.recorded_routing(model.pairtune.mixtures) as routing:
             chosen, rejected = answer_logps(model, lay_out(pairs))
         (chosen - rejected).sum().backward()
         used = [set(layer.topk(2).indices.flatten().tolist()) for layer in routing]
@@ -421,7 +421,7 @@ def test_two_processes_give_the_numbers_of_one(work):
     """A step has two pairs of a few tokens, one a process, and experts that only one of them has tokens for."""
     model, used = loaded(work / "base"), []
     for pair in PAIRS:
-        with experts.recorded_routing(model.mixtures) as routing, torch.no_grad():
+        with experts.recorded_routing(model.pairtune.mixtures) as routing, torch.no_grad():
             answer_logps(model, lay_out([pair]))
         used.append([sorted(set(layer.topk(2).indices.flatten().tolist())) for layer in routing])
     assert all(a != b for a, b in combinations(used, 2))  # whatever two pairs share a step

@@ -128,7 +128,7 @@ def test_log_probabilities_and_gradients_are_those_of_transformers(family, back_
     expected = their_logps(theirs, pairs)
     wanted = our_weights(family, gradients(theirs, expected, upstream), theirs.config.to_dict())
     model = our_model(family, theirs, back_end=back_end, checkpoint_activations=checkpointed)
-    assert attention.windows(model) == FAMILIES[family][3]
+    assert model.pairtune.windows == FAMILIES[family][3]
     for row_length in (None, 128, 256):
         values = torch.cat(logps.answer_logps(model, lay_out(pairs, row_length)))
         torch.testing.assert_close(values, expected, rtol=1e-5, atol=0)

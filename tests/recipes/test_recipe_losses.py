@@ -426,7 +426,7 @@ def test_two_processes_compute_every_loss_as_one_does(inputs, tmp_path):
     overrides |= {f"{name}_bf16": ["dtype=bf16", *overrides[name]] for name in ("sigmoid", "dora", "aot")}
     path = str(inputs / "config.yaml")
     runs = [["lora_dpo_distributed", path, [*o, f"output_dir={tmp_path / 'two' / n}"]] for n, o in overrides.items()]
-    start_two(ROOT / "tests" / "recipe_worker.py", json.dumps(runs))
+    start_two(Path(__file__).with_name("recipe_worker.py"), json.dumps(runs))
     at_a_tie = {"rewards/accuracies", "eval/rewards/accuracies"}  # margins are small: rounding may turn their sign
     for name, its_overrides in overrides.items():
         one = run_recipe(

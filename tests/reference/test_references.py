@@ -929,7 +929,7 @@ def test_processes_that_share_the_work_have_the_references_of_one(tmp_path, num_
         port = s.getsockname()[1]
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(num_processes)),
-        *("--master_port", str(port), str(ROOT / "tests" / "reference_worker.py")),
+        *("--master_port", str(port), str(Path(__file__).with_name("reference_worker.py"))),
         *(str(tmp_path / "results.json"), json.dumps(cases)),
     ]
     done = subprocess.run(command, env=ENVIRONMENT, text=True, capture_output=True, timeout=300)

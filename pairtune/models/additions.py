@@ -1,0 +1,39 @@
+"""All that pairtune keeps with a torchtune model beside its modules: one object, `model.pairtune`."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from pairtune.models.experts import MixtureOfExperts
+from pairtune.pairs.batch import PairBatch
+
+
+@dataclass
+class Additions:
+    """What a model's adapters are, what `prepare` decided, and the batch that it scores just now.
+
+    Attributes:
+        lora: Settings of its adapters as models.lora took them (rank, alpha, use_dora, use_rslora, modules); None
+            without adapters.
+        num_positions: Tokens of the longest conversation that it takes; model.max_seq_len is beyond any row of them.
+        dense_attention: It attends by dense masks, one shape a row length; else document by document.
+        windows: How far each layer looks back, None for a layer without a sliding window; empty: no layer has one.
+        mixtures: Its mixtures of experts, in the order of layers.
+        batch: While a batch is scored: that one. Without it the model returns logits, as torchtune's.
+        log_collision: While WPO's weights are computed: [N], which the forward fills.
+    """
+
+    lora: dict | None = None
+    num_positions: int | None = None
+    dense_attention: bool = False
+    windows: list[int | None] = field(default_factory=list)
+    mixtures: list[MixtureOfExperts] = field(default_factory=list)
+    batch: PairBatch | None = None
+    log_collision: Tensor | None = None
+
+
+def additions(model: nn.Module) -> Additions:
+    """Returns `model.pairtune`, which a model that others have built gets now."""
+    if not hasattr(model, "pairtune"):
+        model.pairtune = Additions()
+    return model.pairtune
