@@ -6,6 +6,7 @@ import math
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -13,7 +14,6 @@ import torch
 from helpers import (
     ENVIRONMENT,
     NF4_SIZES,
-    ROOT,
     SIZES,
     padded_logps,
     random_pairs,
