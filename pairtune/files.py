@@ -1,14 +1,83 @@
-"""Small files, replaced at once: whoever reads one sees the old text or the new one."""
+"""Small files: JSON that is read with a way out, text that is replaced at once."""
 
+import json
 import os
-import tempfile
 from pathlib import Path
+from secrets import token_hex
+from typing import Any
+
+from pairtune.errors import UserError
+
+AGAIN = "download it again"
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Replaces a small file at once; of several processes that do, the last one wins."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    Path(file.name).replace(path)
+def read_json(path: Path, *, way_out: str = AGAIN) -> Any:
+    """Returns what a JSON file holds.
+
+    Raises:
+        UserError: It cannot be read, or is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read: {error}; {way_out}") from None
+
+
+def read_object(path: Path, *, way_out: str = AGAIN) -> dict:
+    """Returns the keys and values that a JSON file holds, {} where there is none.
+
+    Raises:
+        UserError: It cannot be read, or holds something else.
+    """
+    return _checked(read_json(path, way_out=way_out), path, way_out) if path.is_file() else {}
+
+
+def parse_object(content: bytes, where: str | Path, *, way_out: str = AGAIN) -> dict:
+    """Returns the keys and values that JSON holds which has been read already; `where` it stands is for the message.
+
+    Raises:
+        UserError: It is no JSON, or holds something else.
+    """
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: cannot be read: {error}; {way_out}") from None
+    return _checked(found, where, way_out)
+
+
+def _checked(found: Any, where: str | Path, way_out: str) -> dict:
+    if not isinstance(found, dict):
+        raise UserError(f"{where}: must hold keys and values, holds a {type(found).__name__}; {way_out}")
+    return found
+
+
+def write_text(path: Path, text: str, *, durable: bool = False) -> None:
+    """Replaces a small file at once: whoever reads it, and whatever a kill or a full disk leaves, is old or new.
+
+    Of several processes that do, the last one wins.
+
+    Args:
+        durable: It is on the disk when this returns, under its name.
+    """
+    temporary = path.with_name(f".{path.name}.{token_hex(4)}")  # another process may write the same file
+    try:
+        with temporary.open("w", encoding="utf-8") as file:  # with the mode that the umask gives, unlike tempfile's
+            file.write(text)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if durable:
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Returns when the names in a folder are on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

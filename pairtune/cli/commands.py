@@ -225,7 +225,7 @@ def download(argv: list[str]) -> int:
     if not args.dry_run:
         hub.fetch(planned)
         print(f"{planned.folder} is complete, every file as the repository states it")
-    print(_next_command(source, planned.folder, lambda name: hub.read_json(planned, name)))
+    print(_next_command(source, planned.folder, lambda name: hub.fetch_json(planned, name)))
     return 0
 
 

@@ -25,6 +25,7 @@ from pairtune.config.from_torchtune import translate
 from pairtune.config.rules import REQUIRED, one_line, show
 from pairtune.config.secrets import check_secrets
 from pairtune.errors import UserError
+from pairtune.files import write_text
 from pairtune.losses.modules import path_of
 
 METHODS = ("full", "lora", "qlora")
@@ -73,9 +74,7 @@ def save(cfg: DictConfig, path: Path, recipe: str) -> str:
     text = f"# {command}\n{OmegaConf.to_yaml(cfg)}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}")  # a full disk or a kill leaves the file that was there
-        temporary.write_text(text)
-        temporary.replace(path)
+        write_text(path, text)
     except OSError as error:
         raise UserError(f"output_dir={path.parent}: cannot be written: {error.strerror}; name another folder") from None
     return text

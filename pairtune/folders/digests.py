@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pairtune.errors import UserError
-from pairtune.files import replace_text
+from pairtune.files import write_text
 
 SAMPLES, SAMPLE_BYTES = 64, 2**16  # of a weight file
 MEMO = "weights.json"
@@ -66,7 +66,7 @@ def _remember(folder: Path, found: dict[str, list]) -> None:
     if settled:
         with suppress(OSError):  # only a memo: another run reads the files again
             folder.mkdir(parents=True, exist_ok=True)
-            replace_text(folder / MEMO, json.dumps(_read_memo(folder) | settled, indent=1))
+            write_text(folder / MEMO, json.dumps(_read_memo(folder) | settled, indent=1), durable=True)
 
 
 def _read_memo(folder: Path) -> dict[str, list]:

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from pairtune import models
 from pairtune.errors import UserError
+from pairtune.files import read_object
 from pairtune.folders import peft as adapters
 from pairtune.folders.weights import ModelFolder, Weights, open_weights
 from pairtune.models.logps import answer_logps
 from pairtune.pairs.batch import PairBatch
-from pairtune.tokenizer.files import read_json
 from pairtune.tokenizer.hf import HFTokenizer, TorchtuneTokenizer, trained_template
 from pairtune.tokenizer.template import set_template
 
@@ -149,5 +149,5 @@ def _copy(source: Path, patterns: tuple[str, ...], folder: Path) -> None:
 
 def _edit_json(path: Path, **values) -> None:
     """Sets values, and takes auto_map out: it names code of the base's folder, and the weights are not that code's."""
-    content = {key: value for key, value in read_json(path).items() if key != "auto_map"}
+    content = {key: value for key, value in read_object(path).items() if key != "auto_map"}
     path.write_text(json.dumps(content | values, indent=2) + "\n")

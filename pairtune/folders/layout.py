@@ -1,9 +1,9 @@
 """What the files of a model's and of an adapter's folder are called, and which of them are read. No torch here."""
 
-import json
 from pathlib import Path
 
 from pairtune.errors import UserError
+from pairtune.files import read_json
 
 # In the order of preference: an index that names the shards, or one file.
 MODEL_FILES = (
@@ -77,18 +77,6 @@ def read_index(path: Path) -> dict[str, str]:
     if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
         raise UserError(f"{path}: has no weight_map, the shard of each weight; download it again")
     return shards
-
-
-def read_json(path: Path, *, way_out: str = "download it again"):
-    """Returns what a JSON file holds.
-
-    Raises:
-        UserError: It cannot be read.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read: {error}; {way_out}") from None
 
 
 def read_record(path: Path) -> dict:

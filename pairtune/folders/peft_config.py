@@ -9,8 +9,8 @@ from torchtune.modules import TiedLinear
 from pairtune import models
 from pairtune.config.rules import LORA_LAYERS, fits, kind_words, show
 from pairtune.errors import UserError
+from pairtune.files import read_object
 from pairtune.folders.families import Family, Module
-from pairtune.folders.layout import read_json
 
 MERGE = "merge it into the base model (PEFT's merge_and_unload) and start from that"
 
@@ -44,10 +44,7 @@ def read_config(folder: Path, key: str) -> dict:
     path = folder / "adapter_config.json"
     if not path.is_file():
         raise UserError(f"{key}: lacks adapter_config.json, which says how its matrices are scaled")
-    content = read_json(path, way_out="write or download it again")
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__}, not an adapter's settings")
-    return content
+    return read_object(path, way_out="write or download it again")
 
 
 def check_kind(config: dict, key: str) -> None:

@@ -13,9 +13,10 @@ from torchtune.training.checkpointing._utils import FormattedCheckpointFiles, sa
 
 from pairtune.config.rules import nearest, one_line
 from pairtune.errors import UserError, listed
+from pairtune.files import read_json
 from pairtune.folders.check_model import check_config, check_model_type, model_type_of
 from pairtune.folders.families import FAMILIES, Family
-from pairtune.folders.layout import INDEX_FILES, find_weights, read_index, read_json
+from pairtune.folders.layout import INDEX_FILES, find_weights, read_index
 from pairtune.models.build import DTYPES
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # others are quantized: they need their scales

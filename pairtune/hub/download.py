@@ -25,6 +25,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import WeakFileLock, filter_repo_objects, tqdm
 
 from pairtune.errors import UserError
+from pairtune.files import parse_object, read_object, write_text
 from pairtune.folders.layout import ADAPTER_FILES, INDEX_FILES, MODEL_FILES, REPO_ID_FILE
 from pairtune.hub.http import (
     BUSY,
@@ -50,6 +51,7 @@ OWN_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "pytorch_model-*
 TRAINING_STATES = ("checkpoint[-_][0-9]*/*", "*/checkpoint[-_][0-9]*/*", "global_step[0-9]*/*", "trainer_state.json")
 TRAINING_STATES += ("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state*.pth")
 THREADS = 8  # files at a time
+ANOTHER = "another --revision, or another folder: --output-dir"
 LARGEST = 50 * 10**9  # bytes; above that the Hub serves a file through Xet only
 NO_HUB = (ValueError, KeyError, TypeError, AttributeError)  # what the client makes of an answer that is not the Hub's
 
@@ -196,7 +198,7 @@ def fetch(planned: Plan) -> None:
         raise explained(error, planned.source, planned.folder) from error
 
 
-def read_json(planned: Plan, name: str) -> dict | None:
+def fetch_json(planned: Plan, name: str) -> dict | None:
     """Returns a small file's content without writing it: from the folder, else from the Hub; None if there is none.
 
     Raises:
@@ -207,10 +209,10 @@ def read_json(planned: Plan, name: str) -> dict | None:
         return None
     try:
         if _is_whole(planned.folder / name, file):
-            return _parse((planned.folder / name).read_bytes(), planned.folder / name)
+            return read_object(planned.folder / name, way_out=ANOTHER)
         content = io.BytesIO()
         get(planned.source, file, content, lambda count: None)
-        return _parse(content.getvalue(), f"{planned.source.repo_id}: {name}")
+        return parse_object(content.getvalue(), f"{planned.source.repo_id}: {name}", way_out=ANOTHER)
     except UNREACHABLE as error:
         raise explained(error, planned.source, planned.folder) from error
 
@@ -405,7 +407,7 @@ def _check_folder(folder: Path, source: Source, record: Record | None) -> None:
     if record and any((folder / file.name).is_file() for file in record.files):
         held.append((record.repo_id, record.repo_type))
     if (folder / REPO_ID_FILE).is_file():
-        held.append((_parse((folder / REPO_ID_FILE).read_bytes(), folder / REPO_ID_FILE).get("repo_id"), "model"))
+        held.append((read_object(folder / REPO_ID_FILE, way_out=ANOTHER).get("repo_id"), "model"))
     for repo_id, repo_type in held:
         if (repo_id, repo_type) != (source.repo_id, source.repo_type):
             raise UserError(f"{folder} holds {repo_id}; give {source.repo_id} a folder of its own with --output-dir")
@@ -451,7 +453,7 @@ def _check_index(planned: Plan) -> None:
     """Every shard that an index names is in the repository; that those are here and whole is checked one by one."""
     known = {file.name for file in planned.files + planned.left_out}
     for name in {file.name for file in planned.files} & set(INDEX_FILES):
-        shards = _parse((planned.folder / name).read_bytes(), planned.folder / name).get("weight_map")
+        shards = read_object(planned.folder / name, way_out=ANOTHER).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
             raise UserError(f"{planned.folder / name}: has no weight_map, the shard of each weight; another --revision")
         if lost := sorted(set(shards.values()) - known):
@@ -469,7 +471,8 @@ def _read_record(folder: Path) -> Record | None:
     path = folder / RECORD
     if not path.is_file():
         return None
-    rows = [_parse(row, path) for row in path.read_bytes().split(b"\n")[:-1]]  # without one that broke off
+    lines = path.read_bytes().split(b"\n")[:-1]  # without one that broke off
+    rows = [parse_object(line, path, way_out=ANOTHER) for line in lines]
     try:
         record = Record(**rows[0], files=[File(**row) for row in rows[1:]])
     except (IndexError, TypeError) as error:
@@ -482,21 +485,9 @@ def _read_record(folder: Path) -> Record | None:
 def _write_record(planned: Plan, files: list[File]) -> None:
     source, path = planned.source, planned.folder / RECORD
     head = {"repo_id": source.repo_id, "repo_type": source.repo_type, "revision": source.revision}
-    path.with_suffix(".new").write_text("".join(json.dumps(row) + "\n" for row in (head, *map(asdict, files))))
-    path.with_suffix(".new").replace(path)
+    write_text(path, "".join(json.dumps(row) + "\n" for row in (head, *map(asdict, files))))
 
 
 def _note(folder: Path, file: File) -> None:
     with (folder / RECORD).open("a") as record:  # one write: threads do not mix their rows
         record.write(json.dumps(asdict(file)) + "\n")
-
-
-def _parse(content: bytes, where: str | Path) -> dict:
-    """Returns a JSON object; `where` it stands is for the message."""
-    try:
-        found = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: is no JSON: {error}; another --revision, or another folder: --output-dir") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{where}: is no JSON object; another --revision, or another folder: --output-dir")
-    return found

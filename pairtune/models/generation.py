@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from pairtune.dist import World
 from pairtune.errors import UserError
+from pairtune.files import write_text
 
 
 def answers(
@@ -90,10 +91,7 @@ def write_samples(path: Path, prompts: list[str], before: list[str | None], afte
     """Writes one JSON object a prompt: prompt, before, and after, once there is one."""
     columns = {"prompt": prompts, "before": before} | ({} if after is None else {"after": after})
     samples = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    temporary = path.with_name(f".{path.name}")  # a kill leaves the old file or the new one
-    lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
-    temporary.write_text("".join(lines), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
 
 
 def answers_before(path: Path, prompts: list[str]) -> list[str | None]:

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from pairtune.dist import World
 from pairtune.errors import UserError
-from pairtune.files import replace_text
+from pairtune.files import write_text
 from pairtune.folders.digests import digest_files
 from pairtune.models.adapters import adapted_modules, plain_name
 from pairtune.models.additions import additions
@@ -263,7 +263,8 @@ def append(folder: Path, identity: Identity, values: dict[bytes, tuple[float, fl
     try:
         entry.mkdir(parents=True, exist_ok=True)
         if not (entry / ENTRY).exists():
-            replace_text(entry / ENTRY, json.dumps({"made_of": identity.made_of, **identity.content}, indent=1))
+            content = json.dumps({"made_of": identity.made_of, **identity.content}, indent=1)
+            write_text(entry / ENTRY, content, durable=True)
     except OSError as error:
         raise _unusable(entry, error) from None
     with _locked(entry / VALUES, "a+b", fcntl.LOCK_EX) as file:

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorage
 
 from pairtune.dist import World
 from pairtune.errors import UserError
+from pairtune.files import sync_folder, write_text
 
 MARKER, VALUES = "COMPLETE", "state.json"
 FILE_BYTES = 2**30  # of tensors a file: safetensors holds a file's bytes a second time while it writes them
@@ -85,7 +86,7 @@ class Checkpoints:
             return
         if self._world.agree(self._world.is_main and is_complete(folder)):  # the same weights, evaluated since
             if self._world.is_main:
-                _write(folder / VALUES, json.dumps(values))
+                write_text(folder / VALUES, json.dumps(values), durable=True)
             return
         if self._world.is_main:
             self._dir.mkdir(parents=True, exist_ok=True)
@@ -155,12 +156,12 @@ class Checkpoints:
             written.result()
             sizes = self._sync_files(temporary)
             if self._world.is_main:
-                _write(temporary / VALUES, json.dumps(values))
-                _sync_folder(temporary)
+                write_text(temporary / VALUES, json.dumps(values), durable=True)
+                sync_folder(temporary)
                 shutil.rmtree(folder, ignore_errors=True)  # one of this step that was damaged
                 temporary.rename(folder)
-                _sync_folder(self._dir)
-                _write(folder / MARKER, json.dumps(sizes))
+                sync_folder(self._dir)
+                write_text(folder / MARKER, json.dumps(sizes), durable=True)
                 self._prune(values["best"])
         except (Exception, CheckpointException):
             if self._world.is_main:
@@ -321,25 +322,8 @@ def _files(tensors: dict[str, Tensor], num_processes: int) -> dict[str, int]:
     return files
 
 
-def _write(path: Path, text: str) -> None:
-    """Replaces a small file at once, on the disk when this returns."""
-    temporary = path.with_name(f".{path.name}")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync_folder(path.parent)
-
-
 def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*")) if folder.exists() else 0
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
 
 
 def _gib(num_bytes: int) -> str:

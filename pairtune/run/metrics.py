@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pairtune.dist import World
 from pairtune.errors import UserError
+from pairtune.files import write_text
 from pairtune.run.folder import lock
 
 _SLASHED = {
@@ -116,9 +117,7 @@ def _keep_lines(path: Path, step: int, evaluated: int) -> None:
         row = json.loads(line)
         if row["step"] <= (evaluated if "eval/loss" in row else step):
             kept.append(line)
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+    write_text(path, "".join(kept))
 
 
 def read_log(path: Path) -> list[dict]:

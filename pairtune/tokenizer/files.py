@@ -1,12 +1,12 @@
 """What the files of a Hugging Face model folder say of its tokenizer, read as transformers 5 reads them."""
 
-import json
 from pathlib import Path
 
 import tokenizers
 from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
 
 from pairtune.errors import UserError
+from pairtune.files import read_object
 
 SPECIAL_KEYS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 CLASSES = {"gpt2": "GPT2Tokenizer", "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}  # by model_type
@@ -49,28 +49,13 @@ def special_tokens(folder: Path, config: dict) -> dict[str, str]:
 def model_stop_ids(folder: Path) -> list[int]:
     """Returns eos_token_id of generation_config.json, else of config.json: a number or a list there."""
     for file in ("generation_config.json", "config.json"):
-        ids = read_json(folder / file).get("eos_token_id")
+        ids = read_object(folder / file).get("eos_token_id")
         if ids is not None:
             ids = ids if isinstance(ids, list) else [ids]
             if not all(type(i) is int and 0 <= i < 2**32 for i in ids):
                 raise UserError(f"{folder / file}: eos_token_id={ids}: must be a token's number, or a list of them.")
             return ids
     return []
-
-
-def read_json(file: Path) -> dict:
-    """Returns what a JSON file of a model folder holds, {} where there is none.
-
-    Raises:
-        UserError: It cannot be read, or does not hold keys and values.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (ValueError, RecursionError, OSError) as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} must hold keys and values, holds a {type(content).__name__}.")
-    return content
 
 
 def _tokenizer_json(folder: Path, config: dict) -> tokenizers.Tokenizer:
@@ -83,7 +68,7 @@ def _tokenizer_json(folder: Path, config: dict) -> tokenizers.Tokenizer:
     backend.no_padding()
     _add_tokens(backend, folder, config)
     kind = _tokenizer_class(folder, config)
-    by_class = read_json(folder / "config.json").get("model_type") not in OF_THE_FILE
+    by_class = read_object(folder / "config.json").get("model_type") not in OF_THE_FILE
     if by_class and isinstance(backend.model, tokenizers.models.BPE):
         # Of these two, transformers 5 takes vocabulary and merges alone, whatever the file says of words and spaces.
         is_byte_level = "ByteLevel" in f"{backend.pre_tokenizer}{backend.decoder}"
@@ -122,7 +107,7 @@ def _vocabulary_and_merges(folder: Path, config: dict) -> tokenizers.Tokenizer:
 
 
 def _tokenizer_class(folder: Path, config: dict) -> str:
-    kind = config.get("tokenizer_class") or CLASSES.get(read_json(folder / "config.json").get("model_type"))
+    kind = config.get("tokenizer_class") or CLASSES.get(read_object(folder / "config.json").get("model_type"))
     return str(kind).removesuffix("Fast")
 
 
@@ -173,7 +158,7 @@ def _declared_tokens(folder: Path, config: dict, special: set[str]) -> dict[int,
     try:
         if "added_tokens_decoder" in config:
             return {int(i): AddedToken(**token) for i, token in config["added_tokens_decoder"].items()}
-        ids = read_json(folder / "added_tokens.json")
+        ids = read_object(folder / "added_tokens.json")
         return {int(i): AddedToken(text, special=text in special) for text, i in ids.items()}
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{folder}: the added tokens cannot be read: {error}") from error
@@ -184,7 +169,7 @@ def _special_tokens(folder: Path, config: dict) -> tuple[dict[str, AddedToken], 
 
     As in transformers, an old folder's special_tokens_map.json comes first.
     """
-    table = {} if "added_tokens_decoder" in config else read_json(folder / "special_tokens_map.json")
+    table = {} if "added_tokens_decoder" in config else read_object(folder / "special_tokens_map.json")
     settings = {**config, **table}
     if not (folder / "tokenizer.json").is_file():
         defaults = DEFAULTS.get(_tokenizer_class(folder, config), ())

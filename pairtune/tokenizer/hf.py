@@ -14,7 +14,8 @@ from pathlib import Path
 import tokenizers
 
 from pairtune.errors import UserError
-from pairtune.tokenizer.files import model_stop_ids, read_backend, read_json, special_tokens
+from pairtune.files import read_object
+from pairtune.tokenizer.files import model_stop_ids, read_backend, special_tokens
 from pairtune.tokenizer.special_text import SpecialText
 from pairtune.tokenizer.template import ChatTemplate, Refusal, choose_template, plain_text
 
@@ -244,7 +245,7 @@ def hf_tokenizer(
     if special_tokens_in_text not in POLICIES:
         raise UserError(f"tokenizer.special_tokens_in_text={special_tokens_in_text!r}: must be text or control.")
     folder = Path(path).expanduser()
-    config = read_json(folder / "tokenizer_config.json")
+    config = read_object(folder / "tokenizer_config.json")
     backend = read_backend(folder, config)
     special = special_tokens(folder, config)
     stop_ids = model_stop_ids(folder)
@@ -323,7 +324,7 @@ def check_vocabulary(tokenizer: HFTokenizer | TorchtuneTokenizer, folder: Path) 
     """
     if not isinstance(tokenizer, HFTokenizer) or not (folder / "tokenizer.json").is_file():
         return
-    backend = read_backend(folder, read_json(folder / "tokenizer_config.json"))
+    backend = read_backend(folder, read_object(folder / "tokenizer_config.json"))
     ours, theirs = (b.get_vocab(with_added_tokens=False) for b in (tokenizer._backend, backend))
     different = sorted((i, token) for token, i in ours.items() if theirs.get(token) != i)
     if different:

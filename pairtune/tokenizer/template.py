@@ -14,7 +14,7 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
 
 from pairtune.errors import UserError
-from pairtune.tokenizer.files import read_json
+from pairtune.files import read_object
 
 ANSWER_END = "\ue000"  # private use: stands behind an answer to find what a template writes after it
 MOST_STEPS = 1_000_000  # of a template's counting loops, in one conversation
@@ -147,7 +147,7 @@ def choose_template(folder: Path, config: dict, wanted: str | None) -> tuple[str
 def set_template(folder: Path, template: str | None) -> None:
     """Makes `template` the one that transformers finds in a folder, None for none; does nothing where it is already."""
     file = folder / "tokenizer_config.json"
-    config = read_json(file)
+    config = read_object(file)
     try:
         if choose_template(folder, config, None)[0] == template:
             return
@@ -178,7 +178,7 @@ def _own_template(folder: Path, config: dict) -> str | None:
     if not named:
         own = config.get("chat_template")
         if own is None:
-            own = read_json(folder / "chat_template.json").get("chat_template")
+            own = read_object(folder / "chat_template.json").get("chat_template")
         if own is None or isinstance(own, str):
             return own
         if isinstance(own, list) and all(isinstance(entry, dict) for entry in own):

@@ -350,7 +350,7 @@ def test_a_wrong_chat_template_is_refused(folders, chat_template, message):
         ({"eos_token": "<end>"}, "eos_token is '<end>', which is no token"),
         ({"bos_token": "<begin>"}, "bos_token is '<begin>'"),
         ({"files": {"tokenizer.json": "{"}}, "tokenizer.json cannot be read"),
-        ({"files": {"generation_config.json": "{'a'}"}}, "generation_config.json is not valid JSON"),
+        ({"files": {"generation_config.json": "{'a'}"}}, "generation_config.json: cannot be read"),
         ({"chat_template": [{"name": "rag", "template": "R"}]}, r"\(rag\) but none named default"),
         ({"chat_template": {"rag": "R"}}, r"\(rag\) but none named default"),
         ({"chat_template": ["R"]}, "chat_template must be text, texts by name, or a list"),
