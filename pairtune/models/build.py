@@ -85,11 +85,7 @@ def lora(
             size NF4 does not accept.
     """
     path, arguments = _split(component)
-    name = path.rpartition(".")[2]
-    if name.startswith(("lora_", "qlora_")):
-        raise UserError(
-            f"model._component_={path}: name the base builder ({name.split('_', 1)[1]}); the recipe adds LoRA"
-        )
+    _check_base(path)
     model = _build(path, arguments, dtype)
     if quantize_base:
         _check_nf4(model, world, "QLoRA", way_out="a lora_ recipe")
@@ -114,6 +110,14 @@ def lora(
         add_frozen_copy(model)
     set_trainable_params(model, get_adapter_params(model))
     return model
+
+
+def _check_base(path: str) -> None:
+    name = path.rpartition(".")[2]
+    if name.startswith(("lora_", "qlora_")):
+        raise UserError(
+            f"model._component_={path}: name the base builder ({name.split('_', 1)[1]}); the recipe adds LoRA"
+        )
 
 
 def _quantized(name: str, in_dim: int, out_dim: int, biased: bool) -> nn.Module | None:

@@ -4,6 +4,7 @@ torchtune 0.6.1's own Gemma 2 caps hidden states in place of logits, and its att
 Here scores and logits are capped; sliding windows are models.prepare's, which has them from config.json.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -20,6 +21,8 @@ from torchtune.modules import (
 )
 
 from pairtune.models.attention import Attention
+
+_linear = partial(nn.Linear, bias=False)
 
 
 def gemma2(
@@ -46,7 +49,6 @@ def gemma2(
         attn_logit_softcapping: Scores s become c * tanh(s / c); null: they stay as they are.
         final_logit_softcapping: The same for the output's logits.
     """
-    linear = partial(nn.Linear, bias=False)
 
     def attention() -> MultiHeadAttention:
         queries, keys = num_heads * head_dim, num_kv_heads * head_dim
@@ -55,10 +57,10 @@ def gemma2(
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            q_proj=linear(embed_dim, queries),
-            k_proj=linear(embed_dim, keys),
-            v_proj=linear(embed_dim, keys),
-            output_proj=linear(queries, embed_dim),
+            q_proj=_linear(embed_dim, queries),
+            k_proj=_linear(embed_dim, keys),
+            v_proj=_linear(embed_dim, keys),
+            output_proj=_linear(queries, embed_dim),
             pos_embeddings=rope,
             max_seq_len=max_seq_len,
             attn_dropout=attn_dropout,
@@ -66,23 +68,9 @@ def gemma2(
         layer._attention_call = Attention(softcap=attn_logit_softcapping, scale=query_pre_attn_scalar**-0.5)
         return layer
 
-    def mlp() -> FeedForward:
-        return FeedForward(
-            gate_proj=linear(embed_dim, intermediate_dim),
-            down_proj=linear(intermediate_dim, embed_dim),
-            up_proj=linear(embed_dim, intermediate_dim),
-            activation=nn.GELU(approximate="tanh"),
-        )
-
     rope = RotaryPositionalEmbeddings(dim=head_dim, max_seq_len=max_seq_len, base=rope_base)
     norm = partial(GemmaRMSNorm, embed_dim, eps=norm_eps)
-    layers = [
-        # The scales are norms, of what attention and MLP add to the residual stream.
-        TransformerSelfAttentionLayer(
-            attention(), mlp(), sa_norm=norm(), sa_scale=norm(), mlp_norm=norm(), mlp_scale=norm()
-        )
-        for _ in range(num_layers)
-    ]
+    layers = [_layer(attention(), _mlp(embed_dim, intermediate_dim), norm) for _ in range(num_layers)]
     embeddings = GemmaNormEmbeddings(vocab_size, embed_dim)  # times sqrt(embed_dim), rounded to the model's dtype
     return TransformerDecoder(
         tok_embeddings=embeddings,
@@ -92,6 +80,22 @@ def gemma2(
         head_dim=head_dim,
         norm=norm(),
         output=CappedTiedLinear(embeddings, final_logit_softcapping),
+    )
+
+
+def _mlp(embed_dim: int, intermediate_dim: int) -> FeedForward:
+    return FeedForward(
+        gate_proj=_linear(embed_dim, intermediate_dim),
+        down_proj=_linear(intermediate_dim, embed_dim),
+        up_proj=_linear(embed_dim, intermediate_dim),
+        activation=nn.GELU(approximate="tanh"),
+    )
+
+
+def _layer(attention: MultiHeadAttention, mlp: FeedForward, norm: Callable[[], nn.Module]) -> nn.Module:
+    """The scales are norms, of what attention and MLP add to the residual stream."""
+    return TransformerSelfAttentionLayer(
+        attention, mlp, sa_norm=norm(), sa_scale=norm(), mlp_norm=norm(), mlp_scale=norm()
     )
 
 

@@ -1,18 +1,19 @@
-"""Preference pairs: rows tokenized once, limited and counted. No shuffling and no batches: those are in loader.py.
+"""Preference pairs: rows tokenized once, limited and counted. No shuffling, no batches: see steps.py and batch.py.
 
 Where rows come from is in rows.py, what a row may look like in formats.py, how a conversation becomes tokens in
-tokenizer.py.
+tokenizer/.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from tqdm import tqdm
 
 from pairtune.errors import UserError
-from pairtune.pairs.formats import Example, Skip, detect_format
+from pairtune.pairs.formats import Example, Format, Skip, detect_format
 from pairtune.pairs.rows import Rows, read_rows
 from pairtune.tokenizer.hf import adapt, common_prefix
 from pairtune.tokenizer.template import Refusal
@@ -231,12 +232,7 @@ def tokenize_pairs(
     if not len(rows):
         raise UserError(f"{key}: {rows.source} has no rows in this split.")
     tokenizer = adapt(tokenizer)
-    form = detect_format(rows.column_names, list(islice(rows, 10)), source=rows.source, key=key)
-    if not (form.is_paired or unpaired):
-        raise UserError(
-            f"{key}: {rows.source} holds answers with a label ({', '.join(form.columns)}), and this loss compares the "
-            "two answers of a pair; loss=kto takes each answer for itself"
-        )
+    form = _format_of(rows, key, unpaired=unpaired)
     special_as = tokenizer.special_tokens_in_text
     report = Report(rows.source, form.name, tokenizer.style, len(rows), special_as=special_as)
     pairs = []
@@ -244,20 +240,37 @@ def tokenize_pairs(
     for number, row in zip(rows.numbers, bar, strict=True):
         if beat:
             beat("tokenizing")
-        try:
+        with _told(report, number):
             pairs.append(_tokenize(form.read(row), number, tokenizer, limits=limits, report=report))
-        except Skip as skip:
-            report.dropped.setdefault(str(skip), []).append(number)
-        except Refusal as refusal:
-            report.dropped.setdefault(f"{REFUSED}: {refusal.reason}", []).append(number)
-        except UserError as error:
-            raise UserError(f"{rows.source}, row {number} (from 0): {error}") from error
     report.num_kept = len(pairs)
     report.num_desirable = None if form.is_paired else sum(bool(pair.chosen) for pair in pairs)
     report.notes = _notes(report, tokenizer, max_length, max_prompt_length)
     if not pairs:
         raise UserError(f"{key}: there is nothing left of {rows.source}.\n{report}")
     return pairs, report
+
+
+def _format_of(rows: Rows, key: str, *, unpaired: bool) -> Format:
+    form = detect_format(rows.column_names, list(islice(rows, 10)), source=rows.source, key=key)
+    if not (form.is_paired or unpaired):
+        raise UserError(
+            f"{key}: {rows.source} holds answers with a label ({', '.join(form.columns)}), and this loss compares the "
+            "two answers of a pair; loss=kto takes each answer for itself"
+        )
+    return form
+
+
+@contextmanager
+def _told(report: Report, number: int) -> Iterator[None]:
+    """Enters what a row is dropped for in the report, and says of an error which row it is of."""
+    try:
+        yield
+    except Skip as skip:
+        report.dropped.setdefault(str(skip), []).append(number)
+    except Refusal as refusal:
+        report.dropped.setdefault(f"{REFUSED}: {refusal.reason}", []).append(number)
+    except UserError as error:
+        raise UserError(f"{report.source}, row {number} (from 0): {error}") from error
 
 
 def split_pairs(pairs: list[Pair], val_fraction: float) -> tuple[list[Pair], list[Pair]]:
