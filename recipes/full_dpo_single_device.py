@@ -140,7 +140,7 @@ def main(cfg):
     loss_fn = config.instantiate(cfg.loss)
     needed = loss_needs.needs(loss_fn)
     check_reference(cfg.reference, loss_fn, METHOD, dtype=cfg.dtype)
-    files = checkpoint.open_weights(cfg.checkpointer)
+    files = checkpoint.open_weights(cfg.checkpointer, cfg.model)
     tokenizer = adapt(config.instantiate(cfg.tokenizer), cfg.tokenizer)
     own = is_own(cfg.reference, METHOD, cfg.dtype)  # what the run starts from
     model = models.full(cfg.model, dtype=cfg.dtype)

@@ -153,7 +153,7 @@ def main(cfg):
     loss_fn = config.instantiate(cfg.loss)
     needed = loss_needs.needs(loss_fn)
     check_reference(cfg.reference, loss_fn, METHOD, dtype=cfg.dtype, has_adapter=cfg.adapter is not None)
-    files = checkpoint.open_weights(cfg.checkpointer)
+    files = checkpoint.open_weights(cfg.checkpointer, cfg.model)
     tokenizer = adapt(config.instantiate(cfg.tokenizer), cfg.tokenizer)
     own = is_own(cfg.reference, METHOD, cfg.dtype)  # what the run starts from
     with_copy = cfg.reference.name in ("start", "sync")

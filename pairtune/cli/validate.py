@@ -113,7 +113,7 @@ class Validation:
 
     def _weights(self, cfg: DictConfig) -> tuple[str, Any]:
         self._must_be_here(cfg.checkpointer.checkpoint_dir, "checkpointer.checkpoint_dir")
-        weights = checkpoint.Weights(checkpoint.open_weights(cfg.checkpointer))
+        weights = checkpoint.Weights(checkpoint.open_weights(cfg.checkpointer, cfg.model))
         base = models.full(cfg.model, dtype=cfg.dtype)  # adapters and NF4 change no name or shape of the base
         models.check_weights(base, weights)
         return f"{len(weights):,} tensors, names and shapes as in the model", None
@@ -122,7 +122,7 @@ class Validation:
         self._must_be_here(cfg.adapter, "adapter")
         self._must_be_here(cfg.checkpointer.checkpoint_dir, "checkpointer.checkpoint_dir")
         model = models.lora(cfg.model, **cfg.lora, dtype=cfg.dtype)  # NF4 changes no name or shape of an adapter
-        found = adapters.read_adapter(cfg.adapter, model, checkpoint.open_weights(cfg.checkpointer))
+        found = adapters.read_adapter(cfg.adapter, model, checkpoint.open_weights(cfg.checkpointer, cfg.model))
         return f"{len(found):,} matrices, as in the model", None
 
     def _reference(self, method: str, cfg: DictConfig, tokenizer) -> tuple[str, Any]:
@@ -134,7 +134,9 @@ class Validation:
             self._must_be_here(reference.checkpoint_dir, "reference.checkpoint_dir")
         self._must_be_here(cfg.checkpointer.checkpoint_dir, "checkpointer.checkpoint_dir")
         like = {"component": cfg.model, "dtype": cfg.dtype, "tokenizer": tokenizer}
-        second = open_second_model(reference, method, files=checkpoint.open_weights(cfg.checkpointer), **like)
+        second = open_second_model(
+            reference, method, files=checkpoint.open_weights(cfg.checkpointer, cfg.model), **like
+        )
         second.prepare(
             max_length=cfg.max_length, vocab_size=tokenizer.vocab_size if tokenizer else 0,
             attention=cfg.attention, compile_layers=cfg.compile,
@@ -183,7 +185,7 @@ def _model(method: str, cfg: DictConfig, tokenizer) -> tuple[str, Any]:
     else:
         model = models.lora(cfg.model, **cfg.lora, dtype=cfg.dtype, quantize_base=method == "qlora")
     here = Path(cfg.checkpointer.checkpoint_dir).is_dir()
-    base_config = checkpoint.read_config(cfg.checkpointer.checkpoint_dir) if here else {}
+    base_config = checkpoint.base_config(cfg.checkpointer, cfg.model) if here else {}
     models.prepare(
         model, max_length=cfg.max_length, vocab_size=tokenizer.vocab_size if tokenizer else 0,
         attention=cfg.attention, windows=windows(base_config, len(model.layers)),

@@ -67,9 +67,14 @@ _CHECKPOINT = Rule(lambda v: v != "", "true, false, auto, or the path of a check
 _PROMPTS = Rule(lambda v: all(isinstance(prompt, str) for prompt in v), 'a list of text, numbers in quotes: ["1","2"]')
 _TEMPERATURE = Rule(lambda v: v >= 0, "at least 0 (0 is greedy)", lambda v: 0.0)
 _TIMEOUT = Rule(lambda v: 0 < v <= 10**6, "above 0 and at most 1000000, 12 days")
+CHECKPOINTERS = (
+    "torchtune.training.FullModelHFCheckpointer",
+    "torchtune.training.FullModelMetaCheckpointer",
+    "torchtune.training.FullModelTorchTuneCheckpointer",
+)
 _CHECKPOINTER = Rule(
-    lambda v: v.rpartition(".")[2] == "FullModelHFCheckpointer",
-    "FullModelHFCheckpointer: no format but Hugging Face folders is supported",
+    lambda v: v in CHECKPOINTERS,
+    f"one of {', '.join(CHECKPOINTERS)}: folders of Hugging Face, Meta and torchtune are read",
 )
 _MODULES = Rule(
     lambda v: v and all(m in tuple(LORA_LAYERS) for m in v),
@@ -202,11 +207,16 @@ _DISTRIBUTED = (
 
 _FILES = (
     Key("checkpointer", example="torchtune.training.FullModelHFCheckpointer"),
-    Key("checkpointer._component_", "torchtune.training.FullModelHFCheckpointer", "the only one", _CHECKPOINTER),
+    Key(
+        "checkpointer._component_",
+        "torchtune.training.FullModelHFCheckpointer",
+        "or FullModelMetaCheckpointer, FullModelTorchTuneCheckpointer",
+        _CHECKPOINTER,
+    ),
     Key(
         "checkpointer.checkpoint_dir",
         REQUIRED,
-        "a Hugging Face folder; its shards are found",
+        "the model's folder; its files are found",
         of_kind(str),
         "by result",
         elsewhere=("checkpoint_dir",),

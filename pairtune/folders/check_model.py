@@ -11,7 +11,7 @@ from torchtune.modules import TransformerDecoder
 
 from pairtune.config.rules import fits, kind_words, show
 from pairtune.errors import UserError
-from pairtune.folders.config_json import SETTINGS, config_key, setting
+from pairtune.folders.config_json import LLAMA3_ROPE, ONLY, SETTINGS, config_key, setting
 from pairtune.folders.families import FAMILIES, config_types, of_config_type
 from pairtune.models.additions import additions
 
@@ -20,22 +20,6 @@ MAY_BE_ZERO = ("max_window_layers",)
 ROPE_BLOCKS = ("rope_scaling", "rope_parameters")  # of transformers 4 and 5
 # How positions may be scaled: what torchtune computes, with these settings of it.
 ROPE_TYPES = {"llama": ("default", "llama3")}
-LLAMA3_ROPE = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
-# Settings of which only these values are what the builders compute, by config.json's model_type.
-ONLY = {
-    **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "qwen3", "phi3"), {"hidden_act": ("silu", "swish")}),
-    # transformers takes gelu for the approximation, too, which Google's first files mean by it.
-    "gemma": dict.fromkeys(("hidden_act", "hidden_activation"), ("gelu_pytorch_tanh", "gelu")),
-    "gemma2": {"hidden_activation": ("gelu_pytorch_tanh",)},
-    "gpt2": {
-        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-        "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,),
-        "reorder_and_upcast_attn": (False,),
-        "add_cross_attention": (False,),
-    },
-    "gpt_neox": {"hidden_act": ("gelu",), "attention_bias": (True,)},
-}
 
 
 def check_config(config, path: Path) -> None:
@@ -50,7 +34,7 @@ def check_config(config, path: Path) -> None:
     for name, known in SETTINGS.items():
         key = config_key(name, config)
         if config.get(key) is not None:
-            _check_kind(path, key, config[key], known.kind)
+            check_kind(path, key, config[key], known.kind)
         elif known.needed:
             raise UserError(f"{path}: {key}: is missing; download the file again, or set it as the model's authors say")
     _check_rope(path, config)
@@ -67,7 +51,12 @@ def check_config(config, path: Path) -> None:
             )
 
 
-def _check_kind(path: Path, key: str, value, kind: type) -> None:
+def check_kind(path: Path, key: str, value, kind: type) -> None:
+    """Checks one value that a file says of a model.
+
+    Raises:
+        UserError: It is not of this kind, or a number that is not above 0 and finite.
+    """
     if not fits(value, kind):
         raise UserError(f"{path}: {key}={value!r}: must be {kind_words(kind)}")
     if kind in (int, float) and not 0 < value < math.inf and not (value == 0 and key in MAY_BE_ZERO):
@@ -84,7 +73,7 @@ def _check_rope(path: Path, config: dict) -> None:
     for block, rope in blocks.items():
         for key in ("factor", "rope_theta", "partial_rotary_factor"):
             if rope.get(key) is not None:
-                _check_kind(path, f"{block}.{key}", rope[key], float)
+                check_kind(path, f"{block}.{key}", rope[key], float)
         _check_kind_of_rope(path, block, config)
         if _kind_of_rope(rope) == "llama3":
             _check_llama3(path, block, rope)
@@ -207,6 +196,11 @@ def check_model(model: TransformerDecoder, config: dict) -> None:
         for name, value in expected.items()
         if value is not None and name in built and built[name] != value
     ]
+    refuse_differences(different)
+
+
+def refuse_differences(different: list[str]) -> None:
+    """Raises a UserError with all of them, if there are any."""
     if different:
         raise UserError(
             f"model: {'; '.join(different)}. `model` and `checkpointer.checkpoint_dir` do not belong together: choose "

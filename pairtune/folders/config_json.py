@@ -167,6 +167,29 @@ SETTINGS = {
     "layer_types": Setting(list[str]),
 }
 
+# Settings that most architectures have no word for; those that have one have a default of it.
+OF_FEW = (
+    *("partial_rotary_factor", "use_parallel_residual", "attn_logit_softcapping", "final_logit_softcapping"),
+    *("query_pre_attn_scalar", "num_local_experts", "num_experts_per_tok"),
+)
+# How Llama 3.1 and later scale positions, whatever the factor.
+LLAMA3_ROPE = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
+# Settings of which only these values are what the builders compute, by config.json's model_type.
+ONLY = {
+    **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "qwen3", "phi3"), {"hidden_act": ("silu", "swish")}),
+    # transformers takes gelu for the approximation, too, which Google's first files mean by it.
+    "gemma": dict.fromkeys(("hidden_act", "hidden_activation"), ("gelu_pytorch_tanh", "gelu")),
+    "gemma2": {"hidden_activation": ("gelu_pytorch_tanh",)},
+    "gpt2": {
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "reorder_and_upcast_attn": (False,),
+        "add_cross_attention": (False,),
+    },
+    "gpt_neox": {"hidden_act": ("gelu",), "attention_bias": (True,)},
+}
+
 
 def config_key(name: str, config: Mapping) -> str:
     """Returns what this config.json calls a setting that Llama's calls `name`."""

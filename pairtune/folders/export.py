@@ -64,6 +64,8 @@ def export(
         folder.mkdir()
         save_torch_state_dict(base.family.to_theirs(merged, base.config), folder, max_shard_size=SHARD_BYTES)
         _copy(base.path, MODEL_FILES, folder)
+        if not (folder / "config.json").is_file():
+            (folder / "config.json").write_text(json.dumps(base.config))
         _edit_json(folder / "config.json", torch_dtype=dtype, dtype=dtype)
         _write_tokenizer(tokenizer, base, folder)
         if adapter:

@@ -13,6 +13,7 @@ MODEL_FILES = (
     "pytorch_model.bin",
 )
 INDEX_FILES = tuple(name for name in MODEL_FILES if name.endswith(".index.json"))
+META_FILE = "consolidated.00.pth"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
 REPO_ID_FILE = "original_repo_id.json"  # torchtune's name; by it an exported adapter tells which model it belongs to
 BASE_FILE = "base_weights.json"  # ours: which weights an adapter was trained on
@@ -29,7 +30,9 @@ def find_weights(checkpoint_dir: str) -> list[str]:
     if not folder.is_dir():
         raise UserError(f"{key}: no such folder; `tune download REPO_ID --output-dir {checkpoint_dir}` fetches a model")
     if not (folder / "config.json").is_file():
-        raise UserError(f"{key}: holds no config.json: it is not a model in Hugging Face layout")
+        of_meta = f"; {META_FILE} is for checkpointer._component_=torchtune.training.FullModelMetaCheckpointer"
+        hint = of_meta if (folder / META_FILE).is_file() else ""
+        raise UserError(f"{key}: holds no config.json: it is not a model in Hugging Face layout{hint}")
     for name in MODEL_FILES:
         if not (folder / name).is_file():
             continue

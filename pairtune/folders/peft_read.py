@@ -18,7 +18,8 @@ from pairtune.errors import UserError
 from pairtune.folders.digests import digest_samples
 from pairtune.folders.layout import BASE_FILE, find_adapter, read_record
 from pairtune.folders.peft_config import MERGE, check_kind, check_layers, check_settings, read_config, scale_of
-from pairtune.folders.weights import ModelFolder, Weights, read_shard
+from pairtune.folders.tensors import read_shard
+from pairtune.folders.weights import ModelFolder, Weights
 
 # PEFT saves magnitudes with and without ".weight", by its version.
 _PEFT_NAME = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<part>A|B|magnitude_vector)(\.weight)?")

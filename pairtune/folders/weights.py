@@ -1,69 +1,131 @@
-"""Weights in: a folder in Hugging Face layout, whose shards are found and read without a copy."""
+"""Weights in: a model's folder, whose files are found and read without a copy.
+
+In Hugging Face layout they are read here; in torchtune's and Meta's by torchtune's classes (checkpointers.py).
+"""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import is_zipfile
 
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
-from torchtune.training.checkpointing._utils import FormattedCheckpointFiles, safe_torch_load
+from torchtune.training.checkpointing._utils import FormattedCheckpointFiles
 
+from pairtune import models
 from pairtune.config.rules import nearest, one_line
 from pairtune.errors import UserError, listed
 from pairtune.files import read_json
+from pairtune.folders import checkpointers
 from pairtune.folders.check_model import check_config, check_model_type, model_type_of
 from pairtune.folders.families import FAMILIES, Family
 from pairtune.folders.layout import INDEX_FILES, find_weights, read_index
+from pairtune.folders.made_config import check_params, make_config, read_params
+from pairtune.folders.tensors import read_shard
 from pairtune.models.build import DTYPES
-
-FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # others are quantized: they need their scales
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model's folder in Hugging Face layout; no weight of it is read yet.
+    """A model's folder; no weight of it is read yet.
 
     Attributes:
         path: The folder.
         weight_files: The files of its weights.
-        config: Its config.json.
-        family: How its weights are named.
+        config: Its config.json, or what stands for it.
+        family: How its weights are named in Hugging Face layout, which it is exported in.
+        reader: The class of torchtune's that reads its one file, which is in another layout; None: it is in this one.
     """
 
     path: Path
     weight_files: tuple[Path, ...]
     config: dict
     family: Family
+    reader: str | None = None
+
+    def shards(self) -> Iterator[tuple[Path, dict[str, Tensor]]]:
+        """Yields each file with its tensors by name, memory-mapped."""
+        for path in self.weight_files:
+            if self.reader:
+                yield path, checkpointers.read_state_dict(self.reader, path, self.family.name)
+            else:
+                yield path, read_shard(path, ignored=self.family.ignored)
+
+    def to_ours(self, name: str, value: Tensor) -> dict[str, Tensor]:
+        """Returns what one of its files' tensors is here, as Family.to_ours; torchtune's class has renamed its own."""
+        if not self.reader:
+            return self.family.to_ours(name, value, self.config)
+        if self.family.name_of(name) is None:
+            raise KeyError(f"no weight of {self.family.name}")
+        return {name: value}
+
+    def name_of(self, weight: str) -> str | None:
+        """Returns what one of our weights is called in its files; None for an unknown one."""
+        return weight if self.reader else self.family.name_of(weight)
 
 
-def open_weights(checkpointer) -> ModelFolder:
+def open_weights(checkpointer: Mapping, component: Mapping | None = None) -> ModelFolder:
     """Returns the folder of the config's `checkpointer` block.
 
-    The block names torchtune.training.FullModelHFCheckpointer, whose arguments it has; it is read here, for more
-    families and without a copy of the weights. `checkpoint_files` may be left out: the shards are found.
+    Where the block names torchtune.training.FullModelHFCheckpointer, whose arguments it has, the folder is read here,
+    for more families and without a copy of the weights. FullModelMetaCheckpointer and FullModelTorchTuneCheckpointer
+    read their own. `checkpoint_files` may be left out: the files are found.
+
+    Args:
+        component: The config's `model` block. In Meta's and torchtune's layouts it is what a folder without a
+            config.json is known by.
 
     Raises:
-        UserError: The folder is not a model, its files are not complete, or `model_type` is not its architecture.
+        UserError: The folder is not a model, its files are not complete, `model_type` is not its architecture, or
+            `component` is not what Meta's params.json says.
     """
     block = OmegaConf.to_container(checkpointer, resolve=True) if OmegaConf.is_config(checkpointer) else checkpointer
     folder, model_type = Path(block["checkpoint_dir"]), block["model_type"]
+    reader = checkpointers.reader_of(block.get("_component_"))
     if model_type not in FAMILIES:
         raise UserError(
             f"checkpointer.model_type={model_type}: must be one of {', '.join(FAMILIES)}{nearest(model_type, FAMILIES)}"
         )
-    names = _file_names(block.get("checkpoint_files")) or find_weights(str(folder))
+    names, family = _file_names(block.get("checkpoint_files")), FAMILIES[model_type]
+    if reader:
+        names = [checkpointers.find_file(reader, folder, names, model_type)]
+    names = names or find_weights(str(folder))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise UserError(
             f"checkpointer.checkpoint_files: {folder} has no {', '.join(missing)}; leave checkpoint_files out, and the "
             "files are found"
         )
+    files = tuple(folder / name for name in names)
+    if reader and not (folder / "config.json").is_file():
+        return ModelFolder(folder, files, _known_by(component, family, files[0]), family, reader)
     config = read_config(str(folder))
     check_model_type(model_type, config)
-    return ModelFolder(folder, tuple(folder / name for name in names), config, FAMILIES[model_type])
+    return ModelFolder(folder, files, config, family, reader)
+
+
+def _known_by(component: Mapping | None, family: Family, file: Path) -> dict:
+    """Returns what stands for the config.json that a folder lacks: the model's, if params.json agrees."""
+    if component is None:
+        raise UserError(f"{file.parent}: holds no config.json; put that of the model there")
+    model, path = models.full(component, dtype="fp32"), file.with_name("params.json")
+    params = read_params(path) if path.is_file() else None
+    if params:
+        check_params(model, params, path)
+    return make_config(model, family.config_types[0], params)
+
+
+def base_config(checkpointer: Mapping, component: Mapping) -> dict:
+    """Returns the config.json of the config's `checkpointer` block, or what stands for it; see `open_weights`.
+
+    Raises:
+        UserError: As open_weights; of a folder in Hugging Face layout only config.json is looked at.
+    """
+    folder = checkpointer["checkpoint_dir"]
+    if checkpointers.reader_of(checkpointer["_component_"]) is None:
+        return read_config(folder)
+    return open_weights(checkpointer, component).config
 
 
 def _file_names(files) -> list[str]:
@@ -116,20 +178,20 @@ class Weights(Mapping):
         self._folder = folder
         self._tensors: dict[str, Tensor] = {}
         self._files: dict[str, Path] = {}  # which file a tensor is in
-        for path in folder.weight_files:
-            shard = read_shard(path, ignored=folder.family.ignored)
+        for path, shard in folder.shards():
             for key in shard.keys() & self._files.keys():
                 raise UserError(f"{path}: {key} is there twice, also in {self._files[key].name}; remove one file")
             self._tensors |= shard
             self._files |= dict.fromkeys(shard, path)
-        _check_index(folder, self._files)
+        if folder.reader is None:
+            _check_index(folder, self._files)
         self.empty: dict[str, Tensor] = {}
         self._sources: dict[str, list[str]] = {}  # their names of each; two where a tied output layer is stored, too
         self._finite: set[str] = set()
         strange = []
         for key, value in self._tensors.items():
             try:
-                converted = self._convert(key, value.to("meta"))
+                converted = folder.to_ours(key, value.to("meta"))
             except (KeyError, RuntimeError) as error:
                 strange.append(f"{key} {list(value.shape)} in {self._files[key].name}: {one_line(error.args[0])}")
                 continue
@@ -142,9 +204,6 @@ class Weights(Mapping):
                 f"{folder.family.name}, or not of the sizes in config.json; name the architecture that they are of, or "
                 f"take them out:\n{listed(strange)}"
             )
-
-    def _convert(self, key: str, value: Tensor) -> dict[str, Tensor]:
-        return self._folder.family.to_ours(key, value, self._folder.config)
 
     def __getitem__(self, name: str) -> Tensor:
         key, *twins = self._sources[name]
@@ -167,11 +226,11 @@ class Weights(Mapping):
                 "it had diverged; download it again, or take an earlier checkpoint"
             )
         self._finite.add(key)  # a fused tensor is asked for once a part
-        return self._convert(key, value)[name]
+        return self._folder.to_ours(key, value)[name]
 
     def name_of(self, name: str) -> str:
         """Returns what one of our weights is called in a folder of this family, or in these files."""
-        return self._sources[name][0] if name in self._sources else self._folder.family.name_of(name) or "nothing"
+        return self._sources[name][0] if name in self._sources else self._folder.name_of(name) or "nothing"
 
     def __iter__(self):
         return iter(self._sources)
@@ -193,34 +252,6 @@ def rounding(folder: ModelFolder, dtype: str) -> list[str]:
         f"dtype={dtype}: the folder's weights are {kind}, which has more digits; they are rounded, for training and "
         "for the export. dtype=fp32 keeps them, in twice the memory"
     ]
-
-
-def read_shard(path: Path, *, ignored: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """Returns a file's tensors by name, memory-mapped where it is no pickle of torch before 1.6, which is read whole.
-
-    A pickle may hold tensors only: none of its code is run.
-
-    Args:
-        ignored: Endings of names that are left out, whatever is behind them: masks may be of any type.
-    """
-    try:
-        shard = safe_torch_load(path, mmap=is_zipfile(path))
-    except ValueError as error:
-        reason = one_line(error.__cause__).partition(". ")[0]
-        more = "" if path.suffix == ".safetensors" else ", or a pickle that holds more than weights, which nothing runs"
-        raise UserError(
-            f"{path}: cannot be read: {reason}; it is damaged{more}; download it again, as safetensors if there are any"
-        ) from error
-    if not isinstance(shard, dict):
-        raise UserError(f"{path}: holds a {type(shard).__name__}, not weights by name; save the model's state_dict")
-    shard = {key: value for key, value in shard.items() if not str(key).endswith(ignored)}
-    for key, value in shard.items():
-        if not isinstance(value, Tensor):
-            raise UserError(f"{path}: {key} is a {type(value).__name__}: not weights by name; save the state_dict")
-        if value.dtype not in FLOATS:
-            dtype = str(value.dtype).removeprefix("torch.")
-            raise UserError(f"{path}: {key} is {dtype}: quantized; take the model that it was made from")
-    return shard
 
 
 def _check_index(folder: ModelFolder, files: dict[str, Path]) -> None:

@@ -310,7 +310,10 @@ def test_what_a_run_starts_from_is_not_passed_over(load):
         ("dataset.source=null", ["dataset.source=null", "text"]),
         ("seed=99999999999999999999", ["seed=99999999999999999999", "below 4294967296", "e.g. seed=42"]),
         ("samples.prompts=[1,2]", ["samples.prompts=[1,2]", "a list of text, numbers in quotes"]),
-        ("checkpointer._component_=torchtune.training.FullModelMetaCheckpointer", ["Hugging Face folders"]),
+        (
+            "checkpointer._component_=torchtune.training.DistributedCheckpointer",
+            ["one of torchtune.training.FullModelHFCheckpointer, torchtune.training.FullModelMetaCheckpointer"],
+        ),
         ("checkpointer.checkpoint_dir=123", ["checkpointer.checkpoint_dir=123", "text", "checkpoint_dir='\"123\"'"]),
         ("lr_scheduler=cosine", ["lr_scheduler._component_=cosine", "nearest: lr_scheduler=pairtune.schedules.cosine"]),
         ("optimizer=adamw", ["optimizer._component_=adamw", "nearest: optimizer=torch.optim.AdamW"]),

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from pairtune.errors import UserError
 from pairtune.folders.families import FAMILIES
+from pairtune.folders.weights import Weights, open_weights
 
 # All matrices of layers have a multiple of 16,384 weights, as NF4 wants; no two sides that could be confused are alike.
 SIZES = {
@@ -108,6 +109,15 @@ def test_log_probabilities_and_gradients_are_those_of_transformers(base):
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_what_a_run_exports_is_what_it_measured(base, method):
     hf_peers.check_run(base[1].path.parent, method)
+
+
+def test_torchtunes_own_file_without_a_config_json_is_exported_for_transformers(base, tmp_path):
+    name, files, _ = base
+    model_type = files.family.name
+    torch.save(dict(Weights(files)), tmp_path / "model.pt")
+    block = {"_component_": "torchtune.training.FullModelTorchTuneCheckpointer", "checkpoint_dir": str(tmp_path)}
+    files = open_weights(block | {"model_type": model_type}, component(name))
+    hf_peers.check_export(files, hf_peers.load_ours(files, component(name)), tmp_path / "run")
 
 
 def test_pefts_adapter_of_all_linear_layers_loads_here(base, tmp_path):
