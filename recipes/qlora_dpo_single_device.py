@@ -39,7 +39,7 @@ from pairtune.reference.sources import (
     is_own,
     open_second_model,
 )
-from pairtune.run import contract, metrics
+from pairtune.run import contract, metrics, rehearsal
 from pairtune.run.checkpoints import Checkpoints, find, read_values
 from pairtune.run.fingerprint import check_same, fingerprint
 from pairtune.run.folder import make_room
@@ -208,7 +208,7 @@ def main(cfg):
     contract.check_pairs([*train, *held_out], tokenizer, score_end=cfg.score_end)
     contract.check_router(model, cfg.router_aux_loss_coef)
     contract.check_loss(loss_fn, train, held_out, pairs_per_step=cfg.pairs_per_step, keep_best=cfg.keep_best)
-    config.rehearse(cfg.optimizer, cfg.lr_scheduler, cfg.loss, num_training_steps=total_steps)
+    rehearsal.rehearse(cfg.optimizer, cfg.lr_scheduler, cfg.loss, num_training_steps=total_steps)
     identity = fingerprint(cfg, train, held_out, files, second.files if second else None)
     if resumed:
         changes = check_same(read_values(resumed), identity, resumed, total_steps=total_steps)

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchtune.modules import TransformerDecoder
 
 from pairtune import models
-from pairtune.config.layers import instantiate
+from pairtune.config.components import instantiate
 from pairtune.errors import UserError
 from pairtune.models import logps
 from pairtune.pairs.batch import PairBatch, lay_out

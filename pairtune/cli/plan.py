@@ -14,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from pairtune import models
 from pairtune.cli.memory import PARTS, Setting, StepMemory, pass_memory, step_memory, worst_batch
-from pairtune.config.layers import instantiate, load
+from pairtune.config.components import instantiate
+from pairtune.config.layers import load
 from pairtune.errors import UserError
 from pairtune.folders import weights as checkpoint
 from pairtune.folders.check_model import windows

@@ -22,7 +22,7 @@ from pairtune.pairs.formats import detect_format
 from pairtune.pairs.rows import looks_like_path
 from pairtune.pairs.steps import Steps
 from pairtune.reference.sources import KNOWN, check_reference, is_own, open_second_model
-from pairtune.run import contract
+from pairtune.run import contract, rehearsal
 from pairtune.tokenizer.hf import adapt
 
 QUESTION = [{"role": "user", "content": "Hello?"}]
@@ -210,7 +210,7 @@ def _steps(cfg: DictConfig, num_pairs: int | None) -> tuple[str, Any]:
     if num_pairs:
         steps = Steps(range(num_pairs), pairs_per_step=cfg.pairs_per_step, batch_size=cfg.batch_size, seed=cfg.seed)
         total = min(cfg.epochs * len(steps), cfg.max_steps or cfg.epochs * len(steps))
-    config.rehearse(cfg.optimizer, cfg.lr_scheduler, cfg.loss, num_training_steps=total)
+    rehearsal.rehearse(cfg.optimizer, cfg.lr_scheduler, cfg.loss, num_training_steps=total)
     return f"{total:,}, at most" if num_pairs else "optimizer, schedule and loss work together", None
 
 

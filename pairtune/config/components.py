@@ -1,9 +1,7 @@
-"""Components, `_component_` and its arguments: checked against the signature, built, rehearsed before weights load."""
+"""Components, `_component_` and its arguments: checked against the signature, and built."""
 
 import inspect
-import re
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
@@ -13,7 +11,6 @@ from typing import Any
 import torch
 import torchtune.rlhf.loss
 from omegaconf import OmegaConf
-from torch import Tensor
 from torchtune.config._errors import InstantiationError
 from torchtune.config._utils import _get_component_from_path
 from torchtune.modules import TransformerDecoder
@@ -22,7 +19,6 @@ from pairtune import schedules
 from pairtune.config.checks import component_path, is_component
 from pairtune.config.rules import fits, one_line, show, wrong_kind
 from pairtune.errors import UserError, nearest
-from pairtune.losses.calling import example_inputs, needs
 
 # What recipes pass to a component themselves; a config cannot. So is the first argument of an optimizer or schedule.
 FROM_RECIPE = {
@@ -207,9 +203,9 @@ def instantiate(node: Any, *args, **kwargs) -> Any:
     """
     if node is None:
         return None
-    block = _plain(node)
+    block = plain(node)
     try:
-        return _build(block, *args, **kwargs)
+        return build(block, *args, **kwargs)
     except UserError:
         raise
     except Exception as error:
@@ -219,112 +215,12 @@ def instantiate(node: Any, *args, **kwargs) -> Any:
         ) from error
 
 
-def _build(block: dict, *args, **kwargs) -> Any:
+def build(block: dict, *args, **kwargs) -> Any:
+    """Returns what a block makes, as `instantiate` does, and raises what the component raises."""
     arguments = {name: value for name, value in block.items() if name != "_component_" and value is not None}
     return _get_component_from_path(block["_component_"])(*args, **arguments | kwargs)
 
 
-def _plain(node: Any) -> dict:
+def plain(node: Any) -> dict:
+    """Returns a component's block as a dict whose references are resolved."""
     return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else dict(node)
-
-
-# Rehearsal
-
-GPU_ONLY = ("fused", "capturable")  # arguments of optimizers that say where a step runs, not what it computes
-
-
-def rehearse(optimizer: dict, lr_scheduler: dict | None, loss: dict, *, num_training_steps: int) -> None:
-    """Builds optimizer and schedule for one parameter, makes a step, and calls the loss once, all on the CPU.
-
-    What they refuse, and signatures cannot tell, shows here and not after weights are read.
-
-    Raises:
-        UserError: One of them fails, the optimizer needs a closure, or the loss does not return three vectors.
-    """
-    parameter = torch.nn.Parameter(torch.zeros(1, 1))
-    parameter.grad = torch.ones(1, 1)
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")
-        stepped = _rehearse_optimizer(_plain(optimizer), parameter)
-        if lr_scheduler is not None:
-            _rehearse_schedule(_plain(lr_scheduler), stepped, num_training_steps)
-        rehearse_loss(_plain(loss))
-
-
-def _rehearse_optimizer(block: dict, parameter: torch.nn.Parameter) -> torch.optim.Optimizer:
-    try:
-        optimizer = _build(block, [parameter])
-        if _needs_closure(optimizer):
-            raise UserError(
-                f"optimizer._component_={block['_component_']}: computes the loss again within a step (needs a "
-                "closure), which recipes do not do; use another, such as torch.optim.AdamW"
-            )
-        if type(optimizer).__module__.startswith("torch."):  # others may step on a GPU only
-            optimizer = _build({k: v for k, v in block.items() if k not in GPU_ONLY}, [parameter])
-            optimizer.step()
-    except Exception as error:
-        raise _refusal("optimizer", block, error) from None
-    return optimizer
-
-
-def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    return closure is not None and closure.default is closure.empty
-
-
-def _rehearse_schedule(block: dict, optimizer: torch.optim.Optimizer, num_training_steps: int) -> None:
-    try:
-        schedule = _build(block, optimizer, num_training_steps=num_training_steps, last_epoch=-1)
-        for _ in range(num_training_steps):
-            trains = optimizer.param_groups[0]["lr"] > 0
-            schedule.step()
-            if trains:
-                return
-    except Exception as error:
-        raise _refusal("lr_scheduler", block, error) from None
-    raise UserError(f"lr_scheduler: the learning rate is 0 in all {num_training_steps} steps; nothing would be trained")
-
-
-def rehearse_loss(block: dict) -> None:
-    """Builds the loss of this block and calls it once.
-
-    Raises:
-        UserError: It fails, or does not return losses that depend on the policy and two rewards, three vectors.
-    """
-    logps = [torch.zeros(2, requires_grad=True) for _ in range(4)]
-    try:
-        loss = _build(block)
-    except Exception as error:
-        raise _refusal("loss", block, error) from None
-    try:
-        needed = needs(loss)
-        reference = logps[2:] if needed.reference else (None, None)
-        result = loss(*logps[:2], *reference, **example_inputs(loss, 2))
-    except Exception as error:
-        raise _not_a_pair_loss(block, f"called so, it fails: {one_line(error)}") from None
-    if not isinstance(result, (tuple, list)):
-        raise _not_a_pair_loss(block, f"it returns a {type(result).__name__}")
-    if len(result) != 3 or not all(isinstance(r, Tensor) and r.shape == (2,) for r in result):
-        shapes = ", ".join(str(list(r.shape)) if isinstance(r, Tensor) else type(r).__name__ for r in result)
-        raise _not_a_pair_loss(block, f"for two pairs it returns {shapes}")
-    if not result[0].requires_grad:
-        raise _not_a_pair_loss(block, "its losses do not depend on the policy")
-
-
-def _not_a_pair_loss(block: dict, reason: str) -> UserError:
-    return UserError(
-        f"loss._component_={block['_component_']}: must map policy chosen, policy rejected, reference chosen and "
-        f"reference rejected log-probabilities to losses, chosen rewards and rejected rewards, one of each a pair; "
-        f"{reason}; use one such as torchtune.rlhf.loss.DPOLoss"
-    )
-
-
-def _refusal(key: str, block: dict, error: Exception) -> UserError:
-    """Names the arguments that the error speaks of, or else all of them."""
-    if isinstance(error, UserError):
-        return error
-    path, reason = block["_component_"], one_line(error).rstrip(".")
-    given = {k: v for k, v in block.items() if v is not None}
-    blamed = {k: v for k, v in given.items() if re.search(rf"\b{re.escape(k.removesuffix('s'))}", reason)} or given
-    values = " ".join(f"{key}.{name}={show(value)}" for name, value in blamed.items())
-    return UserError(f"{values}: {path} refuses: {reason}; give another value, or another component as {key}=...")

@@ -20,13 +20,13 @@ from yaml import YAMLError
 
 from pairtune.config import keys
 from pairtune.config.checks import check_together, check_values, holds_component, is_component, unknown_key
-from pairtune.config.components import check_components, instantiate, rehearse  # noqa: F401  (recipes call the last two)
+from pairtune.config.components import check_components
 from pairtune.config.from_torchtune import translate
 from pairtune.config.rules import REQUIRED, one_line, show
 from pairtune.config.secrets import check_secrets
+from pairtune.config.short_names import path_of
 from pairtune.errors import UserError
 from pairtune.files import write_text
-from pairtune.losses.modules import path_of
 
 METHODS = ("full", "lora", "qlora")
 

@@ -12,7 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from pairtune.config.rules import one_line
 from pairtune.dist import World
+from pairtune.errors import UserError
 from pairtune.models.logps import AnswerScores
 from pairtune.pairs.batch import PairBatch
 
@@ -23,7 +25,8 @@ class Needs:
 
     Attributes:
         reference: Reference log-probabilities; else None does for both.
-        whole_step: The whole step's values in one call, see `step_gradients`.
+        whole_step: The whole step's values in one call, see `step_gradients`. It is called again for each micro-batch,
+            with `step`, its part of the StepLosses, and answers with `step.apply`.
         takes_unpaired: Rows that have one answer are taken, too.
         inputs: Further keyword arguments, see `loss_inputs`.
         ld_alpha: For logps.answer_scores of the policy and logps.answer_logps of the reference.
@@ -123,6 +126,13 @@ class StepLosses:
     chosen_gradients: Tensor
     rejected_gradients: Tensor
 
+    def apply(self, policy_chosen_logps: Tensor, policy_rejected_logps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns losses and rewards with these values; the losses' gradients are those of the whole step."""
+        chosen = policy_chosen_logps * self.chosen_gradients
+        rejected = policy_rejected_logps * self.rejected_gradients
+        losses = self.losses + (chosen - chosen.detach()) + (rejected - rejected.detach())
+        return losses, self.chosen_rewards, self.rejected_rewards
+
 
 def step_gradients(
     loss_fn: Callable,
@@ -218,6 +228,35 @@ def example_inputs(
         "kl": torch.tensor(0.0),
     }
     return {name: known[name] for name in needs(loss_fn).inputs}
+
+
+def check_convention(loss_fn: Callable, path: str) -> None:
+    """Calls a loss of this import path once, for two pairs.
+
+    Raises:
+        UserError: It fails, or does not return losses that depend on the policy and two rewards, three vectors.
+    """
+    logps = [torch.zeros(2, requires_grad=True) for _ in range(4)]
+    try:
+        reference = logps[2:] if needs(loss_fn).reference else (None, None)
+        result = loss_fn(*logps[:2], *reference, **example_inputs(loss_fn, 2))
+    except Exception as error:
+        raise _not_a_pair_loss(path, f"called so, it fails: {one_line(error)}") from None
+    if not isinstance(result, (tuple, list)):
+        raise _not_a_pair_loss(path, f"it returns a {type(result).__name__}")
+    if len(result) != 3 or not all(isinstance(r, Tensor) and r.shape == (2,) for r in result):
+        shapes = ", ".join(str(list(r.shape)) if isinstance(r, Tensor) else type(r).__name__ for r in result)
+        raise _not_a_pair_loss(path, f"for two pairs it returns {shapes}")
+    if not result[0].requires_grad:
+        raise _not_a_pair_loss(path, "its losses do not depend on the policy")
+
+
+def _not_a_pair_loss(path: str, reason: str) -> UserError:
+    return UserError(
+        f"loss._component_={path}: must map policy chosen, policy rejected, reference chosen and reference rejected "
+        f"log-probabilities to losses, chosen rewards and rejected rewards, one of each a pair; {reason}; use one such "
+        "as torchtune.rlhf.loss.DPOLoss"
+    )
 
 
 def loss_at_start(loss_fn: Callable, *, has_chosen: bool = True, has_rejected: bool = True) -> float | None:

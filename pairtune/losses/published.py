@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torchtune.rlhf.loss import DPOLoss
 
 from pairtune.config.components import import_component
-from pairtune.losses.modules import LOSSES
+from pairtune.losses.modules import LOSSES, Kto, Sigmoid
 from pairtune.pairs.tokenize import Pair
 
 TRL_INDEX = (
@@ -61,40 +61,27 @@ ADVICE = (
 )
 
 
-def advice(name: str, beta: float | None, lr: float | None, method: str) -> list[str]:
-    """Returns a sentence for each of beta and learning rate that lies outside what was published for this loss.
-
-    Args:
-        name: A short name from preference_losses.LOSSES; orpo's beta is its lambda.
-        method: full, lora or qlora; learning rates of lora and qlora are not told apart.
-    """
-    kind = "full" if method == "full" else "lora"
-    betas = [(p.beta, p) for p in ADVICE if p.loss == name and p.beta is not None]
-    rates = [(p.lr, p) for p in ADVICE if p.loss == name and p.lr is not None and p.method == kind]
-    beta_key = "loss.orpo_lambda" if name == "orpo" else "loss.beta"
-    return [
-        *_outside(beta_key, beta, betas, f"published runs of {name}"),
-        *_outside("optimizer.lr", lr, rates, f"published {kind} runs of {name}"),
-    ]
-
-
 def advice_for(loss: dict, lr: float | None, method: str, pairs: list[Pair] = ()) -> list[str]:
-    """Returns `advice` for a config's `loss` block, torchtune's own losses included, and for KTO's weights.
+    """Returns a sentence for each of beta, learning rate and KTO's weights that lies outside of what was published.
 
     Args:
+        loss: A config's block: a loss of ours, or torchtune's own; nothing is known of others.
+        method: full, lora or qlora; learning rates of lora and qlora are not told apart.
         pairs: What is trained on; for KTO.
     """
-    names = {make: name for name, make in LOSSES.items()} | {DPOLoss: "sigmoid"}
-    name = names.get(import_component("loss", loss["_component_"]))
-    if name is None:
+    made = import_component("loss", loss["_component_"])
+    made = Sigmoid if made is DPOLoss else made
+    if made not in LOSSES.values():
         return []
-    defaults = {k: p.default for k, p in inspect.signature(LOSSES[name]).parameters.items()}
-    key = "orpo_lambda" if name == "orpo" else "beta"
-    options = {**defaults, **loss}
-    told = advice(name, options.get(key), lr, method)
-    if name == "kto":
-        told += _of_weights(options["desirable_weight"], options["undesirable_weight"], pairs)
-    return told
+    options = {k: p.default for k, p in inspect.signature(made).parameters.items()} | loss
+    kind = "full" if method == "full" else "lora"
+    betas = [(p.beta, p) for p in ADVICE if p.loss == made.name and p.beta is not None]
+    rates = [(p.lr, p) for p in ADVICE if p.loss == made.name and p.lr is not None and p.method == kind]
+    return [
+        *_outside(f"loss.{made.beta_key}", options.get(made.beta_key), betas, f"published runs of {made.name}"),
+        *_outside("optimizer.lr", lr, rates, f"published {kind} runs of {made.name}"),
+        *(_of_weights(options["desirable_weight"], options["undesirable_weight"], pairs) if made is Kto else ()),
+    ]
 
 
 def _of_weights(desirable: float, undesirable: float, pairs: list[Pair]) -> list[str]:

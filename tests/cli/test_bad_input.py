@@ -28,6 +28,7 @@ from pairtune.errors import UserError
 from pairtune.folders import weights as checkpoint
 from pairtune.folders.check_model import check_model
 from pairtune.pairs.tokenize import read_rows, split_pairs, tokenize_pairs
+from pairtune.run import rehearsal
 from pairtune.tokenizer.hf import adapt, hf_tokenizer
 
 GOOD = {"prompt": "Is it good?", "chosen": "It is.", "rejected": "It is not."}
@@ -690,7 +691,7 @@ def config_case(text=BASE, override=None):
         path = tmp_path / "broken.yaml"
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
         cfg = config.load("lora", RECIPE["DEFAULTS"], [path], [override] if override else [])
-        config.rehearse(cfg.optimizer, cfg.lr_scheduler, cfg.loss, num_training_steps=10)
+        rehearsal.rehearse(cfg.optimizer, cfg.lr_scheduler, cfg.loss, num_training_steps=10)
         adapt(config.instantiate(cfg.tokenizer))
 
     return attempt

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from pairtune import config
 from pairtune.errors import UserError
+from pairtune.run import rehearsal
 
 DEFAULTS = {
     "output_dir": "runs/x",
@@ -211,7 +212,7 @@ def test_a_component_is_built_with_the_text_of_an_escaped_reference():
 )
 def test_these_are_right(load, overrides):
     cfg = load(*overrides)
-    config.rehearse(cfg.optimizer, cfg.lr_scheduler, cfg.loss, num_training_steps=10)
+    rehearsal.rehearse(cfg.optimizer, cfg.lr_scheduler, cfg.loss, num_training_steps=10)
 
 
 def test_a_component_that_is_null_by_default_is_a_block(load):
@@ -392,7 +393,7 @@ def test_an_argument_does_not_get_lost_behind_its_component(load):
 def test_a_rehearsal_tells_what_signatures_cannot(load, overrides, words):
     cfg = load(*overrides)
     with pytest.raises(UserError) as error:
-        config.rehearse(cfg.optimizer, cfg.lr_scheduler, cfg.loss, num_training_steps=10)
+        rehearsal.rehearse(cfg.optimizer, cfg.lr_scheduler, cfg.loss, num_training_steps=10)
     for word in words:
         assert word in str(error.value)
     assert "\n" not in str(error.value)
@@ -401,7 +402,7 @@ def test_a_rehearsal_tells_what_signatures_cannot(load, overrides, words):
 def test_a_rehearsal_leaves_no_trace():
     state = torch.get_rng_state()
     optimizer = {"_component_": "torch.optim.AdamW", "lr": 0.1}
-    config.rehearse(optimizer, None, {"_component_": "torchtune.rlhf.loss.DPOLoss"}, num_training_steps=1)
+    rehearsal.rehearse(optimizer, None, {"_component_": "torchtune.rlhf.loss.DPOLoss"}, num_training_steps=1)
     assert torch.equal(torch.get_rng_state(), state)
     assert optimizer == {"_component_": "torch.optim.AdamW", "lr": 0.1}
 

@@ -14,6 +14,7 @@ from pairtune import config, models
 from pairtune.cli import commands as cli
 from pairtune.errors import UserError
 from pairtune.folders.check_model import check_model, check_model_type
+from pairtune.run import rehearsal
 
 CONFIGS = {path.stem: path for path in sorted((ROOT / "configs").glob("*.yaml"))}
 RECIPES = {name: cli._read_recipe(name) for name in cli.own("recipe")}
@@ -22,40 +23,40 @@ SMALL_MATRICES = ("smollm2_135m", "smollm2_360m", "gpt2_1_5b")  # NF4 does not c
 # Published runs: the model's config that goes below, its recipe, and what the source says.
 RUNS = {
     "run_zephyr": ("zephyr_7b_sft", "full_dpo_distributed", {
-        "loss": {"_component_": "pairtune.preference_losses.sigmoid", "beta": 0.1}, "optimizer.lr": 5e-7, "epochs": 3,
+        "loss": {"_component_": "pairtune.losses.Sigmoid", "beta": 0.1}, "optimizer.lr": 5e-7, "epochs": 3,
         "optimizer._component_": "torch.optim.AdamW", "pairs_per_step": 32, "max_length": 1024,
         "max_prompt_length": 512, "seed": 42, "dataset.split": "train_prefs", "eval_dataset.split": "test_prefs",
         "lr_scheduler": {"_component_": "pairtune.schedules.linear", "warmup_ratio": 0.1},
     }),
     "run_notus": ("zephyr_7b_sft", "full_dpo_distributed", {
-        "loss": {"_component_": "pairtune.preference_losses.sigmoid", "beta": 0.1}, "epochs": 3, "seed": 42,
+        "loss": {"_component_": "pairtune.losses.Sigmoid", "beta": 0.1}, "epochs": 3, "seed": 42,
         "optimizer": {"_component_": "torch.optim.RMSprop", "lr": 5e-7}, "pairs_per_step": 64, "max_length": 1024,
         "max_prompt_length": 512, "lr_scheduler": {"_component_": "pairtune.schedules.linear", "warmup_ratio": 0.1},
     }),
     "run_tulu3": ("tulu3_8b_sft", "full_dpo_distributed", {
-        "loss": {"_component_": "pairtune.preference_losses.sigmoid_norm", "beta": 5.0}, "optimizer.lr": 5e-7,
+        "loss": {"_component_": "pairtune.losses.SigmoidNorm", "beta": 5.0}, "optimizer.lr": 5e-7,
         "optimizer.weight_decay": 0.0, "pairs_per_step": 128, "max_length": 2048, "epochs": 1,
         "lr_scheduler": {"_component_": "pairtune.schedules.linear", "warmup_ratio": 0.1},
     }),
     "run_llama3": ("llama3_8b", "full_dpo_distributed", {
-        "loss": {"_component_": "pairtune.preference_losses.rpo", "beta": 0.1, "alpha": 0.2}, "score_end": False,
+        "loss": {"_component_": "pairtune.losses.Rpo", "beta": 0.1, "alpha": 0.2}, "score_end": False,
         "optimizer.lr": 1e-5,
     }),
     "run_dpo_mix_7k": ("mistral_7b_v0_2", "qlora_dpo_distributed", {
-        "loss": {"_component_": "pairtune.preference_losses.sigmoid", "beta": 0.1}, "optimizer.lr": 5e-6,
+        "loss": {"_component_": "pairtune.losses.Sigmoid", "beta": 0.1}, "optimizer.lr": 5e-6,
         "lr_scheduler": {"_component_": "pairtune.schedules.cosine", "warmup_ratio": 0.1}, "pairs_per_step": 12,
         "batch_size": 1, "epochs": 1, "max_prompt_length": 1024, "max_length": 1536, "dtype": "bf16", "seed": 42,
         "eval_every_n_steps": 100, "lora.rank": 64, "lora.alpha": 128, "lora.dropout": 0.05,
         "lora.modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     }),
     "run_reviewer2_tinyllama": ("tinyllama_1_1b", "lora_dpo_single_device", {
-        "loss": {"_component_": "pairtune.preference_losses.sigmoid", "beta": 0.1}, "optimizer.lr": 5e-4,
+        "loss": {"_component_": "pairtune.losses.Sigmoid", "beta": 0.1}, "optimizer.lr": 5e-4,
         "lr_scheduler": {"_component_": "pairtune.schedules.cosine", "warmup_ratio": 0.0}, "pairs_per_step": 10,
         "max_steps": 2000, "max_prompt_length": 256, "lora.rank": 8, "lora.alpha": 16, "lora.dropout": 0.05,
     }),
     **{
         f"run_simpo_{name}": (base, "full_dpo_distributed", {
-            "loss": {"_component_": "pairtune.preference_losses.simpo", "beta": beta, "gamma_beta_ratio": ratio},
+            "loss": {"_component_": "pairtune.losses.Simpo", "beta": beta, "gamma_beta_ratio": ratio},
             "optimizer.lr": lr, "lr_scheduler": {"_component_": "pairtune.schedules.cosine", "warmup_ratio": 0.1},
             "pairs_per_step": 128, "epochs": 1, "max_length": length, "max_prompt_length": prompt, "seed": 42,
         })
@@ -93,7 +94,7 @@ def test_a_config_builds_the_published_model_for_every_recipe(name):
         cfgs = [load(recipe, name) for recipe, (of, _) in RECIPES.items() if of == method]
         assert len(cfgs) == 2 and cfgs[0].model == cfgs[1].model and cfgs[0].get("lora") == cfgs[1].get("lora")
         check_model_type(cfgs[0].checkpointer.model_type, published)
-        config.rehearse(cfgs[0].optimizer, cfgs[0].lr_scheduler, cfgs[0].loss, num_training_steps=1000)
+        rehearsal.rehearse(cfgs[0].optimizer, cfgs[0].lr_scheduler, cfgs[0].loss, num_training_steps=1000)
         if method == "qlora" and name in SMALL_MATRICES:
             with pytest.raises(UserError, match=r"QLoRA: layers.0.attn.q_proj.weight has \d+ x \d+ .* lora_ recipe"):
                 build(method, cfgs[0])
@@ -143,7 +144,7 @@ def test_a_published_run_is_as_published_and_fits_every_recipe(run):
     for other in RECIPES:
         cfg = load(other, base, run)
         assert cfg.output_dir == f"runs/{run.removeprefix('run_')}"
-        config.rehearse(cfg.optimizer, cfg.lr_scheduler, cfg.loss, num_training_steps=1000)
+        rehearsal.rehearse(cfg.optimizer, cfg.lr_scheduler, cfg.loss, num_training_steps=1000)
     cfg = load(recipe, base, run)
     for key, value in expected.items():
         found = cfg
@@ -237,7 +238,7 @@ def test_torchtunes_dpo_configs_run_here_but_for_what_an_error_names(name):
         modules = ["q_proj", "v_proj", "output_proj", "mlp"]
         kinds = {"use_dora": False, "use_rslora": False}
         assert cfg.lora == {"rank": 8, "alpha": 16, "dropout": 0.0, "modules": modules} | kinds
-    config.rehearse(cfg.optimizer, cfg.lr_scheduler, cfg.loss, num_training_steps=1000)
+    rehearsal.rehearse(cfg.optimizer, cfg.lr_scheduler, cfg.loss, num_training_steps=1000)
 
 
 @pytest.mark.parametrize(

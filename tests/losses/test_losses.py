@@ -23,13 +23,14 @@ from torchtune.modules.peft import LoRALinear
 from torchtune.rlhf.loss import DPOLoss, RSOLoss
 
 from pairtune import dist, models
+from pairtune.config.short_names import path_of
 from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.losses import calling as loss_needs
 from pairtune.losses import formulas as losses
 from pairtune.losses.calling import Needs, loss_at_start, needs, step_gradients
-from pairtune.losses.modules import LOSSES, Mixture, PairLoss, build
-from pairtune.losses.published import ADVICE, advice, advice_for
+from pairtune.losses.modules import LOSSES, Discopop, WeightedSum, build
+from pairtune.losses.published import ADVICE, advice_for
 from pairtune.models.logps import answer_logps, answer_scores, token_logps
 from pairtune.pairs.batch import lay_out
 from pairtune.pairs.tokenize import Pair
@@ -269,7 +270,7 @@ def test_orpo_is_finite_where_an_answer_is_certain():
 
 def test_discopop_is_finite_where_its_exponential_alone_overflows():
     far = torch.tensor([-2000.0], requires_grad=True)
-    value = losses.discopop(far, torch.zeros(1), beta=1.0, tau=0.05)
+    value = Discopop(beta=1.0, tau=0.05).formula(far, torch.zeros(1))
     assert value.item() == 2000.0  # the logistic loss: the margin is wrong, and the exponential has no part in it
     assert torch.autograd.grad(value, far)[0].item() == -1.0
 
@@ -279,7 +280,7 @@ def test_discopops_small_margins_shrink_at_first():
     z = torch.linspace(-1, 1, 20_001, dtype=torch.float64, requires_grad=True)
     slopes = {}
     for tau in (0.05, 0.102, 0.103):
-        value = losses.discopop(z, torch.zeros_like(z), beta=1.0, tau=tau)
+        value = Discopop(beta=1.0, tau=tau).formula(z, torch.zeros_like(z))
         slopes[tau] = torch.autograd.grad(value.sum(), z)[0]
         assert slopes[tau][10_000].item() == pytest.approx((1 - math.log(2)) / (4 * tau) - 0.75, abs=1e-9)
     assert slopes[0.102][10_000] > 0 > slopes[0.103][10_000]
@@ -308,7 +309,7 @@ def test_rewards_are_detached_and_beta_r(name, options):
     assert not chosen.requires_grad and not rejected.requires_grad
     beta = (options | {"beta": MIX[0]["beta"]} if name == "mixture" else options).get("beta")
     if beta is None and name != "sft":
-        beta = inspect.signature(LOSSES[name]).parameters.get("beta" if name != "orpo" else "orpo_lambda").default
+        beta = inspect.signature(LOSSES[name]).parameters[LOSSES[name].beta_key].default
     expected = logps[0] - logps[2], logps[1] - logps[3]
     if name in ("simpo", "orpo"):
         beta = options.get("orpo_lambda", beta)
@@ -382,7 +383,7 @@ def test_the_loss_at_the_start_of_options_and_of_torchtunes_losses():
         ("sigmoid", {"beta": "low"}, "loss.beta=low: must be a number"),
         ("sigmoid", {"wpo": 1}, "loss.wpo=1: must be true or false"),
         ("sigmod", {}, "loss.name=sigmod: no such loss; nearest: sigmoid"),
-        ("sigmoid", {"label_smoothin": 0.1}, "loss.label_smoothin: sigmoid has no such argument; it takes beta,"),
+        ("sigmoid", {"label_smoothin": 0.1}, "loss.label_smoothin: Sigmoid has no such argument; it takes beta,"),
         ("mixture", {"terms": []}, "loss.terms=[]: must have at least one loss"),
         ("mixture", {"terms": [{"beta": 0.1}]}, "loss.terms[0]={beta: 0.1}: must name its loss"),
         ("mixture", {"terms": [{"name": "ipoo"}]}, "loss.terms[0].name=ipoo: no such loss; nearest: ipo;"),
@@ -415,8 +416,8 @@ def test_a_wrong_choice_is_refused_with_the_choices_and_the_nearest():
         build("sigmoid", f_divergence=3)
 
 
-def test_a_factorys_signature_is_its_schema_and_all_that_it_takes():
-    assert list(inspect.signature(LOSSES["hinge"]).parameters) == ["beta", "f_divergence", "f_alpha", "ld_alpha", "wpo"]
+def test_a_losss_signature_is_its_schema_and_all_that_it_takes():
+    assert list(inspect.signature(LOSSES["hinge"]).parameters) == ["beta", "ld_alpha", "wpo", "f_divergence", "f_alpha"]
     for name, make in LOSSES.items():
         for option, parameter in inspect.signature(make).parameters.items():
             assert parameter.annotation is not parameter.empty, (name, option)
@@ -521,14 +522,6 @@ def test_a_loss_says_what_it_needs(name):
         assert all(map(torch.equal, without, call(loss_fn, logps, inputs)))
 
 
-def test_a_users_function_of_two_log_ratios_is_a_loss():
-    loss_fn = PairLoss(lambda chosen, rejected: (chosen - rejected - 1) ** 2, beta=0.5)
-    logps, _ = random_step()
-    values, rewards, _ = loss_fn(*logps)
-    torch.testing.assert_close(values, (logps[0] - logps[2] - logps[1] + logps[3] - 1) ** 2)
-    torch.testing.assert_close(rewards, 0.5 * (logps[0] - logps[2]))
-
-
 # Mixtures
 
 
@@ -542,7 +535,7 @@ def test_a_mixture_logs_the_rewards_of_its_first_loss_that_is_not_sft():
 
 def test_a_mixture_of_torchtunes_losses_works():
     logps, _ = random_step()
-    got = Mixture([DPOLoss(beta=0.1), RSOLoss()], [1.0, 0.5])(*logps)[0]
+    got = WeightedSum([DPOLoss(beta=0.1), RSOLoss()], [1.0, 0.5])(*logps)[0]
     torch.testing.assert_close(got, DPOLoss(beta=0.1)(*logps)[0] + 0.5 * RSOLoss()(*logps)[0])
 
 
@@ -951,13 +944,17 @@ def test_advice_is_for_the_loss_itself_and_not_for_another_of_its_name(own_losse
     assert len(advice_for({"_component_": "pairtune.preference_losses.sigmoid", "beta": 5.0}, None, "full")) == 1
 
 
+def advice(name, lr=None, method="full", **options):
+    return advice_for({"_component_": path_of(name), **options}, lr, method)
+
+
 def test_advice_is_given_outside_of_what_was_published_and_names_its_source():
-    assert advice("sigmoid", 0.1, 5e-7, "full") == []
-    assert advice("ipo", 100.0, 1.0, "full") == []  # nothing known, nothing said
-    (sentence,) = advice("sigmoid", 0.1, 5e-4, "qlora")
+    assert advice("sigmoid", lr=5e-7) == advice("sigmoid", lr=5e-7, beta=0.05) == []
+    assert advice("ipo", lr=1.0, beta=100.0) == []  # nothing known, nothing said
+    (sentence,) = advice("sigmoid", lr=5e-4, method="qlora")
     assert sentence.startswith("optimizer.lr=0.0005: published lora runs of sigmoid used 5e-07 (Notus")
-    (sentence,) = advice("sigmoid_norm", 0.1, 5e-7, "full")
+    (sentence,) = advice("sigmoid_norm", lr=5e-7, beta=0.1)
     assert sentence == "loss.beta=0.1: published runs of sigmoid_norm used 5 (Tulu 3 8B)"
-    assert advice("orpo", 1.0, None, "full")[0].startswith("loss.orpo_lambda=1: ")
+    assert advice("orpo", orpo_lambda=1.0)[0].startswith("loss.orpo_lambda=1: ")
     assert {p.loss for p in ADVICE} <= LOSSES.keys()
     assert all(p.method in ("full", "lora") for p in ADVICE if p.lr)
