@@ -71,6 +71,7 @@ CHECKPOINTERS = (
     "torchtune.training.FullModelHFCheckpointer",
     "torchtune.training.FullModelMetaCheckpointer",
     "torchtune.training.FullModelTorchTuneCheckpointer",
+    "pairtune.folders.HFCheckpointer",  # the first, for torchtune's recipes, too
 )
 _CHECKPOINTER = Rule(
     lambda v: v in CHECKPOINTERS,

@@ -3,6 +3,8 @@
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from pairtune import models
 from pairtune.errors import UserError
 from pairtune.files import read_object
-from pairtune.folders import peft as adapters
+from pairtune.folders.peft_write import write_adapter
 from pairtune.folders.weights import ModelFolder, Weights, open_weights
 from pairtune.models.logps import answer_logps
 from pairtune.pairs.batch import PairBatch
@@ -32,6 +34,7 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+ADAPTER_DIR = "adapter"  # in an export
 MODEL_FILES = ("config.json", "generation_config.json", "LICENSE*")
 
 
@@ -58,24 +61,44 @@ def export(
             its `stop_ids`. None: the base's files as they are.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    dtype = str(next(iter(merged.values())).dtype).removeprefix("torch.")
-    with tempfile.TemporaryDirectory(dir=run_dir, prefix=".export-") as name:
-        folder = Path(name) / "export"
-        folder.mkdir()
-        save_torch_state_dict(base.family.to_theirs(merged, base.config), folder, max_shard_size=SHARD_BYTES)
-        _copy(base.path, MODEL_FILES, folder)
-        if not (folder / "config.json").is_file():
-            (folder / "config.json").write_text(json.dumps(base.config))
-        _edit_json(folder / "config.json", torch_dtype=dtype, dtype=dtype)
+    exported = run_dir / "export"
+    with taking_its_place(exported) as folder:
+        write_model(base, folder, merged)
         _write_tokenizer(tokenizer, base, folder)
         if adapter:
-            adapters.write_adapter(folder / "adapter", adapter, base, lora)
-            _copy(folder, TOKENIZER_FILES, folder / "adapter")
-        exported = run_dir / "export"
-        if exported.exists():
-            exported.rename(Path(name) / "earlier")
-        folder.rename(exported)
+            write_adapter(folder / ADAPTER_DIR, adapter, base, lora)
+            _copy(folder, TOKENIZER_FILES, folder / ADAPTER_DIR)
     return exported
+
+
+@contextmanager
+def taking_its_place(folder: Path) -> Iterator[Path]:
+    """Gives a new folder, which takes a folder's name and place when the context ends without an error."""
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as name:
+        new = Path(name) / folder.name
+        new.mkdir()
+        yield new
+        if folder.exists():
+            folder.rename(Path(name) / "earlier")
+        new.rename(folder)
+
+
+def write_model(
+    base: ModelFolder, folder: Path, weights: dict[str, Tensor], *, safe_serialization: bool = True
+) -> None:
+    """Writes whole weights in Hugging Face layout, with the config of the base.
+
+    Args:
+        weights: Under torchtune's names.
+        safe_serialization: As safetensors, not as pickles.
+    """
+    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    kind = {"max_shard_size": SHARD_BYTES, "safe_serialization": safe_serialization}
+    save_torch_state_dict(base.family.to_theirs(weights, base.config), folder, **kind)
+    _copy(base.path, MODEL_FILES, folder)
+    if not (folder / "config.json").is_file():
+        (folder / "config.json").write_text(json.dumps(base.config))
+    _edit_json(folder / "config.json", torch_dtype=dtype, dtype=dtype)
 
 
 def check_export(
@@ -124,14 +147,19 @@ def check_export(
 def _write_tokenizer(tokenizer: HFTokenizer | TorchtuneTokenizer | None, base: ModelFolder, folder: Path) -> None:
     """Puts files, chat template and stop tokens of the training into a folder that has the base's config."""
     source = base.path if tokenizer is None or tokenizer.folder is None else tokenizer.folder
-    _copy(source, TOKENIZER_FILES, folder)
-    if (folder / "tokenizer_config.json").is_file():
-        _edit_json(folder / "tokenizer_config.json")
+    copy_tokenizer(source, folder)
     if tokenizer is not None:
         for file in tokenizer.files:
             shutil.copyfile(file, folder / file.name)
         set_template(folder, trained_template(tokenizer, base.path))
         _write_stop_ids(tokenizer.stop_ids, base.config, folder / "generation_config.json")
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copies a folder's tokenizer into another one."""
+    _copy(source, TOKENIZER_FILES, folder)
+    if (folder / "tokenizer_config.json").is_file():
+        _edit_json(folder / "tokenizer_config.json")
 
 
 def _write_stop_ids(stop_ids: list[int], config: dict, file: Path) -> None:
