@@ -3,7 +3,6 @@
 A model is built on the meta device, where size costs nothing and mistakes show, and gets its memory in `load`.
 """
 
-import inspect
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -13,12 +12,12 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 from torchao.dtypes.nf4tensor import NF4Tensor
-from torchtune.config._utils import _get_component_from_path
 from torchtune.modules import MultiHeadAttention, TransformerDecoder, TransformerSelfAttentionLayer
 from torchtune.modules.low_precision import FrozenNF4Linear
 from torchtune.modules.peft import LoRALinear, get_adapter_params, set_trainable_params
 from torchtune.training import compile_model, set_activation_checkpointing, set_default_dtype
 
+from pairtune.config.components import check_component, instantiate
 from pairtune.config.rules import LORA_LAYERS, OUR_LAYERS
 from pairtune.dist import World
 from pairtune.errors import UserError
@@ -45,8 +44,7 @@ def full(component: dict, *, dtype: str, quantize: bool = False, world: World | 
     Raises:
         UserError: The builder refuses its arguments, or a weight's size is none that NF4 accepts.
     """
-    path, arguments = _split(component)
-    model = _build(path, arguments, dtype)
+    model = _build(component, dtype)
     if quantize:
         _check_nf4(model, world, "reference.quantize=true", way_out="reference.quantize=false")
         _replace_linear(model, dtype, _quantized)
@@ -84,9 +82,8 @@ def lora(
         UserError: An argument that the builder does not take, a layer that the model does not have, or a weight whose
             size NF4 does not accept.
     """
-    path, arguments = _split(component)
-    _check_base(path)
-    model = _build(path, arguments, dtype)
+    _check_base(component["_component_"])
+    model = _build(component, dtype)
     if quantize_base:
         _check_nf4(model, world, "QLoRA", way_out="a lora_ recipe")
     adapted = _layers_of(modules, model)
@@ -174,27 +171,11 @@ def without_numbers(layer: str) -> str:
     return re.sub(r"^layers\.(\d+|{})\.|(\.experts)?\.(\d+|{})(?=\.)", "", layer)
 
 
-def _split(component: dict) -> tuple[str, dict]:
-    arguments = OmegaConf.to_container(component) if OmegaConf.is_config(component) else dict(component)
-    return arguments.pop("_component_"), arguments
-
-
-def _build(path: str, arguments: dict, dtype: str) -> TransformerDecoder:
-    try:
-        builder = _get_component_from_path(path)
-    except Exception as error:
-        raise UserError(f"model._component_={path}: cannot be imported: {str(error).splitlines()[-1]}") from None
-    unknown = [name for name in arguments if name not in inspect.signature(builder).parameters]
-    if unknown:
-        raise UserError(
-            f"model: {path.rsplit('.', 1)[-1]} takes no {unknown[0]}; it takes "
-            f"{', '.join(inspect.signature(builder).parameters)}"
-        )
-    try:
-        with torch.device("meta"), set_default_dtype(DTYPES[dtype]):
-            return builder(**arguments)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise UserError(f"model: {path.rsplit('.', 1)[-1]} refuses its arguments: {error}") from None
+def _build(component: dict, dtype: str) -> TransformerDecoder:
+    block = OmegaConf.to_container(component, resolve=True) if OmegaConf.is_config(component) else dict(component)
+    check_component("model", block)
+    with torch.device("meta"), set_default_dtype(DTYPES[dtype]):
+        return instantiate(block)
 
 
 def _check_nf4(model: nn.Module, world: World | None, what: str, *, way_out: str) -> None:

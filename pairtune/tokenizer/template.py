@@ -1,6 +1,6 @@
 """Conversations to text: a model folder's Jinja template rendered as transformers renders it, or plain text.
 
-A conversation is a list of messages, `{"role", "content"}`. What becomes of the text is in tokenizer.py.
+A conversation is a list of messages, `{"role", "content"}`. What becomes of the text is in hf.py.
 """
 
 import json

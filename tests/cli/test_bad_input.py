@@ -708,9 +708,9 @@ BUILDS = [
     ("a builder with adapters", {"_component_": "torchtune.models.llama3.lora_llama3"}, {}, 64,
      ["name the base builder (llama3)"]),
     ("a class for a builder", {"_component_": "torchtune.modules.TransformerDecoder"}, {}, 64,
-     ["TransformerDecoder takes no vocab_size"]),
-    ("heads that do not divide the width", {"num_heads": 5}, {}, 64, ["llama3 refuses its arguments", "num_heads"]),
-    ("an argument too many", {"window": 5}, {}, 64, ["takes no window", "it takes vocab_size"]),
+     ["model.vocab_size: TransformerDecoder has no such argument"]),
+    ("heads that do not divide the width", {"num_heads": 5}, {}, 64, ["llama3(", "num_heads=5", "cannot be made"]),
+    ("an argument too many", {"window": 5}, {}, 64, ["model.window: llama3 has no such", "it takes vocab_size"]),
     ("segments, compiled", {}, {"compile_layers": True, "attention": "segments"}, 64, ["attention=segments: compile"]),
 ]  # fmt: skip
 
