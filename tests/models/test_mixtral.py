@@ -1,5 +1,6 @@
 """Mixtral computes what transformers' does: log-probabilities, gradients, router loss; trained and given back."""
 
+import copy
 import json
 import math
 import os
@@ -141,6 +142,21 @@ def merged_and_adapter(model):
 
 
 # What it computes
+
+
+def test_a_copy_of_a_model_scores_by_itself():
+    """What pairtune keeps with a model goes along: its mixtures are the copy's own."""
+    torch.manual_seed(0)
+    model = mixtral.mixtral(**SIZES)
+    models.prepare(model, max_length=128, windows=[8, None])
+    twin, pairs = copy.deepcopy(model), random_pairs(2)
+    assert twin.pairtune.lora is None and twin.pairtune.windows == [8, None]
+    assert [id(m) for m in twin.pairtune.mixtures] == [id(layer.mlp) for layer in twin.layers]
+    before = scores(model, pairs)
+    assert torch.equal(scores(twin, pairs), before)
+    with torch.no_grad():
+        twin.output.weight.zero_()
+    assert torch.equal(scores(model, pairs), before) and not torch.equal(scores(twin, pairs), before)
 
 
 @pytest.mark.parametrize("attention", ["segments", "mask"])
