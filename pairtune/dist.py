@@ -10,6 +10,7 @@ import sysconfig
 import threading
 import time
 import traceback
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from tqdm import tqdm
 
 from pairtune.errors import UserError
 
@@ -45,7 +47,8 @@ class World:
     def print(self, *text) -> None:
         """Prints, once."""
         if self.is_main:
-            print(*text, flush=True)
+            tqdm.write(" ".join(map(str, text)))  # above a progress bar, where there is one
+            sys.stdout.flush()
 
     @property
     def shards(self) -> bool:
@@ -201,6 +204,13 @@ class Interruption:
         agreed = self._world.max_number(self._signal)
         self._signal = self._signal or agreed  # a signal that came meanwhile is for the next call
         return agreed != 0
+
+    def until(self, items: Iterable) -> Iterator:
+        """Yields the items until any process was asked to stop. Every process has to have as many."""
+        for item in items:
+            if self.requested():
+                return
+            yield item
 
     @property
     def status(self) -> int:

@@ -6,98 +6,48 @@ The reference policy is a second model, frozen and sharded like the first: the w
 Copy this file and edit it: all that a run does is below, in order.
 """
 
-import gc
 import math
-import time
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from pairtune import config, dist, models
-from pairtune.folders import weights as checkpoint
-from pairtune.folders.check_model import check_model, windows
-from pairtune.folders.export import check_export, export
-from pairtune.losses import calling as loss_needs
-from pairtune.losses.formulas import kto_kl
+from pairtune.config import keys
+from pairtune.folders import weights
+from pairtune.folders.export import export_checked, probe
+from pairtune.folders.opening import Execution, make_ready
+from pairtune.losses.calling import after_step, policy_scores, row_length, takes_unpaired, unchanged
 from pairtune.losses.published import advice_for
-from pairtune.models import generation
-from pairtune.models.logps import answer_logps, answer_scores
-from pairtune.pairs import tokenize as data
-from pairtune.pairs.batch import lay_out, longest_row
-from pairtune.pairs.steps import Steps, share
-from pairtune.reference import cache as reference_cache
-from pairtune.reference.sources import (
-    AsItStarts,
-    SecondModel,
-    check_moves,
-    check_reference,
-    has_second_model,
-    is_own,
-    open_second_model,
-)
-from pairtune.run import contract, metrics, rehearsal
-from pairtune.run.checkpoints import Checkpoints, find, read_values
+from pairtune.losses.whole_step import WholeStep
+from pairtune.models.experts import with_router_loss
+from pairtune.pairs.batch import lay_out
+from pairtune.pairs.steps import Steps, count_steps
+from pairtune.pairs.tokenize import read_train_and_held_out
+from pairtune.reference import Reference
+from pairtune.run import checkpoints, contract, folder, metrics, rehearsal, start
 from pairtune.run.fingerprint import check_same, fingerprint
-from pairtune.run.folder import make_room
-from pairtune.run.state import TrainState, is_better
-from pairtune.tokenizer.hf import adapt
+from pairtune.run.samples import Samples
+from pairtune.run.state import TrainState
+from pairtune.tokenizer import adapt
 
 METHOD = "full"  # picks per_method.full out of a config
 
-# Every key, its default and what it costs. This is the schema: a key that is not here is an error.
+# Every key and its default: one that is not here is an error. `tune run RECIPE --help` prints all, with comments.
 DEFAULTS = {
-    # The run
-    "output_dir": f"runs/{METHOD}_dpo",  # the run folder: config, metrics, curves, samples, exported weights
-    "seed": 42,  # order of the pairs, fresh adapters, sampled answers
-    "device": "auto",  # cuda, cpu, or auto: a GPU where there is one
-    "data_parallel_replicate_dim": 1,  # copies of the model, each sharded over a group of processes; distributed only
-    "fsdp_cpu_offload": False,  # shards wait in host memory: larger models, slower steps; distributed only
-    "collective_timeout_s": 600.0,  # a process that stands still so long ends the run; distributed only
-    "dtype": "bf16",  # bf16, or fp32 for twice the memory; log-probabilities and losses are float32 either way
-    "compile": False,  # torch.compile a layer: faster steps, a minute or more before the first
-    "attention": "auto",  # segments (a call a document) or mask (dense); auto: mask with compile, else segments
-    "enable_activation_checkpointing": False,  # less memory for about a third more time
+    # Where it runs, what it keeps and tells: the same in every recipe
+    "output_dir": f"runs/{METHOD}_dpo",  # the run folder: config, metrics, checkpoints, curves, samples, export
+    **keys.RUN,  # seed, device, dtype, compile, save_every_n_steps, resume, eval_every_n_steps, samples, ...
+    **keys.DISTRIBUTED,  # data_parallel_replicate_dim, fsdp_cpu_offload, collective_timeout_s; distributed only
+    **keys.FILES,  # checkpointer.checkpoint_dir and .model_type; tokenizer
     # The model and how it is trained
     "model": {"_component_": config.REQUIRED},  # a torchtune builder
-    "reference": {
-        "name": "model",  # a second model: what the run starts from, or another; cached: once; sync: moved; none
-        "checkpoint_dir": None,  # model, cached: the folder of another model with this vocabulary; null: the run's
-        "model": None,  # model, cached: its builder, if it is of another size or architecture; null: `model`
-        "dtype": None,  # model, cached: bf16 or fp32; null: the run's
-        "quantize": None,  # model, cached: true for 4 bits (NF4) in linear layers; null: false
-        "cache_dir": None,  # cached: where runs share it; null: ~/.cache/pairtune/reference
-        "every_n_steps": None,  # sync (TR-DPO): how often it moves toward the policy; null: 512, as published
-        "alpha": None,  # sync: how far, 1 takes the policy's weights; null: 0.6, as published
-    },
+    # model: a second one, what the run starts from, or another; cached: computed once; sync: moved; none
+    "reference": {"name": "model", **keys.REFERENCE},
     "optimizer": {"_component_": "torch.optim.AdamW", "lr": 5e-7, "weight_decay": 0.0},
-    # The model's files
-    "checkpointer": {
-        "_component_": "torchtune.training.FullModelHFCheckpointer",
-        "checkpoint_dir": config.REQUIRED,  # a Hugging Face folder; its shards are found
-        "model_type": config.REQUIRED,  # LLAMA2, LLAMA3, MISTRAL, GEMMA, QWEN2, ...
-    },
-    "tokenizer": {"_component_": "pairtune.tokenizer.hf_tokenizer", "path": "${checkpointer.checkpoint_dir}"},
     # The pairs
-    "dataset": {
-        "source": config.REQUIRED,  # a .json, .jsonl(.gz), .csv or .parquet file, a folder of them, or a Hub id
-        "name": None,  # which configuration, for a Hub data set that has several
-        "revision": None,  # which commit, branch or tag of it
-        "split": "train",  # slices work: train[:90%]
-        "limit": None,  # the first N rows only
-        "columns": {},  # ours: theirs, where a column has another name; null leaves an optional one out
-        "overlong": "drop",  # a pair over the budget: drop, trim_prompt (from the left) or error
-        "val_fraction": None,  # hold out the last part for evaluation, such as 0.1
-    },
-    "eval_dataset": {
-        "source": None,  # as above; null: val_fraction, or no evaluation
-        "name": None,
-        "revision": None,
-        "split": "train",
-        "limit": None,
-        "columns": {},
-        "overlong": "drop",
-    },
+    "dataset": {**keys.ROWS, "val_fraction": None},  # val_fraction=0.1 holds out the last tenth for evaluation
+    "eval_dataset": {**keys.ROWS, "source": None},  # null: val_fraction, or no evaluation
     "max_length": 1024,  # tokens of prompt and longer answer
     "max_prompt_length": 512,  # tokens of the prompt; null: max_length alone decides
     "shuffle": True,  # a new order each epoch
@@ -112,383 +62,203 @@ DEFAULTS = {
     "batch_size": 4,  # pairs a device holds at a time; divides pairs_per_step and changes no result
     "epochs": 1,
     "max_steps": None,  # ends the run early, and the schedule with it
-    # What it keeps
-    "save_every_n_steps": 100,  # a checkpoint to resume from; null: at the end, on SIGTERM and on Ctrl-C only
-    "keep_last_n": 1,  # so many stay on the disk; 0: none is written
-    "keep_best": None,  # and the best by the held-out loss, rewards/accuracies or rewards/margins
-    "export_best": False,  # export the best one's weights in place of the last one's
-    "on_save_failure": "stop",  # a disk that is full stops the run; continue: train on with the earlier checkpoints
-    "resume": False,  # true: the newest checkpoint of output_dir; auto: if there is one; or a path
-    # What it tells
-    "log_every_n_steps": 1,
-    "eval_every_n_steps": None,  # null: at the end only
-    "samples": {
-        "prompts": [],  # questions answered before and after; [] takes held-out prompts
-        "num_prompts": 3,  # how many of those; 0: none
-        "max_new_tokens": 128,
-        "temperature": 0.0,  # 0 takes the likeliest token
-    },
-    "metric_logger": None,  # {_component_: torchtune.training.metric_logging.TensorBoardLogger, log_dir: ...}
 }
 
 
 def main(cfg):
-    # 1. Device, run folder, seed
+    # 1. Processes, run folder, seed
     world = dist.start(cfg.device)
     world = dist.connect(world, cfg.data_parallel_replicate_dim, cfg.collective_timeout_s)  # distributed only
     world = world.with_cpu_offload(cfg.fsdp_cpu_offload)  # distributed only
     run_dir = Path(cfg.output_dir)
-    resumed = world.agree(find(cfg.resume, run_dir) if world.is_main else None)
+    resumed = world.agree(checkpoints.find(cfg.resume, run_dir) if world.is_main else None)  # None: from the start
     torch.manual_seed(cfg.seed)
 
     # 2. Policy and reference, on the meta device: what is wrong with a config shows before a weight is read
     loss_fn = config.instantiate(cfg.loss)
-    needed = loss_needs.needs(loss_fn)
-    check_reference(cfg.reference, loss_fn, METHOD, dtype=cfg.dtype)
-    files = checkpoint.open_weights(cfg.checkpointer, cfg.model)
+    reference = Reference(cfg.reference, METHOD, loss_fn, dtype=cfg.dtype, world=world)
+    files = weights.open_weights(cfg.checkpointer, cfg.model)
     tokenizer = adapt(config.instantiate(cfg.tokenizer), cfg.tokenizer)
-    own = is_own(cfg.reference, METHOD, cfg.dtype)  # what the run starts from
     model = models.full(cfg.model, dtype=cfg.dtype)
     if cfg.disable_dropout and models.disable_dropout(model):
         world.print("disable_dropout=true: the model's dropout has no effect\n")
-    prepared = {
-        "max_length": cfg.max_length,
-        "vocab_size": tokenizer.vocab_size,
-        "attention": cfg.attention,
-        "windows": windows(files.config, len(model.layers)),
-        "checkpoint_activations": cfg.enable_activation_checkpointing,
-        "compile_layers": cfg.compile,
-    }
-    models.prepare(model, **prepared)
-    check_model(model, files.config)
-    second = None
-    if needed.reference and has_second_model(cfg.reference, METHOD, cfg.dtype):
-        like = {"component": cfg.model, "dtype": cfg.dtype, "files": files, "tokenizer": tokenizer, "world": world}
-        second = open_second_model(cfg.reference, METHOD, **like)
-        second.prepare(**prepared)
+    execution = Execution(
+        cfg.max_length, tokenizer.vocab_size, cfg.attention, cfg.enable_activation_checkpointing, cfg.compile
+    )
+    make_ready(model, files.config, execution)
+    reference.build(cfg.model, files, tokenizer, execution)
 
     # 3. Preference pairs
-    def read_pairs(key):
-        limits = {name: cfg[name] for name in ("max_length", "max_prompt_length")}
-        unpaired = needed.takes_unpaired
-        told = {"progress": world.is_main, "beat": world.beat, "key": key}
-        return data.read_pairs(cfg[key], tokenizer, **limits, unpaired=unpaired, **told)
-
-    train, report = read_pairs("dataset")
-    held_out = []
-    if cfg.dataset.val_fraction:
-        train, held_out = data.split_pairs(train, cfg.dataset.val_fraction)
-        report = report.with_split(train, held_out)
-    world.print(f"Training pairs: {cfg.dataset.source}\n{report}\n")
-    if cfg.eval_dataset.source:
-        held_out, report = read_pairs("eval_dataset")
-        world.print(f"Held-out pairs: {cfg.eval_dataset.source}\n{report.with_split(train, held_out)}\n")
-    order = {name: cfg[name] for name in ("pairs_per_step", "batch_size", "seed", "shuffle")}
-    steps = Steps(train, **order, rank=world.rank, size=world.size)
-    total_steps = min(cfg.epochs * len(steps), cfg.max_steps or math.inf)
-    moved_every = check_moves(cfg.reference, total_steps)  # None: the reference stays as it is
-    mixed_within = cfg.max_length if "kl" in needed.inputs else None  # KTO puts prompts before the answers to others
-    dense = model.pairtune.dense_attention
-    row_length = longest_row([*train, *held_out], mixed_within=mixed_within) if dense else None
+    train, held_out = read_train_and_held_out(
+        cfg.dataset, cfg.eval_dataset, tokenizer, world, cfg.max_length, cfg.max_prompt_length, takes_unpaired(loss_fn)
+    )
+    # steps[n] is this process's part of step n + 1: micro-batches of at most batch_size pairs
+    steps = Steps(train, cfg.pairs_per_step, cfg.batch_size, world, seed=cfg.seed, shuffle=cfg.shuffle)
+    total_steps = count_steps(len(train), cfg.pairs_per_step, cfg.epochs, cfg.max_steps)
+    # One row without padding; rows of one length where attention is a dense mask
+    length = row_length(loss_fn, [*train, *held_out], cfg.max_length) if model.pairtune.dense_attention else None
 
     def batch_of(pairs):
-        return lay_out(pairs, row_length, score_end=cfg.score_end).to(world.device)
+        return lay_out(pairs, length, score_end=cfg.score_end).to(world.device)
 
     contract.check_pairs([*train, *held_out], tokenizer, score_end=cfg.score_end)
     contract.check_router(model, cfg.router_aux_loss_coef)
     contract.check_loss(loss_fn, train, held_out, pairs_per_step=cfg.pairs_per_step, keep_best=cfg.keep_best)
+    reference.check_moves(total_steps)
     rehearsal.rehearse(cfg.optimizer, cfg.lr_scheduler, cfg.loss, num_training_steps=total_steps)
-    identity = fingerprint(cfg, train, held_out, files, second.files if second else None)
+    identity = fingerprint(cfg, train, held_out, files, reference.files)
     if resumed:
-        changes = check_same(read_values(resumed), identity, resumed, total_steps=total_steps)
-        world.print("\n".join([f"resuming from {resumed}", *(f"  changed: {line}" for line in changes)]), "\n")
+        world.print(check_same(checkpoints.read_values(resumed), identity, resumed, total_steps=total_steps))
     if world.is_main:
-        make_room(run_dir, resumed)
+        folder.make_room(run_dir, resumed)
         print(config.save(cfg, run_dir / "config.yaml", recipe=__file__))
 
-    # 4. Weights
-    longest = contract.longest(train, cfg.batch_size * world.size)
-    cache = None
+    # 4. Weights; with reference=cached, values that no earlier run has kept: of another model, before the policy comes
+    longest = start.longest(train, cfg.batch_size * world.size)
+    reference.open_cache(model, [*steps.seen_in(total_steps), *longest, *held_out], score_end=cfg.score_end)
 
-    def fill(reference):  # a few values of earlier runs are computed again; then those that are missing
-        larger = reference_cache.BATCHES * cfg.batch_size  # no gradients: there is room
-        with reference.weights() as frozen:
-            for pairs in share(cache.samples(16), cfg.batch_size, rank=world.rank, size=world.size):
-                cache.check(pairs, *answer_logps(frozen, batch_of(pairs), needed.ld_alpha))
-            micro = share(cache.missing, larger, rank=world.rank, size=world.size)
-            for pairs in tqdm(micro, desc="reference", leave=False, disable=not world.is_main):
-                world.beat("reference")
-                cache.put(pairs, *answer_logps(frozen, batch_of(pairs), needed.ld_alpha))
-        cache.complete()
+    def fill_cache():
+        for pairs in reference.unanswered(cfg.batch_size):
+            reference.keep(batch_of(pairs))
 
-    if cfg.reference.name == "cached":
-        folder = reference_cache.find_folder(cfg.reference.cache_dir)
-        source = {"component": cfg.model, "weight_files": files.weight_files}
-        source = (second.source if second else source) | {"ld_alpha": needed.ld_alpha, "score_end": cfg.score_end}
-        found = reference_cache.identify(folder, second.model if second else model, world, **source)
-        asked = [pair for step in range(min(total_steps, len(steps))) for pair in steps.pairs(step)]
-        cache = reference_cache.ReferenceCache(folder, found, [*asked, *longest, *held_out], world)
-        if second and cache.missing:  # it leaves before the policy comes
-            second.load(world)
-            fill(SecondModel(model, second.model))
-        elif second:
-            world.print(f"reference: the cache has all {len(cache):,} values; its model is not loaded to check them\n")
-        second = None
-        gc.collect()  # a model and the functions that it was given refer to each other
-    models.load(model, checkpoint.Weights(files), world=world)
-    if second:
-        second.load(world)
-        reference = SecondModel(model, second.model)
-    else:
-        reference = AsItStarts(model)
-    if cache and own:  # by the policy, which is its own reference before it is trained or resumed
-        fill(reference)
-        models.forget_gathered(model)
+    with reference.alone():
+        fill_cache()
+    models.load(model, weights.Weights(files), world=world)
+    reference.start(model)
+    fill_cache()
 
     # 5. Optimizer, schedule, and what is resumed: all of it is in `state`
     optimizer = config.instantiate(cfg.optimizer, [p for p in model.parameters() if p.requires_grad])
     scheduler = config.instantiate(cfg.lr_scheduler, optimizer, num_training_steps=total_steps, last_epoch=-1)
     contract.check_trained(model, optimizer)
-    for line in advice_for(cfg.loss, cfg.optimizer.lr, METHOD, train) + checkpoint.rounding(files, cfg.dtype):
+    for line in advice_for(cfg.loss, cfg.optimizer.lr, METHOD, train) + weights.rounding(files, cfg.dtype):
         world.print(f"advice: {line}")
     torch.manual_seed(cfg.seed + world.rank)  # dropout, if it is on, differs between processes
     meter = metrics.Meter()
-    kept = {"loss_fn": loss_fn, "reference": reference if moved_every else None}
-    state = TrainState(model, optimizer, scheduler, meter, world=world, fingerprint=identity, **kept)
+    state = TrainState(model, optimizer, scheduler, meter, world, identity, loss_fn=loss_fn, reference=reference)
     if resumed:
         state.load(resumed, run_dir, best_metric=cfg.keep_best)
-    keeping = {key: cfg[key] for key in ("keep_last_n", "on_save_failure")}
-    checkpoints = Checkpoints(run_dir, world, **keeping)
-    logger = config.instantiate(cfg.metric_logger) if world.is_main else None
-    log = metrics.RunLog(run_dir, world, logger, cfg, step=state.step, evaluated=state.evaluated)
-    num_parameters, num_trained = models.num_parameters(model)
+    saved = checkpoints.Checkpoints(run_dir, world, keep_last_n=cfg.keep_last_n, on_save_failure=cfg.on_save_failure)
+    log = metrics.RunLog(run_dir, world, cfg.metric_logger, cfg, step=state.step, evaluated=state.evaluated)
     world.print(
-        f"{num_parameters:,} parameters, {num_trained:,} trained, {cfg.dtype} on {world}; {len(train):,} pairs, "
-        f"{len(held_out):,} held out; {total_steps:,} steps of {cfg.pairs_per_step} pairs\n"
+        f"{models.sizes(model)}, {cfg.dtype} on {world}; {len(train):,} pairs, {len(held_out):,} held out; "
+        f"{total_steps:,} steps of {cfg.pairs_per_step} pairs\n"
     )
 
-    # 6. What is done with pairs: score them, evaluate on them, answer their prompts
-    def reference_logps(pairs, batch):  # [P], [P]
-        if not needed.reference:
-            return None, None
-        if cache:
-            return cache(pairs)
-        if cfg.reference.name == "none":  # to it, every answer is alike
-            return torch.zeros(2, batch.num_pairs, device=world.device).unbind()
-        with reference.weights() as frozen:
-            return answer_logps(frozen, batch, needed.ld_alpha)
+    # 6. The losses of a few pairs, and of all held-out ones
+    interruption = dist.Interruption(world)  # from here on SIGTERM and Ctrl-C are heard between steps
 
-    def scores_of(batch):
-        return answer_scores(model, batch, ld_alpha=needed.ld_alpha, weights=needed.weights)
-
-    def watched(micro, doing):  # an evaluation may end early: it is made up for after resuming
-        for pairs in micro:
-            world.beat(doing)
-            if doing == "evaluation" and interruption.requested():
-                return
-            yield pairs
-
-    def of_whole_step(pairs, micro, doing):  # pairs of all processes, and this one's: what some losses take of a step
-        known = {"mean_chosen_length": loss_needs.mean_chosen_length(pairs, score_end=cfg.score_end)}
-        values = [None] * len(micro)
+    def whole_step(pairs, micro, doing, ongoing=iter):  # what a loss takes of all the step's pairs: nothing in DPO
+        whole = WholeStep(loss_fn, pairs, micro, steps, max_length=cfg.max_length, score_end=cfg.score_end)
         with torch.no_grad():
-            if "kl" in needed.inputs:  # KTO's baseline: every prompt with the answers to another one
-                others = loss_needs.mismatched(pairs, cfg.max_length)
-                log_ratios = torch.zeros((), device=world.device).double()
-                for mixed in watched(share(others, cfg.batch_size, rank=world.rank, size=world.size), doing):
-                    batch = batch_of(mixed)
-                    policy, base = answer_logps(model, batch), reference_logps(mixed, batch)
-                    log_ratios += (torch.cat(policy) - torch.cat(base)).sum()
-                known["kl"] = kto_kl(world.sum(log_ratios), loss_needs.num_answers(others))
-            if needed.whole_step:  # a loss that sorts the step's pairs: all values first, then each pair's gradient
-                batches, scores, references = [], [], []
-                for mine in watched(micro, doing):
-                    batches.append(batch_of(mine))
-                    scores.append(scores_of(batches[-1]))
-                    references.append(reference_logps(mine, batches[-1]))
-                values = loss_needs.step_losses(loss_fn, batches, scores, references, world, **known)
-        return known, values
+            for some in ongoing(whole.first_pass):
+                world.beat(doing)
+                batch = batch_of(some)
+                whole.add(batch, policy_scores(model, batch, loss_fn), reference.logps(batch))
+        return whole.end(world)
 
-    def pair_losses(pairs, batch, meter, known, values=None):  # [P], to be differentiated; [P], the losses
-        scores = scores_of(batch)
-        chosen, rejected = scores.chosen_logps, scores.rejected_logps
-        if values is None:
-            inputs = loss_needs.loss_inputs(loss_fn, batch, scores, **known)
-            losses, chosen_rewards, rejected_rewards = loss_fn(
-                chosen, rejected, *reference_logps(pairs, batch), **inputs
-            )
-            differentiable = losses
-        else:
-            losses, chosen_rewards, rejected_rewards = values.losses, values.chosen_rewards, values.rejected_rewards
-            differentiable = chosen * values.chosen_gradients + rejected * values.rejected_gradients
-        meter.add(
-            loss=losses,
-            rewards_chosen=chosen_rewards[batch.with_chosen],
-            rewards_rejected=rejected_rewards[batch.with_rejected],
-            rewards_accuracies=(chosen_rewards > rejected_rewards)[batch.with_both].float(),  # a tie is not accurate
-            logps_chosen=chosen[batch.with_chosen],
-            logps_rejected=rejected[batch.with_rejected],
+    def pair_losses(pairs, whole, meter):  # [P], one a pair, to be differentiated
+        batch = batch_of(pairs)
+        scores = policy_scores(model, batch, loss_fn)
+        losses, chosen_rewards, rejected_rewards = loss_fn(
+            scores.chosen_logps, scores.rejected_logps, *reference.logps(batch), **whole.inputs(batch, scores)
         )
-        if "kl" in known:  # the same for each pair of the step
-            meter.add(kl=known["kl"].expand(batch.num_pairs))
-        if scores.router_loss is not None:  # of this micro-batch, the same for each of its pairs
-            meter.add(router_loss=scores.router_loss.expand(batch.num_pairs))
-            differentiable = differentiable + cfg.router_aux_loss_coef * scores.router_loss
-        return differentiable, losses
+        meter.add_pairs(batch, scores, losses, chosen_rewards, rejected_rewards, kl=whole.kl)
+        return with_router_loss(losses, scores.router_loss, cfg.router_aux_loss_coef)
 
     def evaluate():
-        meter = metrics.Meter()
-        micro = share(held_out, cfg.batch_size, rank=world.rank, size=world.size)
+        held_out_meter, micro = metrics.Meter(), steps.share(held_out)
         model.eval()
-        progress = tqdm(total=len(micro), desc="evaluation", leave=False, disable=not world.is_main)
-        with torch.no_grad(), loss_needs.unchanged(loss_fn), progress:
-            known, values = of_whole_step(held_out, micro, "evaluation")
-            for pairs, value in zip(watched(micro, "evaluation"), values, strict=False):
-                pair_losses(pairs, batch_of(pairs), meter, known, value)
-                progress.update()
+        with torch.no_grad(), unchanged(loss_fn):
+            whole = whole_step(held_out, micro, "evaluation", interruption.until)
+            for pairs in tqdm(
+                interruption.until(micro), "evaluation", len(micro), leave=False, disable=not world.is_main
+            ):
+                world.beat("evaluation")
+                pair_losses(pairs, whole, held_out_meter)
         model.train()
-        if interruption.requested():
+        if interruption.requested():  # what was left out is made up for after resuming
             return
-        results = meter.read(world, "eval/")
+        results = held_out_meter.read(world, "eval/")
         log.write(state.step, results)
-        state.evaluated = state.step
-        if world.is_main:
-            tqdm.write(f"step {state.step}: held out {metrics.summary(results, 'eval/')}")
-        if cfg.keep_best and is_better(results[f"eval/{cfg.keep_best}"], state.best, cfg.keep_best):
-            state.best = {"step": state.step, "metric": cfg.keep_best, "value": results[f"eval/{cfg.keep_best}"]}
-
-    asked = [[{"role": "user", "content": text}] for text in cfg.samples.prompts]
-    prompts = [tokenizer.render(question, add_generation_prompt=True) for question in asked]
-    prompts = prompts or [pair.prompt for pair in (held_out or train)[: cfg.samples.num_prompts]]
-    questions = [tokenizer.decode(prompt) for prompt in prompts]
-
-    def answer_prompts():
-        options = {key: cfg.samples[key] for key in ("max_new_tokens", "temperature")}
-        stop_ids = tokenizer.stop_ids
-        answers = generation.answers(model, prompts, world=world, stop_ids=stop_ids, seed=cfg.seed, **options)
-        return [tokenizer.decode(answer) for answer in answers]
-
-    def is_due(interval):
-        return state.step == total_steps or (interval and state.step % interval == 0)
+        state.note_evaluation(results, cfg.keep_best)
+        world.print(f"step {state.step}: held out {metrics.summary(results, 'eval/')}")
 
     # 7. Before the first step: the longest pairs go forward and backward, and what must hold is checked
-    interruption = dist.Interruption(world)
-    pairs = longest[world.rank :: world.size]
-    with contract.rehearsal(model, optimizer, loss_fn, pairs, world):
-        known, (values,) = of_whole_step(longest, [pairs], "rehearsal")
-        rehearsed = metrics.Meter()
-        differentiable, losses = pair_losses(pairs, batch_of(pairs), rehearsed, known, values)
-        differentiable.sum().backward()
+    mine = longest[world.rank :: world.size]
+    with start.rehearsal(model, optimizer, loss_fn, mine, world) as trial:
+        losses = pair_losses(mine, whole_step(longest, [mine], "rehearsal"), trial.meter)
+        losses.sum().backward()
         if not resumed:
-            grad_norm = models.clip_gradients(model, math.inf)
-            is_reference = cfg.disable_dropout and needed.reference and own and cfg.reference.name != "none"
-            is_reference &= not (cache and cfg.dtype == "bf16")  # rounded otherwise, in other batches; it checks itself
-            means = rehearsed.read(world)
-            contract.check_start(losses, means, grad_norm, pairs=pairs, loss_fn=loss_fn, is_reference=is_reference)
-    samples = run_dir / "samples.jsonl"
-    before = generation.answers_before(samples, questions) if resumed else answer_prompts()
-    if world.is_main:
-        generation.write_samples(samples, questions, before)
+            trial.check(losses, batch_of(mine), reference, dropout=not cfg.disable_dropout)
+    samples = Samples(run_dir / "samples.jsonl", tokenizer, world, cfg.samples, held_out or train, seed=cfg.seed)
+    samples.before(model, resumed=resumed is not None)
 
     # 8. Train
-    stop, num_pairs, num_tokens, last_log = False, 0, 0, time.perf_counter()
-    progress = tqdm(
-        total=total_steps, initial=state.step, desc="DPO", unit="step", dynamic_ncols=True, disable=not world.is_main
-    )
+    progress = tqdm(total=total_steps, initial=state.step, desc="DPO", dynamic_ncols=True, disable=not world.is_main)
     model.train()
-    if held_out and resumed and state.step and is_due(cfg.eval_every_n_steps) and state.evaluated < state.step:
-        evaluate()
-        log.sync()
-        checkpoints.save(state)
+    meter.restart_clock()
+    while True:
+        if held_out and state.is_due(cfg.eval_every_n_steps, total_steps) and state.evaluated < state.step:
+            evaluate()
+            meter.restart_clock()
         stop = interruption.requested()
-    for step in range(state.step + 1, total_steps + 1) if not stop else ():
-        micro, num_pairs_in_step = steps[step - 1], steps.num_pairs(step - 1)
-        if moved_every and step > 1 and (step - 1) % moved_every == 0:  # not before the evaluation of the step before
-            reference.move(cfg.reference.alpha or 0.6)
-        known, values = of_whole_step(steps.pairs(step - 1), micro, f"step {step}")
-        losses, rows_in_step = [], []
-        for pairs, value in zip(watched(micro, f"step {step}"), values, strict=True):
+        if stop or state.is_best or state.is_due(cfg.save_every_n_steps, total_steps):
+            log.sync()
+            saved.save(state)
+        if stop or state.step == total_steps:
+            break
+
+        step, micro = state.step + 1, steps[state.step]
+        reference.follow(step)  # reference=sync: now and then it moves toward the policy
+        whole = whole_step(steps.pairs(state.step), micro, f"step {step}")
+        losses_of_step = []
+        for pairs in micro:
+            world.beat(f"step {step}")
             models.sync_gradients(model, pairs is micro[-1])  # distributed only
-            batch = batch_of(pairs)
-            differentiable, loss = pair_losses(pairs, batch, meter, known, value)
+            losses = pair_losses(pairs, whole, meter)
             # The mean over the step, however it is cut into micro-batches. FSDP averages gradients over processes.
-            (differentiable.sum() * world.size / num_pairs_in_step).backward()
-            losses.append(loss.detach())
-            rows_in_step += [pair.row for pair in pairs]
-            num_tokens += batch.num_tokens
-        num_pairs += len(rows_in_step)
+            (losses.sum() * world.size / whole.num_pairs).backward()
+            losses_of_step.append(losses.detach())
         grad_norm = models.clip_gradients(model, cfg.clip_grad_norm or math.inf)
-        contract.check_step(step, torch.cat(losses), grad_norm, rows_in_step, world)
+        contract.check_step(step, losses_of_step, grad_norm, micro, world)
         meter.add(grad_norm=grad_norm[None].to(world.device))  # on the CPU when offloading
         lr = float(optimizer.param_groups[0]["lr"])
         optimizer.step()
         optimizer.zero_grad()
         if scheduler:
             scheduler.step()
-        loss_needs.after_step(loss_fn, world)
+        after_step(loss_fn, world)
         state.step = step
         progress.update()
-
-        if step == 1 or step % cfg.log_every_n_steps == 0 or step == total_steps:
-            seconds = time.perf_counter() - last_log
-            results = meter.read(world) | {
-                "epoch": step / len(steps),
-                "lr": lr,
-                "pairs_per_second": world.sum_number(num_pairs) / seconds,
-                "tokens_per_second": world.sum_number(num_tokens) / seconds,
-                "peak_memory_gib": metrics.peak_memory_gib(world.device),
-            }
+        if step == 1 or state.is_due(cfg.log_every_n_steps, total_steps):
+            results = meter.read(world) | {"epoch": step / len(steps), "lr": lr} | meter.read_speed(world)
             log.write(step, results)
             progress.set_postfix_str(f"{metrics.summary(results)}, {results['pairs_per_second']:.1f} pairs/s")
-            num_pairs, num_tokens, last_log = 0, 0, time.perf_counter()
-        if held_out and is_due(cfg.eval_every_n_steps) and not interruption.requested():
-            evaluate()
-            last_log = time.perf_counter()
-        stop = interruption.requested()
-        is_best = state.best is not None and state.best["step"] == step
-        if stop or is_best or is_due(cfg.save_every_n_steps):
-            log.sync()
-            checkpoints.save(state)
         if step == 1:
-            checkpoints.check_room(state)
-        if stop:
-            break
+            saved.check_room(state)
     progress.close()
-    checkpoints.close()
+    saved.close()
     log.close()
-    stop = interruption.requested()
+    stop = interruption.requested()  # also while the last checkpoint was written
     interruption.end()
     if stop:
-        world.print(f"\nstopped after step {state.step} of {total_steps}; {checkpoints}")
+        world.print(f"\nstopped after step {state.step} of {total_steps}; {saved}")
         dist.stop(world)  # distributed only
         raise SystemExit(interruption.status)
 
-    # 9. Curves, answers, weights
+    # 9. Answers, weights, curves
     if cfg.export_best:
-        world.print(f"\n{checkpoints.load_best(state)}")
-    after = answer_prompts()
-    compared = batch_of((held_out or train)[: min(4, cfg.batch_size)])  # not more than a step had room for
-    with models.frozen(model):
-        trained = answer_logps(model, compared)
-    other_base = cfg.get("merge_into") == "original"  # QLoRA's: its own base is rounded to 4 bits
-    gathered = models.gather_weights(model, world, adapters_only=other_base)
+        world.print(f"\n{saved.load_best(state)}")
+    samples.after(model)
+    trained = probe(model, batch_of((held_out or train)[: min(4, cfg.batch_size)]))  # what the export has to say, too
+    gathered = models.gather_weights(model, world)
     dist.stop(world)  # distributed only
     if world.is_main:
-        whole = models.on_base(gathered, checkpoint.Weights(files), cfg.dtype) if other_base else gathered
-        exported = export(
-            files,
-            run_dir,
-            merged=models.merge_adapters(model, whole),
-            adapter=models.only_adapters(model, gathered),
-            lora=cfg.get("lora"),
-            tokenizer=tokenizer,
-        )
-        same = {"dtype": cfg.dtype, "other_base": other_base, **prepared}
-        generation.write_samples(samples, questions, before, after)
-        generation.show_samples(samples)
+        samples.show()
         metrics.plot_curves(log.path, run_dir / "curves.png")
-        difference = check_export(exported, files, cfg.model, compared, trained, **same)
-        print(f"\nrun folder {run_dir}, exported weights {exported}: {difference}")
+        exported = export_checked(model, gathered, files, run_dir, cfg.model, execution, tokenizer, trained)
+        print(f"\nrun folder {run_dir}, exported weights {exported}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 METHODS = ("full", "lora", "qlora")
 SOURCE = "lora_dpo_distributed"
 # What a method has of its own; docstring, imports and METHOD stand before the first heading.
-OWN = ("head", "# The model and how it is trained", "# 2. Policy and reference", "# 4. Weights")
+OWN = ("head", "# The model and how it is trained", "# 2. Policy and reference", "# 4. Weights", "# 9. Answers")
 HEADING = re.compile(r"^    (# (?:\d+\. )?[A-Z][^.,:\n]*)", re.MULTILINE)
 MARK = "distributed only"
 

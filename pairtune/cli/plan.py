@@ -18,9 +18,10 @@ from pairtune.config.components import instantiate
 from pairtune.config.layers import load
 from pairtune.errors import UserError
 from pairtune.folders import weights as checkpoint
-from pairtune.folders.check_model import windows
+from pairtune.folders.opening import Execution, prepare
 from pairtune.losses.calling import needs
 from pairtune.pairs import tokenize as data
+from pairtune.pairs.steps import count_steps
 from pairtune.reference.cache import BATCHES
 from pairtune.reference.sources import KNOWN, check_reference, frozen_model, has_second_model
 
@@ -176,7 +177,6 @@ def plan_config(cfg: DictConfig, method: str, run: Run) -> Plan:
     )
     loss_fn, reference = instantiate(cfg.loss), cfg.get("reference") or {"name": KNOWN[method][0]}
     check_reference(reference, loss_fn, method, dtype=cfg.dtype, has_adapter=cfg.get("adapter") is not None)
-    folder = cfg.checkpointer.checkpoint_dir
     policy, second = build(
         method,
         cfg.model,
@@ -189,7 +189,7 @@ def plan_config(cfg: DictConfig, method: str, run: Run) -> Plan:
         dropout=not cfg.disable_dropout,
         setting=setting,
         num_processes=run.gpus,
-        base_config=checkpoint.read_config(folder) if (Path(folder) / "config.json").is_file() else None,
+        base_config=_config_of(cfg.checkpointer.checkpoint_dir),
     )
     max_tokens = 2 * cfg.max_length - 1
     row_length = math.ceil(max_tokens / ROW_MULTIPLE) * ROW_MULTIPLE if policy.pairtune.dense_attention else None
@@ -211,7 +211,7 @@ def plan_config(cfg: DictConfig, method: str, run: Run) -> Plan:
         micro_batches=setting.micro_batches,
         max_tokens=max_tokens,
         num_rows=num_rows,
-        num_steps=_num_steps(num_rows, cfg.pairs_per_step, cfg.epochs, cfg.max_steps),
+        num_steps=count_steps(num_rows, cfg.pairs_per_step, cfg.epochs, cfg.max_steps) if num_rows else cfg.max_steps,
         export=num_parameters * policy.tok_embeddings.weight.element_size(),  # NF4 weights are exported in full
         num_checkpoints=_num_checkpoints(cfg.get("keep_last_n", 0), cfg.get("keep_best")),
     )
@@ -240,26 +240,23 @@ def build(
     """
     reference, second = reference or {"name": KNOWN[method][0]}, None
     processes = SimpleNamespace(num_shards=setting.num_shards, shards=setting.shards, size=num_processes)
-    if method == "full":
-        policy = models.full(component, dtype=dtype)
-    else:
-        frozen_copy = reference["name"] in ("start", "sync")
-        kind = {"dtype": dtype, "quantize_base": method == "qlora", "frozen_copy": frozen_copy}
-        policy = models.lora(component, **lora, **kind, world=processes)
+    frozen_copy = reference["name"] in ("start", "sync")
+    policy = models.policy(method, component, lora, dtype=dtype, frozen_copy=frozen_copy, world=processes)
     if has_second_model(reference, method, dtype):
         second = frozen_model(reference, method, component=component, dtype=dtype, world=processes)
     if not dropout:
         models.disable_dropout(policy)
-    for model in (policy, second):
-        if model is not None:
-            models.prepare(
-                model,
-                max_length=max_length,
-                attention=attention,
-                windows=windows(base_config or {}, len(model.layers)),
-                checkpoint_activations=checkpoint_activations,
-            )
+    execution = Execution(max_length, attention=attention, checkpoint_activations=checkpoint_activations)
+    prepare(policy, base_config or {}, execution)
+    if second is not None:
+        folder = reference.get("checkpoint_dir")
+        prepare(second, _config_of(folder) if folder else base_config or {}, execution)
     return policy, second
+
+
+def _config_of(folder: str) -> dict:
+    """Returns a folder's config.json; empty where it is not here."""
+    return checkpoint.read_config(folder) if (Path(folder) / "config.json").is_file() else {}
 
 
 def _num_shards(gpus: int, copies: int) -> int:
@@ -281,12 +278,6 @@ def _num_rows(dataset: DictConfig) -> int | None:
         columns=dict(dataset.columns),
     )
     return len(rows) - round((dataset.val_fraction or 0) * len(rows))
-
-
-def _num_steps(num_rows: int | None, pairs_per_step: int, epochs: int, max_steps: int | None) -> int | None:
-    if num_rows is None:
-        return max_steps
-    return min(epochs * math.ceil(num_rows / pairs_per_step), max_steps or math.inf)
 
 
 def _num_checkpoints(keep_last_n: int, keep_best: str | None) -> int:

@@ -15,13 +15,14 @@ from pairtune import config, models
 from pairtune.errors import UserError
 from pairtune.folders import peft as adapters
 from pairtune.folders import weights as checkpoint
-from pairtune.folders.check_model import check_model, windows
-from pairtune.losses.calling import needs
+from pairtune.folders.opening import Execution, make_ready
+from pairtune.losses.calling import takes_unpaired
 from pairtune.pairs import tokenize as data
 from pairtune.pairs.formats import detect_format
 from pairtune.pairs.rows import looks_like_path
-from pairtune.pairs.steps import Steps
-from pairtune.reference.sources import KNOWN, check_reference, is_own, open_second_model
+from pairtune.pairs.steps import count_steps
+from pairtune.reference import Reference
+from pairtune.reference.sources import KNOWN, is_own
 from pairtune.run import contract, rehearsal
 from pairtune.tokenizer.hf import adapt
 
@@ -126,22 +127,16 @@ class Validation:
         return f"{len(found):,} matrices, as in the model", None
 
     def _reference(self, method: str, cfg: DictConfig, tokenizer) -> tuple[str, Any]:
-        reference, loss_fn = cfg.reference, config.instantiate(cfg.loss)
-        check_reference(reference, loss_fn, method, dtype=cfg.dtype, has_adapter=cfg.get("adapter") is not None)
-        if is_own(reference, method, cfg.dtype):
-            return reference.name, None
-        if reference.checkpoint_dir:
-            self._must_be_here(reference.checkpoint_dir, "reference.checkpoint_dir")
+        block, loss_fn = cfg.reference, config.instantiate(cfg.loss)
+        reference = Reference(block, method, loss_fn, dtype=cfg.dtype, adapter=cfg.get("adapter"))
+        if is_own(block, method, cfg.dtype):
+            return block.name, None
+        if block.checkpoint_dir:
+            self._must_be_here(block.checkpoint_dir, "reference.checkpoint_dir")
         self._must_be_here(cfg.checkpointer.checkpoint_dir, "checkpointer.checkpoint_dir")
-        like = {"component": cfg.model, "dtype": cfg.dtype, "tokenizer": tokenizer}
-        second = open_second_model(
-            reference, method, files=checkpoint.open_weights(cfg.checkpointer, cfg.model), **like
-        )
-        second.prepare(
-            max_length=cfg.max_length, vocab_size=tokenizer.vocab_size if tokenizer else 0,
-            attention=cfg.attention, compile_layers=cfg.compile,
-        )  # fmt: skip
-        return f"{reference.name}, {models.num_parameters(second.model)[0]:,} parameters of its own", None
+        files = checkpoint.open_weights(cfg.checkpointer, cfg.model)
+        reference.build(cfg.model, files, tokenizer, _execution(cfg, tokenizer))
+        return f"{block.name}, {reference.num_parameters:,} parameters of its own", None
 
     def _pairs(self, key: str, cfg: DictConfig, tokenizer) -> tuple[str, Any]:
         source = cfg[key]
@@ -159,7 +154,7 @@ class Validation:
             first = data.Rows(part, source=rows.source, numbers=rows.numbers[: len(part)], key=key)
         pairs, report = data.tokenize_pairs(
             first, tokenizer, max_length=cfg.max_length, max_prompt_length=cfg.max_prompt_length,
-            overlong=source.overlong, unpaired=needs(config.instantiate(cfg.loss)).takes_unpaired,
+            overlong=source.overlong, unpaired=takes_unpaired(config.instantiate(cfg.loss)),
             progress=False, key=key,
         )  # fmt: skip
         num_pairs = len(pairs) if len(first) == len(rows) else len(rows)
@@ -179,24 +174,19 @@ def _answer(question: Callable[[], tuple[str, Any]]) -> Answer:
     return Answer(f"ok: {text}" if text else "ok", value)
 
 
+def _execution(cfg: DictConfig, tokenizer) -> Execution:
+    vocab_size = tokenizer.vocab_size if tokenizer else 0
+    return Execution(cfg.max_length, vocab_size, cfg.attention, cfg.enable_activation_checkpointing, cfg.compile)
+
+
 def _model(method: str, cfg: DictConfig, tokenizer) -> tuple[str, Any]:
-    if method == "full":
-        model = models.full(cfg.model, dtype=cfg.dtype)
-    else:
-        model = models.lora(cfg.model, **cfg.lora, dtype=cfg.dtype, quantize_base=method == "qlora")
+    model = models.policy(method, cfg.model, cfg.get("lora"), dtype=cfg.dtype)
     here = Path(cfg.checkpointer.checkpoint_dir).is_dir()
     base_config = checkpoint.base_config(cfg.checkpointer, cfg.model) if here else {}
-    models.prepare(
-        model, max_length=cfg.max_length, vocab_size=tokenizer.vocab_size if tokenizer else 0,
-        attention=cfg.attention, windows=windows(base_config, len(model.layers)),
-        checkpoint_activations=cfg.enable_activation_checkpointing, compile_layers=cfg.compile,
-    )  # fmt: skip
-    if here:
-        check_model(model, base_config)
+    make_ready(model, base_config, _execution(cfg, tokenizer))
     contract.check_router(model, cfg.get("router_aux_loss_coef", 0))
-    num_parameters, num_trained = models.num_parameters(model)
     compared = "as in config.json" if here else "not compared with config.json, which is not here"
-    return f"{num_parameters:,} parameters, {num_trained:,} trained, {compared}", None
+    return f"{models.sizes(model)}, {compared}", None
 
 
 def _told(report: data.Report, num_rows: int) -> str:
@@ -208,8 +198,7 @@ def _told(report: data.Report, num_rows: int) -> str:
 def _steps(cfg: DictConfig, num_pairs: int | None) -> tuple[str, Any]:
     total = cfg.max_steps or UNKNOWN_STEPS
     if num_pairs:
-        steps = Steps(range(num_pairs), pairs_per_step=cfg.pairs_per_step, batch_size=cfg.batch_size, seed=cfg.seed)
-        total = min(cfg.epochs * len(steps), cfg.max_steps or cfg.epochs * len(steps))
+        total = count_steps(num_pairs, cfg.pairs_per_step, cfg.epochs, cfg.max_steps)
     rehearsal.rehearse(cfg.optimizer, cfg.lr_scheduler, cfg.loss, num_training_steps=total)
     return f"{total:,}, at most" if num_pairs else "optimizer, schedule and loss work together", None
 

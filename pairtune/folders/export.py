@@ -5,17 +5,21 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
+from torchtune.modules import TransformerDecoder
 
 from pairtune import models
 from pairtune.errors import UserError
 from pairtune.files import read_object
+from pairtune.folders.opening import Execution, make_ready
 from pairtune.folders.peft_write import write_adapter
 from pairtune.folders.weights import ModelFolder, Weights, open_weights
+from pairtune.models.additions import additions
 from pairtune.models.logps import answer_logps
 from pairtune.pairs.batch import PairBatch
 from pairtune.tokenizer.hf import HFTokenizer, TorchtuneTokenizer, trained_template
@@ -36,6 +40,25 @@ TOKENIZER_FILES = (
 )
 ADAPTER_DIR = "adapter"  # in an export
 MODEL_FILES = ("config.json", "generation_config.json", "LICENSE*")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a trained model says of a few pairs: its export, read again, has to say the same.
+
+    Attributes:
+        batch: The pairs, on the device to compute on.
+        logps: Chosen and rejected log-probabilities, [P] each.
+    """
+
+    batch: PairBatch
+    logps: tuple[Tensor, Tensor]
+
+
+def probe(model: TransformerDecoder, batch: PairBatch) -> Probe:
+    """Returns what the model says of these pairs now. Every process has to call it."""
+    with models.frozen(model):
+        return Probe(batch, answer_logps(model, batch))
 
 
 def export(
@@ -105,12 +128,11 @@ def check_export(
     exported: Path,
     base: ModelFolder,
     component: dict,
-    batch: PairBatch,
-    trained: tuple[Tensor, Tensor],
+    trained: Probe,
     *,
+    execution: Execution,
     dtype: str,
     other_base: bool = False,
-    **prepared,
 ) -> str:
     """Reads an export again and compares what it computes with what the trained model did; returns a sentence.
 
@@ -118,21 +140,20 @@ def check_export(
 
     Args:
         component: The config's `model` block.
-        batch: A few pairs, on the device to compute on.
-        trained: Their chosen and rejected log-probabilities, [P] each, under the trained model.
+        trained: Of the trained model.
+        execution: How that one computes.
         other_base: It was merged into weights that training did not compute with: the difference is told only.
-        prepared: What models.prepare got.
 
     Raises:
         UserError: It is not the trained model.
     """
     folder = open_weights({"checkpoint_dir": str(exported), "model_type": base.family.name})
     model = models.full(component, dtype=dtype)
-    models.prepare(model, **prepared | {"checkpoint_activations": False, "compile_layers": False})
-    with models.streamed(model, Weights(folder), batch.tokens.device):
-        again = torch.cat(answer_logps(model, batch))
-    lengths = torch.tensor(batch.answer_lengths, device=again.device).clamp(min=1)
-    difference, (an_answer, a_token) = (again - torch.cat(trained)).abs(), TOLERANCE[dtype]
+    make_ready(model, folder.config, replace(execution, checkpoint_activations=False, compile_layers=False))
+    with models.streamed(model, Weights(folder), trained.batch.tokens.device):
+        again = torch.cat(answer_logps(model, trained.batch))
+    lengths = torch.tensor(trained.batch.answer_lengths, device=again.device).clamp(min=1)
+    difference, (an_answer, a_token) = (again - torch.cat(trained.logps)).abs(), TOLERANCE[dtype]
     furthest = f"{(difference / lengths).max():.2g}"
     told = f"read again, its log-probabilities are within {furthest} nats a token of the trained model's"
     if not other_base and not (difference <= an_answer + a_token * lengths).all():
@@ -181,3 +202,35 @@ def _edit_json(path: Path, **values) -> None:
     """Sets values, and takes auto_map out: it names code of the base's folder, and the weights are not that code's."""
     content = {key: value for key, value in read_object(path).items() if key != "auto_map"}
     path.write_text(json.dumps(content | values, indent=2) + "\n")
+
+
+def export_checked(
+    model: TransformerDecoder,
+    gathered: dict[str, Tensor],
+    base: ModelFolder,
+    run_dir: Path,
+    component: dict,
+    execution: Execution,
+    tokenizer: HFTokenizer | TorchtuneTokenizer,
+    trained: Probe,
+    onto_original: bool = False,
+) -> str:
+    """Writes run_dir/export and reads it again, see `export` and `check_export`; returns a sentence.
+
+    Args:
+        model: The trained one; it tells dtype and adapters.
+        gathered: Its weights, from models.gather_weights.
+        onto_original: Adapters alone were gathered, and are merged into the base as it was before it was quantized.
+    """
+    dtype = models.dtype_of(model)
+    whole = models.on_base(gathered, Weights(base), dtype) if onto_original else gathered
+    exported = export(
+        base,
+        run_dir,
+        merged=models.merge_adapters(model, whole),
+        adapter=models.only_adapters(model, gathered),
+        lora=additions(model).lora,
+        tokenizer=tokenizer,
+    )
+    told = check_export(exported, base, component, trained, execution=execution, dtype=dtype, other_base=onto_original)
+    return f"{exported}: {told}"

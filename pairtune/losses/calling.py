@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torchtune.modules import TransformerDecoder
 
 from pairtune.config.rules import one_line
 from pairtune.dist import World
 from pairtune.errors import UserError
-from pairtune.models.logps import AnswerScores
-from pairtune.pairs.batch import PairBatch
+from pairtune.models.logps import AnswerScores, answer_scores
+from pairtune.pairs.batch import PairBatch, longest_row
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,23 @@ class Needs:
 def needs(loss_fn: Callable) -> Needs:
     """Returns what this loss needs; torchtune's and users' own modules need a reference and nothing else."""
     return getattr(loss_fn, "needs", Needs())
+
+
+def takes_unpaired(loss_fn: Callable) -> bool:
+    """Returns whether this loss learns from rows with one answer and a label, too, as KTO does."""
+    return needs(loss_fn).takes_unpaired
+
+
+def policy_scores(model: TransformerDecoder, batch: PairBatch, loss_fn: Callable) -> AnswerScores:
+    """Returns the answers' log-probabilities under the policy, and what else this loss takes of its forward."""
+    needed = needs(loss_fn)
+    return answer_scores(model, batch, ld_alpha=needed.ld_alpha, weights=needed.weights)
+
+
+def row_length(loss_fn: Callable, pairs: list, max_length: int) -> int:
+    """Returns the length of rows, in tokens, that every batch of these pairs fits in, see batch.longest_row."""
+    mixes = "kl" in needs(loss_fn).inputs  # KTO puts each prompt before the answers to another one
+    return longest_row(pairs, mixed_within=max_length if mixes else None)
 
 
 def after_step(loss_fn: Callable, world: World) -> None:

@@ -9,8 +9,9 @@ from pairtune.models.adapters import (
     num_parameters,
     plain_name,
     reference_of,
+    sizes,
 )
-from pairtune.models.build import DTYPES, disable_dropout, full, lora, prepare, without_numbers
+from pairtune.models.build import DTYPES, disable_dropout, dtype_of, full, lora, policy, prepare, qlora, without_numbers
 from pairtune.models.gather import gather_weights, merge_adapters, on_base, only_adapters
 from pairtune.models.load import check_weights, load, streamed
 from pairtune.models.shard import clip_gradients, forget_gathered, sync_gradients
@@ -23,6 +24,7 @@ __all__ = [
     "clip_gradients",
     "copied_parameters",
     "disable_dropout",
+    "dtype_of",
     "forget_gathered",
     "frozen",
     "frozen_copy_of",
@@ -35,8 +37,11 @@ __all__ = [
     "on_base",
     "only_adapters",
     "plain_name",
+    "policy",
     "prepare",
+    "qlora",
     "reference_of",
+    "sizes",
     "streamed",
     "sync_gradients",
     "without_numbers",

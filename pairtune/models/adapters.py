@@ -33,6 +33,12 @@ def own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield plain_name(name), parameter
 
 
+def sizes(model: nn.Module) -> str:
+    """Returns `num_parameters` in words."""
+    num_all, num_trained = num_parameters(model)
+    return f"{num_all:,} parameters, {num_trained:,} trained"
+
+
 def num_parameters(model: nn.Module) -> tuple[int, int]:
     """Returns how many parameters the model has, a frozen copy of adapters left out, and how many are trained."""
     sizes = [(p.numel(), p.requires_grad) for _, p in own_parameters(model)]

@@ -5,7 +5,7 @@ A model is built on the meta device, where size costs nothing and mistakes show,
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 
 import torch
@@ -99,6 +99,7 @@ def lora(
     additions(model).lora = {
         "rank": rank,
         "alpha": alpha,
+        "dropout": dropout,
         "use_dora": use_dora,
         "use_rslora": use_rslora,
         "modules": modules,
@@ -115,6 +116,31 @@ def _check_base(path: str) -> None:
         raise UserError(
             f"model._component_={path}: name the base builder ({name.split('_', 1)[1]}); the recipe adds LoRA"
         )
+
+
+def qlora(component: dict, **settings) -> TransformerDecoder:
+    """Returns `lora` over a base whose linear layers are in 4 bits (QLoRA, arXiv 2305.14314)."""
+    return lora(component, **settings, quantize_base=True)
+
+
+def policy(
+    method: str,
+    component: dict,
+    adapters: Mapping | None,
+    *,
+    dtype: str,
+    frozen_copy: bool = False,
+    world: World | None = None,
+) -> TransformerDecoder:
+    """Returns the model that the recipes of a method train: of `full`, `lora` or `qlora`.
+
+    Args:
+        adapters: The config's `lora` block; None for full.
+    """
+    if method == "full":
+        return full(component, dtype=dtype)
+    build = {"lora": lora, "qlora": qlora}[method]
+    return build(component, **adapters, dtype=dtype, frozen_copy=frozen_copy, world=world)
 
 
 def _quantized(name: str, in_dim: int, out_dim: int, biased: bool) -> nn.Module | None:
@@ -256,3 +282,9 @@ def disable_dropout(model: nn.Module) -> bool:
                 setattr(module, name, 0.0)
                 found = True
     return found
+
+
+def dtype_of(model: TransformerDecoder) -> str:
+    """Returns the name, bf16 or fp32, of the dtype that a model was built with."""
+    dtype = next(model.norm.parameters()).dtype
+    return next(name for name, known in DTYPES.items() if known == dtype)

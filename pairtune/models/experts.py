@@ -74,6 +74,15 @@ def recorded_routing(mixtures: list[MixtureOfExperts]) -> Iterator[list[Tensor]]
             mixture.recorded = None
 
 
+def with_router_loss(losses: Tensor, router_loss: Tensor | None, coefficient: float) -> Tensor:
+    """Returns the losses [P] as they are, with the gradient of losses + coefficient * router_loss.
+
+    Args:
+        router_loss: A scalar; None for a model without a router.
+    """
+    return losses if router_loss is None else losses + coefficient * (router_loss - router_loss.detach())
+
+
 def router_loss(logits: list[Tensor], experts_per_token: int, batch: PairBatch) -> Tensor:
     """Returns E sum_e f_e P_e, a float32 scalar: K where experts are used alike, E at worst for K = 1.
 

@@ -1,8 +1,5 @@
 """A few prompts answered by the model as it is: what the numbers look like in words."""
 
-import json
-from pathlib import Path
-
 import torch
 from torchtune.generation import generate
 from torchtune.modules import TransformerDecoder
@@ -11,7 +8,6 @@ from tqdm import tqdm
 
 from pairtune.dist import World
 from pairtune.errors import UserError
-from pairtune.files import write_text
 
 
 def answers(
@@ -85,32 +81,3 @@ class _Alike:
 def _until_stop(tokens: list[int], stop_ids: set[int]) -> list[int]:
     end = next((i for i, token in enumerate(tokens) if token in stop_ids), len(tokens))
     return tokens[:end]
-
-
-def write_samples(path: Path, prompts: list[str], before: list[str | None], after: list[str] | None = None) -> None:
-    """Writes one JSON object a prompt: prompt, before, and after, once there is one."""
-    columns = {"prompt": prompts, "before": before} | ({} if after is None else {"after": after})
-    samples = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    write_text(path, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
-
-
-def answers_before(path: Path, prompts: list[str]) -> list[str | None]:
-    """Returns what a samples.jsonl says of these prompts before training; None where it does not have one."""
-    samples = _read_samples(path) if path.exists() else []
-    known = {sample["prompt"]: sample["before"] for sample in samples}
-    return [known.get(prompt) for prompt in prompts]
-
-
-def show_samples(path: Path, count: int = 3) -> None:
-    """Prints the first samples of a run that has ended, and how many answers it changed."""
-    samples = _read_samples(path)
-    for sample in samples[:count]:
-        print("\n" + "\n".join(f"{name + ':':<8}{str(text).strip()}" for name, text in sample.items()))
-    changed = sum(sample["before"] != sample["after"] for sample in samples)
-    barely = ": the policy barely moved" if samples and not changed else ""
-    print(f"\n{changed} of {len(samples)} answers changed{barely}")
-
-
-def _read_samples(path: Path) -> list[dict]:
-    with path.open(encoding="utf-8") as file:  # whose lines end in \n only: texts may hold other line separators
-        return [json.loads(line) for line in file]

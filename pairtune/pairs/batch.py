@@ -9,6 +9,7 @@ B rows, S row length, P pairs, N scored tokens.
 """
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import NamedTuple
@@ -52,6 +53,7 @@ class PairBatch:
     num_pairs: int
     num_tokens: int  # without padding
     rows: tuple[tuple[Document, ...], ...]  # the same layout in Python numbers: lengths without a device sync
+    pairs: Sequence  # the pairs themselves, in their order
 
     def to(self, device: torch.device) -> "PairBatch":
         """Returns the batch with every tensor on `device`."""
@@ -109,6 +111,7 @@ def lay_out(pairs, row_length: int | None = None, *, score_end: bool = True) -> 
         num_pairs=len(pieces),
         num_tokens=sum(lengths),
         rows=tuple(rows),
+        pairs=pairs,
     )
 
 

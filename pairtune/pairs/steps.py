@@ -1,7 +1,10 @@
 """Which pairs a process sees in which step: a pure function of the seed and the step, so any step can be had again."""
 
+import sys
+
 import torch
 
+from pairtune.dist import World
 from pairtune.pairs.tokenize import Pair
 
 
@@ -9,40 +12,44 @@ class Steps:
     """Training steps over pairs: every pair once an epoch, the last step of an epoch holding what is left.
 
     `len(steps)` is the number of steps in an epoch; `steps[n]`, n from 0 over all epochs, is what `rank` does in that
-    step: micro-batches, see `share`. `num_pairs(n)` counts the step's pairs over all processes.
+    step: micro-batches, see `share`.
     """
 
     def __init__(
         self,
         pairs: list[Pair],
-        *,
         pairs_per_step: int,
         batch_size: int,
+        world: World,
+        *,
         seed: int,
         shuffle: bool = True,
-        rank: int = 0,
-        size: int = 1,
     ):
         self._pairs = pairs
         self._pairs_per_step = pairs_per_step
         self._batch_size = batch_size
         self._seed = seed
         self._shuffle = shuffle
-        self._rank, self._size = rank, size
+        self._world = world
         self._order: tuple[int, list[int]] = (-1, [])  # the epoch it belongs to, and indices
 
     def __len__(self) -> int:
         return -(-len(self._pairs) // self._pairs_per_step)
 
     def __getitem__(self, step: int) -> list[list[Pair]]:
-        return share(self.pairs(step), self._batch_size, rank=self._rank, size=self._size)
+        return self.share(self.pairs(step))
+
+    def share(self, pairs: list[Pair]) -> list[list[Pair]]:
+        """Returns this process's part of any pairs, as micro-batches: see the function `share`."""
+        return share(pairs, self._batch_size, rank=self._world.rank, size=self._world.size)
 
     def pairs(self, step: int) -> list[Pair]:
         """Returns the step's pairs, of all processes."""
         return [self._pairs[i] for i in self._members(step)]
 
-    def num_pairs(self, step: int) -> int:
-        return len(self._members(step))
+    def seen_in(self, num_steps: int) -> list[Pair]:
+        """Returns the pairs that the first `num_steps` steps look at, each once."""
+        return [pair for step in range(min(num_steps, len(self))) for pair in self.pairs(step)]
 
     def _members(self, step: int) -> list[int]:
         epoch, step_in_epoch = divmod(step, len(self))
@@ -57,6 +64,11 @@ class Steps:
         # Two numbers in one seed: epochs of one run differ, and so do equal epochs of neighbouring seeds.
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
         return torch.randperm(len(self._pairs), generator=generator).tolist()
+
+
+def count_steps(num_pairs: int, pairs_per_step: int, epochs: int, max_steps: int | None = None) -> int:
+    """Returns the number of steps in a run: `epochs` times all pairs, or `max_steps` if those are fewer."""
+    return min(epochs * -(-num_pairs // pairs_per_step), max_steps or sys.maxsize)
 
 
 def share(pairs: list[Pair], batch_size: int, *, rank: int = 0, size: int = 1) -> list[list[Pair]]:

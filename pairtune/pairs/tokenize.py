@@ -8,17 +8,29 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 
 from tqdm import tqdm
 
+from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.pairs.formats import Example, Format, Skip, detect_format
 from pairtune.pairs.rows import Rows, read_rows
 from pairtune.tokenizer.hf import adapt, common_prefix
 from pairtune.tokenizer.template import Refusal
 
-__all__ = ["Pair", "Report", "Rows", "count_overlap", "read_pairs", "read_rows", "split_pairs", "tokenize_pairs"]
+__all__ = [
+    "Pair",
+    "Report",
+    "Rows",
+    "count_overlap",
+    "read_pairs",
+    "read_rows",
+    "read_train_and_held_out",
+    "split_pairs",
+    "tokenize_pairs",
+]
 
 REFUSED = "refused by the chat template"
 CHARACTERS_A_TOKEN = 256  # no tokenizer known has a longer token
@@ -186,6 +198,45 @@ def read_pairs(
     rows = read_rows(block["source"], **where, columns=dict(block["columns"]), key=key)
     limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "overlong": block["overlong"]}
     return tokenize_pairs(rows, tokenizer, **limits, unpaired=unpaired, progress=progress, beat=beat, key=key)
+
+
+def read_train_and_held_out(
+    dataset: dict,
+    eval_dataset: dict,
+    tokenizer,
+    world: World,
+    max_length: int,
+    max_prompt_length: int | None,
+    unpaired: bool = False,
+) -> tuple[list[Pair], list[Pair]]:
+    """Returns the pairs to train on and the held-out ones, and prints the table of what became of the rows.
+
+    Held out are those of `eval_dataset`, or the last `val_fraction` of `dataset`, or none.
+
+    Args:
+        dataset, eval_dataset: The config's blocks.
+        world: The main process prints and shows progress.
+        max_length, max_prompt_length, unpaired: See `tokenize_pairs`.
+    """
+    read = partial(
+        read_pairs,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        max_prompt_length=max_prompt_length,
+        unpaired=unpaired,
+        progress=world.is_main,
+        beat=world.beat,
+    )
+    train, report = read(dataset)
+    held_out: list[Pair] = []
+    if dataset["val_fraction"]:
+        train, held_out = split_pairs(train, dataset["val_fraction"])
+        report = report.with_split(train, held_out)
+    world.print(f"Training pairs: {dataset['source']}\n{report}\n")
+    if eval_dataset["source"]:
+        held_out, report = read(eval_dataset, key="eval_dataset")
+        world.print(f"Held-out pairs: {eval_dataset['source']}\n{report.with_split(train, held_out)}\n")
+    return train, held_out
 
 
 def tokenize_pairs(

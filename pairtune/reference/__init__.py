@@ -1,1 +1,5 @@
 """Where reference log-probabilities come from."""
+
+from pairtune.reference.reference import Reference
+
+__all__ = ["Reference"]

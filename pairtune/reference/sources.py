@@ -18,7 +18,8 @@ from pairtune import models
 from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.folders import weights as checkpoint
-from pairtune.folders.check_model import check_model, windows
+from pairtune.folders.check_model import check_model
+from pairtune.folders.opening import Execution, make_ready
 from pairtune.folders.weights import ModelFolder
 from pairtune.losses.calling import needs
 from pairtune.tokenizer.hf import check_vocabulary
@@ -86,24 +87,6 @@ def check_reference(
         )
 
 
-def check_moves(reference: Mapping, total_steps: int) -> int | None:
-    """Returns how many steps lie between two moves of the reference, None if it does not move (TR-DPO).
-
-    Raises:
-        UserError: It would never move in so many steps.
-    """
-    if reference.get("name") != "sync":
-        return None
-    every = reference.get("every_n_steps") or 512  # as published
-    if every >= total_steps:
-        raise UserError(
-            f"reference.every_n_steps={every}: the run has {total_steps} steps, and a move is before a step: the "
-            f"reference would never move; nearest valid: reference.every_n_steps={max(1, total_steps - 1)}, or another "
-            "reference"
-        )
-    return every
-
-
 @dataclass(frozen=True)
 class FrozenModel:
     """A reference that is a model of its own: frozen, and without memory until `load`.
@@ -120,11 +103,10 @@ class FrozenModel:
     files: ModelFolder
     block: Mapping
 
-    def prepare(self, **settings) -> None:
-        """As models.prepare, with the sliding windows of its own folder."""
+    def prepare(self, execution: Execution) -> None:
+        """Makes it ready to compute, with the sliding windows of its own folder."""
         with _told_of(self.block):
-            own = {"windows": windows(self.files.config, len(self.model.layers))}
-            models.prepare(self.model, **settings | own)
+            make_ready(self.model, self.files.config, execution)
 
     def load(self, world: World) -> None:
         """Gives it its weights, sharded where the policy is."""
@@ -205,23 +187,23 @@ def _told_of(reference: Mapping) -> Iterator[None]:
 class AsItStarts:
     """The policy itself, before it is trained: what a cache is filled with."""
 
-    def __init__(self, model: nn.Module):
-        self._model = model
+    def __init__(self, policy: nn.Module):
+        self._policy = policy
 
     def weights(self) -> AbstractContextManager[nn.Module]:
         """Makes the policy the reference while the context lasts: without dropout and gradients."""
-        return models.frozen(self._model)
+        return models.frozen(self._policy)
 
 
 class AdaptersOff:
     """The base model of LoRA and QLoRA: costs no memory and does not move."""
 
-    def __init__(self, model: nn.Module):
-        self._model = model
+    def __init__(self, policy: nn.Module):
+        self._policy = policy
 
     def weights(self) -> AbstractContextManager[nn.Module]:
-        """Makes the model the reference while the context lasts: without dropout and gradients."""
-        return models.reference_of(self._model)
+        """Makes it the reference while the context lasts: without dropout and gradients."""
+        return models.reference_of(self._policy)
 
 
 class AdapterCopy:
@@ -266,16 +248,16 @@ class SecondModel:
     Build it before the first forward: FSDP2 shows a model's shards until then.
     """
 
-    def __init__(self, model: nn.Module, reference: nn.Module):
+    def __init__(self, policy: nn.Module | None, reference: nn.Module):
         """
         Args:
-            model: The policy.
-            reference: Loaded and sharded like the policy, and frozen; to move, it has the policy's architecture.
+            policy: What it can be moved toward; then they have the same architecture.
+            reference: Loaded and sharded like the policy, and frozen.
         """
         self._reference = reference
-        self._policy, self._copy = (
-            {models.plain_name(name): p for name, p in m.named_parameters()} for m in (model, reference)
-        )
+        self._copy = {models.plain_name(name): p for name, p in reference.named_parameters()}
+        trained = policy.named_parameters() if policy is not None else ()
+        self._policy = {models.plain_name(name): p for name, p in trained}
 
     @contextmanager
     def weights(self):

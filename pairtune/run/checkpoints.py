@@ -71,7 +71,7 @@ class Checkpoints:
         Raises:
             UserError: The disk has no room, or cannot be written; with on_save_failure=continue it is only told.
         """
-        if not self._keep_last_n:
+        if not self._keep_last_n or state.step == 0:  # nothing was learned that could be lost
             return
         self.wait()
         self._world.beat(f"saving step {state.step}", patient=True)

@@ -3,10 +3,8 @@
 Each failure names its cause and a way out.
 """
 
-import copy
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +12,7 @@ from torch.optim import Optimizer
 
 from pairtune.dist import World
 from pairtune.errors import UserError
-from pairtune.losses.calling import loss_at_start, needs, unchanged
+from pairtune.losses.calling import needs
 from pairtune.models.experts import mixtures_of
 from pairtune.pairs.tokenize import Pair
 
@@ -122,127 +120,19 @@ def check_trained(model: nn.Module, optimizer: Optimizer) -> None:
         raise UserError(f"optimizer: does not have {len(missing)} of {len(trained)} trainable parameters")
 
 
-def longest(pairs: list[Pair], count: int) -> list[Pair]:
-    """Returns the `count` pairs with most tokens, longest first."""
-    return sorted(pairs, key=_length, reverse=True)[:count]
-
-
-def _length(pair: Pair) -> int:
-    return len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
-
-
-@contextmanager
-def rehearsal(
-    model: nn.Module, optimizer: Optimizer, loss_fn: Callable, pairs: list[Pair], world: World
-) -> Iterator[None]:
-    """Around a forward and backward that update nothing: optimizer, loss, gradients and generators are as before.
-
-    The optimizer's state is there meanwhile, as it is in every later step, so that memory is, too.
-
-    Raises:
-        UserError: Out of memory; the pairs' rows and lengths are named.
-    """
-    made, groups = not optimizer.state, [_without_params(group) for group in optimizer.param_groups]
-    generators = [world.device] if world.device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices=generators), unchanged(loss_fn):
-            if made:
-                _make_state(optimizer)
-            yield
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        lengths = ", ".join(f"{_length(p):,}" for p in pairs)
-        raise UserError(
-            f"out of memory with the longest pairs (rows {', '.join(str(p.row) for p in pairs)}; tokens {lengths}). "
-            f"Lower batch_size (it changes no result), set enable_activation_checkpointing=true, lower max_length, or "
-            f"use a lora_ or qlora_ recipe; `tune plan` computes what fits. {str(error).splitlines()[0]}"
-        ) from None
-    finally:
-        optimizer.zero_grad()
-        if made:
-            optimizer.state.clear()
-        for group, before in zip(optimizer.param_groups, groups, strict=True):
-            group.update(before)  # some optimizers count steps there
-
-
-def _make_state(optimizer: Optimizer) -> None:
-    """A step of no gradient at no learning rate: it moves nothing and allocates what steps need."""
-    for group in optimizer.param_groups:
-        group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def _without_params(group: dict) -> dict:
-    return {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
-
-
-def check_start(
-    losses: Tensor,
-    means: dict[str, float],
-    grad_norm: Tensor,
-    *,
-    pairs: list[Pair],
-    loss_fn: Callable,
-    is_reference: bool,
-) -> None:
-    """Refuses a first forward and backward that cannot be right.
-
-    Args:
-        losses: [P], of this process's pairs, before any update.
-        means: Metrics over all processes, from metrics.Meter.
-        grad_norm: Scalar, over all processes.
-        pairs: The losses'.
-        loss_fn: In torchtune's calling convention.
-        is_reference: There is a reference, and it computes what the policy does now: before the first update, but for
-            dropout.
-
-    Raises:
-        UserError: Policy and reference differ; the loss is not that of zero margins, which for DPO is ln 2; a gradient
-            that is zero or not finite.
-    """
-    if not math.isfinite(float(grad_norm)):
-        raise UserError(
-            f"before the first update the gradient's norm is {float(grad_norm)}; weights that are not numbers, or a "
-            "dtype that is too narrow: look at the checkpoint, and use dtype=fp32"
-        )
-    if is_reference:
-        _check_is_reference(losses, means.get("rewards/margins", 0.0), pairs, loss_fn)
-    if float(grad_norm) == 0 and (is_reference or means["loss"]):  # a loss that is 0 has reached what it is for
-        raise UserError(
-            "before the first update the gradient is zero: nothing would be learned. A loss that does not depend on "
-            "the policy, or trained parameters that the answers do not depend on: look at loss and lora.modules"
-        )
-
-
-def _check_is_reference(losses: Tensor, margin: float, pairs: list[Pair], loss_fn: Callable) -> None:
-    same = "since the policy is the reference. They are not one model: look at how they are built and loaded, and for "
-    same += "dropout that is on"
-    for pair, loss in zip(pairs, losses.tolist(), strict=True):
-        expected = loss_at_start(loss_fn, has_chosen=bool(pair.chosen), has_rejected=bool(pair.rejected))
-        if expected is not None and not abs(loss - expected) <= TOLERANCE * max(1.0, abs(expected)):
-            raise UserError(
-                f"before the first update the loss of row {pair.row} is {loss:.4f}; it must be {expected:.4f}, {same}"
-            )
-    if not abs(margin) <= TOLERANCE:
-        raise UserError(f"before the first update the mean margin is {margin:+.4f}; it must be 0, {same}")
-
-
-def check_step(step: int, losses: Tensor, grad_norm: Tensor, rows: list[int], world: World) -> None:
+def check_step(step: int, losses: list[Tensor], grad_norm: Tensor, micro: list[list[Pair]], world: World) -> None:
     """Refuses to update from numbers that are not finite. Every process has to call it.
 
     Args:
-        losses: [P], this process's in this step.
-        rows: Theirs.
+        losses: [P], one a micro-batch of this process's in this step.
+        micro: The micro-batches.
 
     Raises:
         UserError: A loss or the gradient's norm is NaN or infinite; the step's rows are named, those that are to blame
             if it can be told.
     """
-    total = world.sum(losses.detach().sum())
+    losses, rows = torch.cat(losses).detach(), [pair.row for pairs in micro for pair in pairs]
+    total = world.sum(losses.sum())
     if math.isfinite(float(total)) and math.isfinite(float(grad_norm)):
         return
     bad = [row for row, loss in zip(rows, losses.tolist(), strict=True) if not math.isfinite(loss)]

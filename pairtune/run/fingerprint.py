@@ -49,8 +49,8 @@ def digest_pairs(pairs: list[Pair]) -> dict:
     }
 
 
-def check_same(values: dict, now: dict, where: Path, *, total_steps: int) -> list[str]:
-    """Returns the differences that do no harm, a line each.
+def check_same(values: dict, now: dict, where: Path, *, total_steps: int) -> str:
+    """Returns what is resumed, and the differences that do no harm, a line each.
 
     Args:
         values: A checkpoint's, from checkpoints.read_values.
@@ -88,7 +88,7 @@ def check_same(values: dict, now: dict, where: Path, *, total_steps: int) -> lis
         )
     if saved["held_out"] != now["held_out"]:
         allowed.append("held-out pairs: not the same; the best checkpoint so far is forgotten")
-    return allowed
+    return "\n".join([f"resuming from {where}", *(f"  changed: {line}" for line in allowed)]) + "\n"
 
 
 def _file_differences(what: str, saved: dict, now: dict) -> list[str]:

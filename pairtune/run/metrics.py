@@ -5,14 +5,19 @@ import math
 import os
 import resource
 import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from pairtune.config import instantiate
 from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.files import write_text
+from pairtune.models.logps import AnswerScores
+from pairtune.pairs.batch import PairBatch
 from pairtune.run.folder import lock
 
 _SLASHED = {
@@ -28,6 +33,7 @@ class Meter:
     def __init__(self):
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
+        self.restart_clock()
 
     def add(self, **values: Tensor) -> None:
         """Adds vectors of one value a pair. `rewards_chosen` is called rewards/chosen where it is read.
@@ -37,6 +43,56 @@ class Meter:
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value.detach().sum(dtype=torch.float64)
             self._counts[name] = self._counts.get(name, 0) + value.numel()
+
+    def add_pairs(
+        self,
+        batch: PairBatch,
+        scores: AnswerScores,
+        losses: Tensor,
+        chosen_rewards: Tensor,
+        rejected_rewards: Tensor,
+        *,
+        kl: Tensor | None = None,
+    ) -> None:
+        """Adds what every run logs of a micro-batch, and counts its pairs and tokens for `read_speed`.
+
+        Args:
+            scores: Of the policy.
+            losses, chosen_rewards, rejected_rewards: [P], of the loss.
+            kl: KTO's baseline, a scalar of the whole step.
+        """
+        self.add(
+            loss=losses,
+            rewards_chosen=chosen_rewards[batch.with_chosen],
+            rewards_rejected=rejected_rewards[batch.with_rejected],
+            rewards_accuracies=(chosen_rewards > rejected_rewards)[batch.with_both].float(),  # a tie is not accurate
+            logps_chosen=scores.chosen_logps[batch.with_chosen],
+            logps_rejected=scores.rejected_logps[batch.with_rejected],
+        )
+        if kl is not None:
+            self.add(kl=kl.expand(batch.num_pairs))
+        if scores.router_loss is not None:  # of this micro-batch, the same for each of its pairs
+            self.add(router_loss=scores.router_loss.expand(batch.num_pairs))
+        self._num_pairs += batch.num_pairs
+        self._num_tokens += batch.num_tokens
+
+    def restart_clock(self) -> None:
+        """Begins anew to measure speed: what lies behind, such as an evaluation, is no training."""
+        self._num_pairs, self._num_tokens, self._since = 0, 0, time.perf_counter()
+
+    def read_speed(self, world: World) -> dict[str, float]:
+        """Returns pairs and tokens per second of all processes since the clock was started, and starts it anew.
+
+        peak_memory_gib is this process's, see `peak_memory_gib`. Every process has to call it.
+        """
+        seconds = time.perf_counter() - self._since
+        speed = {
+            "pairs_per_second": world.sum_number(self._num_pairs) / seconds,
+            "tokens_per_second": world.sum_number(self._num_tokens) / seconds,
+            "peak_memory_gib": peak_memory_gib(world.device),
+        }
+        self.restart_clock()
+        return speed
 
     def state(self) -> tuple[list[str], Tensor]:
         """Returns the metrics' names, and their sums and counts so far, [2, names] on the CPU."""
@@ -74,14 +130,21 @@ class RunLog:
     results up to `evaluated`.
     """
 
-    def __init__(self, run_dir: Path, world: World, logger=None, cfg=None, step: int = 0, evaluated: int = 0):
+    def __init__(
+        self, run_dir: Path, world: World, logger: Mapping | None, cfg: Mapping, *, step: int = 0, evaluated: int = 0
+    ):
+        """
+        Args:
+            logger: The config's `metric_logger`.
+            cfg: The whole config, which a logger notes.
+        """
         self.path = run_dir / "metrics.jsonl"
         if world.is_main:
             _keep_lines(self.path, step, evaluated)
         self._file = self.path.open("a") if world.is_main else None
         if self._file:
             lock(self._file)
-        self._logger = logger if world.is_main else None
+        self._logger = instantiate(logger) if world.is_main else None
         if self._logger:
             self._logger.log_config(cfg)
 

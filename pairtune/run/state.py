@@ -38,9 +38,9 @@ class TrainState:
         optimizer: Optimizer,
         scheduler,
         meter: Meter,
-        *,
         world: World,
         fingerprint: dict,
+        *,
         loss_fn: Callable | None = None,
         reference=None,
     ):
@@ -61,6 +61,26 @@ class TrainState:
             _check_json(scheduler.state_dict(), "lr_scheduler")
         for group in self._param_groups():
             _check_json(group, "optimizer")
+
+    def is_due(self, every_n_steps: int | None, total_steps: int) -> bool:
+        """Returns whether something is to be done after this step: at the end, and every so many steps."""
+        return self.step == total_steps or bool(every_n_steps and self.step and self.step % every_n_steps == 0)
+
+    @property
+    def is_best(self) -> bool:
+        """Whether no evaluation was better than that of this step, by the metric of `keep_best`."""
+        return self.best is not None and self.best["step"] == self.step
+
+    def note_evaluation(self, results: dict[str, float], metric: str | None) -> None:
+        """Takes in the held-out pairs' results of this step.
+
+        Args:
+            results: From Meter.read, with the prefix eval/.
+            metric: keep_best, by which the best checkpoint is chosen, if one is.
+        """
+        self.evaluated = self.step
+        if metric and is_better(value := results[f"eval/{metric}"], self.best, metric):
+            self.best = {"step": self.step, "metric": metric, "value": value}
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns this process's tensors by their names in a checkpoint: weights, optimizer, generators, sums."""

@@ -17,6 +17,7 @@ from pairtune.folders.check_model import check_config, check_model
 from pairtune.models import generation, gpt2
 from pairtune.models.logps import answer_logps
 from pairtune.pairs.batch import lay_out
+from pairtune.run import samples
 
 SIZES = {"vocab_size": 320, "num_layers": 2, "num_heads": 4, "embed_dim": 128, "max_seq_len": 128}
 COMPONENT = {"_component_": "pairtune.gpt2.gpt2", **SIZES}
@@ -269,6 +270,6 @@ def test_the_tutorial_runs_as_one_command_and_says_what_came_of_it(tutorial):
     [(["x", "y"], "0 of 2 answers changed: the policy barely moved"), (["x", "z"], "1 of 2 answers changed")],
 )
 def test_samples_say_how_many_answers_changed(tmp_path, capsys, after, words):
-    generation.write_samples(tmp_path / "samples.jsonl", ["a", "b"], ["x", "y"], after)
-    generation.show_samples(tmp_path / "samples.jsonl")
+    samples.write_samples(tmp_path / "samples.jsonl", ["a", "b"], ["x", "y"], after)
+    samples.show_samples(tmp_path / "samples.jsonl")
     assert capsys.readouterr().out.endswith(f"{words}\n")

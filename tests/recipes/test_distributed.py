@@ -17,6 +17,7 @@ import torch
 from helpers import ENVIRONMENT, ROOT, SHARDED_SIZES, random_pairs, run_recipe, save_llama, save_pairs, tiny_llama
 from safetensors.torch import load_file
 
+from pairtune.dist import World
 from pairtune.pairs.steps import Steps, share
 from pairtune.run.checkpoints import complete_checkpoints
 from pairtune.run.metrics import read_log
@@ -270,14 +271,14 @@ def test_the_plan_on_paper_counts_the_bytes_that_are_sent(measured, method):
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_every_pair_is_seen_once_an_epoch_and_all_processes_take_equally_many_micro_batches(size):
     pairs = list(range(37))
-    ranks = [Steps(pairs, pairs_per_step=12, batch_size=1, seed=0, rank=r, size=size) for r in range(size)]
+    ranks = [Steps(pairs, 12, 1, World(torch.device("cpu"), rank=r, size=size), seed=0) for r in range(size)]
     for epoch in range(2):
         seen = []
         for step in range(4 * epoch, 4 * epoch + 4):
             shares = [rank[step] for rank in ranks]
             assert len({len(micro) for micro in shares}) == 1
             members = [pair for micro in shares for batch in micro for pair in batch]
-            assert len(members) == ranks[0].num_pairs(step)
+            assert len(members) == len(ranks[0].pairs(step))
             assert all(len(batch) <= 1 for micro in shares for batch in micro)
             seen += members
         assert sorted(seen) == pairs

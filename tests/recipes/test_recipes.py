@@ -19,7 +19,8 @@ from pairtune import config, models
 from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.folders import weights as checkpoint
-from pairtune.folders.export import check_export
+from pairtune.folders.export import Probe, check_export, probe
+from pairtune.folders.opening import Execution
 from pairtune.models.logps import answer_logps
 from pairtune.pairs.batch import lay_out
 
@@ -347,19 +348,17 @@ def test_an_export_that_is_not_the_trained_model_is_refused(work):
     pairs = random_pairs(3)
     weights = checkpoint.Weights(checkpoint.open_weights({"checkpoint_dir": str(exported), "model_type": "LLAMA3"}))
     models.load(model, weights, world=World(torch.device("cpu")))
-    with torch.no_grad():
-        trained = answer_logps(model, lay_out(pairs))
-    same = {"dtype": "fp32", "max_length": 96, "attention": "auto"}
-    assert "within 0 nats" in check_export(exported, files, component, lay_out(pairs), trained, **same)
+    trained, same = probe(model, lay_out(pairs)), {"dtype": "fp32", "execution": Execution(max_length=96)}
+    assert "within 0 nats" in check_export(exported, files, component, trained, **same)
     one_token = [SimpleNamespace(prompt=pair.prompt, chosen=[2], rejected=[3]) for pair in pairs]
-    with torch.no_grad():
-        off = [logps + 0.25 for logps in answer_logps(model, lay_out(one_token))]  # twice what parts bf16 logits of 20
-    check_export(exported, files, component, lay_out(one_token), off, **same | {"dtype": "bf16"})
+    close = probe(model, lay_out(one_token))
+    off = Probe(close.batch, tuple(logps + 0.25 for logps in close.logps))  # twice what parts bf16 logits of 20
+    check_export(exported, files, component, off, **same | {"dtype": "bf16"})
     changed = load_file(exported / "model.safetensors")
     changed["lm_head.weight"] = changed["lm_head.weight"].flip(0)
     save_file(changed, exported / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="nats a token.*this is not the trained model"):
-        check_export(exported, files, component, lay_out(pairs), trained, **same)
+        check_export(exported, files, component, trained, **same)
 
 
 # torchtune's own recipe, on the same weights, pairs, order and adapters

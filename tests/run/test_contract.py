@@ -9,10 +9,14 @@ import torch
 from helpers import random_pairs, run_config, run_recipe, save_llama, save_pairs, tiny_llama
 from torchtune.rlhf.loss import DPOLoss, RSOLoss
 
+from pairtune import models
 from pairtune.dist import World
 from pairtune.errors import UserError
+from pairtune.losses.calling import loss_inputs, policy_scores
 from pairtune.losses.modules import build
-from pairtune.run import contract
+from pairtune.models.logps import answer_logps
+from pairtune.pairs.batch import lay_out
+from pairtune.run import contract, start
 from pairtune.run.checkpoints import complete_checkpoints
 from pairtune.run.metrics import read_log
 
@@ -71,14 +75,6 @@ def test_an_end_token_alone_is_no_answer_where_ends_are_not_scored():
         contract.check_pairs([pair(chosen=(2,))], TOKENIZER, score_end=False)
 
 
-def test_a_start_of_unpaired_rows_is_that_of_their_labels():
-    loss_fn = build("kto", undesirable_weight=3.0)
-    options = {"loss_fn": loss_fn, "is_reference": True, "pairs": [pair(rejected=()), pair(chosen=()), pair()]}
-    contract.check_start(torch.tensor([0.5, 1.5, 1.0]), {}, torch.tensor(1.0), **options)
-    with pytest.raises(UserError, match="the loss of row 3 is 0.5000; it must be 1.5000"):
-        contract.check_start(torch.tensor([0.5, 0.5, 1.0]), {}, torch.tensor(1.0), **options)
-
-
 def test_a_model_without_trained_parameters_is_refused():
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -92,7 +88,7 @@ def test_a_model_without_trained_parameters_is_refused():
 def test_the_longest_pairs_are_those_with_most_tokens():
     pairs = random_pairs(50)
     lengths = sorted(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs)
-    found = [len(p.prompt) + len(p.chosen) + len(p.rejected) for p in contract.longest(pairs, 4)]
+    found = [len(p.prompt) + len(p.chosen) + len(p.rejected) for p in start.longest(pairs, 4)]
     assert found == lengths[:-5:-1]
 
 
@@ -102,7 +98,7 @@ def test_a_rehearsal_leaves_no_trace_and_has_the_optimizers_state_meanwhile(kind
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = kind(model.parameters(), lr=0.1, weight_decay=0.1)
     generator = torch.get_rng_state()
-    with contract.rehearsal(model, optimizer, DPOLoss(), [], WORLD):
+    with start.rehearsal(model, optimizer, DPOLoss(), [], WORLD):
         assert kind is torch.optim.SGD or len(optimizer.state) == len(before)
         (model(torch.arange(9)[None]) * torch.rand(1)).sum().backward()
     assert not optimizer.state and optimizer.param_groups[0]["lr"] == 0.1
@@ -121,53 +117,111 @@ def test_out_of_memory_names_the_pairs_and_what_to_lower(error):
     model = tiny_llama()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     words = r"longest pairs \(rows 3; tokens 6\)\. Lower batch_size .* allocate"
-    with pytest.raises(UserError, match=words), contract.rehearsal(model, optimizer, DPOLoss(), [pair()], WORLD):
+    with pytest.raises(UserError, match=words), start.rehearsal(model, optimizer, DPOLoss(), [pair()], WORLD):
         raise error
-    with pytest.raises(RuntimeError, match="another"), contract.rehearsal(model, optimizer, DPOLoss(), [pair()], WORLD):
+    with pytest.raises(RuntimeError, match="another"), start.rehearsal(model, optimizer, DPOLoss(), [pair()], WORLD):
         raise RuntimeError("another")
 
 
-def check_start(losses, *, margin=0.0, grad_norm=1.0, loss_fn=None, is_reference=True):
-    means, pairs = {"rewards/margins": margin, "loss": sum(losses)}, [pair()] * len(losses)
-    options = {"pairs": pairs, "loss_fn": loss_fn or DPOLoss(), "is_reference": is_reference}
-    contract.check_start(torch.tensor(losses), means, torch.tensor(grad_norm), **options)
+class Same:
+    """A reference that is the model itself, or is off by so many nats."""
+
+    def __init__(self, model, *, off=0.0, is_start=True):
+        self.model, self.off, self.is_start, self.was_asked = model, off, is_start, False
+
+    def logps(self, batch):
+        self.was_asked = True
+        with torch.no_grad():
+            return [logps + self.off for logps in answer_logps(self.model, batch)]
+
+
+def rehearse(loss_fn=None, *, loop=None, reference=None, pairs=None, dropout=False):
+    """What section 7 of a recipe does. `loop` is an edited copy's: from scores and reference to losses and rewards."""
+    model, loss_fn = tiny_llama(), loss_fn or DPOLoss()
+    models.prepare(model, max_length=128)
+    reference, pairs = reference(model) if reference else Same(model), pairs or random_pairs(3)
+    with start.rehearsal(model, torch.optim.SGD(model.parameters(), lr=0.1), loss_fn, pairs, WORLD) as rehearsal:
+        batch = lay_out(pairs)
+        scores = policy_scores(model, batch, loss_fn)
+        inputs = loss_inputs(loss_fn, batch, scores, mean_chosen_length=1.0, kl=torch.tensor(0.0))
+        if loop:
+            losses, *rewards = loop(scores, reference, batch)
+        else:
+            logps = scores.chosen_logps, scores.rejected_logps
+            losses, *rewards = loss_fn(*logps, *reference.logps(batch), **inputs)
+        rehearsal.meter.add_pairs(batch, scores, losses, *rewards)
+        losses.sum().backward()
+        rehearsal.check(losses, batch, reference, dropout=dropout)
 
 
 def test_a_start_at_the_loss_of_zero_margins_passes():
-    check_start([math.log(2), math.log(2) + 1e-4])
-    check_start([1.0], loss_fn=RSOLoss())  # a hinge at zero
-    check_start([math.log(2)], loss_fn=DPOLoss(label_smoothing=0.3))
-    check_start([5.0], margin=1.0, is_reference=False)  # dropout is on
-    check_start([])  # a process without a pair
-    check_start([0.0], grad_norm=0.0, is_reference=False)  # a hinge whose margin is wide enough
+    for loss_fn in (DPOLoss(), DPOLoss(label_smoothing=0.3), RSOLoss(), build("kto", undesirable_weight=3.0)):
+        rehearse(loss_fn)
+    unpaired = [pair(rejected=(), row=4), pair(chosen=(), row=5), pair()]
+    rehearse(build("kto", undesirable_weight=3.0), pairs=unpaired)
+    rehearse(reference=lambda model: Same(model, off=3.0), dropout=True)
+    rehearse(reference=lambda model: Same(model, off=3.0, is_start=False))
+
+
+class Wrong(DPOLoss):
+    """Rewards are right, and the loss is not that of DPO at zero rewards in every call."""
+
+    def __init__(self, by=0.0):
+        super().__init__()
+        self.calls, self.by = 0, by
+
+    def forward(self, *logps):
+        losses, *rewards = super().forward(*logps)
+        self.calls += 1
+        return losses + self.by * (self.calls == 1), *rewards
+
+
+def rewards_of_zero(scores):
+    return torch.zeros(len(scores.chosen_logps)), torch.zeros(len(scores.chosen_logps))
 
 
 @pytest.mark.parametrize(
     ("start", "words"),
     [
+        ({"reference": lambda model: Same(model, off=1.0)}, "row 0 a log-probability of .*They must be one model"),
         (
-            {"losses": [0.6931, 0.8]},
-            "the loss of row 3 is 0.8000; it must be 0.6931",
+            {"loop": lambda s, r, b: (s.chosen_logps, r.logps(b)[0] * 0 + 0.5, rewards_of_zero(s)[0])},
+            r"the mean of rewards/chosen is \+0.5000; it must be 0, since .* in an edited copy of a recipe, look at",
         ),
-        ({"losses": [0.6931], "margin": 0.5}, "mean margin is .0.5000; it must be 0, since"),
-        ({"losses": [math.nan]}, "the loss of row 3 is nan"),
-        ({"losses": [0.6931], "grad_norm": math.nan}, "the gradient's norm is nan; weights that are not numbers"),
-        ({"losses": [0.8], "grad_norm": 0.0, "is_reference": False}, "the gradient is zero: nothing would be learned"),
-        ({"losses": [0.6931], "grad_norm": 0.0}, "the gradient is zero: nothing would be learned"),
+        ({"loss_fn": Wrong(by=0.1)}, "the loss of row 0 is 0.7931; it must be 0.6931, .* in an edited copy"),
+        ({"loop": lambda s, r, b: (s.chosen_logps * math.nan, *rewards_of_zero(s))}, "the gradient's norm is nan"),
+        (
+            {"loop": lambda s, r, b: (s.chosen_logps * 0 + 1, *rewards_of_zero(s))},
+            "the gradient is zero: nothing would",
+        ),
     ],
 )
 def test_a_start_that_cannot_be_right_is_refused(start, words):
     with pytest.raises(UserError, match=words):
-        check_start(**start)
+        rehearse(**start)
+
+
+def test_an_edited_loop_is_not_held_to_the_loss_and_reference_of_the_config(capsys):
+    rehearse(loop=lambda s, r, b: (0.8 - s.chosen_logps + r.logps(b)[0], *rewards_of_zero(s)))  # another loss
+    assert capsys.readouterr().out == ""
+    mine = lambda s, r, b: DPOLoss()(s.chosen_logps, s.rejected_logps, *rewards_of_zero(s))  # noqa: E731
+    rehearse(loop=mine)  # another reference
+    assert "the loop does not ask `reference`" in capsys.readouterr().out
+    half = lambda s, r, b: LOSS(s.chosen_logps, s.rejected_logps, *(0.5 * v for v in r.logps(b)))  # noqa: E731
+    rehearse(LOSS, loop=half)  # the reference's values, changed
+
+
+LOSS = DPOLoss()
 
 
 def test_numbers_that_are_not_finite_name_the_rows_to_blame():
-    losses = torch.tensor([0.5, math.inf, 0.5])
-    contract.check_step(7, torch.tensor([0.5]), torch.tensor(1.0), [4], WORLD)
+    losses = [torch.tensor([0.5]), torch.tensor([math.inf, 0.5])]
+    rows = [[pair(row=4)], [pair(row=5), pair(row=6)]]
+    contract.check_step(7, [torch.tensor([0.5])], torch.tensor(1.0), rows[:1], WORLD)
     with pytest.raises(UserError, match=r"step 7: the loss of rows \[5\] is not a finite number; no update was made"):
-        contract.check_step(7, losses, torch.tensor(1.0), [4, 5, 6], WORLD)
+        contract.check_step(7, losses, torch.tensor(1.0), rows, WORLD)
     with pytest.raises(UserError, match=r"the gradient's norm \(rows of this step: \[4, 6\]\) is not a finite"):
-        contract.check_step(7, torch.tensor([0.5, 0.5]), torch.tensor(math.nan), [6, 4], WORLD)
+        contract.check_step(7, [torch.tensor([0.5, 0.5])], torch.tensor(math.nan), [[pair(row=6), pair(row=4)]], WORLD)
 
 
 # In a run

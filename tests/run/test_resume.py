@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 from pairtune.dist import Interruption, World
 from pairtune.errors import UserError
-from pairtune.models import generation
+from pairtune.run import samples
 from pairtune.run.checkpoints import Checkpoints, find, is_complete, read_values
 from pairtune.run.metrics import Meter, read_log
 from pairtune.run.state import TrainState
@@ -479,10 +479,10 @@ def test_a_key_that_the_checkpoint_does_not_know_is_allowed_and_told(work, capsy
 
 def test_texts_with_any_line_separator_survive(work):
     prompts = ["one\u2028two", "three\x85four"]
-    generation.write_samples(work / "samples.jsonl", prompts, ["a\u2029b", "c"])
-    assert generation.answers_before(work / "samples.jsonl", prompts) == ["a\u2029b", "c"]
-    generation.write_samples(work / "samples.jsonl", prompts, ["a\u2029b", "c"], ["d", "e"])
-    generation.show_samples(work / "samples.jsonl")
+    samples.write_samples(work / "samples.jsonl", prompts, ["a\u2029b", "c"])
+    assert samples.answers_before(work / "samples.jsonl", prompts) == ["a\u2029b", "c"]
+    samples.write_samples(work / "samples.jsonl", prompts, ["a\u2029b", "c"], ["d", "e"])
+    samples.show_samples(work / "samples.jsonl")
 
 
 def test_a_signal_that_comes_while_processes_agree_is_not_lost():

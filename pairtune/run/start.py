@@ -1,0 +1,202 @@
+"""Before the first update: the longest pairs go forward and backward, and show what does not fit or cannot be right.
+
+What is checked survives any loss: policy and reference are one model, rewards are zero, gradients are finite and not
+zero. The loss itself has a known value (ln 2 for DPO) only where the loop computes the config's loss.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pairtune import models
+from pairtune.dist import World
+from pairtune.errors import UserError
+from pairtune.losses.calling import loss_at_start, needs, unchanged
+from pairtune.models.logps import answer_logps
+from pairtune.pairs.batch import PairBatch
+from pairtune.pairs.tokenize import Pair
+from pairtune.reference import Reference
+from pairtune.reference.cache import TOLERANCE
+from pairtune.run.metrics import Meter
+
+EXACT = 1e-3  # nats: closer than this, policy and reference leave nothing to rounding
+LOSS_TOLERANCE = 0.01  # of losses and rewards that are exact but for rounding
+EDITED = "; in an edited copy of a recipe, look at what the loop passes to the loss and to meter.add_pairs"
+
+
+def longest(pairs: list[Pair], count: int) -> list[Pair]:
+    """Returns the `count` pairs with most tokens, longest first."""
+    return sorted(pairs, key=_length, reverse=True)[:count]
+
+
+def _length(pair: Pair) -> int:
+    return len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
+
+
+@contextmanager
+def rehearsal(
+    model: nn.Module, optimizer: Optimizer, loss_fn: Callable, pairs: list[Pair], world: World
+) -> Iterator["Rehearsal"]:
+    """Around a forward and backward that update nothing: optimizer, loss, gradients and generators are as before.
+
+    The optimizer's state is there meanwhile, as it is in every later step, so that memory is, too.
+
+    Args:
+        pairs: This process's.
+
+    Raises:
+        UserError: Out of memory; the pairs' rows and lengths are named.
+    """
+    made, groups = not optimizer.state, [_without_params(group) for group in optimizer.param_groups]
+    generators = [world.device] if world.device.type == "cuda" else []
+    rehearsed = Rehearsal(model, loss_fn, pairs, world)
+    try:
+        with torch.random.fork_rng(devices=generators), unchanged(loss_fn):
+            if made:
+                _make_state(optimizer)
+            yield rehearsed
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        lengths = ", ".join(f"{_length(p):,}" for p in pairs)
+        raise UserError(
+            f"out of memory with the longest pairs (rows {', '.join(str(p.row) for p in pairs)}; tokens {lengths}). "
+            f"Lower batch_size (it changes no result), set enable_activation_checkpointing=true, lower max_length, or "
+            f"use a lora_ or qlora_ recipe; `tune plan` computes what fits. {str(error).splitlines()[0]}"
+        ) from None
+    finally:
+        rehearsed.end()
+        optimizer.zero_grad()
+        if made:
+            optimizer.state.clear()
+        for group, before in zip(optimizer.param_groups, groups, strict=True):
+            group.update(before)  # some optimizers count steps there
+
+
+def _make_state(optimizer: Optimizer) -> None:
+    """A step of no gradient at no learning rate: it moves nothing and allocates what steps need."""
+    for group in optimizer.param_groups:
+        group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _without_params(group: dict) -> dict:
+    return {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
+
+
+class Rehearsal:
+    """What the first forward and backward showed.
+
+    Attributes:
+        meter: For the loop to add to, as in a step.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: Callable, pairs: list[Pair], world: World):
+        self.meter = Meter()
+        self._model, self._loss_fn, self._pairs, self._world = model, loss_fn, pairs, world
+        self._calls: list[tuple[tuple, Tensor]] = []  # of the config's loss: positional arguments, losses [P]
+        is_module = isinstance(loss_fn, nn.Module)  # of a plain function it cannot be seen that it is called
+        self._hook = loss_fn.register_forward_hook(self._note) if is_module else None
+
+    def _note(self, module: nn.Module, arguments: tuple, values: tuple) -> None:
+        self._calls.append((arguments, values[0].detach()))
+
+    def end(self) -> None:
+        """Stops looking at the loss."""
+        if self._hook:
+            self._hook.remove()
+
+    def check(self, losses: Tensor, batch: PairBatch, reference: Reference, *, dropout: bool) -> None:
+        """Refuses a start that cannot be right. Every process has to call it, after its backward.
+
+        Args:
+            losses: [P], as the loop computed them, before any update.
+            batch: The pairs.
+            reference: The run's.
+            dropout: Whether the policy has some: then it is not the reference.
+
+        Raises:
+            UserError: A gradient that is zero or not finite; policy and reference differ; rewards that are not zero; a
+                loss that is not that of zero rewards, which for DPO is ln 2, where the loop computes the config's loss.
+        """
+        grad_norm, means = float(models.clip_gradients(self._model, math.inf)), self.meter.read(self._world)
+        _check_finite(grad_norm)
+        is_start = reference.is_start and not dropout
+        if is_start:
+            loop_asks = reference.was_asked
+            exact = self._check_one_model(batch, reference)
+            if loop_asks and exact and self._passes_on(reference.logps(batch)):
+                _check_rewards(means)
+                self._check_losses(losses)
+            elif not loop_asks:
+                self._world.print("the loop does not ask `reference`: that rewards start at zero is not checked\n")
+                is_start = False
+        if grad_norm == 0 and (is_start or means["loss"]):  # a loss that is 0 has reached what it is for
+            raise UserError(
+                "before the first update the gradient is zero: nothing would be learned. A loss that does not depend "
+                f"on the policy, or trained parameters that the answers do not depend on: look at loss and lora.modules"
+                f"{EDITED}"
+            )
+
+    def _check_one_model(self, batch: PairBatch, reference: Reference) -> bool:
+        """Compares log-probabilities of policy and reference; returns whether they leave nothing to rounding."""
+        with models.frozen(self._model):
+            policy = answer_logps(self._model, batch, needs(self._loss_fn).ld_alpha)
+        dtype = next(self._model.norm.parameters()).dtype
+        absolute, relative = TOLERANCE[str(dtype)]
+        differences = []
+        for name, ours, theirs in zip(("chosen", "rejected"), policy, reference.logps(batch), strict=True):
+            for pair, logp, base in zip(self._pairs, ours.tolist(), theirs.tolist(), strict=True):
+                differences.append(abs(logp - base))
+                if not differences[-1] <= absolute + relative * abs(base):
+                    raise UserError(
+                        f"before the first update the policy gives the {name} answer of row {pair.row} a "
+                        f"log-probability of {logp:.3f}, the reference {base:.3f}. They must be one model, and "
+                        f"{str(dtype).removeprefix('torch.')} rounds by less: look at how they are built and loaded, "
+                        "and for dropout that is on"
+                    )
+        return max(self._world.gather(differences), default=0.0) <= EXACT
+
+    def _passes_on(self, ours: tuple[Tensor, Tensor]) -> bool:
+        """Whether the loop calls the config's loss, if at all, with the reference's own values, not a user's."""
+        given = self._calls[-1][0][2:4] if self._calls else ()
+        pairs = zip(given, ours, strict=False)
+        same = all(a is not None and a.shape == b.shape and torch.allclose(a, b, atol=EXACT) for a, b in pairs)
+        return not self._world.max_number(int(not same))
+
+    def _check_losses(self, losses: Tensor) -> None:
+        if not any(torch.equal(values, losses.detach()) for _, values in self._calls):
+            return  # an edited loop: its loss is not the config's, and its value here is not known
+        for pair, loss in zip(self._pairs, losses.tolist(), strict=True):
+            has = {"has_chosen": bool(pair.chosen), "has_rejected": bool(pair.rejected)}
+            expected = loss_at_start(self._loss_fn, **has)
+            if expected is not None and not abs(loss - expected) <= LOSS_TOLERANCE * max(1.0, abs(expected)):
+                raise UserError(
+                    f"before the first update the loss of row {pair.row} is {loss:.4f}; it must be {expected:.4f}, "
+                    f"since the policy is the reference{EDITED}"
+                )
+
+
+def _check_finite(grad_norm: float) -> None:
+    if not math.isfinite(grad_norm):
+        raise UserError(
+            f"before the first update the gradient's norm is {grad_norm}; weights that are not numbers, or a dtype "
+            "that is too narrow: look at the checkpoint, and use dtype=fp32"
+        )
+
+
+def _check_rewards(means: dict[str, float]) -> None:
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
+        if not abs(means.get(name, 0.0)) <= LOSS_TOLERANCE:
+            raise UserError(
+                f"before the first update the mean of {name} is {means[name]:+.4f}; it must be 0, since the policy is "
+                f"the reference, as their log-probabilities show{EDITED}"
+            )
