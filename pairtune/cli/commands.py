@@ -208,24 +208,27 @@ def download(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.source == "kaggle":
         return _download_from_kaggle(args)
-    from pairtune.hub import download as hub
+    from pairtune.hub.choice import rules
+    from pairtune.hub.download import fetch, fetch_json
+    from pairtune.hub.http import Source, Unreachable
+    from pairtune.hub.plan import plan_download
 
     folder = args.output_dir or Path("/tmp") / args.repo_id.rpartition("/")[2]
-    source = hub.Source(args.repo_id, args.repo_type, args.revision, args.endpoint, args.hf_token)
+    source = Source(args.repo_id, args.repo_type, args.revision, args.endpoint, args.hf_token)
     try:
-        planned = hub.plan(source, folder, ignore_patterns=args.ignore_patterns)
-    except hub.Unreachable:
+        planned = plan_download(source, folder, ignore_patterns=args.ignore_patterns)
+    except Unreachable:
         if args.dry_run:  # what follows from the id alone
             print(f"{source}, to {folder.expanduser().absolute()}; its files are not known")
             if args.repo_type == "model" and args.ignore_patterns is None:
-                print(f"Left out: {hub.rules()}")
+                print(f"Left out: {rules()}")
             print(_next_command(source, folder.expanduser().absolute(), lambda name: None))
         raise
     print(planned)
     if not args.dry_run:
-        hub.fetch(planned)
+        fetch(planned)
         print(f"{planned.folder} is complete, every file as the repository states it")
-    print(_next_command(source, planned.folder, lambda name: hub.fetch_json(planned, name)))
+    print(_next_command(source, planned.folder, lambda name: fetch_json(planned, name)))
     return 0
 
 
@@ -570,7 +573,7 @@ def _download_from_kaggle(args: argparse.Namespace) -> int:
 
 
 def _next_command(source, folder: Path, read: Callable[[str], dict | None]) -> str:
-    """Returns the command that trains what a hub.Source brought to `folder`, in words that begin with what it is.
+    """Returns the command that trains what a Source brought to `folder`, in words that begin with what it is.
 
     The one in the comments of the config that downloads this id, else that of the config whose model config.json is
     nearest to; for an adapter, that of its base model. `read` returns a JSON file of the repository, None if it lacks

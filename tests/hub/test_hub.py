@@ -22,11 +22,12 @@ from huggingface_hub.utils import WeakFileLock
 from pairtune import config, models
 from pairtune.cli import commands as cli
 from pairtune.errors import UserError
-from pairtune.folders import layout
 from pairtune.folders.check_model import check_model
-from pairtune.hub import download as hub
+from pairtune.folders.layout import REPO_ID_FILE, find_weights
 from pairtune.hub import fitting
 from pairtune.hub import http as hub_http
+from pairtune.hub.choice import unread
+from pairtune.hub.record import BOOKKEEPING, RECORD
 from pairtune.pairs.rows import read_rows
 
 ROOT = Path(cli.__file__).parents[2]
@@ -259,10 +260,10 @@ def fails_with(result):
 
 def test_a_download_holds_what_the_hub_has_and_knows_where_it_came_from(download, server, tmp_path):
     succeeds(download("org/tiny", "--output-dir", tmp_path / "m"))
-    assert names(tmp_path / "m") == KEPT | {hub.REPO_ID_FILE}
+    assert names(tmp_path / "m") == KEPT | {REPO_ID_FILE}
     for name in KEPT:
         assert (tmp_path / "m" / name).read_bytes() == MODEL[name]
-    assert json.loads((tmp_path / "m" / hub.REPO_ID_FILE).read_text()) == {"repo_id": "org/tiny", "revision": COMMIT}
+    assert json.loads((tmp_path / "m" / REPO_ID_FILE).read_text()) == {"repo_id": "org/tiny", "revision": COMMIT}
     assert set(server.fetched) == KEPT  # what is left out is not fetched and deleted, but never asked for
 
 
@@ -279,15 +280,15 @@ def test_a_download_tells_its_files_and_ends_with_the_command_that_trains_it(dow
 def test_the_script_in_tools_and_the_endpoint_of_the_environment_do_the_same(download_alone, tmp_path):
     script = (sys.executable, ROOT / "tools/download.py")
     succeeds(download_alone(LLAMA3_8B, "--output-dir", tmp_path / "m", command=script))
-    assert names(tmp_path / "m") == KEPT | {hub.REPO_ID_FILE}
+    assert names(tmp_path / "m") == KEPT | {REPO_ID_FILE}
 
 
 def test_ignore_patterns_replace_the_default_choice(download, tmp_path):
     succeeds(download("org/tiny", "--output-dir", tmp_path / "all", "--ignore-patterns"))
-    assert names(tmp_path / "all") == MODEL.keys() | {hub.REPO_ID_FILE}
+    assert names(tmp_path / "all") == MODEL.keys() | {REPO_ID_FILE}
     succeeds(download("org/tiny", "--output-dir", tmp_path / "bin", "--ignore-patterns", "*.safetensors", "original/*"))
     few = {"config.json", "model.safetensors.index.json", "pytorch_model.bin"}
-    assert names(tmp_path / "bin") == few | {hub.REPO_ID_FILE}
+    assert names(tmp_path / "bin") == few | {REPO_ID_FILE}
 
 
 def test_a_data_set_comes_whole_and_is_read_from_its_folder(download, server, tmp_path):
@@ -318,14 +319,14 @@ def test_a_connection_that_breaks_off_leaves_what_arrived_and_the_same_command_f
     server.cuts[shard] = CHUNK + 1000
     error = fails_with(download("org/tiny", "--output-dir", tmp_path / "m"))
     assert "org/tiny" in error and not (tmp_path / "m" / shard).exists()
-    assert not (tmp_path / "m" / hub.REPO_ID_FILE).exists()  # the mark of a whole download
+    assert not (tmp_path / "m" / REPO_ID_FILE).exists()  # the mark of a whole download
     server.down.clear()
     server.fetched.clear()
     out = succeeds(download("org/tiny", "--output-dir", tmp_path / "m"))
     assert "15.0 MiB  together, 5 files, of which 10.0 MiB are there" in out
     assert server.fetched == [shard] and server.sent[shard] == len(body) - CHUNK
     assert (tmp_path / "m" / shard).read_bytes() == body
-    assert names(tmp_path / "m") == KEPT | {hub.REPO_ID_FILE}
+    assert names(tmp_path / "m") == KEPT | {REPO_ID_FILE}
     assert not list((tmp_path / "m/.cache").rglob("model*"))  # no part is left behind
 
 
@@ -353,7 +354,7 @@ def test_what_arrives_with_a_wrong_checksum_is_fetched_once_more_and_then_an_err
 
 
 def test_two_downloads_into_one_folder_are_one_too_many(download, tmp_path):
-    lock = tmp_path / "m" / hub.BOOKKEEPING / "lock"
+    lock = tmp_path / "m" / BOOKKEEPING / "lock"
     lock.parent.mkdir(parents=True)
     with WeakFileLock(lock):
         assert "another `tune download`" in fails_with(download("org/tiny", "--output-dir", tmp_path / "m"))
@@ -378,12 +379,12 @@ def test_another_revision_takes_the_place_of_the_first_and_a_run_reads_its_weigh
     assert "not of this download, left as they are:\n  notes.txt\n" in told
     assert (folder / "chat_template.jinja").is_file()
     succeeds(download("org/tiny", "--output-dir", folder))
-    assert names(folder) == {*SINGLE, "notes.txt", hub.REPO_ID_FILE}
-    assert layout.find_weights(str(folder)) == ["model.safetensors"]
+    assert names(folder) == {*SINGLE, "notes.txt", REPO_ID_FILE}
+    assert find_weights(str(folder)) == ["model.safetensors"]
     server.repos["models/org/tiny"] = dict(MODEL)  # and back
     succeeds(download("org/tiny", "--output-dir", folder))
-    assert names(folder) == {*KEPT, "notes.txt", hub.REPO_ID_FILE}
-    assert len(layout.find_weights(str(folder))) == 2
+    assert names(folder) == {*KEPT, "notes.txt", REPO_ID_FILE}
+    assert len(find_weights(str(folder))) == 2
 
 
 def test_another_revision_that_broke_off_leaves_nothing_of_the_first(download, server, tmp_path):
@@ -391,12 +392,12 @@ def test_another_revision_that_broke_off_leaves_nothing_of_the_first(download, s
     server.repos["models/org/tiny"] = dict(SINGLE)
     server.down.add("model.safetensors")
     fails_with(download("org/tiny", "--output-dir", tmp_path / "m"))
-    assert names(tmp_path / "m") <= {"config.json", hub.REPO_ID_FILE}
+    assert names(tmp_path / "m") <= {"config.json", REPO_ID_FILE}
     with pytest.raises(UserError, match="holds no weights"):
-        layout.find_weights(str(tmp_path / "m"))
+        find_weights(str(tmp_path / "m"))
     server.repos["models/org/tiny"] = {"README.md": b"of a third"}  # what came of the second goes, too
     succeeds(download("org/tiny", "--output-dir", tmp_path / "m"))
-    assert names(tmp_path / "m") == {"README.md", hub.REPO_ID_FILE}
+    assert names(tmp_path / "m") == {"README.md", REPO_ID_FILE}
 
 
 def test_rows_of_another_revision_are_not_read_along(download, server, tmp_path):
@@ -414,10 +415,10 @@ def test_what_was_fetched_at_the_same_revision_with_other_patterns_stays(downloa
     for _ in range(2):
         out = succeeds(download("org/tiny", "--output-dir", tmp_path / "m"))
         assert "to be removed" not in out and server.fetched == []
-        assert names(tmp_path / "m") == MODEL.keys() | {hub.REPO_ID_FILE}
+        assert names(tmp_path / "m") == MODEL.keys() | {REPO_ID_FILE}
     server.repos["models/org/tiny"]["pytorch_model.bin"] = b"of another revision"
     succeeds(download("org/tiny", "--output-dir", tmp_path / "m"))
-    assert names(tmp_path / "m") == MODEL.keys() - {"pytorch_model.bin"} | {hub.REPO_ID_FILE}
+    assert names(tmp_path / "m") == MODEL.keys() - {"pytorch_model.bin"} | {REPO_ID_FILE}
 
 
 @pytest.mark.parametrize(
@@ -464,20 +465,20 @@ def test_a_file_that_was_whole_before_is_a_users_and_not_removed(download, serve
     assert "config.json" not in server.fetched
     server.repos["models/org/tiny"] = {"README.md": b"new"}
     assert "as they are:\n  config.json\n" in succeeds(download("org/tiny", "--output-dir", tmp_path / "m"))
-    assert names(tmp_path / "m") == {"config.json", "README.md", hub.REPO_ID_FILE}
+    assert names(tmp_path / "m") == {"config.json", "README.md", REPO_ID_FILE}
 
 
 @pytest.mark.parametrize("text", ["", "[]\n", "{}\n", '{"repo_id": "org/tiny"}\n', "PK\n"])
 def test_a_damaged_record_is_named(download, tmp_path, text):
     succeeds(download("org/tiny", "--output-dir", tmp_path / "m"))
-    (tmp_path / "m" / hub.RECORD).write_text(text)
-    assert hub.RECORD in fails_with(download("org/tiny", "--output-dir", tmp_path / "m"))
+    (tmp_path / "m" / RECORD).write_text(text)
+    assert RECORD in fails_with(download("org/tiny", "--output-dir", tmp_path / "m"))
 
 
 def test_a_record_that_leads_out_of_the_folder_is_refused(download, tmp_path):
     succeeds(download("org/tiny", "--output-dir", tmp_path / "m"))
     (tmp_path / "outside").write_text("mine")
-    with (tmp_path / "m" / hub.RECORD).open("a") as record:
+    with (tmp_path / "m" / RECORD).open("a") as record:
         record.write(json.dumps({"name": "../outside", "size": 4, "checksum": ""}) + "\n")
     assert "../outside" in fails_with(download("org/tiny", "--output-dir", tmp_path / "m"))
     assert (tmp_path / "outside").read_text() == "mine"
@@ -485,11 +486,11 @@ def test_a_record_that_leads_out_of_the_folder_is_refused(download, tmp_path):
 
 def test_a_row_of_the_record_that_broke_off_does_no_harm(download, server, tmp_path):
     succeeds(download("org/tiny", "--output-dir", tmp_path / "m"))
-    with (tmp_path / "m" / hub.RECORD).open("a") as record:
+    with (tmp_path / "m" / RECORD).open("a") as record:
         record.write('{"name": "conf')
     server.repos["models/org/tiny"] = dict(SINGLE)
     succeeds(download("org/tiny", "--output-dir", tmp_path / "m"))
-    assert names(tmp_path / "m") == SINGLE.keys() | {hub.REPO_ID_FILE}
+    assert names(tmp_path / "m") == SINGLE.keys() | {REPO_ID_FILE}
 
 
 def test_what_a_failed_download_did_not_bring_is_a_users(download, server, tmp_path):
@@ -509,7 +510,7 @@ def test_a_shard_that_the_index_names_and_nobody_uploaded_is_told_before_the_wei
     error = fails_with(download("org/tiny", "--output-dir", tmp_path / "m"))
     assert "model-00002-of-00002.safetensors" in error and "upload is incomplete" in error
     assert server.fetched == ["model.safetensors.index.json"]
-    assert not (tmp_path / "m" / hub.REPO_ID_FILE).exists()
+    assert not (tmp_path / "m" / REPO_ID_FILE).exists()
 
 
 def test_a_gated_model_says_where_its_licence_is_and_how_to_give_a_token(download, tmp_path):
@@ -526,7 +527,7 @@ def test_a_token_from_the_option_or_the_environment_opens_a_gated_model_and_stay
     for key, value in env.items():
         monkeypatch.setenv(key, value)
     succeeds(download("org/gated", "--output-dir", tmp_path / "m", *words))
-    assert names(tmp_path / "m") == KEPT | {hub.REPO_ID_FILE}
+    assert names(tmp_path / "m") == KEPT | {REPO_ID_FILE}
     assert server.tokens_in_store == [""] * 3  # two shards and the tokenizer
 
 
@@ -579,7 +580,7 @@ def test_a_token_goes_to_no_other_host(download_alone, server, second_server, tm
     words = ["--output-dir", str(tmp_path / "m"), "--endpoint", server.url]
     status, _, error = download_alone(LLAMA3_8B, *words, **env)
     assert status == 0, error
-    assert names(tmp_path / "m") == KEPT | {hub.REPO_ID_FILE}
+    assert names(tmp_path / "m") == KEPT | {REPO_ID_FILE}
     assert {*second_server.tokens_at_hub, *second_server.tokens_in_store} == {""}
     status, _, error = download_alone("org/gated", "--output-dir", str(tmp_path / "g"), *words[2:], **env)
     assert status == 2 and f"a token goes to {server.url} only" in error
@@ -591,7 +592,7 @@ def test_a_list_in_pages_comes_whole_and_its_pages_elsewhere_get_no_token(
 ):
     server.pages_at = second_server.pages_at = server.url if at_home else second_server.url
     succeeds(download("org/tiny", "--output-dir", tmp_path / "m", "--hf-token", "right"))
-    assert names(tmp_path / "m") == KEPT | {hub.REPO_ID_FILE}
+    assert names(tmp_path / "m") == KEPT | {REPO_ID_FILE}
     assert {*server.tokens_at_hub} == {"right"} and {*second_server.tokens_at_hub} == (set() if at_home else {""})
 
 
@@ -602,7 +603,7 @@ def test_a_busy_hub_is_asked_again(download, server, monkeypatch, tmp_path, part
     monkeypatch.setattr(time, "sleep", waits.append)
     server.busy[part] = status, 2
     out = succeeds(download("org/tiny", "--output-dir", tmp_path / "m"))
-    assert names(tmp_path / "m") == KEPT | {hub.REPO_ID_FILE}
+    assert names(tmp_path / "m") == KEPT | {REPO_ID_FILE}
     assert len(waits) == 2 and ("asking again in 0 s" in out or status == 429)
 
 
@@ -784,13 +785,13 @@ def test_a_dry_run_offline_prints_its_plan_and_one_line_of_error(download_alone)
     ],
 )
 def test_what_dpo_does_not_read_is_left_out(files, left_out):
-    assert hub.unread(files.split()) == left_out.split()
+    assert unread(files.split()) == left_out.split()
 
 
 def test_the_file_that_names_the_model_is_torchtunes():
     from torchtune.training.checkpointing._utils import REPO_ID_FNAME
 
-    assert f"{REPO_ID_FNAME}.json" == hub.REPO_ID_FILE
+    assert f"{REPO_ID_FNAME}.json" == REPO_ID_FILE
 
 
 # Which config
@@ -818,7 +819,7 @@ def test_each_id_that_a_config_names_gets_the_command_of_its_comments():
     assert "recipes/qlora_dpo_distributed" in commands["meta-llama/Llama-3.1-405B-Instruct"]
     assert "configs/llama3_8b.yaml" in commands["princeton-nlp/Llama-3-Base-8B-SFT"]  # whose own holds no model
     for repo_id, words in commands.items():
-        command = cli._next_command(hub.Source(repo_id), Path("/f"), lambda name: pytest.fail("the id is enough"))
+        command = cli._next_command(hub_http.Source(repo_id), Path("/f"), lambda name: pytest.fail("the id is enough"))
         words = [word for word in words if not word.startswith("checkpointer.checkpoint_dir=")]
         assert shlex.split(command.splitlines()[-1]) == [*words, "checkpointer.checkpoint_dir=/f"]
 
@@ -838,7 +839,7 @@ def test_an_adapter_is_trained_on_with_the_recipe_of_its_base_model(download, se
     weights = {"adapter_model.safetensors": b"x", "checkpoint-100/optimizer.pt": b"o" * 500}
     server.repos["models/org/tiny"] = {"adapter_config.json": json.dumps(adapter).encode(), **weights}
     *_, says, line = succeeds(download("org/tiny", "--output-dir", tmp_path / "a")).splitlines()
-    assert names(tmp_path / "a") == {"adapter_config.json", "adapter_model.safetensors", hub.REPO_ID_FILE}
+    assert names(tmp_path / "a") == {"adapter_config.json", "adapter_model.safetensors", REPO_ID_FILE}
     assert says.startswith(f"Train on from this adapter of {base or 'a model that it does not name'} (")
     assert (f"`tune download {base}`" in says) == (name != "CONFIG")
     overrides = [f"adapter={tmp_path}/a", "reference=start", "lora.rank=4", "lora.alpha=16"]
