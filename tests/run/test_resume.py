@@ -192,6 +192,17 @@ def test_a_single_device_recipe_goes_on_from_a_checkpoint_of_two_processes(two_p
     assert losses == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("loss", ["aot", "kto", "sigmoid"])
+def test_a_signal_as_an_evaluation_begins_saves_and_loses_nothing(work, loss):
+    """With a loss that looks at the whole of them, the held-out pairs' first pass is cut short."""
+    recipe, settings = "lora_dpo_single_device", (f"loss={loss}", "log_every_n_steps=1", "epochs=2")
+    straight = run(work, recipe, f"output_dir={work / 'straight'}", *settings)
+    interrupted(work, recipe, 3, *settings)  # an evaluation is due
+    assert checkpoints(work) == ["step_3"]
+    assert [row["step"] for row in read_log(work / "run" / "metrics.jsonl")] == [1, 2, 3]
+    assert numbers(run(work, recipe, "resume=true", *settings)) == numbers(straight)
+
+
 # What is kept, and what is refused
 
 
