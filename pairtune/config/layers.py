@@ -24,7 +24,7 @@ from pairtune.config.components import check_components
 from pairtune.config.from_torchtune import translate
 from pairtune.config.rules import REQUIRED, one_line, show
 from pairtune.config.secrets import check_secrets
-from pairtune.config.short_names import path_of
+from pairtune.config.short_names import current, path_of
 from pairtune.errors import UserError
 from pairtune.files import write_text
 
@@ -189,6 +189,8 @@ def _merge_component(below: Any, value: Any) -> Any:
     """Arguments go on top of those below; another `_component_` starts anew."""
     if isinstance(value, str) and value != REQUIRED:
         value = {"_component_": value}  # loss=torchtune.rlhf.loss.RSOLoss
+    if is_component(value) and isinstance(value["_component_"], str):
+        value = {**value, "_component_": current(value["_component_"])}
     if not (isinstance(below, dict) and isinstance(value, dict)):
         return value
     is_same = value.get("_component_", below.get("_component_")) == below.get("_component_")

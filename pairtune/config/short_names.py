@@ -8,6 +8,8 @@ from typing import Any
 from pairtune.config.rules import show
 from pairtune.errors import UserError, nearest
 
+HOME = "pairtune.losses"
+EARLIER = ("pairtune.preference_losses", "pairtune.losses.modules")  # modules that configs of earlier versions name
 SOURCE = Path(__file__).parents[1] / "losses" / "modules.py"
 
 
@@ -24,7 +26,14 @@ def path_of(name: Any, key: str = "loss") -> str:
             f"{key}.name={show(name)}: no such loss{nearest(name, names)}; there are {', '.join(names)}, or any "
             "module by its import path, such as loss=torchtune.rlhf.loss.DPOLoss"
         )
-    return f"pairtune.losses.{made}"
+    return f"{HOME}.{made}"
+
+
+def current(path: str) -> str:
+    """Returns the import path that this version gives a loss of an earlier one; any other path as it is."""
+    module, _, name = path.rpartition(".")
+    names, _ = _classes() if module in EARLIER else ({}, {})
+    return f"{HOME}.{names.get(name, name)}" if name in (*names, *names.values()) else path
 
 
 @cache

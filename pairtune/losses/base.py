@@ -41,7 +41,7 @@ class Loss(nn.Module):
     """A loss whose options are its annotated attributes: every subclass is a dataclass.
 
     So its signature, which a config is checked against, is what it is seen to take: `beta: float = 0.1` is an option
-    with its type and default, and one that a base class has gets another default in the same way.
+    with its type and default, and one that a base class has gets another default in the same way; its rule stays.
 
     Attributes:
         name: In configs, loss=NAME; a class that has none goes by its import path.
@@ -56,7 +56,7 @@ class Loss(nn.Module):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        inherited = {option.name for option in fields(cls)} if is_dataclass(cls) else set()
+        inherited = {one.name for one in fields(cls)} if is_dataclass(cls) else set()
         bare = inherited & vars(cls).keys() - inspect.get_annotations(cls).keys()
         if bare:  # a dataclass would go on with the base's default
             raise TypeError(
@@ -66,10 +66,12 @@ class Loss(nn.Module):
 
     def __post_init__(self) -> None:
         super().__init__()
+        bases = [vars(base).get("__dataclass_fields__", {}).values() for base in reversed(type(self).__mro__)]
+        rules = {one.name: one.metadata["rule"] for options in bases for one in options if "rule" in one.metadata}
         for one in fields(self):
             value = getattr(self, one.name)
-            if "rule" in one.metadata and value is not None:
-                check_option(one.name, value, one.metadata["rule"], one.default)
+            if one.name in rules and value is not None:
+                check_option(one.name, value, rules[one.name], one.default)
 
 
 class PairLoss(Loss):

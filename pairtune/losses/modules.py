@@ -62,7 +62,7 @@ class SigmoidNorm(MarginLoss):
 
     name = "sigmoid_norm"
     averaged = True
-    beta: float = option(5.0, above(0))
+    beta: float = 5.0
 
     def formula(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         return smoothed(self.beta * (chosen - rejected), 0.0)
@@ -105,7 +105,7 @@ class Robust(MarginLoss):
     """Robust DPO, arXiv 2403.00409: unbiased if label_smoothing is the share of swapped pairs; it can be negative."""
 
     name = "robust"
-    beta: float = option(0.01, above(0))
+    beta: float = 0.01
     label_smoothing: float = option(0.1, between(0, 0.5))
 
     def formula(self, chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class Discopop(MarginLoss):
     """
 
     name = "discopop"
-    beta: float = option(0.05, above(0))
+    beta: float = 0.05
     tau: float = option(0.05, above(0))
 
     def formula(self, chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ class NcaPair(PairLoss):
     """NCA for pairs, arXiv 2402.05369: the chosen answer's own likelihood counts, not only the margin."""
 
     name = "nca_pair"
-    beta: float = option(0.01, above(0))
+    beta: float = 0.01
 
     def formula(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         negatives = F.logsigmoid(-self.beta * chosen) + F.logsigmoid(-self.beta * rejected)
@@ -157,7 +157,7 @@ class BcoPair(PairLoss):
     """
 
     name = "bco_pair"
-    beta: float = option(0.01, above(0))
+    beta: float = 0.01
     running_mean: bool = True
 
     def __post_init__(self) -> None:
@@ -184,7 +184,7 @@ class SppoHard(PairLoss):
     """SPPO with certain preferences, arXiv 2405.00675; beta is 1 / eta, and its authors', not TRL's 0.1."""
 
     name = "sppo_hard"
-    beta: float = option(0.001, above(0))
+    beta: float = 0.001
 
     def formula(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         """Eq. 4.7, with win rates 1 and 0."""
@@ -267,7 +267,7 @@ class AotUnpaired(RankLoss):
 
 
 class Kto(Loss):
-    """KTO, arXiv 2402.01306: each answer for itself, desirable or not, against the policy's mean log-ratio.
+    """KTO, arXiv 2402.01306: each answer for itself, desirable or not, against an estimate of the policy's KL.
 
     A pair is two answers: the loss of a pair is the mean of its two, so that a step's is the mean over its answers. An
     answer without tokens, which an unpaired row has, does not count. `kl` is one number for the whole step, from all

@@ -7,6 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from pairtune.config import keys
 from pairtune.config.rules import show
+from pairtune.config.short_names import current
 from pairtune.errors import UserError
 from pairtune.folders.digests import digest_samples
 from pairtune.folders.weights import ModelFolder
@@ -111,6 +112,6 @@ def _differences(saved: dict, now: dict, prefix: str = "") -> list[tuple]:
         before, after = saved.get(key), now.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
             found += _differences(before, after, f"{prefix}{key}.")
-        elif before != after:
+        elif before != after and not (key == "_component_" and before and current(before) == after):
             found.append((f"{prefix}{key}", before, after))
     return found

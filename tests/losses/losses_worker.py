@@ -96,13 +96,9 @@ def train_step(loss_fn, model, reference, pairs, batch_size, world):
         logps = scores.chosen_logps, scores.rejected_logps
         for vector in (*logps, scores.whole_chosen_logps):
             vector.retain_grad()
-        if value is None:
-            inputs = loss_inputs(loss_fn, batch, scores, **known)
-            per_pair = loss_fn(*logps, *reference_logps(batch), **inputs)[0]
-            total += per_pair.detach().sum()
-        else:
-            per_pair = logps[0] * value.chosen_gradients + logps[1] * value.rejected_gradients
-            total += value.losses.sum()
+        inputs = loss_inputs(loss_fn, batch, scores, **known) if value is None else {"step": value}
+        per_pair = loss_fn(*logps, *reference_logps(batch), **inputs)[0]
+        total += per_pair.detach().sum()
         (per_pair.sum() * world.size / len(pairs)).backward()
         whole = scores.whole_chosen_logps if scores.whole_chosen_logps is not logps[0] else None
         columns = [v.grad if v is not None and v.grad is not None else torch.zeros(len(its_pairs))

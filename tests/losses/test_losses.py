@@ -28,7 +28,7 @@ from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.losses import calling as loss_needs
 from pairtune.losses import formulas as losses
-from pairtune.losses.calling import Needs, loss_at_start, needs, step_gradients
+from pairtune.losses.calling import Needs, StepLosses, loss_at_start, needs, step_gradients
 from pairtune.losses.modules import LOSSES, Discopop, WeightedSum, build
 from pairtune.losses.published import ADVICE, advice_for
 from pairtune.models.logps import answer_logps, answer_scores, token_logps
@@ -828,6 +828,21 @@ def test_step_gradients_are_autograds(name, options):
     assert torch.equal(step.losses, values) and not step.losses.requires_grad
     assert torch.equal(step.chosen_gradients, gradients[0]) and torch.equal(step.rejected_gradients, gradients[1])
     assert torch.equal(step.chosen_rewards, chosen_rewards) and torch.equal(step.rejected_rewards, rejected_rewards)
+
+
+@each([("aot", {}), ("aot_unpaired", {}), ("mixture", {"terms": [{"name": "aot"}, {"name": "sft"}]})])
+def test_a_micro_batch_answers_with_its_part_of_the_step(name, options):
+    """Its losses' values and rewards are the step's, and so is the gradient, whatever its own values would give."""
+    logps, inputs = random_step(8)
+    loss_fn = build(name, **options)
+    whole = step_gradients(loss_fn, *logps, **{n: inputs[n] for n in needs(loss_fn).inputs})
+    part = StepLosses(*(value[2:5] for value in vars(whole).values()))
+    policy = [x[2:5].clone().requires_grad_() for x in logps[:2]]
+    losses, *rewards = loss_fn(*policy, *(x[2:5] for x in logps[2:]), step=part)
+    assert torch.equal(losses, part.losses)
+    assert torch.equal(rewards[0], part.chosen_rewards) and torch.equal(rewards[1], part.rejected_rewards)
+    gradients = torch.autograd.grad(losses.sum(), policy)
+    assert torch.equal(gradients[0], part.chosen_gradients) and torch.equal(gradients[1], part.rejected_gradients)
 
 
 def test_aot_gives_each_loss_to_the_pair_whose_policy_margin_it_is():

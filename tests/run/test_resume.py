@@ -488,6 +488,17 @@ def test_a_key_that_the_checkpoint_does_not_know_is_allowed_and_told(work, capsy
     assert "  changed: shuffle: null then, true now" in capsys.readouterr().out
 
 
+def test_a_checkpoint_of_a_loss_under_its_earlier_path_goes_on(work):
+    interrupted(work, "lora_dpo_single_device", 4, "loss=sigmoid", "loss.beta=0.2")
+    path = work / "run" / "checkpoints" / "step_4" / "state.json"
+    text = path.read_text()
+    assert "pairtune.losses.Sigmoid" in text
+    path.write_text(text.replace("pairtune.losses.Sigmoid", "pairtune.preference_losses.sigmoid"))
+    with pytest.raises(UserError, match="loss.beta: 0.2 then, 0.3 now"):
+        run(work, "lora_dpo_single_device", "loss=sigmoid", "loss.beta=0.3", "resume=true")
+    run(work, "lora_dpo_single_device", "loss=sigmoid", "loss.beta=0.2", "resume=true")
+
+
 def test_texts_with_any_line_separator_survive(work):
     prompts = ["one\u2028two", "three\x85four"]
     samples.write_samples(work / "samples.jsonl", prompts, ["a\u2029b", "c"])
