@@ -73,7 +73,7 @@ def advice_for(loss: dict, lr: float | None, method: str, pairs: list[Pair] = ()
     made = Sigmoid if made is DPOLoss else made
     if made not in LOSSES.values():
         return []
-    options = {k: p.default for k, p in inspect.signature(made).parameters.items()} | loss
+    options = {**{k: p.default for k, p in inspect.signature(made).parameters.items()}, **loss}
     kind = "full" if method == "full" else "lora"
     betas = [(p.beta, p) for p in ADVICE if p.loss == made.name and p.beta is not None]
     rates = [(p.lr, p) for p in ADVICE if p.loss == made.name and p.lr is not None and p.method == kind]

@@ -18,6 +18,7 @@ import pytest
 import torch
 from helpers import ENVIRONMENT, tiny_llama
 from losses_worker import MAX_LENGTH, STEPS, as_pairs, loss_of, train_step
+from omegaconf import OmegaConf
 from torch import nn
 from torchtune.modules.peft import LoRALinear
 from torchtune.rlhf.loss import DPOLoss, RSOLoss
@@ -961,6 +962,13 @@ def test_advice_is_for_the_loss_itself_and_not_for_another_of_its_name(own_losse
 
 def advice(name, lr=None, method="full", **options):
     return advice_for({"_component_": path_of(name), **options}, lr, method)
+
+
+def test_of_the_defaults_orpos_alone_lies_outside_of_what_was_published():
+    """With the block of a run's config, as recipes ask."""
+    terms = {"mixture": {"terms": MIX}}
+    blocks = {name: OmegaConf.create({"_component_": path_of(name), **terms.get(name, {})}) for name in LOSSES}
+    assert [name for name, block in blocks.items() if advice_for(block, None, "lora")] == ["orpo"]
 
 
 def test_advice_is_given_outside_of_what_was_published_and_names_its_source():
