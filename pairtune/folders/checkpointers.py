@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 from torchtune.training import FullModelMetaCheckpointer, FullModelTorchTuneCheckpointer
-from torchtune.training.checkpointing._utils import ModelType
+from torchtune.training.checkpointing._utils import ModelType, safe_torch_load
 
 from pairtune.config.rules import one_line
 from pairtune.errors import UserError
@@ -88,6 +88,8 @@ def read_state_dict(reader: str, path: Path, model_type: str) -> dict[str, Tenso
             # output_dir is made if it is not there, and must not be within checkpoint_dir; nothing is written to it.
             made = CLASSES[reader](str(folder), [path.name], model_type, output_dir=str(folder.parent))
             found = made.load_checkpoint()["model"]
+            if reader == META and model_type == "LLAMA3_2":  # dropped unseen: it may not be the embedding
+                found["output.weight"] = safe_torch_load(path)["output.weight"]
     except Exception as error:  # whatever it raises: KeyErrors, plain Exceptions, what torch.load says
         reason = _reason(error)
         raise UserError(

@@ -19,6 +19,7 @@ from pairtune.errors import UserError, listed
 from pairtune.files import read_json
 from pairtune.folders import checkpointers
 from pairtune.folders.check_model import check_config, check_model_type, model_type_of
+from pairtune.folders.config_json import setting
 from pairtune.folders.families import FAMILIES, Family
 from pairtune.folders.layout import INDEX_FILES, find_weights, read_index
 from pairtune.folders.made_config import check_params, make_config, read_params
@@ -53,12 +54,13 @@ class ModelFolder:
                 yield path, read_shard(path, ignored=self.family.ignored)
 
     def to_ours(self, name: str, value: Tensor) -> dict[str, Tensor]:
-        """Returns what one of its files' tensors is here, as Family.to_ours; torchtune's class has renamed its own."""
+        """Returns what one of its files' tensors is here, as Family.to_ours; torchtune's classes renamed theirs."""
         if not self.reader:
             return self.family.to_ours(name, value, self.config)
         if self.family.name_of(name) is None:
             raise KeyError(f"no weight of {self.family.name}")
-        return {name: value}
+        is_embedding = name == "output.weight" and setting(self.config, "tie_word_embeddings")
+        return {"tok_embeddings.weight" if is_embedding else name: value}
 
     def name_of(self, weight: str) -> str | None:
         """Returns what one of our weights is called in its files; None for an unknown one."""

@@ -202,6 +202,23 @@ def test_names_of_the_hub_in_torchtunes_layout_are_refused(tmp_path):
         Weights(open_weights(block("torchtune", tmp_path / "base"), MODEL))
 
 
+def test_a_tied_output_layer_that_meta_stores_is_the_embedding_or_refused(tmp_path):
+    """torchtune's class leaves Llama 3.2's out without a look."""
+    weights = tiny_llama(tied=True, **NF4_SIZES).state_dict()
+    sizes = {name: value for name, value in NF4_SIZES.items() if name != "rope_base"}
+    component = {"_component_": "torchtune.models.llama3_2._component_builders.llama3_2", **sizes}
+    for off in (0, 1):
+        stored = weights | {"output.weight": weights["tok_embeddings.weight"] + off}
+        torch.save(tune_to_meta(stored), tmp_path / "consolidated.00.pth")
+        found = Weights(open_weights(block("meta", tmp_path, model_type="LLAMA3_2"), component))
+        assert found.keys() == weights.keys()
+        if off:
+            with pytest.raises(UserError, match="differ, and are one weight as config.json has it"):
+                dict(found)
+        else:
+            assert torch.equal(found["tok_embeddings.weight"], weights["tok_embeddings.weight"])
+
+
 def test_a_named_file_is_read_and_safetensors_are_too(tmp_path):
     folder = save_as("torchtune", tmp_path / "other")
     weights = {name: value + 1 for name, value in tiny_llama(**NF4_SIZES).state_dict().items()}
