@@ -19,7 +19,7 @@ from pairtune.folders.opening import Execution, make_ready
 from pairtune.losses.calling import takes_unpaired
 from pairtune.pairs import tokenize as data
 from pairtune.pairs.formats import detect_format
-from pairtune.pairs.rows import looks_like_path
+from pairtune.pairs.sources import looks_like_path
 from pairtune.pairs.steps import count_steps
 from pairtune.reference import Reference
 from pairtune.reference.sources import KNOWN, is_own

@@ -1,7 +1,7 @@
 """A run's config: from defaults, YAML and key=value to checked values, and the components that it names."""
 
 from pairtune.config.components import instantiate
-from pairtune.config.layers import METHODS, load, parse, save
+from pairtune.config.layers import METHODS, check, load, parse, save
 from pairtune.config.rules import REQUIRED
 
-__all__ = ["METHODS", "REQUIRED", "instantiate", "load", "parse", "save"]
+__all__ = ["METHODS", "REQUIRED", "check", "instantiate", "load", "parse", "save"]

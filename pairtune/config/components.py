@@ -1,23 +1,23 @@
-"""Components, `_component_` and its arguments: checked against the signature, and built."""
+"""Components, `_component_` and its arguments: checked against the signature, and built.
+
+Where a component's source tells its signature, it is checked without being imported: whatever it imports takes seconds.
+"""
 
 import inspect
 import sys
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
-import torchtune.rlhf.loss
 from omegaconf import OmegaConf
-from torchtune.config._errors import InstantiationError
-from torchtune.config._utils import _get_component_from_path
-from torchtune.modules import TransformerDecoder
 
-from pairtune import schedules
 from pairtune.config.checks import component_path, is_component
 from pairtune.config.rules import fits, one_line, show, wrong_kind
+from pairtune.config.signatures import ancestors, parameters_of
+from pairtune.config.source import Definition, Missing, look_up, public_classes, split
 from pairtune.errors import UserError, nearest
 
 # What recipes pass to a component themselves; a config cannot. So is the first argument of an optimizer or schedule.
@@ -32,17 +32,20 @@ FIRST_FROM_RECIPE = ("optimizer", "lr_scheduler")
 FOUND = ("checkpointer.checkpoint_files",)  # the component needs them; where a config does not say, the recipe looks
 
 # Where a component named by a wrong or short path may be meant to be.
-HOMES: dict[str, ModuleType] = {
-    "optimizer": torch.optim,
-    "lr_scheduler": schedules,
-    "loss": torchtune.rlhf.loss,
-}
+HOMES = {"optimizer": "torch.optim", "lr_scheduler": "pairtune.schedules", "loss": "torchtune.rlhf.loss"}
+
+# What the components of a key are, and those of no other.
+CLASSES = {"model": "torchtune.modules.transformer.TransformerDecoder", "optimizer": "torch.optim.optimizer.Optimizer"}
 
 
-def check_components(cfg: dict) -> None:
-    """Every component can be imported, takes the arguments that it is given and is given those that it needs."""
+def check_components(cfg: dict, *, by_source: bool = False) -> None:
+    """Refuses a component that cannot be imported, or that has an argument too many or too few, or of a wrong type.
+
+    Args:
+        by_source: Nothing is imported. What a source does not tell is not refused then.
+    """
     for key, block in _components(cfg):
-        check_component(key, block)
+        (_check_by_source if by_source else check_component)(key, block)
 
 
 def check_component(key: str, block: dict) -> None:
@@ -52,11 +55,33 @@ def check_component(key: str, block: dict) -> None:
         UserError: One of these does not hold.
     """
     component = import_component(key, block["_component_"])
-    parameters = _parameters(key, component)
-    _check_made(key, block["_component_"], component)
-    _check_names(key, block, parameters)
-    _check_needed(key, block, parameters)
-    _check_kinds(key, block, parameters)
+    made = component if inspect.isclass(component) else getattr(component, "__annotations__", {}).get("return")
+    classes = [f"{c.__module__}.{c.__qualname__}" for c in made.__mro__] if inspect.isclass(made) else None
+    _check(key, block, classes, _signature(component))
+
+
+def _check_by_source(key: str, block: dict) -> None:
+    path = block["_component_"]
+    _add_own_folder()
+    try:
+        found = look_up(path)
+    except Missing as reason:
+        raise UserError(f"{key}._component_={path}: cannot be imported: {reason}{_meant(key, path)}") from None
+    if isinstance(found, Definition):
+        _check(key, block, ancestors(found), parameters_of(found))
+    elif found is not None:
+        raise _not_callable(key, path)
+
+
+def _check(key: str, block: dict, classes: list[str] | None, parameters: dict[str, inspect.Parameter] | None) -> None:
+    """Args are None where they are not known: classes are what it makes, and all that this inherits from."""
+    if classes is not None:
+        _check_made(key, block["_component_"], classes)
+    if parameters is not None:
+        parameters = _without_first(key, parameters)
+        _check_names(key, block, parameters)
+        _check_needed(key, block, parameters)
+        _check_kinds(key, block, parameters)
 
 
 def _components(cfg: dict, prefix: str = "") -> Iterator[tuple[str, dict]]:
@@ -68,23 +93,52 @@ def _components(cfg: dict, prefix: str = "") -> Iterator[tuple[str, dict]]:
 
 
 def import_component(key: str, path: str) -> Callable:
-    """Returns what `path` names: torchtune's import, and the user's own folder is on the path.
+    """Returns what is at an import path; the user's own folder is on the path.
 
     Raises:
         UserError: It cannot be imported or cannot be called.
     """
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
+    _add_own_folder()
     try:
-        component = _get_component_from_path(path)
-    except InstantiationError as error:
-        reason = str(error).splitlines()[-1]
-        raise UserError(f"{key}._component_={path}: cannot be imported: {reason}{_meant(key, path)}") from None
-    except Exception as error:  # whatever a user's own module raises
+        component = _imported(path)
+    except Exception as error:  # Missing, or whatever a user's own module raises
         raise UserError(f"{key}._component_={path}: cannot be imported: {one_line(error)}{_meant(key, path)}") from None
     if not callable(component):
-        raise UserError(f"{key}._component_={path}: is not a class or function{_meant(key, path)}")
+        raise _not_callable(key, path)
     return component
+
+
+def _add_own_folder() -> None:
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+
+
+def _imported(path: str) -> Any:
+    """An attribute comes before a submodule of its name."""
+    first, *rest = split(path)
+    found, name = _import_module(first, f"there is no module {first}"), first
+    for part in rest:
+        if hasattr(found, part):
+            found = getattr(found, part)
+        elif isinstance(found, ModuleType):
+            found = _import_module(f"{name}.{part}", f"{found.__name__} has no {part}")
+        else:
+            raise Missing(f"{name} has no {part}")
+        name += f".{part}"
+    return found
+
+
+def _import_module(name: str, otherwise: str) -> ModuleType:
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{name}.".startswith(f"{error.name}."):
+            raise Missing(otherwise) from None
+        raise  # it is there, and imports something that is not
+
+
+def _not_callable(key: str, path: str) -> UserError:
+    return UserError(f"{key}._component_={path}: is not a class or function{_meant(key, path)}")
 
 
 def _meant(key: str, path: str) -> str:
@@ -92,46 +146,42 @@ def _meant(key: str, path: str) -> str:
     home = HOMES.get("loss" if key.startswith("loss.terms[") else key)
     if home is None:
         return f"; give the full import path, such as {key}={component_path(key)}"
-    paths = {name.lower(): f"{home.__name__}.{name}" for name in _components_in(home)}
+    paths = {name.lower(): f"{home}.{name}" for name in _components_in(home)}
     close = get_close_matches(path.rpartition(".")[2].lower(), paths, n=1)
     if close:
         return f"; nearest: {key}={paths[close[0]]}"
-    return f"; {home.__name__} has {', '.join(_components_in(home))}"
+    return f"; {home} has {', '.join(_components_in(home))}"
 
 
-def _components_in(module: ModuleType) -> list[str]:
-    """The public classes that the module or its submodules define; in a module of functions, those."""
-    mine = {
-        name: value
-        for name, value in vars(module).items()
-        if not name.startswith("_") and str(getattr(value, "__module__", "")).startswith(module.__name__)
-    }
-    classes = [name for name, value in mine.items() if inspect.isclass(value) and value is not torch.optim.Optimizer]
-    return classes or [name for name, value in mine.items() if inspect.isfunction(value)]
+def _components_in(home: str) -> list[str]:
+    return [name for name in public_classes(home) if f"torch.optim.{name}" != "torch.optim.Optimizer"]
 
 
-def _parameters(key: str, component: Callable) -> dict[str, inspect.Parameter]:
-    """What a config can pass, by name."""
+def _signature(component: Callable) -> dict[str, inspect.Parameter]:
     try:
         parameters = inspect.signature(component, eval_str=True).parameters
     except (NameError, AttributeError, TypeError, SyntaxError):  # an annotation for type checkers only
         parameters = inspect.signature(component).parameters
     except ValueError:  # written in C
         parameters = {"kwargs": inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)}
-    parameters = dict(parameters)
+    return dict(parameters)
+
+
+def _without_first(key: str, parameters: dict[str, inspect.Parameter]) -> dict[str, inspect.Parameter]:
+    """What a config can pass, by name."""
     first = next(iter(parameters.values()), None)
     if key in FIRST_FROM_RECIPE and first and first.kind in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD):
-        del parameters[first.name]
+        return {name: parameter for name, parameter in parameters.items() if name != first.name}
     return parameters
 
 
-def _check_made(key: str, path: str, component: Callable) -> None:
-    """What the component makes, as far as its class or annotation tells, is what its key is for."""
-    made = component if inspect.isclass(component) else getattr(component, "__annotations__", {}).get("return")
+def _check_made(key: str, path: str, classes: list[str]) -> None:
+    """What a component makes, as far as its class or annotation tells, is what its key is for."""
     name = key.rpartition(".")[2]  # model, also of reference.model
-    for kind, its_key in ((TransformerDecoder, "model"), (torch.optim.Optimizer, "optimizer")):
-        if inspect.isclass(made) and issubclass(made, kind) != (name == its_key):
-            what = f"makes a {made.__name__}, which is for {its_key}" if name != its_key else f"makes no {its_key}"
+    for its_key, kind in CLASSES.items():
+        if (kind in classes) != (name == its_key):
+            made = classes[0].rpartition(".")[2]
+            what = f"makes a {made}, which is for {its_key}" if name != its_key else f"makes no {its_key}"
             raise UserError(f"{key}._component_={path}: {what}{_meant(key, path)}")
 
 
@@ -164,7 +214,7 @@ def _check_needed(key: str, block: dict, parameters: dict[str, inspect.Parameter
             if name not in parameters:
                 raise UserError(
                     f"{key}._component_={block['_component_']}: takes no {name}, which recipes pass to a schedule; "
-                    f"use {' or '.join('pairtune.schedules.' + name for name in _components_in(schedules))}"
+                    f"use {' or '.join('pairtune.schedules.' + name for name in _components_in('pairtune.schedules'))}"
                 )
     for name, parameter in parameters.items():
         needed = parameter.default is parameter.empty and parameter.kind not in (
@@ -218,7 +268,7 @@ def instantiate(node: Any, *args, **kwargs) -> Any:
 def build(block: dict, *args, **kwargs) -> Any:
     """Returns what a block makes, as `instantiate` does, and raises what the component raises."""
     arguments = {name: value for name, value in block.items() if name != "_component_" and value is not None}
-    return _get_component_from_path(block["_component_"])(*args, **arguments | kwargs)
+    return _imported(block["_component_"])(*args, **arguments | kwargs)
 
 
 def plain(node: Any) -> dict:

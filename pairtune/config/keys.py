@@ -82,6 +82,7 @@ _MODULES = Rule(
     f"a list of at least one of {', '.join(LORA_LAYERS)}",
     lambda v: [m for m in v if m in tuple(LORA_LAYERS)] or ["q_proj", "v_proj"],
 )
+_LOGGER = "torchtune.training.metric_logging.TensorBoardLogger"
 _MOVE = Rule(lambda v: 0 < v <= 1, "above 0 and at most 1", lambda v: 1.0, float)
 _FRACTION = Rule(lambda v: 0 < v < 1, "above 0 and below 1, such as 0.1", None, float)
 
@@ -171,10 +172,10 @@ _RUN = (
     Key(
         "metric_logger",
         None,
-        "{_component_: torchtune.training.metric_logging.TensorBoardLogger, log_dir: ...}",
+        f"a component, such as {_LOGGER} with log_dir",
         resume="yes",
         nullable=True,
-        example="torchtune.training.metric_logging.TensorBoardLogger",
+        example=_LOGGER,
     ),
 )
 

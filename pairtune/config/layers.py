@@ -46,6 +46,20 @@ def load(method: str, defaults: dict, config_paths: list[Path], overrides: list[
     Raises:
         UserError: an unreadable file, an unknown key, a wrong type, a secret, an impossible value or combination.
     """
+    cfg = _checked(method, defaults, config_paths, overrides, by_source=False)
+    return OmegaConf.create(_escaped(_spelled_out(keys.with_published(cfg), defaults)))
+
+
+def check(method: str, defaults: dict, config_paths: list[Path], overrides: list[str]) -> dict:
+    """Returns the resolved config, checked as `load` does as far as that goes without importing a component.
+
+    Raises:
+        UserError: As load.
+    """
+    return _checked(method, defaults, config_paths, overrides, by_source=True)
+
+
+def _checked(method: str, defaults: dict, config_paths: list[Path], overrides: list[str], *, by_source: bool) -> dict:
     given = {override.partition("=")[0] for override in overrides}
     layers = [layer for path in config_paths for layer in _read_layers(path, defaults, given)]
     for override in overrides:  # first of all: other messages show what was written
@@ -56,10 +70,10 @@ def load(method: str, defaults: dict, config_paths: list[Path], overrides: list[
     _check_required(merged)
     cfg = _resolve(merged)
     check_values(cfg, defaults)
-    check_components(cfg)
+    check_components(cfg, by_source=by_source)
     check_together(cfg)
     _check_other_methods(method, layers, defaults)
-    return OmegaConf.create(_escaped(_spelled_out(keys.with_published(cfg), defaults)))
+    return cfg
 
 
 def save(cfg: DictConfig, path: Path, recipe: str) -> str:

@@ -14,6 +14,7 @@ from torchtune.training.checkpointing._utils import ModelType, safe_torch_load
 
 from pairtune.config.rules import one_line
 from pairtune.errors import UserError
+from pairtune.folders.layout import check_folder
 from pairtune.folders.tensors import check_tensors
 
 META, TORCHTUNE = "FullModelMetaCheckpointer", "FullModelTorchTuneCheckpointer"
@@ -45,8 +46,7 @@ def find_file(reader: str, folder: Path, names: list[str], model_type: str) -> s
             f"checkpointer.model_type={model_type}: {reader} does not read it; take a folder in Hugging Face layout, "
             "with torchtune.training.FullModelHFCheckpointer"
         )
-    if not folder.is_dir():
-        raise UserError(f"{key}: no such folder")
+    check_folder(str(folder))
     if len(names) > 1:
         raise UserError(f"checkpointer.checkpoint_files: {reader} reads one file, not {len(names)}; {_IN_PARTS}")
     if names:

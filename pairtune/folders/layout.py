@@ -19,16 +19,24 @@ REPO_ID_FILE = "original_repo_id.json"  # torchtune's name; by it an exported ad
 BASE_FILE = "base_weights.json"  # ours: which weights an adapter was trained on
 
 
-def find_weights(checkpoint_dir: str) -> list[str]:
+def check_folder(checkpoint_dir: str, *, key: str = "checkpointer.checkpoint_dir") -> None:
+    """Refuses a model's folder that is not there; the config has it at `key`."""
+    if not Path(checkpoint_dir).is_dir():
+        way_out = f"`tune download REPO_ID --output-dir {checkpoint_dir}` fetches a model"
+        raise UserError(f"{key}={checkpoint_dir}: no such folder; {way_out}")
+
+
+def find_weights(checkpoint_dir: str, *, key: str = "checkpointer.checkpoint_dir") -> list[str]:
     """Returns the names of a model's weight files, all of which exist.
+
+    Args:
+        key: The config's name for `checkpoint_dir`, for messages.
 
     Raises:
         UserError: No such folder, no weights or no config.json in it, or a shard that its index names is missing.
     """
-    folder = Path(checkpoint_dir)
-    key = f"checkpointer.checkpoint_dir={checkpoint_dir}"
-    if not folder.is_dir():
-        raise UserError(f"{key}: no such folder; `tune download REPO_ID --output-dir {checkpoint_dir}` fetches a model")
+    check_folder(checkpoint_dir, key=key)
+    folder, key = Path(checkpoint_dir), f"{key}={checkpoint_dir}"
     if not (folder / "config.json").is_file():
         of_meta = f"; {META_FILE} is for checkpointer._component_=torchtune.training.FullModelMetaCheckpointer"
         hint = of_meta if (folder / META_FILE).is_file() else ""

@@ -21,8 +21,8 @@ import pyarrow.parquet
 
 from pairtune.errors import UserError
 from pairtune.pairs.formats import CONTEXT, FORMATS, TOOLS
+from pairtune.pairs.sources import FILE_TYPES, check_source
 
-FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet")
 OUR_COLUMNS = [*dict.fromkeys(name for form in FORMATS for name in [*form.columns, *form.optional]), *CONTEXT, TOOLS]
 
 
@@ -87,8 +87,7 @@ def read_rows(
         UserError: There is no such source, split or column, or a row cannot be read: file and line are named.
     """
     path = Path(source).expanduser()
-    if not _exists(path, key) and looks_like_path(source):
-        raise _missing_file(path, key)
+    check_source(source, key)
     if limit is not None and limit < 1:
         raise UserError(f"{key}.limit={limit}: must be at least 1, or null for all rows.")
     if name is not None and path.is_file():
@@ -103,16 +102,6 @@ def read_rows(
     if limit is not None:
         data, numbers = _part(data, 0, min(limit, len(data))), numbers[:limit]
     return Rows(data, source=source, columns=columns, numbers=numbers, key=key)
-
-
-def _exists(path: Path, key: str) -> bool:
-    try:
-        exists = path.exists()
-    except OSError as error:  # a folder that may not be entered, a name too long
-        raise UserError(f"{key}.source={path}: cannot be read: {error.strerror}.") from error
-    if exists and not (path.is_file() or path.is_dir()):
-        raise UserError(f"{key}.source={path}: is neither a file nor a folder.")
-    return exists
 
 
 def _check_columns(columns: dict[str, str | None], found: list[str], source: str, key: str) -> None:
@@ -131,24 +120,6 @@ def _check_columns(columns: dict[str, str | None], found: list[str], source: str
 def _nearest(word, known: list[str]) -> str:
     near = difflib.get_close_matches(str(word), known, n=3, cutoff=0.5)
     return f"Did you mean {' or '.join(near)}?" if near else "No name is near it."
-
-
-def looks_like_path(source: str) -> bool:
-    """Returns whether a source is no Hub id, which is ORG/NAME or a bare name without a suffix."""
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
-        return Path(source.removesuffix(".gz")).suffix in FILE_TYPES
-    return not re.fullmatch(r"[\w-]+", source)
-
-
-def _missing_file(path: Path, key: str) -> UserError:
-    if not path.parent.is_dir():
-        return UserError(f"{key}.source={path}: there is no folder {path.parent}.")
-    names = sorted(entry.name for entry in path.parent.iterdir())
-    shown = difflib.get_close_matches(path.name, names, n=5, cutoff=0.3) or names[:5]
-    return UserError(
-        f"{key}.source={path}: there is no such file. Nearest in {path.parent.resolve()}: "
-        f"{', '.join(shown) or 'nothing, the folder is empty'}."
-    )
 
 
 def _slice(splits: dict[str, Sequence], split: str, source: str, key: str) -> tuple[Sequence, list[int]]:

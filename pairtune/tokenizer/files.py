@@ -36,9 +36,25 @@ def read_backend(folder: Path, config: dict) -> tokenizers.Tokenizer:
             f"{folder}: split_special_tokens in tokenizer_config.json makes ordinary characters of the chat template's "
             "special tokens; set it to false. Those in messages are such characters in any case."
         )
+    find_files(folder)
     if (folder / "tokenizer.json").is_file():
         return _tokenizer_json(folder, config)
     return _vocabulary_and_merges(folder, config)
+
+
+def find_files(folder: Path) -> None:
+    """Refuses a folder that has no tokenizer.json, nor vocab.json and merges.txt.
+
+    Raises:
+        UserError: With what reads other files.
+    """
+    if (folder / "tokenizer.json").is_file() or all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
+        return
+    what = "has no tokenizer.json" if folder.is_dir() else "does not exist; `tune download` fetches a model"
+    raise UserError(
+        f"tokenizer.path: the folder {folder} {what}, nor vocab.json with merges.txt. A SentencePiece or tiktoken "
+        "file alone is read by torchtune's tokenizers, such as torchtune.models.llama2.llama2_tokenizer."
+    )
 
 
 def special_tokens(folder: Path, config: dict) -> dict[str, str]:
@@ -80,12 +96,6 @@ def _tokenizer_json(folder: Path, config: dict) -> tokenizers.Tokenizer:
 def _vocabulary_and_merges(folder: Path, config: dict) -> tokenizers.Tokenizer:
     """Returns what transformers makes of a folder that has vocab.json and merges.txt alone."""
     files = [folder / name for name in ("vocab.json", "merges.txt")]
-    if not all(file.is_file() for file in files):
-        what = "has no tokenizer.json" if folder.is_dir() else "does not exist; `tune download` fetches a model"
-        raise UserError(
-            f"tokenizer.path: the folder {folder} {what}, nor vocab.json with merges.txt. A SentencePiece or tiktoken "
-            "file alone is read by torchtune's tokenizers, such as torchtune.models.llama2.llama2_tokenizer."
-        )
     kind = _tokenizer_class(folder, config)
     if kind not in CLASSES.values():
         raise UserError(

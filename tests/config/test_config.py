@@ -68,6 +68,11 @@ def load(write):
     return load
 
 
+@pytest.fixture
+def check(write):
+    return lambda *overrides: config.check("lora", DEFAULTS, [write(BASE)], list(overrides))
+
+
 def test_later_layers_win(load):
     text = BASE + "seed: 1\nper_method: {lora: {seed: 2}, full: {seed: 3}}"
     assert load(text=BASE).seed == 42
@@ -325,12 +330,17 @@ def test_what_a_run_starts_from_is_not_passed_over(load):
         ("tokenizer.chat_template={{ x }}", ["not valid YAML", "quotes", ".jinja file"]),
     ],
 )
-def test_a_mistake_is_named_with_its_rule_and_a_way_out(load, override, words):
+def test_a_mistake_is_named_with_its_rule_and_a_way_out_and_so_it_is_before_anything_is_imported(
+    load, check, override, words
+):
     with pytest.raises(UserError) as error:
         load(override)
     for word in words:
         assert word in str(error.value)
     assert "\n" not in str(error.value)
+    with pytest.raises(UserError) as before:
+        check(override)
+    assert str(before.value) == str(error.value)
 
 
 @pytest.mark.parametrize(
