@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from pairtune.cli import commands as cli
 from pairtune.cli import plan
+from pairtune.cli.recipe import read_recipe
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 LINE = re.compile(r"^# .*`tune plan` counts on each: .*$", re.MULTILINE)
@@ -24,7 +25,7 @@ ENTRY = re.compile(r"(full|LoRA|QLoRA) (\d+)(?: with (\d+) GB)? \(([\d.]+)\)")
 def counted(path: Path, method: str, gpus: int, gpu_memory: float) -> plan.Plan:
     """Returns what the recipe of this method takes on so many GPUs of so many GB."""
     recipe = f"{method.lower()}_dpo_{'single_device' if gpus == 1 else 'distributed'}"
-    return plan.plan(plan.Run(recipe, (path,), gpus=gpus, gpu_memory=gpu_memory), cli._read_recipe)
+    return plan.plan(plan.Run(recipe, (path,), gpus=gpus, gpu_memory=gpu_memory), read_recipe)
 
 
 def true_line(path: Path, line: str) -> str:

@@ -6,8 +6,9 @@ import runpy
 import pytest
 from helpers import ROOT
 
-from pairtune.cli import commands as cli
 from pairtune.cli import plan
+from pairtune.cli.find import own
+from pairtune.cli.recipe import read_recipe
 from pairtune.losses.modules import LOSSES
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -49,9 +50,9 @@ def test_the_pages_name_every_loss():
     assert page == tool["with_table"](page), "python tools/losses_table.py --write"
 
 
-@pytest.mark.parametrize("recipe", cli.own("recipe"))
+@pytest.mark.parametrize("recipe", own("recipe"))
 def test_the_readme_tells_what_is_counted_on_a_gpu(recipe):
     row = re.search(rf"^\| \[`{recipe}`\].*$", PAGES[0].read_text(), re.MULTILINE)[0]
     told, gpus = re.search(r"\| ([\d.]+)(?: on (\d+))? \|", row).groups()
-    counted = plan.plan(plan.Run(recipe, (ROOT / "configs" / "llama3_8b.yaml",), gpus=int(gpus or 1)), cli._read_recipe)
+    counted = plan.plan(plan.Run(recipe, (ROOT / "configs" / "llama3_8b.yaml",), gpus=int(gpus or 1)), read_recipe)
     assert f"{counted.peak / plan.GIB:.1f}" == told

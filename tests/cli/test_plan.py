@@ -15,9 +15,9 @@ from torchao.dtypes.nf4tensor import to_nf4
 from torchtune.models.llama3 import lora_llama3
 
 from pairtune import dist
-from pairtune.cli import commands as cli
 from pairtune.cli import memory, plan
 from pairtune.cli.commands import main
+from pairtune.cli.recipe import read_recipe
 
 TOOL = runpy.run_path(str(ROOT / "tools" / "check_plan.py"))
 RECIPES = [f"{method}_dpo_{devices}" for method in ("full", "lora", "qlora")
@@ -43,7 +43,7 @@ def path(tmp_path):
 
 
 def planned(path, recipe, *overrides, **devices):
-    return plan.plan(plan.Run(recipe, (path,), overrides, **devices), cli._read_recipe)
+    return plan.plan(plan.Run(recipe, (path,), overrides, **devices), read_recipe)
 
 
 # Memory is what a step allocates
@@ -179,14 +179,14 @@ TIGHT = {  # recipe, GPUs, MiB a device
 @pytest.mark.parametrize("recipe, gpus, mib", TIGHT.values(), ids=TIGHT)
 def test_what_is_proposed_makes_it_fit_and_nothing_of_it_can_be_left_out(path, recipe, gpus, mib):
     run = plan.Run(recipe, (path,), ("batch_size=16",), gpus=gpus, gpu_memory=mib * MIB)
-    assert not plan.plan(run, cli._read_recipe).fits
-    changes, changed = plan.smallest_change(run, cli._read_recipe)
+    assert not plan.plan(run, read_recipe).fits
+    changes, changed = plan.smallest_change(run, read_recipe)
 
     def fits(some):
         changed = run
         for change in some:
             changed = change.of(changed)
-        return plan.plan(changed, cli._read_recipe).fits
+        return plan.plan(changed, read_recipe).fits
 
     assert changed.fits and fits(changes)
     assert not any(fits(fewer) for n in range(len(changes)) for fewer in combinations(changes, n))
@@ -194,7 +194,7 @@ def test_what_is_proposed_makes_it_fit_and_nothing_of_it_can_be_left_out(path, r
 
 def test_fewer_pairs_at_a_time_come_before_everything_else_and_no_fewer_than_needed(path):
     run = plan.Run("lora_dpo_distributed", (path,), ("batch_size=16",), gpu_memory=80 * MIB)
-    (change,), changed = plan.smallest_change(run, cli._read_recipe)
+    (change,), changed = plan.smallest_change(run, read_recipe)
     more = planned(path, run.recipe, f"batch_size={2 * changed.batch_size}", gpu_memory=80 * MIB)
     assert change.words == f"batch_size={changed.batch_size}" and changed.fits and not more.fits
 
@@ -236,8 +236,8 @@ def test_a_second_model_that_fills_a_cache_is_planned_for_the_time_before_traini
     assert cached.memory == alone.memory and alone.reference_pass == 0
     assert weights < cached.reference_pass < 1.5 * weights and cached.peak == cached.reference_pass
     run = plan.Run("lora_dpo_single_device", (path,), settings, gpu_memory=1.2 * weights / plan.GIB)
-    assert not plan.plan(run, cli._read_recipe).fits
-    (change,), changed = plan.smallest_change(run, cli._read_recipe)
+    assert not plan.plan(run, read_recipe).fits
+    (change,), changed = plan.smallest_change(run, read_recipe)
     assert change.words == "reference.quantize=true" and changed.fits
     assert "\nreference's pass " in str(cached) and "reference's pass" not in str(alone)
 
@@ -269,7 +269,7 @@ def test_full_dpo_with_a_cached_reference_takes_the_memory_of_plain_fine_tuning(
 def test_only_distributed_recipes_are_given_more_gpus(path):
     def words(recipe):
         run = plan.Run(recipe, (path,), gpu_memory=MIB)
-        return {change.words for knob in plan._knobs(run, cli._read_recipe) for change in knob}
+        return {change.words for knob in plan._knobs(run, read_recipe) for change in knob}
 
     assert {"--gpus 2", "fsdp_cpu_offload=true"} <= words("lora_dpo_distributed")
     assert not {"--gpus 2", "fsdp_cpu_offload=true"} & words("lora_dpo_single_device")

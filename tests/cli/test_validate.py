@@ -10,12 +10,12 @@ from helpers import NF4_SIZES, random_pairs, save_llama, save_pairs
 from safetensors.torch import load_file, save_file
 
 from pairtune import models
-from pairtune.cli import commands as cli
 from pairtune.cli.commands import main
+from pairtune.cli.find import find, own
 from pairtune.folders import peft as adapters
 from pairtune.folders import weights as checkpoint
 
-SIX = sorted(cli.own("recipe"))
+SIX = sorted(own("recipe"))
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_a_config_whose_files_are_right_is_ok_for_all_six(work, validate):
 
 
 def test_one_recipe_can_be_asked_about_and_a_copy_of_it(work, validate):
-    shutil.copy(cli.find("recipe", LORA), "mine.py")
+    shutil.copy(find("recipe", LORA), "mine.py")
     for name in (LORA, "mine.py"):
         status, tables = validate("my.yaml", "--recipe", name, "lora.rank=2")
         assert status == 0 and list(tables) == [name]

@@ -11,13 +11,15 @@ from helpers import ROOT
 from published import MODELS
 
 from pairtune import config, models
-from pairtune.cli import commands as cli
+from pairtune.cli.commands import load_yaml
+from pairtune.cli.find import find, own, torchtunes
+from pairtune.cli.recipe import read_recipe
 from pairtune.errors import UserError
 from pairtune.folders.check_model import check_model, check_model_type
 from pairtune.run import rehearsal
 
 CONFIGS = {path.stem: path for path in sorted((ROOT / "configs").glob("*.yaml"))}
-RECIPES = {name: cli._read_recipe(name) for name in cli.own("recipe")}
+RECIPES = {name: read_recipe(name) for name in own("recipe")}
 SMALL_MATRICES = ("smollm2_135m", "smollm2_360m", "gpt2_1_5b")  # NF4 does not cut them into its blocks
 
 # Published runs: the model's config that goes below, its recipe, and what the source says.
@@ -166,7 +168,7 @@ def test_the_commands_above_a_config_are_those_of_its_content(name):
     assert runs and head.startswith("# ") and all(len(line) <= 120 for line in CONFIGS[name].read_text().splitlines())
     for recipe, words in reversed(runs):  # the first one is that of RUNS
         given = [Path(path) for path in re.findall(r"--config (\S+)", words)]
-        assert cli.find("recipe", recipe).stem in RECIPES
+        assert find("recipe", recipe).stem in RECIPES
         assert given[-1] == Path("configs", f"{name}.yaml") and all((ROOT / path).is_file() for path in given)
     if name in RUNS:
         assert (given[0].stem, Path(recipe).stem) == RUNS[name][:2]
@@ -177,7 +179,7 @@ def test_the_commands_above_a_config_are_those_of_its_content(name):
 
 
 def load_text(name):
-    return cli._load_yaml(CONFIGS[name])
+    return load_yaml(CONFIGS[name])
 
 
 def test_a_file_may_hold_what_only_some_recipes_have(tmp_path):
@@ -211,16 +213,16 @@ THEIRS = {  # what is left to set, by the key that the error names without it
 def load_theirs(name, overrides):
     method = "full" if "full" in name else "lora"
     recipe = f"{method}_dpo_{'single_device' if 'single' in name else 'distributed'}"
-    return config.load(*RECIPES[recipe], [cli.torchtunes("config")[name]], overrides)
+    return config.load(*RECIPES[recipe], [torchtunes("config")[name]], overrides)
 
 
 def test_these_are_all_dpo_configs_of_torchtunes():
-    assert {name for name in cli.torchtunes("config") if "dpo" in name} == THEIRS.keys()
+    assert {name for name in torchtunes("config") if "dpo" in name} == THEIRS.keys()
 
 
 @pytest.mark.parametrize("name", THEIRS)
 def test_torchtunes_dpo_configs_run_here_but_for_what_an_error_names(name):
-    content, needed = cli._load_yaml(cli.torchtunes("config")[name]), THEIRS[name]
+    content, needed = load_yaml(torchtunes("config")[name]), THEIRS[name]
     for key in needed:
         with pytest.raises(UserError, match=key) as error:
             load_theirs(name, [o for k, overrides in needed.items() if k != key for o in overrides])
@@ -254,7 +256,7 @@ def test_torchtunes_dpo_configs_run_here_but_for_what_an_error_names(name):
     ],
 )
 def test_what_torchtune_does_and_recipes_here_do_not_is_refused(tmp_path, change, words):
-    content = cli._load_yaml(cli.torchtunes("config")["llama2/7B_lora_dpo_single_device"]) | change
+    content = load_yaml(torchtunes("config")["llama2/7B_lora_dpo_single_device"]) | change
     path = tmp_path / "theirs.yaml"
     path.write_text(yaml.safe_dump(content))
     with pytest.raises(UserError, match=words):

@@ -21,6 +21,9 @@ from huggingface_hub.utils import WeakFileLock
 
 from pairtune import config, models
 from pairtune.cli import commands as cli
+from pairtune.cli.find import find, own
+from pairtune.cli.next_command import next_command
+from pairtune.cli.recipe import read_recipe
 from pairtune.errors import UserError
 from pairtune.folders.check_model import check_model
 from pairtune.folders.layout import REPO_ID_FILE, find_weights
@@ -812,14 +815,14 @@ def example(path):
 
 def test_each_id_that_a_config_names_gets_the_command_of_its_comments():
     commands = {}
-    for path in cli.own("config").values():
+    for path in own("config").values():
         ids, words = example(path)
         for repo_id in ids:
             commands.setdefault(repo_id, words)
     assert "recipes/qlora_dpo_distributed" in commands["meta-llama/Llama-3.1-405B-Instruct"]
     assert "configs/llama3_8b.yaml" in commands["princeton-nlp/Llama-3-Base-8B-SFT"]  # whose own holds no model
     for repo_id, words in commands.items():
-        command = cli._next_command(hub_http.Source(repo_id), Path("/f"), lambda name: pytest.fail("the id is enough"))
+        command = next_command(hub_http.Source(repo_id), Path("/f"), lambda name: pytest.fail("the id is enough"))
         words = [word for word in words if not word.startswith("checkpointer.checkpoint_dir=")]
         assert shlex.split(command.splitlines()[-1]) == [*words, "checkpointer.checkpoint_dir=/f"]
 
@@ -845,7 +848,7 @@ def test_an_adapter_is_trained_on_with_the_recipe_of_its_base_model(download, se
     overrides = [f"adapter={tmp_path}/a", "reference=start", "lora.rank=4", "lora.alpha=16"]
     assert shlex.split(line) == ["tune", "run", f"recipes/{recipe}", "--config", name, *overrides]
     if name != "CONFIG":
-        cfg = config.load("lora", cli._read_recipe(recipe)[1], [cli.find("config", name)], overrides)
+        cfg = config.load("lora", read_recipe(recipe)[1], [find("config", name)], overrides)
         assert cfg.lora.rank == 4 and cfg.reference.name == "start"
 
 
@@ -886,14 +889,14 @@ SCALED |= {"original_max_position_embeddings": 8192, "rope_theta": 500000.0}
     ],
 )
 def test_what_the_nearest_config_needs_set_makes_the_model_of_config_json(tmp_path, kind, model_type, nearest, changes):
-    text = yaml.safe_load(cli.own("config")["llama3_8b"].read_text())
+    text = yaml.safe_load(own("config")["llama3_8b"].read_text())
     text["model"] = {"_component_": nearest if nearest.startswith("pairtune.") else f"torchtune.models.{nearest}"}
     text["checkpointer"]["model_type"] = model_type
     (tmp_path / "near.yaml").write_text(yaml.safe_dump(text))
     made = sizes(kind, **changes)
     written = json.loads(made.to_json_string(use_diff=False))
     fit = fitting.nearest(written, {"near": tmp_path / "near.yaml"})
-    cfg = config.load("lora", cli._read_recipe("lora_dpo_single_device")[1], [tmp_path / "near.yaml"], fit.overrides)
+    cfg = config.load("lora", read_recipe("lora_dpo_single_device")[1], [tmp_path / "near.yaml"], fit.overrides)
     model = models.full(cfg.model, dtype="fp32")
     check_model(model, written)  # what a run asks
     with torch.device("meta"):
@@ -912,10 +915,10 @@ def test_a_model_of_a_configs_sizes_gets_that_config_and_nothing_to_set(tmp_path
             "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"},
         },
     )
-    fit = fitting.nearest(json.loads(llama3_8b.to_json_string()), cli.own("config"))
+    fit = fitting.nearest(json.loads(llama3_8b.to_json_string()), own("config"))
     assert (fit.config, fit.different, fit.overrides) == ("llama3_8b", [], [])
     llama3_8b.intermediate_size = 11008
-    fit = fitting.nearest(json.loads(llama3_8b.to_json_string()), cli.own("config"))
+    fit = fitting.nearest(json.loads(llama3_8b.to_json_string()), own("config"))
     assert (fit.config, fit.different) == ("llama3_8b", ["intermediate_size is 11008 and there 14336"])
     assert "model.intermediate_dim=11008" in fit.overrides
 
@@ -924,14 +927,14 @@ def test_a_model_that_is_another_only_between_its_layers_widths_is_another():
     llama3_8b = {"vocab_size": 128256, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
     llama3_8b |= {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "intermediate_size": 14336, "rope_theta": 5e5}
     llama3_8b |= {"max_position_embeddings": 8192}
-    fit = fitting.nearest(llama3_8b | {"model_type": "llama", "intermediate_size": 11008}, cli.own("config"))
+    fit = fitting.nearest(llama3_8b | {"model_type": "llama", "intermediate_size": 11008}, own("config"))
     assert fit.different == ["intermediate_size is 11008 and there 14336"]
     assert "model.intermediate_dim=11008" in fit.overrides
 
 
 def test_an_architecture_that_is_not_here_is_named():
     with pytest.raises(UserError, match="model_type=t5: must be one of llama, mistral"):
-        fitting.nearest(sizes("llama").to_dict() | {"model_type": "t5"}, cli.own("config"))
+        fitting.nearest(sizes("llama").to_dict() | {"model_type": "t5"}, own("config"))
     dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     with pytest.raises(UserError, match="rope_type=dynamic"):
-        fitting.nearest(sizes("llama", rope_parameters=dynamic).to_dict(), cli.own("config"))
+        fitting.nearest(sizes("llama", rope_parameters=dynamic).to_dict(), own("config"))

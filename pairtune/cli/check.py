@@ -1,0 +1,79 @@
+"""What of a run is checked before it starts, and before torch is imported: its words, its config, places it names."""
+
+from pathlib import Path
+
+from pairtune import config
+from pairtune.cli.find import find, is_torchtunes, names, own
+from pairtune.cli.recipe import does_as_ours, parses_defaults, top_level
+from pairtune.errors import UserError
+from pairtune.folders.layout import check_folder, find_adapter, find_weights
+from pairtune.pairs.sources import check_source
+from pairtune.tokenizer.files import find_files
+
+
+def read_words(recipe: Path, words: list[str]) -> tuple[list[Path], list[str]]:
+    """Returns what follows RECIPE: its configs and its overrides.
+
+    Raises:
+        UserError: A word is neither, or a config is not there, or is for other recipes.
+    """
+    configs, overrides, rest = [], [], iter(words)
+    for word in rest:
+        if word == "--config" or word.startswith("--config="):
+            configs.append(word.partition("=")[2] or next(rest, ""))
+        elif word.startswith("-"):
+            raise UserError(
+                f"{word}: after RECIPE the only option is --config; a key is set without dashes, as key=value, "
+                "and torchrun's options stand before RECIPE"
+            )
+        elif word.startswith("~") or "=" in word:
+            overrides.append(word)
+        else:
+            raise UserError(f"{word}: neither key=value nor ~key; a config is given as --config {word}")
+    if not configs or "" in configs:
+        known = "`tune ls` lists them" if is_torchtunes(recipe) else f"known: {', '.join(own('config'))}"
+        raise UserError(f"{recipe.stem}: --config CONFIG must say which weights and data; {known}; or a YAML of yours")
+    if is_torchtunes(recipe) and len(configs) > 1:
+        raise UserError(f"--config {configs[1]}: a recipe of torchtune's takes one config")
+    paths = [find("config", name) for name in configs]
+    not_for_dpo = [path for path in paths if is_torchtunes(path) and "dpo" not in path.stem]
+    if recipe in own("recipe").values() and not_for_dpo:
+        theirs = f"torchtune/{recipe.stem}"
+        hint = f", such as {theirs}" if theirs in names("recipe") else ""
+        raise UserError(f"--config {configs[0]}: is for torchtune recipes{hint}; for ours: {', '.join(own('config'))}")
+    return paths, overrides
+
+
+def check_run(recipe: Path, configs: list[Path], overrides: list[str]) -> None:
+    """Refuses what the recipe would refuse, as far as that can be told without what it imports.
+
+    A recipe that reads its command line in another way is left alone, and one that does something of its own may do
+    without the folders and files that its config names.
+
+    Raises:
+        UserError: As config.check, folders.layout and pairs.sources.
+    """
+    if not parses_defaults(recipe):
+        return
+    read = top_level(recipe, "METHOD", "DEFAULTS")
+    cfg = config.check(read["METHOD"], read["DEFAULTS"], configs, overrides)
+    if does_as_ours(recipe):
+        _check_places(cfg)
+
+
+def _check_places(cfg: dict) -> None:
+    """Folders and files of a model, a tokenizer, an adapter, a reference and pairs are there."""
+    checkpointer, reference = cfg["checkpointer"], cfg["reference"]
+    if checkpointer["_component_"].endswith("HFCheckpointer") and not checkpointer.get("checkpoint_files"):
+        find_weights(checkpointer["checkpoint_dir"])
+    else:
+        check_folder(checkpointer["checkpoint_dir"])
+    if cfg["tokenizer"]["_component_"].endswith(".hf_tokenizer") and isinstance(cfg["tokenizer"].get("path"), str):
+        find_files(Path(cfg["tokenizer"]["path"]).expanduser())
+    if cfg.get("adapter"):
+        find_adapter(cfg["adapter"])
+    if reference.get("checkpoint_dir"):
+        find_weights(reference["checkpoint_dir"], key="reference.checkpoint_dir")
+    for key in ("dataset", "eval_dataset"):
+        if cfg[key]["source"]:
+            check_source(cfg[key]["source"], key)
