@@ -205,7 +205,7 @@ class Interruption:
         self._signal = self._signal or agreed  # a signal that came meanwhile is for the next call
         return agreed != 0
 
-    def until(self, items: Iterable) -> Iterator:
+    def unless_stopped(self, items: Iterable) -> Iterator:
         """Yields the items until any process was asked to stop. Every process has to have as many."""
         for item in items:
             if self.requested():

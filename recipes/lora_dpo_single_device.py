@@ -6,7 +6,6 @@ The reference policy is this model with its adapters switched off: no second cop
 Copy this file and edit it: all that a run does is below, in order.
 """
 
-import math
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ from pairtune.pairs.batch import lay_out
 from pairtune.pairs.steps import Steps, count_steps
 from pairtune.pairs.tokenize import read_train_and_held_out
 from pairtune.reference import Reference
-from pairtune.run import checkpoints, contract, folder, metrics, rehearsal, start
+from pairtune.run import checkpoints, contract, dry_run, folder, metrics, rehearsal
 from pairtune.run.fingerprint import check_same, fingerprint
 from pairtune.run.samples import Samples
 from pairtune.run.state import TrainState
@@ -45,12 +44,19 @@ DEFAULTS = {
         "rank": 8,  # width of the adapters: their memory and capacity
         "alpha": 16.0,  # their output is scaled by alpha / rank
         "dropout": 0.0,  # on their input; has an effect with disable_dropout=false only
-        "modules": ["q_proj", "k_proj", "v_proj", "output_proj", "mlp"],  # by either's names; also: output, router
+        "modules": [
+            "q_proj",
+            "k_proj",
+            "v_proj",
+            "output_proj",
+            "mlp",
+        ],  # or theirs of Hugging Face; output, router
         "use_dora": False,  # a magnitude for each row besides: often better at small ranks, slower
         "use_rslora": False,  # scaled by alpha / sqrt(rank): for large ranks
     },
     "adapter": None,  # a folder: start from its adapter (ours, PEFT's), such as one of supervised fine-tuning
-    # adapter_off: the base; start: with `adapter`; cached: either, computed once; model: another; sync: moved; none
+    # adapter_off: the base model; start: the adapter that the run starts from; model: another folder's; none: zeros;
+    # sync: what the run starts from, moved toward the policy; cached: base, start or another folder's, computed once
     "reference": {"name": "adapter_off", **keys.REFERENCE},
     "optimizer": {"_component_": "torch.optim.AdamW", "lr": 5e-6, "weight_decay": 0.0},
     # The pairs
@@ -63,7 +69,7 @@ DEFAULTS = {
     "loss": {"_component_": "torchtune.rlhf.loss.DPOLoss", "beta": 0.1, "label_smoothing": 0.0},
     "router_aux_loss_coef": 0.0,  # of a mixture of experts: how much the loss for an even use of experts counts
     "score_end": True,  # false: the end token of either answer is not scored, as in Llama 3
-    "disable_dropout": True,  # policy and reference are the same network, as in torchtune and TRL
+    "disable_dropout": True,  # else policy and reference would differ by chance; torchtune and TRL do so, too
     "lr_scheduler": {"_component_": "pairtune.schedules.cosine", "warmup_ratio": 0.1},  # null: constant
     "clip_grad_norm": 1.0,  # null: no clipping
     "pairs_per_step": 64,  # the batch that a step learns from, over all devices
@@ -80,8 +86,8 @@ def main(cfg):
     resumed = world.agree(checkpoints.find(cfg.resume, run_dir) if world.is_main else None)  # None: from the start
     torch.manual_seed(cfg.seed)
 
-    # 2. Policy and reference, on the meta device: what is wrong with a config shows before a weight is read
-    loss_fn = config.instantiate(cfg.loss)
+    # 2. Policy and reference, on the meta device: what is wrong with a config shows before the model's weights are read
+    loss_fn = config.instantiate(cfg.loss)  # what it is called with, its class says: see losses/calling.py, Needs
     reference = Reference(cfg.reference, METHOD, loss_fn, dtype=cfg.dtype, adapter=cfg.adapter, world=world)
     files = weights.open_weights(cfg.checkpointer, cfg.model)
     tokenizer = adapt(config.instantiate(cfg.tokenizer), cfg.tokenizer)
@@ -99,10 +105,10 @@ def main(cfg):
     train, held_out = read_train_and_held_out(
         cfg.dataset, cfg.eval_dataset, tokenizer, world, cfg.max_length, cfg.max_prompt_length, takes_unpaired(loss_fn)
     )
-    # steps[n] is this process's part of step n + 1: micro-batches of at most batch_size pairs
+    # steps[n] is this process's part of step n + 1, in micro-batches, over all epochs; len(steps) is an epoch's steps
     steps = Steps(train, cfg.pairs_per_step, cfg.batch_size, world, seed=cfg.seed, shuffle=cfg.shuffle)
     total_steps = count_steps(len(train), cfg.pairs_per_step, cfg.epochs, cfg.max_steps)
-    # One row without padding; rows of one length where attention is a dense mask
+    # A batch is one row without padding (None); rows of this length where attention is a dense mask
     length = row_length(loss_fn, [*train, *held_out], cfg.max_length) if model.pairtune.dense_attention else None
 
     def batch_of(pairs):
@@ -115,24 +121,24 @@ def main(cfg):
     rehearsal.rehearse(cfg.optimizer, cfg.lr_scheduler, cfg.loss, num_training_steps=total_steps)
     identity = fingerprint(cfg, train, held_out, files, reference.files)
     if resumed:
-        world.print(check_same(checkpoints.read_values(resumed), identity, resumed, total_steps=total_steps))
+        check_same(checkpoints.read_values(resumed), identity, resumed, world, total_steps=total_steps)
     if world.is_main:
         folder.make_room(run_dir, resumed)
         print(config.save(cfg, run_dir / "config.yaml", recipe=__file__))
 
-    # 4. Weights; with reference=cached, values that no earlier run has kept: of another model, before the policy comes
-    longest = start.longest(train, cfg.batch_size * world.size)
+    # 4. Weights; and with reference=cached, the values that no earlier run has kept
+    longest = dry_run.longest(train, cfg.batch_size * world.size)  # for section 7
     reference.open_cache(model, [*steps.seen_in(total_steps), *longest, *held_out], score_end=cfg.score_end)
 
     def fill_cache():
         for pairs in reference.unanswered(cfg.batch_size):
             reference.keep(batch_of(pairs))
 
-    with reference.alone():
+    with reference.alone():  # another model's values: it is gone before the policy comes
         fill_cache()
     models.load(model, weights.Weights(files), world=world, adapter=adapter)
-    reference.start(model)
-    fill_cache()
+    reference.attach(model)
+    fill_cache()  # the policy's own values, as it is before training
 
     # 5. Optimizer, schedule, and what is resumed: all of it is in `state`
     optimizer = config.instantiate(cfg.optimizer, [p for p in model.parameters() if p.requires_grad])
@@ -147,44 +153,40 @@ def main(cfg):
         state.load(resumed, run_dir, best_metric=cfg.keep_best)
     saved = checkpoints.Checkpoints(run_dir, world, keep_last_n=cfg.keep_last_n, on_save_failure=cfg.on_save_failure)
     log = metrics.RunLog(run_dir, world, cfg.metric_logger, cfg, step=state.step, evaluated=state.evaluated)
-    world.print(
-        f"{models.sizes(model)}, {cfg.dtype} on {world}; {len(train):,} pairs, {len(held_out):,} held out; "
-        f"{total_steps:,} steps of {cfg.pairs_per_step} pairs\n"
-    )
+    world.print(f"{models.sizes(model)}, {cfg.dtype} on {world}; {total_steps:,} steps of {cfg.pairs_per_step} pairs\n")
 
-    # 6. The losses of a few pairs, and of all held-out ones
+    # 6. Signals; the losses of a few pairs, and of all held-out ones
     interruption = dist.Interruption(world)  # from here on SIGTERM and Ctrl-C are heard between steps
 
-    def whole_step(pairs, micro, doing, ongoing=iter):  # what a loss takes of all the step's pairs: nothing in DPO
+    def whole_step(pairs, micro, doing, iterate=iter):  # what a loss takes of all pairs, as KTO's KL: nothing in DPO
         whole = WholeStep(loss_fn, pairs, micro, steps, max_length=cfg.max_length, score_end=cfg.score_end)
         with torch.no_grad():
-            for some in ongoing(whole.first_pass):
+            for extra in iterate(whole.first_pass):  # empty in DPO
                 world.beat(doing)
-                batch = batch_of(some)
+                batch = batch_of(extra)
                 whole.add(batch, policy_scores(model, batch, loss_fn), reference.logps(batch))
         return whole.end(world)
 
-    def pair_losses(pairs, whole, meter):  # [P], one a pair, to be differentiated
+    def pair_losses(pairs, whole, into):  # [P], to be differentiated; `into` is a meter
         batch = batch_of(pairs)
         scores = policy_scores(model, batch, loss_fn)
+        # A loss of your own goes here: one value a pair, not their mean, and rewards for the log
         losses, chosen_rewards, rejected_rewards = loss_fn(
             scores.chosen_logps, scores.rejected_logps, *reference.logps(batch), **whole.inputs(batch, scores)
         )
-        meter.add_pairs(batch, scores, losses, chosen_rewards, rejected_rewards, kl=whole.kl)
+        into.add_pairs(batch, scores, losses, chosen_rewards, rejected_rewards, kl=whole.kl)
         return with_router_loss(losses, scores.router_loss, cfg.router_aux_loss_coef)
 
     def evaluate():
         held_out_meter, micro = metrics.Meter(), steps.share(held_out)
         model.eval()
         with torch.no_grad(), unchanged(loss_fn):
-            whole = whole_step(held_out, micro, "evaluation", interruption.until)
-            for pairs in tqdm(
-                interruption.until(micro), "evaluation", len(micro), leave=False, disable=not world.is_main
-            ):
+            whole = whole_step(held_out, micro, "evaluation", interruption.unless_stopped)
+            for pairs in interruption.unless_stopped(tqdm(micro, "evaluation", leave=False, disable=not world.is_main)):
                 world.beat("evaluation")
                 pair_losses(pairs, whole, held_out_meter)
         model.train()
-        if interruption.requested():  # what was left out is made up for after resuming
+        if interruption.requested():  # the loop's top makes up for it after resuming
             return
         results = held_out_meter.read(world, "eval/")
         log.write(state.step, results)
@@ -193,25 +195,25 @@ def main(cfg):
 
     # 7. Before the first step: the longest pairs go forward and backward, and what must hold is checked
     mine = longest[world.rank :: world.size]
-    with start.rehearsal(model, optimizer, loss_fn, mine, world) as trial:
+    with dry_run.step(model, optimizer, loss_fn, mine, world) as trial:  # leaves no gradient and no trace
         losses = pair_losses(mine, whole_step(longest, [mine], "rehearsal"), trial.meter)
         losses.sum().backward()
-        if not resumed:
+        if not resumed:  # else the policy has left its reference
             trial.check(losses, batch_of(mine), reference, dropout=not cfg.disable_dropout)
     samples = Samples(run_dir / "samples.jsonl", tokenizer, world, cfg.samples, held_out or train, seed=cfg.seed)
     samples.before(model, resumed=resumed is not None)
 
     # 8. Train
     progress = tqdm(total=total_steps, initial=state.step, desc="DPO", dynamic_ncols=True, disable=not world.is_main)
-    model.train()
     meter.restart_clock()
     while True:
+        # What is due after state.step steps; in a run that is resumed, first what an interruption has left out
         if held_out and state.is_due(cfg.eval_every_n_steps, total_steps) and state.evaluated < state.step:
             evaluate()
             meter.restart_clock()
         stop = interruption.requested()
         if stop or state.is_best or state.is_due(cfg.save_every_n_steps, total_steps):
-            log.sync()
+            log.sync()  # before the checkpoint, which must not know more than the log
             saved.save(state)
         if stop or state.step == total_steps:
             break
@@ -226,8 +228,8 @@ def main(cfg):
             # The mean over the step, however it is cut into micro-batches. FSDP averages gradients over processes.
             (losses.sum() * world.size / whole.num_pairs).backward()
             losses_of_step.append(losses.detach())
-        grad_norm = models.clip_gradients(model, cfg.clip_grad_norm or math.inf)
-        contract.check_step(step, losses_of_step, grad_norm, micro, world)
+        grad_norm = models.clip_gradients(model, cfg.clip_grad_norm)
+        contract.check_finite(step, losses_of_step, grad_norm, micro, world)
         meter.add(grad_norm=grad_norm[None].to(world.device))  # on the CPU when offloading
         lr = float(optimizer.param_groups[0]["lr"])
         optimizer.step()
@@ -242,11 +244,11 @@ def main(cfg):
             log.write(step, results)
             progress.set_postfix_str(f"{metrics.summary(results)}, {results['pairs_per_second']:.1f} pairs/s")
         if step == 1:
-            saved.check_room(state)
+            saved.check_disk_space(state)  # now that the optimizer has its state
     progress.close()
     saved.close()
     log.close()
-    stop = interruption.requested()  # also while the last checkpoint was written
+    stop = interruption.requested()  # again: it may have come while the last checkpoint was written
     interruption.end()
     if stop:
         world.print(f"\nstopped after step {state.step} of {total_steps}; {saved}")
@@ -254,15 +256,15 @@ def main(cfg):
 
     # 9. Answers, weights, curves
     if cfg.export_best:
-        world.print(f"\n{saved.load_best(state)}")
+        saved.load_best(state)
     samples.after(model)
-    trained = probe(model, batch_of((held_out or train)[: min(4, cfg.batch_size)]))  # what the export has to say, too
+    trained = probe(model, batch_of((held_out or train)[: min(4, cfg.batch_size)]))  # the export has to give the same
     gathered = models.gather_weights(model, world)
     if world.is_main:
         samples.show()
         metrics.plot_curves(log.path, run_dir / "curves.png")
-        exported = export_checked(model, gathered, files, run_dir, cfg.model, execution, tokenizer, trained)
-        print(f"\nrun folder {run_dir}, exported weights {exported}")
+        told = export_checked(model, gathered, files, run_dir, cfg.model, execution, tokenizer, trained)
+        print(f"\nrun folder {run_dir}, exported weights {told}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """A model whose parameters are shards, one of each in a process (FSDP2): cut, added up, clipped."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -34,7 +36,10 @@ def sync_gradients(model: nn.Module, sync: bool) -> None:
         model.set_requires_gradient_sync(sync)
 
 
-def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
-    """Scales gradients down to a norm of `max_norm` over all parameters and processes; returns what it was before."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
+    """Scales gradients down to a norm of `max_norm` over all parameters and processes; returns what it was before.
+
+    None measures only.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf if max_norm is None else max_norm)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

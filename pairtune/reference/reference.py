@@ -1,6 +1,6 @@
 """The reference of one run: whatever the config asks for, behind one object that a recipe holds.
 
-The recipe says when: `build` and `open_cache` before any weight is read, `alone` and `start` around the loading of the
+The recipe says when: `build` and `open_cache` before any weight is read, `alone` and `attach` around the loading of the
 policy, `follow` before each step, `logps` for each batch. Where the values come from is in sources.py and cache.py.
 """
 
@@ -217,7 +217,7 @@ class Reference:
 
     # While the run lasts
 
-    def start(self, policy: nn.Module) -> None:
+    def attach(self, policy: nn.Module) -> None:
         """Becomes able to compute: the policy is loaded, a second model is loaded now.
 
         Call it before the first forward: FSDP2 shows a model's shards until then.

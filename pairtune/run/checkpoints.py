@@ -105,16 +105,18 @@ class Checkpoints:
         self._writing = temporary
         self._pending = self._thread.submit(self._finish, written, values, temporary, folder)
 
-    def load_best(self, state) -> str:
-        """Gives the model the weights of the best checkpoint, if there is one; returns a sentence about it."""
+    def load_best(self, state) -> None:
+        """Gives the model the weights of the best checkpoint, if there is one, and prints which."""
         folder = self._best
         if state.best and is_complete(self.folder(state.best["step"])):
             folder = self.folder(state.best["step"])
         folder = self._world.agree(folder)
         if folder is None:
-            return "export_best=true: no best checkpoint is on the disk; exported are the last weights"
+            self._world.print("\nexport_best=true: no best checkpoint is on the disk; exported are the last weights")
+            return
         state.load_weights(folder)
-        return f"exported are the weights of {folder}, the best by the held-out {read_values(folder)['best']['metric']}"
+        metric = read_values(folder)["best"]["metric"]
+        self._world.print(f"\nexported are the weights of {folder}, the best by the held-out {metric}")
 
     def wait(self) -> None:
         """Returns when the last save has ended. Raises as `save` does."""
@@ -134,7 +136,7 @@ class Checkpoints:
         self.wait()
         self._thread.shutdown()
 
-    def check_room(self, state) -> None:
+    def check_disk_space(self, state) -> None:
         """Raises UserError, or tells, if the disk has no room for as many checkpoints as are kept, and one more."""
         if self._keep_last_n:
             copies = self._keep_last_n + 1

@@ -120,7 +120,7 @@ def check_trained(model: nn.Module, optimizer: Optimizer) -> None:
         raise UserError(f"optimizer: does not have {len(missing)} of {len(trained)} trainable parameters")
 
 
-def check_step(step: int, losses: list[Tensor], grad_norm: Tensor, micro: list[list[Pair]], world: World) -> None:
+def check_finite(step: int, losses: list[Tensor], grad_norm: Tensor, micro: list[list[Pair]], world: World) -> None:
     """Refuses to update from numbers that are not finite. Every process has to call it.
 
     Args:

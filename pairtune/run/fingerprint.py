@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from pairtune.config import keys
 from pairtune.config.rules import show
 from pairtune.config.short_names import current
+from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.folders.digests import digest_samples
 from pairtune.folders.weights import ModelFolder
@@ -50,8 +51,8 @@ def digest_pairs(pairs: list[Pair]) -> dict:
     }
 
 
-def check_same(values: dict, now: dict, where: Path, *, total_steps: int) -> str:
-    """Returns what is resumed, and the differences that do no harm, a line each.
+def check_same(values: dict, now: dict, where: Path, world: World, *, total_steps: int) -> None:
+    """Refuses to go on from another run's checkpoint; prints what is resumed, and the differences that do no harm.
 
     Args:
         values: A checkpoint's, from checkpoints.read_values.
@@ -89,7 +90,7 @@ def check_same(values: dict, now: dict, where: Path, *, total_steps: int) -> str
         )
     if saved["held_out"] != now["held_out"]:
         allowed.append("held-out pairs: not the same; the best checkpoint so far is forgotten")
-    return "\n".join([f"resuming from {where}", *(f"  changed: {line}" for line in allowed)]) + "\n"
+    world.print("\n".join([f"resuming from {where}", *(f"  changed: {line}" for line in allowed)]), "\n")
 
 
 def _file_differences(what: str, saved: dict, now: dict) -> list[str]:

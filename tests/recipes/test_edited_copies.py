@@ -42,8 +42,8 @@ EDITS = {
     ],
     "another logged metric": [
         (
-            "        meter.add_pairs(",
-            "        meter.add(entropy_of_nothing=losses.detach() * 0 + 7)\n        meter.add_pairs(",
+            "        into.add_pairs(",
+            "        into.add(entropy_of_nothing=losses.detach() * 0 + 7)\n        into.add_pairs(",
         ),
     ],
     "a reference of the user's own": [

@@ -16,7 +16,7 @@ from pairtune.losses.calling import loss_inputs, policy_scores
 from pairtune.losses.modules import build
 from pairtune.models.logps import answer_logps
 from pairtune.pairs.batch import lay_out
-from pairtune.run import contract, start
+from pairtune.run import contract, dry_run
 from pairtune.run.checkpoints import complete_checkpoints
 from pairtune.run.metrics import read_log
 
@@ -88,7 +88,7 @@ def test_a_model_without_trained_parameters_is_refused():
 def test_the_longest_pairs_are_those_with_most_tokens():
     pairs = random_pairs(50)
     lengths = sorted(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs)
-    found = [len(p.prompt) + len(p.chosen) + len(p.rejected) for p in start.longest(pairs, 4)]
+    found = [len(p.prompt) + len(p.chosen) + len(p.rejected) for p in dry_run.longest(pairs, 4)]
     assert found == lengths[:-5:-1]
 
 
@@ -98,7 +98,7 @@ def test_a_rehearsal_leaves_no_trace_and_has_the_optimizers_state_meanwhile(kind
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = kind(model.parameters(), lr=0.1, weight_decay=0.1)
     generator = torch.get_rng_state()
-    with start.rehearsal(model, optimizer, DPOLoss(), [], WORLD):
+    with dry_run.step(model, optimizer, DPOLoss(), [], WORLD):
         assert kind is torch.optim.SGD or len(optimizer.state) == len(before)
         (model(torch.arange(9)[None]) * torch.rand(1)).sum().backward()
     assert not optimizer.state and optimizer.param_groups[0]["lr"] == 0.1
@@ -117,9 +117,9 @@ def test_out_of_memory_names_the_pairs_and_what_to_lower(error):
     model = tiny_llama()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     words = r"longest pairs \(rows 3; tokens 6\)\. Lower batch_size .* allocate"
-    with pytest.raises(UserError, match=words), start.rehearsal(model, optimizer, DPOLoss(), [pair()], WORLD):
+    with pytest.raises(UserError, match=words), dry_run.step(model, optimizer, DPOLoss(), [pair()], WORLD):
         raise error
-    with pytest.raises(RuntimeError, match="another"), start.rehearsal(model, optimizer, DPOLoss(), [pair()], WORLD):
+    with pytest.raises(RuntimeError, match="another"), dry_run.step(model, optimizer, DPOLoss(), [pair()], WORLD):
         raise RuntimeError("another")
 
 
@@ -140,7 +140,7 @@ def rehearse(loss_fn=None, *, loop=None, reference=None, pairs=None, dropout=Fal
     model, loss_fn = tiny_llama(), loss_fn or DPOLoss()
     models.prepare(model, max_length=128)
     reference, pairs = reference(model) if reference else Same(model), pairs or random_pairs(3)
-    with start.rehearsal(model, torch.optim.SGD(model.parameters(), lr=0.1), loss_fn, pairs, WORLD) as rehearsal:
+    with dry_run.step(model, torch.optim.SGD(model.parameters(), lr=0.1), loss_fn, pairs, WORLD) as trial:
         batch = lay_out(pairs)
         scores = policy_scores(model, batch, loss_fn)
         inputs = loss_inputs(loss_fn, batch, scores, mean_chosen_length=1.0, kl=torch.tensor(0.0))
@@ -149,9 +149,9 @@ def rehearse(loss_fn=None, *, loop=None, reference=None, pairs=None, dropout=Fal
         else:
             logps = scores.chosen_logps, scores.rejected_logps
             losses, *rewards = loss_fn(*logps, *reference.logps(batch), **inputs)
-        rehearsal.meter.add_pairs(batch, scores, losses, *rewards)
+        trial.meter.add_pairs(batch, scores, losses, *rewards)
         losses.sum().backward()
-        rehearsal.check(losses, batch, reference, dropout=dropout)
+        trial.check(losses, batch, reference, dropout=dropout)
 
 
 def test_a_start_at_the_loss_of_zero_margins_passes():
@@ -217,11 +217,13 @@ LOSS = DPOLoss()
 def test_numbers_that_are_not_finite_name_the_rows_to_blame():
     losses = [torch.tensor([0.5]), torch.tensor([math.inf, 0.5])]
     rows = [[pair(row=4)], [pair(row=5), pair(row=6)]]
-    contract.check_step(7, [torch.tensor([0.5])], torch.tensor(1.0), rows[:1], WORLD)
+    contract.check_finite(7, [torch.tensor([0.5])], torch.tensor(1.0), rows[:1], WORLD)
     with pytest.raises(UserError, match=r"step 7: the loss of rows \[5\] is not a finite number; no update was made"):
-        contract.check_step(7, losses, torch.tensor(1.0), rows, WORLD)
+        contract.check_finite(7, losses, torch.tensor(1.0), rows, WORLD)
     with pytest.raises(UserError, match=r"the gradient's norm \(rows of this step: \[4, 6\]\) is not a finite"):
-        contract.check_step(7, [torch.tensor([0.5, 0.5])], torch.tensor(math.nan), [[pair(row=6), pair(row=4)]], WORLD)
+        contract.check_finite(
+            7, [torch.tensor([0.5, 0.5])], torch.tensor(math.nan), [[pair(row=6), pair(row=4)]], WORLD
+        )
 
 
 # In a run

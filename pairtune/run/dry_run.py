@@ -39,9 +39,9 @@ def _length(pair: Pair) -> int:
 
 
 @contextmanager
-def rehearsal(
+def step(
     model: nn.Module, optimizer: Optimizer, loss_fn: Callable, pairs: list[Pair], world: World
-) -> Iterator["Rehearsal"]:
+) -> Iterator["DryStep"]:
     """Around a forward and backward that update nothing: optimizer, loss, gradients and generators are as before.
 
     The optimizer's state is there meanwhile, as it is in every later step, so that memory is, too.
@@ -54,12 +54,12 @@ def rehearsal(
     """
     made, groups = not optimizer.state, [_without_params(group) for group in optimizer.param_groups]
     generators = [world.device] if world.device.type == "cuda" else []
-    rehearsed = Rehearsal(model, loss_fn, pairs, world)
+    dry_step = DryStep(model, loss_fn, pairs, world)
     try:
         with torch.random.fork_rng(devices=generators), unchanged(loss_fn):
             if made:
                 _make_state(optimizer)
-            yield rehearsed
+            yield dry_step
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
@@ -70,7 +70,7 @@ def rehearsal(
             f"use a lora_ or qlora_ recipe; `tune plan` computes what fits. {str(error).splitlines()[0]}"
         ) from None
     finally:
-        rehearsed.end()
+        dry_step.end()
         optimizer.zero_grad()
         if made:
             optimizer.state.clear()
@@ -92,7 +92,7 @@ def _without_params(group: dict) -> dict:
     return {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
 
 
-class Rehearsal:
+class DryStep:
     """What the first forward and backward showed.
 
     Attributes:
@@ -127,7 +127,7 @@ class Rehearsal:
             UserError: A gradient that is zero or not finite; policy and reference differ; rewards that are not zero; a
                 loss that is not that of zero rewards, which for DPO is ln 2, where the loop computes the config's loss.
         """
-        grad_norm, means = float(models.clip_gradients(self._model, math.inf)), self.meter.read(self._world)
+        grad_norm, means = float(models.clip_gradients(self._model, None)), self.meter.read(self._world)
         _check_finite(grad_norm)
         is_start = reference.is_start and not dropout
         if is_start:
