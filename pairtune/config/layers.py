@@ -279,12 +279,22 @@ def _check_removable(key: str, merged: dict, schema: dict, where: str) -> None:
 # The whole
 
 
-def _check_required(cfg: dict, prefix: str = "") -> None:
+def _check_required(cfg: dict) -> None:
+    first, *more = _required(cfg) or [None]
+    if first:
+        nor = f"; nor have {', '.join(more)}" if more else ""
+        raise UserError(f"{first}: has no default: set it in the YAML or as {first}=...{nor}")
+
+
+def _required(cfg: dict, prefix: str = "") -> list[str]:
+    """The keys that have no value yet."""
+    found = []
     for key, value in cfg.items():
         if isinstance(value, dict):
-            _check_required(value, f"{prefix}{key}.")
+            found += _required(value, f"{prefix}{key}.")
         elif value == REQUIRED:
-            raise UserError(f"{prefix}{key}: has no default: set it in the YAML or as {prefix}{key}=...")
+            found.append(f"{prefix}{key}")
+    return found
 
 
 def _check_other_methods(method: str, layers: list[_Layer], defaults: dict) -> None:

@@ -568,8 +568,8 @@ def plain(chosen, rejected, ref_chosen, ref_rejected):
 """
 TEXTS = [
     # name, the file, what is said
-    ("a file with nothing in it", "", ["model._component_: has no default"]),
-    ("comments only", "# later\n", ["model._component_: has no default"]),
+    ("a file with nothing in it", "", ["checkpointer.checkpoint_dir: has no default", "; nor have "]),
+    ("comments only", "# later\n", ["checkpointer.checkpoint_dir: has no default", "model._component_"]),
     ("a list", "- 1\n", ["broken.yaml: must hold keys and values"]),
     ("a text", "hello\n", ["broken.yaml: unknown key hello"]),
     ("a bracket open", BASE + "seed: [1", ["broken.yaml: not valid YAML", "line 6"]),

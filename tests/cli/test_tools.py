@@ -5,7 +5,7 @@ import runpy
 import pytest
 from helpers import ROOT
 
-from pairtune.cli.commands import main
+from pairtune.cli.commands import COMMANDS, main
 
 TOOLS = ROOT / "tools"
 
@@ -26,3 +26,16 @@ def test_references_memory_is_measured_in_runs(tmp_path, settings, capfd):
     tool["write_inputs"](tmp_path, "cpu")
     words = ["validate", str(tmp_path / "config.yaml"), "--recipe", "full_dpo_single_device", *settings]
     assert main(words) == 0, capfd.readouterr()
+
+
+def test_imports_are_summed_by_package():
+    tool = runpy.run_path(str(TOOLS / "measure_start.py"))
+    lines = [
+        "self [us] | cumulative | imported package",
+        "100 |       300 |   torch.nn",
+        "50 |    350 | torch",
+        "7 | 7 | os",
+    ]
+    spent = tool["by_package"]("".join(f"import time: {line}\n" for line in lines))
+    assert spent == {"torch": pytest.approx(150e-6), "os": pytest.approx(7e-6)}
+    assert {words[0] for words, _ in tool["ANSWERS"].values()} <= {*COMMANDS, "--help"}
