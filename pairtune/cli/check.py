@@ -5,6 +5,7 @@ from pathlib import Path
 from pairtune import config
 from pairtune.cli.find import find, is_torchtunes, names, own
 from pairtune.cli.recipe import does_as_ours, parses_defaults, top_level
+from pairtune.config import keys
 from pairtune.errors import UserError
 from pairtune.folders.layout import check_folder, find_adapter, find_weights
 from pairtune.pairs.sources import check_source
@@ -53,27 +54,27 @@ def check_run(recipe: Path, configs: list[Path], overrides: list[str]) -> None:
     Raises:
         UserError: As config.check, folders.layout and pairs.sources.
     """
-    if not parses_defaults(recipe):
+    read = top_level(recipe, "METHOD", "DEFAULTS") if parses_defaults(recipe) else {}
+    if not {"METHOD", "DEFAULTS"} <= read.keys():
         return
-    read = top_level(recipe, "METHOD", "DEFAULTS")
     cfg = config.check(read["METHOD"], read["DEFAULTS"], configs, overrides)
-    if does_as_ours(recipe):
+    if does_as_ours(recipe) and {*keys.FILES, "reference", "dataset", "eval_dataset"} <= cfg.keys():
         _check_places(cfg)
 
 
 def _check_places(cfg: dict) -> None:
     """Folders and files of a model, a tokenizer, an adapter, a reference and pairs are there."""
-    checkpointer, reference = cfg["checkpointer"], cfg["reference"]
+    checkpointer, tokenizer = cfg["checkpointer"], cfg["tokenizer"]
     if checkpointer["_component_"].endswith("HFCheckpointer") and not checkpointer.get("checkpoint_files"):
         find_weights(checkpointer["checkpoint_dir"])
     else:
         check_folder(checkpointer["checkpoint_dir"])
-    if cfg["tokenizer"]["_component_"].endswith(".hf_tokenizer") and isinstance(cfg["tokenizer"].get("path"), str):
-        find_files(Path(cfg["tokenizer"]["path"]).expanduser())
+    if tokenizer["_component_"].endswith(".hf_tokenizer") and isinstance(tokenizer.get("path"), str):
+        find_files(Path(tokenizer["path"]).expanduser())
     if cfg.get("adapter"):
         find_adapter(cfg["adapter"])
-    if reference.get("checkpoint_dir"):
-        find_weights(reference["checkpoint_dir"], key="reference.checkpoint_dir")
+    if cfg["reference"].get("checkpoint_dir"):
+        find_weights(cfg["reference"]["checkpoint_dir"], key="reference.checkpoint_dir")
     for key in ("dataset", "eval_dataset"):
         if cfg[key]["source"]:
             check_source(cfg[key]["source"], key)

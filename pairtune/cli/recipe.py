@@ -42,12 +42,15 @@ def top_level(path: Path, *names: str) -> dict[str, Any]:
 
 
 def parses_defaults(path: Path) -> bool:
-    """Returns whether a recipe reads its command line as ours do: config.parse(METHOD, DEFAULTS)."""
+    """Returns whether a recipe comes to its config as ours do: config.parse(METHOD, DEFAULTS), from the same places."""
+    text = path.read_text(encoding="utf-8")
+    if "sys.path" in text:
+        return False
     return any(
         isinstance(node, ast.Call)
         and getattr(node.func, "attr", getattr(node.func, "id", None)) == "parse"
         and [getattr(argument, "id", None) for argument in node.args] == ["METHOD", "DEFAULTS"]
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in ast.walk(ast.parse(text))
     )
 
 

@@ -93,10 +93,8 @@ class _Said:
         self._above: dict[int, str] = {}
         for token in tokenize.generate_tokens(io.StringIO(text).readline):
             if token.type == tokenize.COMMENT:
-                stands_alone = token.line.lstrip().startswith("#")
-                (self._above if stands_alone else self._behind)[token.start[0]] = MARK.sub("", token.string).lstrip(
-                    "# "
-                )
+                comments = self._above if token.line.lstrip().startswith("#") else self._behind
+                comments[token.start[0]] = MARK.sub("", token.string).lstrip("# ")
         for statement in ast.parse(text).body:
             if "DEFAULTS" in bound_by(statement) and isinstance(getattr(statement, "value", None), ast.Dict):
                 self._read(statement.value, set())

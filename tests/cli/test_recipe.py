@@ -76,6 +76,7 @@ def test_what_sets_neither_is_no_recipe_of_this_kind(recipe):
         ("main(config.parse(METHOD, DEFAULTS | MORE))", False),
         ("main(config.parse(METHOD, DEFAULTS, sys.argv[2:]))", False),
         ("main(json.loads(sys.argv[1]))", False),
+        ("sys.path.insert(0, 'losses')\n    main(config.parse(METHOD, DEFAULTS))", False),
     ],
 )
 def test_a_recipe_that_parses_its_words_as_ours_do_is_known(recipe, call, expected):
