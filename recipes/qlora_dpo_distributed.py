@@ -3,7 +3,8 @@
     tune run recipes/qlora_dpo_distributed --config configs/llama3_8b.yaml lora.rank=16
 
 The reference policy is, by default, this model with its adapters off: no second copy is held.
-Copy this file and edit it: all that a run does is below, in order.
+Copy this file and edit it: all that a run does is below, in order. qlora_dpo_single_device.py is the same text without
+the lines that say "distributed only".
 """
 
 from pathlib import Path
@@ -36,7 +37,7 @@ METHOD = "qlora"  # picks per_method.qlora out of a config
 DEFAULTS = {
     # Where it runs, what it keeps and tells: the same in every recipe
     "output_dir": f"runs/{METHOD}_dpo",  # the run folder: config, metrics, checkpoints, curves, samples, export
-    **keys.RUN,  # seed, device, dtype, compile, save_every_n_steps, resume, eval_every_n_steps, samples, ...
+    **keys.RUN,  # seed, device, dtype, eval_every_n_steps, save_every_n_steps, keep_best, export_best, resume, ...
     **keys.DISTRIBUTED,  # data_parallel_replicate_dim, fsdp_cpu_offload, collective_timeout_s; distributed only
     **keys.FILES,  # checkpointer.checkpoint_dir and .model_type; tokenizer
     # The model and how it is trained
@@ -51,14 +52,14 @@ DEFAULTS = {
             "v_proj",
             "output_proj",
             "mlp",
-        ],  # or theirs of Hugging Face; output, router
+        ],  # Hugging Face's names, too; output, router
         "use_dora": False,  # a magnitude for each row besides: often better at small ranks, slower
         "use_rslora": False,  # scaled by alpha / sqrt(rank): for large ranks
     },
     "adapter": None,  # a folder: start from its adapter (ours, PEFT's), such as one of supervised fine-tuning
     "merge_into": "original",  # export: adapters in the base as it was; dequantized: as training saw it, in 4 bits
-    # adapter_off: the base model; start: the adapter that the run starts from; model: another folder's; none: zeros;
-    # sync: what the run starts from, moved toward the policy; cached: base, start or another folder's, computed once
+    # adapter_off: the base model; start: the adapter that the run starts from; model: of checkpoint_dir; none: zeros;
+    # sync: what the run starts from, moved toward the policy; cached: adapter_off, start or model, computed once
     "reference": {"name": "adapter_off", **keys.REFERENCE},
     "optimizer": {"_component_": "torch.optim.AdamW", "lr": 5e-6, "weight_decay": 0.0},
     # The pairs
@@ -67,7 +68,7 @@ DEFAULTS = {
     "max_length": 1024,  # tokens of prompt and longer answer
     "max_prompt_length": 512,  # tokens of the prompt; null: max_length alone decides
     "shuffle": True,  # a new order each epoch
-    # The loss and the steps that minimise it: loss=ipo, or another of the README's table, or a module by its path
+    # The loss and the steps that minimise it: loss=ipo, or another of the README's table, or loss=my_file.MyLoss
     "loss": {"_component_": "torchtune.rlhf.loss.DPOLoss", "beta": 0.1, "label_smoothing": 0.0},
     "router_aux_loss_coef": 0.0,  # of a mixture of experts: how much the loss for an even use of experts counts
     "score_end": True,  # false: the end token of either answer is not scored, as in Llama 3
@@ -91,7 +92,7 @@ def main(cfg):
     torch.manual_seed(cfg.seed)
 
     # 2. Policy and reference, on the meta device: what is wrong with a config shows before the model's weights are read
-    loss_fn = config.instantiate(cfg.loss)  # what it is called with, its class says: see losses/calling.py, Needs
+    loss_fn = config.instantiate(cfg.loss)  # what it takes besides, its class says: losses/calling.py, Needs
     reference = Reference(cfg.reference, METHOD, loss_fn, dtype=cfg.dtype, adapter=cfg.adapter, world=world)
     files = weights.open_weights(cfg.checkpointer, cfg.model)
     tokenizer = adapt(config.instantiate(cfg.tokenizer), cfg.tokenizer)
@@ -109,10 +110,10 @@ def main(cfg):
     train, held_out = read_train_and_held_out(
         cfg.dataset, cfg.eval_dataset, tokenizer, world, cfg.max_length, cfg.max_prompt_length, takes_unpaired(loss_fn)
     )
-    # steps[n] is this process's part of step n + 1, in micro-batches, over all epochs; len(steps) is an epoch's steps
+    # steps[n] is this process's part of step n + 1, over all epochs: micro-batches of at most batch_size pairs
     steps = Steps(train, cfg.pairs_per_step, cfg.batch_size, world, seed=cfg.seed, shuffle=cfg.shuffle)
     total_steps = count_steps(len(train), cfg.pairs_per_step, cfg.epochs, cfg.max_steps)
-    # A batch is one row without padding (None); rows of this length where attention is a dense mask
+    # None: the pairs of a batch lie in one row; with a dense mask: in rows of this length, padded
     length = row_length(loss_fn, [*train, *held_out], cfg.max_length) if model.pairtune.dense_attention else None
 
     def batch_of(pairs):
@@ -138,10 +139,10 @@ def main(cfg):
         for pairs in reference.unanswered(cfg.batch_size):
             reference.keep(batch_of(pairs))
 
-    with reference.alone():  # another model's values: it is gone before the policy comes
+    with reference.alone():  # the values of another model, if it is one: it leaves before the policy comes
         fill_cache()
     models.load(model, weights.Weights(files), world=world, adapter=adapter)
-    reference.attach(model)
+    reference.attach(model)  # with reference=model, its weights are read now
     fill_cache()  # the policy's own values, as it is before training
 
     # 5. Optimizer, schedule, and what is resumed: all of it is in `state`
@@ -160,12 +161,12 @@ def main(cfg):
     world.print(f"{models.sizes(model)}, {cfg.dtype} on {world}; {total_steps:,} steps of {cfg.pairs_per_step} pairs\n")
 
     # 6. Signals; the losses of a few pairs, and of all held-out ones
-    interruption = dist.Interruption(world)  # from here on SIGTERM and Ctrl-C are heard between steps
+    interruption = dist.Interruption(world)  # SIGTERM and Ctrl-C are heard between steps from here on, by all processes
 
-    def whole_step(pairs, micro, doing, iterate=iter):  # what a loss takes of all pairs, as KTO's KL: nothing in DPO
+    def over_whole_step(pairs, micro, doing, iterate=iter):  # for losses that look at all pairs at once, as KTO does
         whole = WholeStep(loss_fn, pairs, micro, steps, max_length=cfg.max_length, score_end=cfg.score_end)
         with torch.no_grad():
-            for extra in iterate(whole.first_pass):  # empty in DPO
+            for extra in iterate(whole.first_pass):  # without gradients; nothing in DPO
                 world.beat(doing)
                 batch = batch_of(extra)
                 whole.add(batch, policy_scores(model, batch, loss_fn), reference.logps(batch))
@@ -185,7 +186,7 @@ def main(cfg):
         held_out_meter, micro = metrics.Meter(), steps.share(held_out)
         model.eval()
         with torch.no_grad(), unchanged(loss_fn):
-            whole = whole_step(held_out, micro, "evaluation", interruption.unless_stopped)
+            whole = over_whole_step(held_out, micro, "evaluation", interruption.unless_stopped)
             for pairs in interruption.unless_stopped(tqdm(micro, "evaluation", leave=False, disable=not world.is_main)):
                 world.beat("evaluation")
                 pair_losses(pairs, whole, held_out_meter)
@@ -197,12 +198,12 @@ def main(cfg):
         state.note_evaluation(results, cfg.keep_best)
         world.print(f"step {state.step}: held out {metrics.summary(results, 'eval/')}")
 
-    # 7. Before the first step: the longest pairs go forward and backward, and what must hold is checked
+    # 7. Before the first step: the longest pairs go forward and backward, and policy and reference are compared
     mine = longest[world.rank :: world.size]
     with dry_run.step(model, optimizer, loss_fn, mine, world) as trial:  # leaves no gradient and no trace
-        losses = pair_losses(mine, whole_step(longest, [mine], "rehearsal"), trial.meter)
+        losses = pair_losses(mine, over_whole_step(longest, [mine], "dry run"), trial.meter)
         losses.sum().backward()
-        if not resumed:  # else the policy has left its reference
+        if not resumed:  # then the policy has moved already
             trial.check(losses, batch_of(mine), reference, dropout=not cfg.disable_dropout)
     samples = Samples(run_dir / "samples.jsonl", tokenizer, world, cfg.samples, held_out or train, seed=cfg.seed)
     samples.before(model, resumed=resumed is not None)
@@ -211,7 +212,7 @@ def main(cfg):
     progress = tqdm(total=total_steps, initial=state.step, desc="DPO", dynamic_ncols=True, disable=not world.is_main)
     meter.restart_clock()
     while True:
-        # What is due after state.step steps; in a run that is resumed, first what an interruption has left out
+        # What is due after state.step steps (null: after the last); after resuming, what an interruption has left out
         if held_out and state.is_due(cfg.eval_every_n_steps, total_steps) and state.evaluated < state.step:
             evaluate()
             meter.restart_clock()
@@ -224,7 +225,7 @@ def main(cfg):
 
         step, micro = state.step + 1, steps[state.step]
         reference.follow(step)  # reference=sync: now and then it moves toward the policy
-        whole = whole_step(steps.pairs(state.step), micro, f"step {step}")
+        whole = over_whole_step(steps.pairs(state.step), micro, f"step {step}")
         losses_of_step = []
         for pairs in micro:
             world.beat(f"step {step}")
@@ -245,7 +246,7 @@ def main(cfg):
         state.step = step
         progress.update()
         if step == 1 or state.is_due(cfg.log_every_n_steps, total_steps):
-            results = meter.read(world) | {"epoch": step / len(steps), "lr": lr} | meter.read_speed(world)
+            results = meter.read(world) | {"epoch": steps.epoch(step), "lr": lr} | meter.read_speed(world)
             log.write(step, results)
             progress.set_postfix_str(f"{metrics.summary(results)}, {results['pairs_per_second']:.1f} pairs/s")
         if step == 1:

@@ -71,7 +71,7 @@ def load(folder: Path) -> None:
     from omegaconf import OmegaConf
 
     from pairtune import dist, models
-    from pairtune.folders import weights as checkpoint
+    from pairtune.folders.weights import Weights, open_weights
 
     world = dist.connect(dist.start("cpu"))
     cfg = {
@@ -79,13 +79,13 @@ def load(folder: Path) -> None:
         "checkpoint_dir": str(folder),
         "model_type": "LLAMA3",
     }
-    files = checkpoint.open_weights(OmegaConf.create(cfg))
+    files = open_weights(OmegaConf.create(cfg))
     model = models.full({"_component_": "torchtune.models.llama3.llama3", **MODEL}, dtype="fp32")
     models.prepare(model, max_length=512)
     world.barrier()
     before = anonymous_mib()
     with Peak() as peak:
-        models.load(model, checkpoint.Weights(files), world=world)
+        models.load(model, Weights(files), world=world)
     after = anonymous_mib()
     world.barrier()
     (folder / f"rank{world.rank}").write_text(json.dumps({"peak": peak.mib - before, "kept": after - before}))

@@ -17,10 +17,10 @@ from pairtune.cli.memory import PARTS, Setting, StepMemory, pass_memory, step_me
 from pairtune.config.components import instantiate
 from pairtune.config.layers import load
 from pairtune.errors import UserError
-from pairtune.folders import weights as checkpoint
 from pairtune.folders.opening import Execution, prepare
+from pairtune.folders.weights import read_config
 from pairtune.losses.calling import needs
-from pairtune.pairs import tokenize as data
+from pairtune.pairs.rows import read_rows
 from pairtune.pairs.steps import count_steps
 from pairtune.reference.cache import BATCHES
 from pairtune.reference.sources import KNOWN, check_reference, frozen_model, has_second_model
@@ -256,7 +256,7 @@ def build(
 
 def _config_of(folder: str) -> dict:
     """Returns a folder's config.json; empty where it is not here."""
-    return checkpoint.read_config(folder) if (Path(folder) / "config.json").is_file() else {}
+    return read_config(folder) if (Path(folder) / "config.json").is_file() else {}
 
 
 def _num_shards(gpus: int, copies: int) -> int:
@@ -269,7 +269,7 @@ def _num_rows(dataset: DictConfig) -> int | None:
     """Rows to train on, of a data set that is here."""
     if not Path(dataset.source).expanduser().exists():
         return None
-    rows = data.read_rows(
+    rows = read_rows(
         dataset.source,
         split=dataset.split,
         name=dataset.name,

@@ -13,14 +13,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from pairtune import config, models
 from pairtune.errors import UserError
-from pairtune.folders import peft as adapters
-from pairtune.folders import weights as checkpoint
 from pairtune.folders.opening import Execution, make_ready
+from pairtune.folders.peft import read_adapter
+from pairtune.folders.weights import Weights, base_config, open_weights
 from pairtune.losses.calling import takes_unpaired
-from pairtune.pairs import tokenize as data
 from pairtune.pairs.formats import detect_format
 from pairtune.pairs.sources import looks_like_path
 from pairtune.pairs.steps import count_steps
+from pairtune.pairs.tokenize import Report, Rows, read_rows, split_pairs, tokenize_pairs
 from pairtune.reference import Reference
 from pairtune.reference.sources import KNOWN, is_own
 from pairtune.run import contract, rehearsal
@@ -114,16 +114,16 @@ class Validation:
 
     def _weights(self, cfg: DictConfig) -> tuple[str, Any]:
         self._must_be_here(cfg.checkpointer.checkpoint_dir, "checkpointer.checkpoint_dir")
-        weights = checkpoint.Weights(checkpoint.open_weights(cfg.checkpointer, cfg.model))
+        found = Weights(open_weights(cfg.checkpointer, cfg.model))
         base = models.full(cfg.model, dtype=cfg.dtype)  # adapters and NF4 change no name or shape of the base
-        models.check_weights(base, weights)
-        return f"{len(weights):,} tensors, names and shapes as in the model", None
+        models.check_weights(base, found)
+        return f"{len(found):,} tensors, names and shapes as in the model", None
 
     def _adapter(self, cfg: DictConfig) -> tuple[str, Any]:
         self._must_be_here(cfg.adapter, "adapter")
         self._must_be_here(cfg.checkpointer.checkpoint_dir, "checkpointer.checkpoint_dir")
         model = models.lora(cfg.model, **cfg.lora, dtype=cfg.dtype)  # NF4 changes no name or shape of an adapter
-        found = adapters.read_adapter(cfg.adapter, model, checkpoint.open_weights(cfg.checkpointer, cfg.model))
+        found = read_adapter(cfg.adapter, model, open_weights(cfg.checkpointer, cfg.model))
         return f"{len(found):,} matrices, as in the model", None
 
     def _reference(self, method: str, cfg: DictConfig, tokenizer) -> tuple[str, Any]:
@@ -134,7 +134,7 @@ class Validation:
         if block.checkpoint_dir:
             self._must_be_here(block.checkpoint_dir, "reference.checkpoint_dir")
         self._must_be_here(cfg.checkpointer.checkpoint_dir, "checkpointer.checkpoint_dir")
-        files = checkpoint.open_weights(cfg.checkpointer, cfg.model)
+        files = open_weights(cfg.checkpointer, cfg.model)
         reference.build(cfg.model, files, tokenizer, _execution(cfg, tokenizer))
         return f"{block.name}, {reference.num_parameters:,} parameters of its own", None
 
@@ -144,22 +144,22 @@ class Validation:
             raise NotHere(f"{source.source} is a data set of the Hugging Face Hub")
         self._must_be_here(source.source, f"{key}.source")
         where = {name: source[name] for name in ("split", "name", "revision", "limit")}
-        rows = data.read_rows(source.source, **where, columns=dict(source.columns), key=key)
+        rows = read_rows(source.source, **where, columns=dict(source.columns), key=key)
         if tokenizer is None:
             form = detect_format(rows.column_names, list(islice(rows, 10)), source=rows.source, key=key)
             return f"{len(rows):,} rows, {form.name}; not tokenized, for want of a tokenizer", len(rows)
         first = rows
         if self.num_rows is not None:
             part = list(islice(rows, self.num_rows))
-            first = data.Rows(part, source=rows.source, numbers=rows.numbers[: len(part)], key=key)
-        pairs, report = data.tokenize_pairs(
+            first = Rows(part, source=rows.source, numbers=rows.numbers[: len(part)], key=key)
+        pairs, report = tokenize_pairs(
             first, tokenizer, max_length=cfg.max_length, max_prompt_length=cfg.max_prompt_length,
             overlong=source.overlong, unpaired=takes_unpaired(config.instantiate(cfg.loss)),
             progress=False, key=key,
         )  # fmt: skip
         num_pairs = len(pairs) if len(first) == len(rows) else len(rows)
         if source.get("val_fraction"):
-            train, _ = data.split_pairs(range(num_pairs), source.val_fraction)
+            train, _ = split_pairs(range(num_pairs), source.val_fraction)
             num_pairs = len(train)
         return _told(report, len(rows)), num_pairs
 
@@ -182,14 +182,14 @@ def _execution(cfg: DictConfig, tokenizer) -> Execution:
 def _model(method: str, cfg: DictConfig, tokenizer) -> tuple[str, Any]:
     model = models.policy(method, cfg.model, cfg.get("lora"), dtype=cfg.dtype)
     here = Path(cfg.checkpointer.checkpoint_dir).is_dir()
-    base_config = checkpoint.base_config(cfg.checkpointer, cfg.model) if here else {}
-    make_ready(model, base_config, _execution(cfg, tokenizer))
+    known = base_config(cfg.checkpointer, cfg.model) if here else {}
+    make_ready(model, known, _execution(cfg, tokenizer))
     contract.check_router(model, cfg.get("router_aux_loss_coef", 0))
     compared = "as in config.json" if here else "not compared with config.json, which is not here"
     return f"{models.sizes(model)}, {compared}", None
 
 
-def _told(report: data.Report, num_rows: int) -> str:
+def _told(report: Report, num_rows: int) -> str:
     read = f"{report.num_rows:,}" if report.num_rows == num_rows else f"the first {report.num_rows:,} of {num_rows:,}"
     dropped = [f"{len(rows):,} dropped ({reason}; row {rows[0]})" for reason, rows in report.dropped.items()]
     return ", ".join([f"{read} rows, {report.format}: {report.num_kept:,} kept", *dropped])

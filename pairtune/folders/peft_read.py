@@ -33,7 +33,7 @@ def read_adapter(folder: str | Path, model: nn.Module, base: ModelFolder, *, key
         folder: Holds adapter_config.json and adapter_model.safetensors (or .bin) in PEFT's layout, or adapter_model.pt
             or .safetensors under torchtune's names; the latter say nothing about alpha, which is taken as it is.
         model: From models.lora; may be on the meta device. It tells rank, alpha, adapted layers and shapes.
-        base: From checkpoint.open_weights.
+        base: From weights.open_weights.
         key: The config's name for `folder`, for messages.
 
     Raises:

@@ -102,7 +102,7 @@ def loss_inputs(
     Args:
         scores: Of the policy, made with this loss's ld_alpha and weights.
         mean_chosen_length: For sft: chosen tokens / pairs, both of the whole step.
-        kl: For kto: scalar of the whole step, from losses.kto_kl over answers of `mismatched` pairs.
+        kl: For kto: scalar of the whole step, from formulas.kto_kl over answers of `mismatched` pairs.
     """
     known = vars(scores) | {"mean_chosen_length": mean_chosen_length, "kl": kl}
     names = needs(loss_fn).inputs

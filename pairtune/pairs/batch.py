@@ -142,7 +142,7 @@ def longest_row(pairs, multiple: int = 128, *, mixed_within: int | None = None) 
 
     Args:
         mixed_within: Every prompt has to fit with the answers of every other pair, too, where prompt and longer answer
-            have no more than so many tokens: see loss_needs.mismatched.
+            have no more than so many tokens: see losses/calling.py, mismatched.
     """
     prompts, longest = sorted(len(p.prompt) for p in pairs), 0
     for p in pairs:

@@ -11,7 +11,7 @@ from pairtune.pairs.tokenize import Pair
 class Steps:
     """Training steps over pairs: every pair once an epoch, the last step of an epoch holding what is left.
 
-    `len(steps)` is the number of steps in an epoch; `steps[n]`, n from 0 over all epochs, is what `rank` does in that
+    `steps[n]`, n from 0 over all epochs, is what `rank` does in that
     step: micro-batches, see `share`.
     """
 
@@ -33,7 +33,13 @@ class Steps:
         self._world = world
         self._order: tuple[int, list[int]] = (-1, [])  # the epoch it belongs to, and indices
 
-    def __len__(self) -> int:
+    def epoch(self, step: int) -> float:
+        """Returns how many times all pairs have been seen after so many steps."""
+        return step / self.per_epoch
+
+    @property
+    def per_epoch(self) -> int:
+        """The number of steps in an epoch."""
         return -(-len(self._pairs) // self._pairs_per_step)
 
     def __getitem__(self, step: int) -> list[list[Pair]]:
@@ -49,10 +55,10 @@ class Steps:
 
     def seen_in(self, num_steps: int) -> list[Pair]:
         """Returns the pairs that the first `num_steps` steps look at, each once."""
-        return [pair for step in range(min(num_steps, len(self))) for pair in self.pairs(step)]
+        return [pair for step in range(min(num_steps, self.per_epoch)) for pair in self.pairs(step)]
 
     def _members(self, step: int) -> list[int]:
-        epoch, step_in_epoch = divmod(step, len(self))
+        epoch, step_in_epoch = divmod(step, self.per_epoch)
         if self._order[0] != epoch:
             self._order = (epoch, self._shuffled(epoch))
         first = step_in_epoch * self._pairs_per_step

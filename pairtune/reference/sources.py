@@ -17,10 +17,9 @@ from torchtune.modules import TransformerDecoder
 from pairtune import models
 from pairtune.dist import World
 from pairtune.errors import UserError
-from pairtune.folders import weights as checkpoint
 from pairtune.folders.check_model import check_model
 from pairtune.folders.opening import Execution, make_ready
-from pairtune.folders.weights import ModelFolder
+from pairtune.folders.weights import ModelFolder, Weights, open_like
 from pairtune.losses.calling import needs
 from pairtune.tokenizer.hf import check_vocabulary
 
@@ -94,7 +93,7 @@ class FrozenModel:
     Attributes:
         model: On the meta device first.
         component: Its builder and arguments.
-        files: From checkpoint.open_weights.
+        files: From weights.open_weights.
         block: The config's.
     """
 
@@ -111,7 +110,7 @@ class FrozenModel:
     def load(self, world: World) -> None:
         """Gives it its weights, sharded where the policy is."""
         with _told_of(self.block):
-            models.load(self.model, checkpoint.Weights(self.files), world=world)
+            models.load(self.model, Weights(self.files), world=world)
 
     @property
     def source(self) -> dict:
@@ -153,21 +152,21 @@ def open_second_model(
 
     Args:
         reference, method, component, dtype, world: As for `frozen_model`.
-        files: The run's, from checkpoint.open_weights.
+        files: The run's, from weights.open_weights.
         tokenizer: The run's, from tokenizer.adapt: the reference reads its tokens.
 
     Raises:
-        UserError: As frozen_model, checkpoint.open_weights, check_model, check_vocabulary and models.load.
+        UserError: As frozen_model, weights.open_weights, check_model, check_vocabulary and models.load.
     """
     model = frozen_model(reference, method, component=component, dtype=dtype, world=world)
     folder = reference.get("checkpoint_dir")
     if folder:
         with _told_of(reference):
-            files = checkpoint.open_like(files, folder)
+            files = open_like(files, folder)
             check_model(model, files.config)
             check_vocabulary(tokenizer, Path(folder))
             whole = models.full(reference.get("model") or component, dtype=dtype)  # NF4 changes no name or shape
-            models.check_weights(whole, checkpoint.Weights(files))
+            models.check_weights(whole, Weights(files))
     return FrozenModel(model, reference.get("model") or component, files, reference)
 
 
