@@ -151,10 +151,10 @@ def test_ours_and_torchtunes_are_interchangeable(run, name, same):
     ("settings", "words"),
     [
         (["loss=ipoo"], "loss.name=ipoo: no such loss; nearest: ipo"),
-        (["loss=nca_pair", "loss.label_smoothing=0.1"], "loss.label_smoothing: nca_pair has no such argument"),
+        (["loss=nca_pair", "loss.label_smoothing=0.1"], "loss.label_smoothing: NcaPair has no such argument"),
         (["loss=robust", "loss.label_smoothing=0.5"], "loss.label_smoothing=0.5"),
         (["loss=sigmoid", "loss.beta=-1"], "loss.beta=-1"),
-        (["loss=simpo", "loss.f_divergence=js"], "loss.f_divergence: simpo has no such argument"),
+        (["loss=simpo", "loss.f_divergence=js"], "loss.f_divergence: Simpo has no such argument"),
         (["loss=sigmoid", "loss.f_divergence=jss"], "must be one of reverse_kl"),
         (["reference=adapter_of"], "reference.name=adapter_of"),
         (
@@ -469,7 +469,7 @@ def test_fault_label_smoothing_is_accepted_and_ignored(run):
         expected = 0.85 * math.log1p(math.exp(-margin)) + 0.15 * math.log1p(math.exp(margin))
         assert row["loss"] == pytest.approx(expected, abs=1e-5)
     assert max(abs(row["rewards/margins"]) for row in training(log)) > 0.5
-    with pytest.raises(UserError, match=r"loss.label_smoothing: ipo has no such argument"):
+    with pytest.raises(UserError, match=r"loss.label_smoothing: Ipo has no such argument"):
         run("lora_dpo_single_device", "loss=ipo", "loss.label_smoothing=0.15", name="ipo")
 
 
