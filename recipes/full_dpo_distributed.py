@@ -3,8 +3,8 @@
     tune run recipes/full_dpo_distributed --config configs/llama3_8b.yaml loss.beta=0.2
 
 The reference policy is, by default, a second model, frozen and sharded like the first: the weights are held twice.
-Copy this file and edit it: all that a run does is below, in order. full_dpo_single_device.py is the same text without
-the lines that say "distributed only".
+Copy this file and edit it: all that a run does is below, in order. What says "distributed only"
+is left out in full_dpo_single_device.py.
 """
 
 from pathlib import Path

@@ -3,8 +3,8 @@
     tune run recipes/qlora_dpo_distributed --config configs/llama3_8b.yaml lora.rank=16
 
 The reference policy is, by default, this model with its adapters off: no second copy is held.
-Copy this file and edit it: all that a run does is below, in order. qlora_dpo_single_device.py is the same text without
-the lines that say "distributed only".
+Copy this file and edit it: all that a run does is below, in order. What says "distributed only"
+is left out in qlora_dpo_single_device.py.
 """
 
 from pathlib import Path

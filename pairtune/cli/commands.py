@@ -10,6 +10,7 @@ import argparse
 import logging
 import os
 import shutil
+import signal
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -300,6 +301,11 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{prog()}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `tune ls | head` has read enough; a run that can no longer be heard is another matter
+        if name in ("run", "worker") and not {"-h", "--help"} & set(rest):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to say at exit
+        return 128 + signal.SIGPIPE
 
 
 def quiet_torchao() -> None:
