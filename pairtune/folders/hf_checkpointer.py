@@ -10,6 +10,7 @@ from torchtune.training.checkpointing._utils import (
     RECIPE_STATE_DIRNAME,
     check_outdir_not_in_ckptdir,
     get_recipe_checkpoint_path,
+    safe_torch_load,
 )
 
 from pairtune.errors import UserError
@@ -75,7 +76,7 @@ class HFCheckpointer:
         """
         if self._recipe_checkpoint is None:
             return {training.MODEL_KEY: dict(Weights(self._files))}
-        state = torch.load(self._recipe_checkpoint, map_location="cpu", weights_only=True)
+        state = safe_torch_load(self._recipe_checkpoint)
         folder = self._epoch_dir(state[training.EPOCHS_KEY] - 1)
         adapter = folder / ADAPTER_FILE
         if self._adapter_checkpoint:

@@ -131,9 +131,9 @@ class DryStep:
         _check_finite(grad_norm)
         is_start = reference.is_start and not dropout
         if is_start:
-            loop_asks = reference.was_asked
-            exact = self._check_one_model(batch, reference)
-            if loop_asks and exact and self._passes_on(reference.logps(batch)):
+            loop_asks, base_logps = reference.was_asked, reference.logps(batch)
+            exact = self._check_one_model(batch, base_logps)
+            if loop_asks and exact and self._passes_on(base_logps):
                 _check_rewards(means)
                 self._check_losses(losses)
             elif not loop_asks:
@@ -146,14 +146,14 @@ class DryStep:
                 f"{EDITED}"
             )
 
-    def _check_one_model(self, batch: PairBatch, reference: Reference) -> bool:
+    def _check_one_model(self, batch: PairBatch, base_logps: tuple[Tensor, Tensor]) -> bool:
         """Compares log-probabilities of policy and reference; returns whether they leave nothing to rounding."""
         with models.frozen(self._model):
             policy = answer_logps(self._model, batch, needs(self._loss_fn).ld_alpha)
         dtype = next(self._model.norm.parameters()).dtype
         absolute, relative = TOLERANCE[str(dtype)]
         differences = []
-        for name, ours, theirs in zip(("chosen", "rejected"), policy, reference.logps(batch), strict=True):
+        for name, ours, theirs in zip(("chosen", "rejected"), policy, base_logps, strict=True):
             for pair, logp, base in zip(self._pairs, ours.tolist(), theirs.tolist(), strict=True):
                 differences.append(abs(logp - base))
                 if not differences[-1] <= absolute + relative * abs(base):

@@ -333,7 +333,9 @@ def test_a_config_json_of_positions_or_an_activation_that_nobody_computes_here_i
 
 
 def test_scaled_positions_are_no_other_architectures():
-    model = models.full({"_component_": "torchtune.models.mistral.mistral", **SIZES, "rope_base": 5e5}, dtype="fp32")
+    model = models.full(
+        {"_component_": "torchtune.models.mistral.mistral", **SIZES, "rope_base": 500_000}, dtype="fp32"
+    )
     check_model(model, LLAMA)
     with pytest.raises(UserError, match="rope_scaling.factor is 1.0 in `model` and 8.0 in config.json"):
         check_model(model, LLAMA | {"model_type": "mistral", "rope_scaling": {"rope_type": "llama3", "factor": 8.0}})

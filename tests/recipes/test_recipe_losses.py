@@ -210,8 +210,9 @@ def test_a_loss_without_reference_loads_and_runs_none(run, capsys):
         run("full_dpo_single_device", "loss=sigmoid", "max_steps=2", "batch_size=8", name="with")
     finally:
         hook.remove()
-    # A rehearsal, two steps, an evaluation, with the reference's; then the export is compared with the model.
-    assert alone == 4 + 2 and len(forwards) == 8 + 2
+    # A dry run, two steps, an evaluation, with the reference's, and both are compared before the first step; then the
+    # export is compared with the model.
+    assert alone == 4 + 2 and len(forwards) == 8 + 2 + 2
 
 
 def test_llama_3s_option_changes_the_loss_and_stays_exact(run):
@@ -603,9 +604,9 @@ def test_a_cached_reference_gives_the_numbers_of_a_live_one_and_is_computed_once
         run(recipe, *cached, "loss=ipo", "loss.beta=0.3", "optimizer.lr=1e-4", "seed=7", name="another")
     finally:
         hook.remove()
-    # 16 pairs of the cache are looked at again; a rehearsal, ten steps and an evaluation of one batch each follow, and
-    # the export is compared with the model.
-    assert num_forwards == 2 + 1 + 10 + 1 + 2
+    # 16 pairs of the cache are looked at again; a dry run, a look at what its reference says, ten steps and an
+    # evaluation of one batch each follow, and the export is compared with the model.
+    assert num_forwards == 2 + 1 + 1 + 10 + 1 + 2
     assert len(decoders) == 2 * num_forwards  # another loss, beta, learning rate and seed: the same cache
     for one, other, third in zip(live, first, again, strict=True):
         for key in one.keys() - SPEED:
