@@ -55,12 +55,14 @@ def parses_defaults(path: Path) -> bool:
 
 
 def does_as_ours(path: Path) -> bool:
-    """Returns whether all that a recipe does from `main` on is as in one of ours: a copy may differ in its defaults."""
-    return _from_main(path) in {_from_main(ours) for ours in own("recipe").values()}
+    """Returns whether a recipe is one of ours, or a copy that differs in its docstring, METHOD and DEFAULTS only."""
+    return _without_defaults(path) in {_without_defaults(ours) for ours in own("recipe").values()}
 
 
-def _from_main(path: Path) -> str:
-    return path.read_text(encoding="utf-8").partition("\ndef main(")[2]
+def _without_defaults(path: Path) -> str:
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    body = body[1:] if isinstance(body[0], ast.Expr) else body  # the docstring
+    return ast.dump(ast.Module([s for s in body if not {"METHOD", "DEFAULTS"} & _bound(s)], []))
 
 
 def _needed(body: list[ast.stmt], asked: set[str]) -> list[ast.stmt]:

@@ -46,7 +46,7 @@ class Reference:
         copies_adapters: Whether the policy has to be built with room for a frozen copy of its adapters.
         is_start: Whether it has the weights that the run starts from: before the first update, policy and reference
             give the same log-probabilities, but for dropout.
-        was_asked: Whether `logps` was called.
+        was_asked: Whether `logps` was called where gradients are taken: by a loop, not by a step's first pass.
     """
 
     def __init__(
@@ -244,7 +244,7 @@ class Reference:
 
         None for a loss without a reference; zeros with reference=none, to which every answer is alike.
         """
-        self.was_asked = True
+        self.was_asked |= torch.is_grad_enabled()
         if not self._is_used:
             return None, None
         if self._cache:

@@ -77,16 +77,16 @@ class Checkpoints:
         self._world.beat(f"saving step {state.step}", patient=True)
         folder = self.folder(state.step)
         tensors, values = state.tensors(), state.values()
+        if self._world.agree(self._world.is_main and is_complete(folder)):  # the same weights, perhaps evaluated since
+            if self._world.is_main:
+                _note_evaluation(folder, values)
+            return
         missing = self._world.agree(self._missing_bytes(tensors) if self._world.is_main else None)
         if missing:
             self._fail(
                 f"step {state.step}: no checkpoint: {self._dir} has {_gib(missing)} less than it takes; make room, or "
                 f"lower keep_last_n={self._keep_last_n}"
             )
-            return
-        if self._world.agree(self._world.is_main and is_complete(folder)):  # the same weights, evaluated since
-            if self._world.is_main:
-                write_text(folder / VALUES, json.dumps(values), durable=True)
             return
         if self._world.is_main:
             self._dir.mkdir(parents=True, exist_ok=True)
@@ -310,6 +310,15 @@ def read_tensors(folder: Path, templates: Callable[[dict], dict[str, Tensor]], w
     except (Exception, CheckpointException) as error:  # the latter is no Exception; safetensors has its own
         raise UserError(f"resume: {folder} cannot be read: {_reason(error)}; {_WAY_OUT}") from None
     return wanted
+
+
+def _note_evaluation(folder: Path, values: dict) -> None:
+    """Adds what an evaluation of its step has found to a checkpoint that is complete; all else in it stays."""
+    saved = read_values(folder)
+    if saved["evaluated"] < values["evaluated"]:
+        fingerprint = saved["fingerprint"] | {"held_out": values["fingerprint"]["held_out"]}
+        found = {"evaluated": values["evaluated"], "best": values["best"], "fingerprint": fingerprint}
+        write_text(folder / VALUES, json.dumps(saved | found), durable=True)
 
 
 def _files(tensors: dict[str, Tensor], num_processes: int) -> dict[str, int]:

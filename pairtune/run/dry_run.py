@@ -102,12 +102,13 @@ class DryStep:
     def __init__(self, model: nn.Module, loss_fn: Callable, pairs: list[Pair], world: World):
         self.meter = Meter()
         self._model, self._loss_fn, self._pairs, self._world = model, loss_fn, pairs, world
-        self._calls: list[tuple[tuple, Tensor]] = []  # of the config's loss: positional arguments, losses [P]
+        self._calls: list[tuple[list, Tensor]] = []  # of the config's loss: the reference's values, losses [P]
         is_module = isinstance(loss_fn, nn.Module)  # of a plain function it cannot be seen that it is called
-        self._hook = loss_fn.register_forward_hook(self._note) if is_module else None
+        self._hook = loss_fn.register_forward_hook(self._note, with_kwargs=True) if is_module else None
 
-    def _note(self, module: nn.Module, arguments: tuple, values: tuple) -> None:
-        self._calls.append((arguments, values[0].detach()))
+    def _note(self, module: nn.Module, arguments: tuple, named: dict, values: tuple) -> None:
+        by_name = [named[name] for name in ("reference_chosen_logps", "reference_rejected_logps") if name in named]
+        self._calls.append(([*arguments[2:4], *by_name], values[0].detach()))
 
     def end(self) -> None:
         """Stops looking at the loss."""
@@ -136,6 +137,8 @@ class DryStep:
             if loop_asks and exact and self._passes_on(base_logps):
                 _check_rewards(means)
                 self._check_losses(losses)
+            elif loop_asks and not exact:
+                self._world.print("policy and reference agree to rounding: that rewards start at zero is not checked\n")
             elif not loop_asks:
                 self._world.print("the loop does not ask `reference`: that rewards start at zero is not checked\n")
                 is_start = False
@@ -167,9 +170,11 @@ class DryStep:
 
     def _passes_on(self, ours: tuple[Tensor, Tensor]) -> bool:
         """Whether the loop calls the config's loss, if at all, with the reference's own values, not a user's."""
-        given = self._calls[-1][0][2:4] if self._calls else ()
+        given = self._calls[-1][0] if self._calls else ours
         pairs = zip(given, ours, strict=False)
-        same = all(a is not None and a.shape == b.shape and torch.allclose(a, b, atol=EXACT) for a, b in pairs)
+        same = len(given) == 2 and all(
+            a is not None and a.shape == b.shape and torch.allclose(a, b, atol=EXACT) for a, b in pairs
+        )
         return not self._world.max_number(int(not same))
 
     def _check_losses(self, losses: Tensor) -> None:

@@ -150,10 +150,9 @@ class TrainState:
         same_metric = not self.best or self.best["metric"] == best_metric
         if not (same_held_out and same_metric):
             self.evaluated = 0
-        if self.best and not (
-            same_held_out and same_metric and is_complete(run_dir / "checkpoints" / f"step_{self.best['step']}")
-        ):
-            self.best = None
+        if self.best:
+            is_here = self.is_best or is_complete(run_dir / "checkpoints" / f"step_{self.best['step']}")
+            self.best = self.best if same_held_out and same_metric and is_here else None
 
     def load_weights(self, folder: Path) -> None:
         """Gives the model a checkpoint's weights, and changes nothing else; every process has to call it."""

@@ -86,5 +86,7 @@ def test_a_recipe_that_parses_its_words_as_ours_do_is_known(recipe, call, expect
 def test_a_copy_does_as_ours_until_what_it_does_is_edited(recipe):
     text = own("recipe")["lora_dpo_single_device"].read_text()
     assert does_as_ours(recipe(text.replace("DEFAULTS = {", 'DEFAULTS = {\n    "mine": 1,')))
-    assert not does_as_ours(recipe(text.replace("optimizer.step()", "optimizer.step()  # and more")))
+    assert does_as_ours(recipe(text.replace("optimizer.step()", "optimizer.step()  # says no more")))
+    assert not does_as_ours(recipe(text.replace("optimizer.step()", "optimizer.step(None)")))
+    assert not does_as_ours(recipe(text.replace("from pairtune.pairs.tokenize import", "from my_rows import")))
     assert sys.modules.get("pairtune_recipe") is None

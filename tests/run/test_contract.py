@@ -209,6 +209,11 @@ def test_an_edited_loop_is_not_held_to_the_loss_and_reference_of_the_config(caps
     assert "the loop does not ask `reference`" in capsys.readouterr().out
     half = lambda s, r, b: LOSS(s.chosen_logps, s.rejected_logps, *(0.5 * v for v in r.logps(b)))  # noqa: E731
     rehearse(LOSS, loop=half)  # the reference's values, changed
+    names = "reference_chosen_logps", "reference_rejected_logps"
+    named = lambda s, r, b: LOSS(  # noqa: E731
+        s.chosen_logps, s.rejected_logps, **{n: 0.5 * v for n, v in zip(names, r.logps(b), strict=True)}
+    )
+    rehearse(LOSS, loop=named)
 
 
 LOSS = DPOLoss()

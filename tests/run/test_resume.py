@@ -230,6 +230,22 @@ def test_the_newest_and_the_best_are_kept_and_the_best_can_be_exported(work):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_to_resume_changes_nothing_in_the_checkpoint_that_it_goes_on_from(work):
+    """Not when another metric is asked for by mistake, on a disk that has no room; a branch of the best keeps it."""
+    recipe, settings = "lora_dpo_single_device", ("keep_best=loss", "eval_every_n_steps=null", "epochs=1")
+    run(work, recipe, *settings)
+    state = work / "run" / "checkpoints" / "step_4" / "state.json"
+    before = state.read_text()
+    assert json.loads(before)["best"]["step"] == 4
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "_missing_bytes", lambda *_: 2**30)
+        run(work, recipe, "resume=true", "epochs=1", "eval_every_n_steps=null")
+    assert json.loads(state.read_text())["best"]["step"] == 4
+    run(work, recipe, *settings, f"resume={state.parent}", f"output_dir={work / 'branch'}")
+    branch = json.loads((work / "branch" / "checkpoints" / "step_4" / "state.json").read_text())
+    assert branch["best"] == json.loads(before)["best"]
+
+
 def test_a_run_that_has_ended_goes_on_for_more_epochs(work):
     run(work, "full_dpo_single_device")
     log = run(work, "full_dpo_single_device", "resume=true", "epochs=4")
