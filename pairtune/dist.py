@@ -265,6 +265,7 @@ class Watchdog:
         self._ended.set()
         if self._size > 1:
             self._thread.join()
+            self._store = None  # and its connection, now: one that is let go of while Python shuts down may abort it
             os.close(signal.set_wakeup_fd(-1))
             os.close(self._heard)
 

@@ -44,6 +44,7 @@ def my_losses(tmp_path, monkeypatch):
     (tmp_path / "my_losses.py").write_text(example())
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    sys.modules.pop("my_losses", None)  # another test's
     yield
     sys.modules.pop("my_losses", None)
 
