@@ -142,7 +142,7 @@ class DryStep:
             elif not loop_asks:
                 self._world.print("the loop does not ask `reference`: that rewards start at zero is not checked\n")
                 is_start = False
-        if grad_norm == 0 and (is_start or means["loss"]):  # a loss that is 0 has reached what it is for
+        if grad_norm == 0 and (is_start or means.get("loss")):  # a loss that is 0 has reached what it is for
             raise UserError(
                 "before the first update the gradient is zero: nothing would be learned. A loss that does not depend "
                 f"on the policy, or trained parameters that the answers do not depend on: look at loss and lora.modules"

@@ -40,6 +40,12 @@ EDITS = {
     "a likelihood term": [
         (CALL, f"{CALL}        losses = losses - 0.05 * scores.chosen_logps\n"),
     ],
+    "nothing but a metric of one's own": [
+        (
+            "        into.add_pairs(batch, scores, losses, chosen_rewards, rejected_rewards, kl=whole.kl)\n",
+            "        into.add(loss=losses)\n",
+        ),
+    ],
     "another logged metric": [
         (
             "        into.add_pairs(",
