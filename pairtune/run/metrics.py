@@ -204,27 +204,35 @@ def peak_memory_gib(device: torch.device) -> float:
     return kilobytes / 2**20
 
 
-CURVES = (  # panel, key, reference line
-    ("loss", "loss", math.log(2)),
+CURVES = (  # panel, key, reference line; None: what step 1 logged, since each loss starts at a value of its own
+    ("loss", "loss", None),
     ("accuracy", "rewards/accuracies", 0.5),
     ("margin", "rewards/margins", 0.0),
 )
 
 
 def plot_curves(log_path: Path, png_path: Path) -> None:
-    """Draws loss, accuracy and margin of training and evaluation over steps, from a metrics.jsonl into a PNG.
+    """Draws `draw_curves` of a metrics.jsonl into a PNG."""
+    draw_curves(read_log(log_path)).savefig(png_path, dpi=110)
 
-    The grey line is where an untrained policy stands.
+
+def draw_curves(log: list[dict]):
+    """Returns a matplotlib Figure of loss, accuracy and margin of training and evaluation over steps, a panel each.
+
+    The grey line is where an untrained policy stands: at the loss of step 1, which is before the first update; at
+    chance; at zero. A log without a step 1 has none for the loss.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # a second to import: only when there is a plot
     from matplotlib.figure import Figure
 
-    log = read_log(log_path)
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
+    first = next((row for row in log if row["step"] == 1 and "loss" in row), {})
     curves = [curve for curve in CURVES if not log or any(p + curve[1] in row for row in log for p in ("", "eval/"))]
     for axis, (title, key, start) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves, strict=True):
-        axis.axhline(start, color="0.75", linewidth=1)
+        start = first.get(key) if start is None else start
+        if start is not None:
+            axis.axhline(start, color="0.75", linewidth=1)
         for prefix, label, style in (("", "training", "-"), ("eval/", "held out", "o-")):
             points = [(row["step"], row[prefix + key]) for row in log if prefix + key in row]
             if points:
@@ -233,4 +241,4 @@ def plot_curves(log_path: Path, png_path: Path) -> None:
         axis.grid(alpha=0.25)
     if log:
         figure.axes[0].legend(frameon=False)
-    figure.savefig(png_path, dpi=110)
+    return figure

@@ -30,7 +30,7 @@ from pairtune import models
 from pairtune.errors import UserError
 from pairtune.losses.modules import LOSSES
 from pairtune.reference import cache as reference_cache
-from pairtune.run.metrics import plot_curves, read_log
+from pairtune.run.metrics import draw_curves, plot_curves, read_log
 
 # Those whose loss before the first update is that of zero margins, from the formulas at their defaults.
 AT_START = {
@@ -306,6 +306,23 @@ def test_rows_of_one_label_have_curves_of_what_they_have(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5, "rewards/chosen": 0.1, "eval/loss": 0.5}\n')
     plot_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("log", "line"),
+    [
+        ([{"step": 1, "loss": 25.0}, {"step": 1, "eval/loss": 24.0}, {"step": 2, "loss": 20.0}], 25.0),
+        ([{"step": 1, "eval/loss": 24.0}, {"step": 1, "loss": 0.5}], 0.5),
+        ([{"step": 3, "loss": 0.7}], None),  # a log whose beginning is lost
+        ([{"step": 1, "loss": None}, {"step": 2, "loss": 0.7}], None),
+        ([{"step": 1, "rewards/margins": 0.0}], None),  # an edited loop that logs no loss
+    ],
+)
+def test_the_grey_line_of_the_loss_is_where_this_loss_began(log, line):
+    panels = {axis.get_title(): axis for axis in draw_curves(log).axes}
+    grey = [drawn.get_ydata()[0] for axis in [panels.get("loss")] if axis for drawn in axis.lines
+            if drawn.get_color() == "0.75"]  # fmt: skip
+    assert grey == ([] if line is None else [line])
 
 
 def test_a_running_mean_of_rewards_survives_resuming_bit_for_bit(run, tmp_path):
