@@ -10,7 +10,7 @@ import sysconfig
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +21,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from tqdm import tqdm
 
+from pairtune import console
 from pairtune.errors import UserError
+
+# What asks a run to stop: a scheduler, a person, a terminal or a connection that has gone.
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,10 @@ class World:
         if self.is_main:
             tqdm.write(" ".join(map(str, text)))  # above a progress bar, where there is one
             sys.stdout.flush()
+
+    def progress(self, items: Sequence, doing: str) -> Iterator:
+        """Yields the items; the main process shows how many there were, see console.Progress."""
+        return console.progress(items, doing, shown=self.is_main)
 
     @property
     def shards(self) -> bool:
@@ -118,9 +126,12 @@ class World:
 def start(device: str) -> World:
     """Returns a world of one process on `device`: cpu, cuda, cuda:N, or auto (a GPU where there is one).
 
+    What the process prints from here on is kept, see console.py.
+
     Raises:
         UserError: A GPU that this machine or this build of PyTorch does not have.
     """
+    console.start()
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
         device = "cuda" if found else "cpu"
@@ -182,20 +193,22 @@ def stop(world: World) -> None:
 
 
 class Interruption:
-    """SIGTERM and SIGINT as a question between steps, in place of an end within one.
+    """SIGTERM, SIGINT and SIGHUP as a question between steps, in place of an end within one.
 
-    The first signal is noted, and `requested` tells every process of it. A second Ctrl-C ends this one at once.
+    The first signal is noted, and `requested` tells every process of it. A second Ctrl-C ends this one at once. SIGHUP
+    stays ignored where it was, under nohup.
     """
 
     def __init__(self, world: World):
         self._world, self._signal, self._since = world, 0, 0.0
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        heard = [number for number in STOPPING if not ignores_hangup() or number != signal.SIGHUP]
+        self._before = {number: signal.signal(number, self._note) for number in heard}
 
     def _note(self, number: int, frame) -> None:
         if not self._signal:
             self._signal, self._since = number, time.monotonic()
-            if self._world.is_main:  # os.write: print may be what was interrupted
-                os.write(2, f"\n{signal.Signals(number).name}: this step is finished and saved first\n".encode())
+            if self._world.is_main:
+                console.tell_at_once(f"\n{signal.Signals(number).name}: this step is finished and saved first")
         elif number == signal.SIGINT and time.monotonic() - self._since > 1.0:  # torchrun sends a Ctrl-C on
             raise KeyboardInterrupt
 
@@ -223,6 +236,11 @@ class Interruption:
             signal.signal(number, handler)
 
 
+def ignores_hangup() -> bool:
+    """Returns whether this process was started to outlive its terminal, as by nohup."""
+    return signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
 class Watchdog:
     """Ends the run when this process makes no progress, after telling where every process stands.
 
@@ -238,7 +256,7 @@ class Watchdog:
         self._main = threading.get_ident()
         self._doing, self._last, self._longest = "starting", time.monotonic(), 0.0
         self._ended = threading.Event()
-        self._patient = False
+        self._patient, self._told_by = False, None
         if size > 1:
             # A byte a signal, written even while the main thread is not in Python.
             self._heard, written = os.pipe()
@@ -251,7 +269,7 @@ class Watchdog:
             self._thread.start()
 
     def beat(self, doing: str, *, patient: bool = False) -> None:
-        """Says what the main thread does from now on, such as "step 17"; `patient` if SIGTERM may not cut it short."""
+        """Says what the main thread does from now on, such as "step 17"; `patient` if a signal may not cut it short."""
         self._patient = patient
         now = time.monotonic()
         self._longest = max(self._longest, now - self._last)
@@ -279,7 +297,7 @@ class Watchdog:
             # A step in flight gets on within this.
             patience = self._timeout_s if self._patient else max(10.0, 2 * self._longest)
             if told_to_stop and time.monotonic() - max(told_to_stop, self._last) > patience:
-                os._exit(128 + signal.SIGTERM)
+                os._exit(128 + self._told_by)
         self._store.set(f"stands/{self._rank}", f"{self._doing}, {silent:.0f} s: {self._line()}")
         time.sleep(2.0 + self._timeout_s / 10)  # the others' watchdogs wake within this
         if self._store.add("teller", 1) == 1:  # one tells, and the others wait until it has: who exits ends them all
@@ -294,9 +312,11 @@ class Watchdog:
 
     def _heard_signal(self) -> bool:
         try:
-            return any(number in (signal.SIGTERM, signal.SIGINT) for number in os.read(self._heard, 64))
+            told = [number for number in os.read(self._heard, 64) if number in STOPPING]
         except BlockingIOError:
             return False
+        self._told_by = told[0] if told else None
+        return bool(told)
 
     def _told(self, rank: int) -> str:
         key = f"stands/{rank}"

@@ -10,9 +10,8 @@ is left out in qlora_dpo_single_device.py.
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from pairtune import config, dist, models
+from pairtune import config, console, dist, models
 from pairtune.config import keys
 from pairtune.folders import peft, weights
 from pairtune.folders.export import export_checked, probe
@@ -161,7 +160,7 @@ def main(cfg):
     world.print(f"{models.sizes(model)}, {cfg.dtype} on {world}; {total_steps:,} steps of {cfg.pairs_per_step} pairs\n")
 
     # 6. Signals; the losses of a few pairs, and of all held-out ones
-    interruption = dist.Interruption(world)  # SIGTERM and Ctrl-C are heard between steps from here on, by all processes
+    interruption = dist.Interruption(world)  # SIGTERM, Ctrl-C and SIGHUP are heard between steps from here on
 
     def over_whole_step(pairs, micro, doing, iterate=iter):  # for losses that look at all pairs at once, as KTO does
         whole = WholeStep(loss_fn, pairs, micro, steps, max_length=cfg.max_length, score_end=cfg.score_end)
@@ -187,7 +186,7 @@ def main(cfg):
         model.eval()
         with torch.no_grad(), unchanged(loss_fn):
             whole = over_whole_step(held_out, micro, "evaluation", interruption.unless_stopped)
-            for pairs in interruption.unless_stopped(tqdm(micro, "evaluation", leave=False, disable=not world.is_main)):
+            for pairs in interruption.unless_stopped(world.progress(micro, "evaluation")):
                 world.beat("evaluation")
                 pair_losses(pairs, whole, held_out_meter)
         model.train()
@@ -209,7 +208,7 @@ def main(cfg):
     samples.before(model, resumed=resumed is not None)
 
     # 8. Train
-    progress = tqdm(total=total_steps, initial=state.step, desc="DPO", dynamic_ncols=True, disable=not world.is_main)
+    progress = console.Progress("step", total_steps, initial=state.step, shown=world.is_main, stays=True)
     meter.restart_clock()
     while True:
         # What is due after state.step steps (null: after the last); after resuming, what an interruption has left out
@@ -248,7 +247,7 @@ def main(cfg):
         if step == 1 or state.is_due(cfg.log_every_n_steps, total_steps):
             results = meter.read(world) | {"epoch": steps.epoch(step), "lr": lr} | meter.read_speed(world)
             log.write(step, results)
-            progress.set_postfix_str(f"{metrics.summary(results)}, {results['pairs_per_second']:.1f} pairs/s")
+            progress.tell(f"{metrics.summary(results)}, {results['pairs_per_second']:.1f} pairs/s")
         if step == 1:
             saved.check_disk_space(state)  # now that the optimizer has its state
     progress.close()

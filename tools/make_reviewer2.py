@@ -389,7 +389,9 @@ def train(model, tokenizer, *, seed: int, steps: int) -> float:
     rng = random.Random(f"batches {seed}")
     losses = []
     model.unembed = lambda h: h  # the forward stops before the vocabulary, which only the reviews' tokens then meet
-    progress = tqdm(length_buckets(rows, rng), total=steps, desc="base model", unit="step", mininterval=0.5)
+    progress = tqdm(
+        length_buckets(rows, rng), total=steps, desc="base model", unit="step", mininterval=0.5, disable=None
+    )
     for step, batch in enumerate(progress):
         length = max(len(before) + len(answer) for before, answer in batch) - 1
         tokens = torch.zeros(len(batch), length, dtype=torch.long)  # [B, S]

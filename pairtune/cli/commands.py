@@ -17,6 +17,7 @@ from pathlib import Path
 
 import yaml
 
+from pairtune import console
 from pairtune.cli.find import (
     SUFFIXES,
     find,
@@ -278,6 +279,8 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit status of one command line; a mistake in it is one line on stderr and status 2."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     quiet_torchao()
+    if name in ("run", "worker"):
+        console.survive()
     try:
         if name in ("-h", "--help"):
             print(f"usage: {prog()} COMMAND ...  (COMMAND --help tells more)\n")
@@ -301,9 +304,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{prog()}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `tune ls | head` has read enough; a run that can no longer be heard is another matter
-        if name in ("run", "worker") and not {"-h", "--help"} & set(rest):
-            raise
+    except BrokenPipeError:  # `tune ls | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to say at exit
         return 128 + signal.SIGPIPE
 

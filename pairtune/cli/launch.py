@@ -6,8 +6,12 @@ import os
 import runpy
 import signal
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from pairtune import console
 from pairtune.cli.find import is_torchtunes
 from pairtune.cli.words import prog
 from pairtune.errors import UserError
@@ -29,6 +33,8 @@ def launch(options: list[str], recipe: Path, args: list[str]) -> int:
     from torch.distributed.run import determine_local_world_size
     from torch.distributed.run import run as torchrun
 
+    from pairtune.dist import ignores_hangup
+
     parser = torchrun_parser()
     processes = 1 if is_torchtunes(recipe) else max(1, torch.cuda.device_count())
     parser.set_defaults(nproc_per_node=os.environ.get("PET_NPROC_PER_NODE", str(processes)))
@@ -46,11 +52,15 @@ def launch(options: list[str], recipe: Path, args: list[str]) -> int:
     # After a signal a step in flight is finished and saved: longer than the 30 s that torchrun waits by default. What
     # hangs is ended before that, by its watchdog.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    if ignores_hangup():  # which torchrun would undo
+        handled = parsed.signals_to_handle.split(",")
+        parsed.signals_to_handle = ",".join(name for name in handled if name.strip() != "SIGHUP")
     try:
         # Shared out: torchrun would give each process one thread, and say so in five lines.
         threads = torch.get_num_threads() // determine_local_world_size(parsed.nproc_per_node)
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
-        torchrun(parsed)
+        with _kept_by_the_run():
+            torchrun(parsed)
     except ChildFailedError as error:
         return _report_failure(*_first(error.failures))
     except SignalException as error:
@@ -60,6 +70,17 @@ def launch(options: list[str], recipe: Path, args: list[str]) -> int:
     except ValueError as error:  # e.g. --nproc_per_node gpu where there is none
         raise UserError(f"torchrun: {error}") from None
     return 0
+
+
+@contextmanager
+def _kept_by_the_run() -> Iterator[None]:
+    """Has what this process prints afterwards, such as why the run failed, kept in the run's console.log."""
+    with tempfile.NamedTemporaryFile(prefix="tune-") as note:
+        os.environ[console.WHERE] = note.name
+        try:
+            yield
+        finally:
+            console.follow(Path(note.name))
 
 
 def worker(recipe: Path, args: list[str]) -> int:

@@ -10,8 +10,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
+from pairtune.console import Progress
 from pairtune.errors import UserError
 from pairtune.files import write_text
 
@@ -83,7 +82,7 @@ def _digest_contents(paths: list[str]) -> dict[str, str]:
     total, digests = sum(sizes.values()), {}
     with (
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,  # reading and hashing release the GIL
-        tqdm(total=total, desc="reading weights", unit="B", unit_scale=True, disable=total < 2**30) as progress,
+        Progress("reading weights", total, in_bytes=True, shown=total >= 2**30) as progress,
     ):
         for path, size in sizes.items():
             whole = hashlib.sha256(str(size).encode())

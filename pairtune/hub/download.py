@@ -16,8 +16,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import WeakFileLock, tqdm
+from huggingface_hub.utils import WeakFileLock
 
+from pairtune.console import Progress
 from pairtune.errors import UserError
 from pairtune.files import parse_object, read_object, write_text
 from pairtune.folders.layout import INDEX_FILES, REPO_ID_FILE
@@ -183,17 +184,12 @@ def _is_whole(path: Path, file: File, update: Callable[[int], None] = lambda cou
 
 @contextmanager
 def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Shows bytes on a terminal; yields what counts them, from any thread."""
+    """Shows how many bytes there were; yields what counts them, from any thread."""
     if not total:
         yield lambda count: None
         return
-    with tqdm(desc=what, total=total, unit="B", unit_scale=True, unit_divisor=1024, disable=None) as bar:
-
-        def update(count: int) -> None:
-            with bar.get_lock():
-                bar.update(count)
-
-        yield update
+    with Progress(what, total, in_bytes=True, stays=True) as progress:
+        yield progress.update
 
 
 def _in_threads(work: Callable, items: list) -> None:

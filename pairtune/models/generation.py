@@ -4,8 +4,8 @@ import torch
 from torchtune.generation import generate
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.common_utils import local_kv_cache
-from tqdm import tqdm
 
+from pairtune import console
 from pairtune.dist import World
 from pairtune.errors import UserError
 
@@ -36,7 +36,7 @@ def answers(
     alike = _Alike(model, world) if world.size > 1 else model
     answered = []
     starts = range(0, len(prompts), batch_size)
-    for start in tqdm(starts, desc="answers", leave=False, disable=len(starts) < 2 or not world.is_main):
+    for start in console.progress(starts, "answers", shown=len(starts) > 1 and world.is_main):
         batch = prompts[start : start + batch_size]
         width = max(map(len, batch))
         room = min(max_new_tokens, num_positions - width)

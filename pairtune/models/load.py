@@ -44,7 +44,7 @@ def load(
     assert adapter is None or adapter.keys() == adapters, "peft.read_adapter knows the model's adapters"
     check_weights(model, state_dict)
     names = {id(module): plain_name(name) for name, module in model.named_modules()}
-    for block in [*model.layers, model]:
+    for block in world.progress([*model.layers, model], "loading weights"):
         world.beat("loading weights")
         for module in block.modules():
             _fill(module, names[id(module)], state_dict, home, world.device)

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 
-from tqdm import tqdm
-
+from pairtune import console
 from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.pairs.formats import Example, Format, Skip, detect_format
@@ -287,8 +286,8 @@ def tokenize_pairs(
     special_as = tokenizer.special_tokens_in_text
     report = Report(rows.source, form.name, tokenizer.style, len(rows), special_as=special_as)
     pairs = []
-    bar = tqdm(rows, desc="tokenize", leave=False, disable=not progress or len(rows) < 500)
-    for number, row in zip(rows.numbers, bar, strict=True):
+    told = console.progress(rows, "tokenizing", shown=progress and len(rows) >= 500)
+    for number, row in zip(rows.numbers, told, strict=True):
         if beat:
             beat("tokenizing")
         with _told(report, number):

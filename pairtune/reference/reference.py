@@ -10,7 +10,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from pairtune import models
 from pairtune.dist import World
@@ -200,7 +199,7 @@ class Reference:
         yield from share(self._cache.samples(NUM_COMPARED), batch_size, rank=rank, size=size)
         self._keep = self._cache.put
         missing = share(self._cache.missing, cache.BATCHES * batch_size, rank=rank, size=size)
-        for pairs in tqdm(missing, desc="reference", leave=False, disable=not self._world.is_main):
+        for pairs in self._world.progress(missing, "reference"):
             self._world.beat("reference")
             yield pairs
         self._cache.complete()

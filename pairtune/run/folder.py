@@ -5,11 +5,14 @@ import shutil
 from itertools import count
 from pathlib import Path
 
+from pairtune import console
 from pairtune.errors import UserError
 
 
 def make_room(run_dir: Path, resumed: Path | None = None) -> None:
     """Makes the run folder; an earlier run that it holds is kept beside it, as run_dir.1, run_dir.2, ...
+
+    It keeps what is printed from here on, and what was printed before: see console.py.
 
     Args:
         resumed: The checkpoint that the run goes on from. If it is of this folder, the folder stays; if of another one,
@@ -30,6 +33,7 @@ def make_room(run_dir: Path, resumed: Path | None = None) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     for left in run_dir.glob(".export-*"):  # by a kill
         shutil.rmtree(left, ignore_errors=True)
+    console.keep(run_dir / console.FILE)
     for name in ("metrics.jsonl", "samples.jsonl") if resumed and not continues else ():
         source = resumed.parent.parent / name
         if source.exists():

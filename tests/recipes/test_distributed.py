@@ -374,7 +374,8 @@ def test_a_loss_that_is_not_finite_on_one_process_names_its_row_and_leaves_the_c
     settings = ("shuffle=false", "save_every_n_steps=1")
     status, output, _ = run_with_peer(work, "loss={_component_: peer.Loss, end: nan}", *settings)
     assert status == 2
-    assert "step 2: the loss of rows [9] is not a finite number; no update was made" in output
+    said = "step 2: the loss of rows [9] is not a finite number; no update was made"
+    assert said in output and said in (work / "peer" / "run" / "console.log").read_text()
     assert [p.name for p in complete_checkpoints(work / "peer" / "run" / "checkpoints")] == ["step_1"]
 
 

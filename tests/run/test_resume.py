@@ -342,6 +342,9 @@ def test_harmless_changes_are_allowed_and_listed(work, capsys):
         "dataset.source",
     ):
         assert f"  changed: {line}" in told
+    kept = (work / "run" / "console.log").read_text()
+    first, second = kept.split("\n# 2")  # each run's begin with its day and its command
+    assert "stopped after step 4 of 12" in first and told.removesuffix("\n") in second
 
 
 def test_what_a_resumed_qlora_run_is_merged_into_may_change(work, capsys):
@@ -394,6 +397,20 @@ def test_a_second_ctrl_c_ends_at_once(work):
             signal.raise_signal(signal.SIGINT)
     finally:
         interruption.end()
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_hangup_is_a_signal_to_stop_unless_it_was_ignored_from_the_start(ignored):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    interruption = Interruption(World(torch.device("cpu")))
+    try:
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)  # a shell's, and the terminal's own
+        assert interruption.requested() != ignored
+        assert ignored or interruption.status == 129
+    finally:
+        interruption.end()
+        signal.signal(signal.SIGHUP, before)
 
 
 # Killed
