@@ -121,7 +121,7 @@ def main(cfg):
     rehearsal.rehearse(cfg.optimizer, cfg.lr_scheduler, cfg.loss, num_training_steps=total_steps)
     identity = fingerprint(cfg, train, held_out, files, reference.files)
     if resumed:
-        check_same(checkpoints.read_values(resumed), identity, resumed, world, total_steps=total_steps)
+        check_same(checkpoints.read_values(resumed, world), identity, resumed, world, total_steps=total_steps)
     if world.is_main:
         folder.make_room(run_dir, resumed)
         print(config.save(cfg, run_dir / "config.yaml", recipe=__file__))

@@ -2,8 +2,8 @@
 
 A checkpoint is a folder, checkpoints/step_N. torch.distributed.checkpoint writes its tensors as safetensors, each
 process its own shards, and any number of processes reads them back; the rest is state.json. Nothing is pickled. The
-folder has a temporary name until every file is on the disk; its marker, written last, lists the files. What is in one
-is told by state.TrainState.
+folder has a temporary name until every file is on the disk; its marker, written last, lists the files with their sizes
+and checksums, which resuming compares: marker.py. What is in one is told by state.TrainState.
 """
 
 import errno
@@ -24,8 +24,19 @@ from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorage
 from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.files import sync_folder, write_text
+from pairtune.run.marker import (
+    MARKER,
+    check_content,
+    check_files,
+    digest,
+    digest_file,
+    is_complete,
+    read_marker,
+    replace_file,
+    write_marker,
+)
 
-MARKER, VALUES = "COMPLETE", "state.json"
+VALUES = "state.json"
 FILE_BYTES = 2**30  # of tensors a file: safetensors holds a file's bytes a second time while it writes them
 _WAY_OUT = "remove that folder to go on from the one before it"
 
@@ -114,6 +125,7 @@ class Checkpoints:
         if folder is None:
             self._world.print("\nexport_best=true: no best checkpoint is on the disk; exported are the last weights")
             return
+        check_files(folder, self._world, way_out="resume=true export_best=false exports the last weights")
         state.load_weights(folder)
         metric = read_values(folder)["best"]["metric"]
         self._world.print(f"\nexported are the weights of {folder}, the best by the held-out {metric}")
@@ -156,37 +168,39 @@ class Checkpoints:
         """In the thread: waits for every process's files, then gives the folder its name, and its marker last."""
         try:
             written.result()
-            sizes = self._sync_files(temporary)
+            files = self._sync_files(temporary)
             if self._world.is_main:
-                write_text(temporary / VALUES, json.dumps(values), durable=True)
+                text = json.dumps(values)
+                files[VALUES] = digest(text.encode())
+                write_text(temporary / VALUES, text, durable=True)
                 sync_folder(temporary)
                 shutil.rmtree(folder, ignore_errors=True)  # one of this step that was damaged
                 temporary.rename(folder)
                 sync_folder(self._dir)
-                write_text(folder / MARKER, json.dumps(sizes), durable=True)
+                write_marker(folder, files)
                 self._prune(values["best"])
         except (Exception, CheckpointException):
             if self._world.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
 
-    def _sync_files(self, temporary: Path) -> dict[str, int]:
-        """Has every process's files on the disk, and returns their sizes, which this process sees, too."""
+    def _sync_files(self, temporary: Path) -> dict[str, list]:
+        """Has every process's files on the disk, and returns what the marker says of each, by their names."""
         own = {}
         for path in temporary.glob(f"shard-{self._world.rank + 1:05}-*.safetensors"):
             with path.open("rb") as file:
                 os.fsync(file.fileno())  # torch before 2.15 leaves what is in a buffer
-            own[path.name] = path.stat().st_size
+            own[path.name] = digest_file(path)
         parts = [own]
         if self._group is not None:
             parts = [None] * self._world.size
             torch_dist.all_gather_object(parts, own, group=self._group)
-        sizes = {name: size for part in parts for name, size in part.items()}
+        files = {name: said for part in parts for name, said in part.items()}
         if self._world.is_main:
-            for name, size in sizes.items():
+            for name, (size, _) in files.items():
                 if (temporary / name).stat().st_size != size:
                     raise OSError(f"{temporary / name} is not as long as the process that wrote it says")
-        return sizes
+        return files
 
     def _check_shared(self) -> None:
         """Raises UserError if a process does not see what the main one writes."""
@@ -234,21 +248,21 @@ def find(resume: bool | str, run_dir: Path) -> Path | None:
     """
     if resume is False:
         return None
-    own = complete_checkpoints(run_dir / "checkpoints")
+    own = complete_checkpoints(run_dir / "checkpoints", refuse=True)
     if resume in (True, "auto"):
         if own or resume == "auto":
             return own[-1] if own else None
         raise UserError(f"resume=true: {run_dir}/checkpoints holds no complete one; resume=auto starts anew then")
     folder = Path(resume)
     if not folder.name.startswith("step_"):
-        found = complete_checkpoints(folder / "checkpoints")
+        found = complete_checkpoints(folder / "checkpoints", refuse=True)
         if not found:
             raise UserError(
                 f"resume={resume}: holds no complete checkpoint; must be true, false, auto, or the path of a run "
                 "folder or of its checkpoints/step_N"
             )
         folder = found[-1]
-    if not is_complete(folder):
+    if read_marker(folder) is None or not is_complete(folder):
         raise UserError(
             f"resume={resume}: is not a complete checkpoint: it has no {MARKER}, or lacks a file named there"
         )
@@ -268,30 +282,37 @@ def _branched_from(own: Path, resume: str) -> bool:
     return origin is not None and Path(resume).resolve() in (Path(origin), Path(origin).parent.parent)
 
 
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Returns the complete checkpoints of a `checkpoints` folder, oldest first."""
-    numbered = [p for p in folder.glob("step_*") if p.name.removeprefix("step_").isdigit() and is_complete(p)]
-    return sorted(numbered, key=lambda path: int(path.name.removeprefix("step_")))
+def complete_checkpoints(folder: Path, *, refuse: bool = False) -> list[Path]:
+    """Returns the complete checkpoints of a `checkpoints` folder, oldest first.
 
-
-def is_complete(folder: Path) -> bool:
-    """Returns whether a checkpoint has its marker and every file that it lists, as long as it was.
-
-    An error of the disk is an error: a checkpoint that cannot be read now is not one that is incomplete.
+    Args:
+        refuse: Raise UserError for the newest if its marker is damaged, which else is not complete.
     """
-    try:
-        sizes = json.loads((folder / MARKER).read_text())
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return False
+    numbered = [p for p in folder.glob("step_*") if p.name.removeprefix("step_").isdigit()]
+    numbered.sort(key=lambda path: int(path.name.removeprefix("step_")))
+    if refuse and numbered:
+        read_marker(numbered[-1])
+    return [path for path in numbered if is_complete(path)]
 
 
-def read_values(folder: Path) -> dict:
-    """Returns a checkpoint's state.json."""
+def read_values(folder: Path, world: World | None = None) -> dict:
+    """Returns a checkpoint's state.json.
+
+    Args:
+        world: Compare the checksums of all its files with what was written; every process has to call it then.
+
+    Raises:
+        UserError: A file is damaged.
+    """
+    if world:
+        check_files(folder, world, way_out=_WAY_OUT)
     try:
-        return json.loads((folder / VALUES).read_text())
+        content = (folder / VALUES).read_bytes()
+        values = json.loads(content)
     except (OSError, ValueError) as error:
         raise UserError(f"resume: {folder / VALUES} cannot be read: {error}; {_WAY_OUT}") from None
+    check_content(folder, VALUES, content, way_out=_WAY_OUT)
+    return values
 
 
 def read_tensors(folder: Path, templates: Callable[[dict], dict[str, Tensor]], world: World) -> dict[str, Tensor]:
@@ -318,7 +339,7 @@ def _note_evaluation(folder: Path, values: dict) -> None:
     if saved["evaluated"] < values["evaluated"]:
         fingerprint = saved["fingerprint"] | {"held_out": values["fingerprint"]["held_out"]}
         found = {"evaluated": values["evaluated"], "best": values["best"], "fingerprint": fingerprint}
-        write_text(folder / VALUES, json.dumps(saved | found), durable=True)
+        replace_file(folder, VALUES, json.dumps(saved | found))
 
 
 def _files(tensors: dict[str, Tensor], num_processes: int) -> dict[str, int]:

@@ -16,7 +16,8 @@ from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.models.adapters import plain_name
 from pairtune.models.shard import forget_gathered
-from pairtune.run.checkpoints import is_complete, read_tensors, read_values
+from pairtune.run.checkpoints import read_tensors, read_values
+from pairtune.run.marker import is_complete
 from pairtune.run.metrics import Meter
 
 

@@ -6,7 +6,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,8 +27,9 @@ from safetensors.torch import load_file
 
 from pairtune.dist import Interruption, World
 from pairtune.errors import UserError
-from pairtune.run import samples
-from pairtune.run.checkpoints import Checkpoints, find, is_complete, read_values
+from pairtune.run import marker, samples
+from pairtune.run.checkpoints import Checkpoints, find, read_values
+from pairtune.run.marker import is_complete
 from pairtune.run.metrics import Meter, read_log
 from pairtune.run.state import TrainState
 
@@ -181,6 +184,16 @@ def test_a_checkpoint_of_two_processes_goes_on_in_any_number(two_processes, meth
                 assert row[key] == pytest.approx(wanted[key], abs=1e-6)
 
 
+def test_a_flipped_bit_in_the_other_processs_shard_ends_both_with_one_sentence(two_processes):
+    work, runs = two_processes
+    target = runs("lora").parent / "flipped"
+    shutil.copytree(runs("lora") / "cut", target)
+    (shard,) = (target / "checkpoints" / "step_6").glob("shard-00002-*")
+    flipped(shard, 0.9)
+    status, output = tune_run(work, 2, "lora", f"output_dir={target}", "resume=true")
+    assert status == 2 and output.count("is damaged") == 1 and f"{shard} is damaged" in output, output[-3000:]
+
+
 def test_a_single_device_recipe_goes_on_from_a_checkpoint_of_two_processes(two_processes):
     work, runs = two_processes
     folder = runs("lora")
@@ -277,6 +290,68 @@ def test_a_half_written_checkpoint_is_never_taken(work):
     assert find(True, work / "run").name == "step_4"
     run(work, "lora_dpo_single_device", "resume=true", "save_every_n_steps=4", "keep_last_n=3")
     assert checkpoints(work) == ["step_12", "step_4", "step_8"]
+
+
+def flipped(path, place):
+    """Turns one bit of a file, at a place from 0 to 1 in it; returns what it was."""
+    before = path.read_bytes()
+    changed = bytearray(before)
+    changed[min(int(place * len(before)), len(before) - 1)] ^= 1
+    path.write_bytes(changed)
+    return before
+
+
+@pytest.mark.parametrize("name", ["shard-00001-model-00001-of-00001.safetensors", "state.json", "COMPLETE"])
+def test_a_flipped_bit_in_any_file_of_a_checkpoint_is_refused_by_the_files_name(work, name):
+    interrupted(work, "lora_dpo_single_device", 4)
+    folder = work / "run" / "checkpoints" / "step_4"
+    for resume in (True, "auto", str(folder), str(work / "run")):
+        for place in (0, 0.001, 0.02, 0.3, 0.5, 0.77, 0.999, 1):
+            before = flipped(folder / name, place)
+            with pytest.raises(UserError, match=f"{name} is damaged: .*remove .* to go on from the|{name} cannot be"):
+                read_values(find(resume, work / "run" if resume in (True, "auto") else work / "branch"), WORLD)
+            (folder / name).write_bytes(before)
+    flipped(folder / name, 0.6)
+    with pytest.raises(UserError, match=f"{name} is damaged"):
+        run(work, "lora_dpo_single_device", "resume=true")
+    (folder / name).write_bytes(before)
+    (shard,) = folder.glob("*.safetensors")
+    (folder / "COMPLETE").write_text(json.dumps({shard.name: shard.stat().st_size}))  # of an earlier version
+    assert run(work, "lora_dpo_single_device", "resume=true")[-1]["step"] == 12
+
+
+def test_a_best_checkpoint_that_was_damaged_meanwhile_is_not_exported(work, monkeypatch):
+    settings = ("keep_best=loss", "eval_every_n_steps=4", "epochs=1", "samples.num_prompts=0")
+    run(work, "lora_dpo_single_device", *settings)
+    flipped(next((work / "run" / "checkpoints" / "step_4").glob("*.safetensors")), 0.5)
+    saved = Checkpoints(work / "run", WORLD, keep_last_n=1)
+    with pytest.raises(UserError, match="damaged: .*; resume=true export_best=false exports the last weights"):
+        saved.load_best(SimpleNamespace(best={"step": 4, "metric": "loss", "value": 0.5}))
+
+
+@pytest.mark.parametrize("written", [0, 1, 2, 3])
+def test_a_kill_while_an_evaluation_is_noted_leaves_the_checkpoint_whole(tmp_path, monkeypatch, written):
+    """state.json is replaced between two writes of the marker: a kill before any of the three, and behind all."""
+    (tmp_path / "state.json").write_text('{"evaluated": 0}')
+    (tmp_path / "a.safetensors").write_bytes(bytes(100))
+    marker.write_marker(tmp_path, {path.name: marker.digest_file(path) for path in tmp_path.iterdir()})
+    write, left = marker.write_text, iter([*[True] * written, False])
+
+    def killed(*args, **options):
+        if not next(left):
+            raise KeyboardInterrupt
+        write(*args, **options)
+
+    monkeypatch.setattr(marker, "write_text", killed)
+    with suppress(KeyboardInterrupt):
+        marker.replace_file(tmp_path, "state.json", '{"evaluated": 12345}')
+    assert is_complete(tmp_path) and read_values(tmp_path, WORLD)["evaluated"] == (12345 if written > 1 else 0)
+    monkeypatch.setattr(marker, "write_text", write)
+    marker.replace_file(tmp_path, "state.json", '{"evaluated": 6}')
+    assert read_values(tmp_path, WORLD)["evaluated"] == 6
+    flipped(tmp_path / "state.json", 0.99)
+    with pytest.raises(UserError, match="state.json"):
+        read_values(tmp_path, WORLD)
 
 
 def test_resume_true_needs_a_checkpoint_and_auto_does_not(work):
