@@ -5,19 +5,17 @@ A conversation is a list of messages, `{"role", "content"}`. What becomes of the
 
 import json
 import shutil
-from collections.abc import Sequence
 from datetime import date, datetime, time
 from pathlib import Path
 
 import jinja2
 from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
 
 from pairtune.errors import UserError
 from pairtune.files import read_object
+from pairtune.tokenizer.sandbox import Sandbox
 
 ANSWER_END = "\ue000"  # private use: stands behind an answer to find what a template writes after it
-MOST_STEPS = 1_000_000  # of a template's counting loops, in one conversation
 SPEAKER = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "tool": "\n\nTool: ", "system": "\n\n"}
 
 
@@ -39,12 +37,9 @@ class ChatTemplate:
 
     def __init__(self, source: str, special: dict[str, str], day: date | None = None):
         self.source, self._special = source, special
-        environment = _Sandbox(
+        self._environment = environment = Sandbox(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"]
         )
-        environment.filters["tojson"] = _tojson
-        environment.globals.update(range=self._range, dict=_Dict(), namespace=_Namespace)
-        self._steps = 0
         environment.globals.update(raise_exception=_raise)
         if day:  # not today: a run that is resumed tomorrow, and another process, must read the same tokens
             environment.globals.update(strftime_now=datetime.combine(day, time()).strftime)
@@ -60,10 +55,10 @@ class ChatTemplate:
 
         Raises:
             Refusal: The template refuses the conversation: many know no system role, or want roles to alternate.
-            UserError: It needs a day and has none, or counts for ever.
+            UserError: It needs a day and has none, counts for ever, or writes without end.
         """
         values = {**self._special, "messages": messages, "tools": None, "documents": None}
-        self._steps = 0
+        self._environment.budget.begin(sum(len(message["content"]) for message in messages))
         try:
             return self._template.render(**values, add_generation_prompt=add_generation_prompt)
         except UserError:
@@ -80,15 +75,6 @@ class ChatTemplate:
                 "Remove it, or give a template that takes it: chat_template=FILE.jinja or chat_template=plain.",
                 str(error),
             ) from error
-
-    def _range(self, *bounds: int) -> "_CountedRange":
-        return _CountedRange(safe_range(*bounds), self)
-
-    def count_step(self) -> None:
-        """Ends a template that would count for ever, as a loop in a loop in a loop can."""
-        self._steps += 1
-        if self._steps > MOST_STEPS:
-            raise UserError(f"The chat template counts more than {MOST_STEPS:,} steps; give another one.")
 
     def tail_length(self, messages: list[dict], text: str) -> int:
         """Returns how many characters of `text`, the rendered messages, stand behind the last message's content.
@@ -198,50 +184,6 @@ def _own_template(folder: Path, config: dict) -> str | None:
     return named["default"]
 
 
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's own writes nothing where a template reaches for Python's inside, such as ''.__class__; here it ends."""
-
-    def unsafe_undefined(self, obj, attribute: str):
-        raise jinja2.sandbox.SecurityError(f"access to attribute {attribute!r} of a {type(obj).__name__} is unsafe")
-
-
-class _Dict:
-    """A template's dict(...) and dict.fromkeys(...), and nothing else that Python's class can do."""
-
-    fromkeys = staticmethod(dict.fromkeys)
-
-    def __call__(self, *args, **kwargs) -> dict:
-        return dict(*args, **kwargs)
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """A template's namespace(...), which takes no name of Python's inside."""
-
-    def __init__(self, /, *args, **kwargs):
-        values = dict(*args, **kwargs)
-        for name in values:
-            _check_name(name)
-        super().__init__(values)
-
-    def __setitem__(self, name, value):
-        _check_name(name)
-        super().__setitem__(name, value)
-
-
-class _CountedRange(Sequence):
-    """A template's range(...), which counts what is taken from it."""
-
-    def __init__(self, numbers: range, template: ChatTemplate):
-        self._numbers, self._template = numbers, template
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __getitem__(self, index):
-        self._template.count_step()
-        return self._numbers[index]
-
-
 class _GenerationTag(Extension):
     """`{% generation %}` marks answers for other trainers; here its body is simply written."""
 
@@ -250,16 +192,6 @@ class _GenerationTag(Extension):
     def parse(self, parser):
         next(parser.stream)
         return jinja2.nodes.Scope(parser.parse_statements(["name:endgeneration"], drop_needle=True))
-
-
-def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    """Jinja's own filter escapes <, > and & for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _check_name(name: str) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.sandbox.SecurityError(f"a namespace's attribute {name!r} begins with an underscore")
 
 
 def _raise(message: str):
