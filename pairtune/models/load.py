@@ -28,9 +28,9 @@ def load(
     """Fills a model built on the meta device, base weights from `state_dict`, and shards it.
 
     Weights take the model's dtype; NF4 ones are quantized from the checkpoint's values on the device. Adapters are
-    `adapter`'s or, without it, initialised from torch's global generator: seed it before, alike in every process. In a
-    distributed world each layer is sharded (FSDP2) as soon as it is filled, so that a process never holds more than its
-    shards and one layer.
+    `adapter`'s or, without it, drawn by the CPU's global generator, the same on every device: seed it before, alike in
+    every process. In a distributed world each layer is sharded (FSDP2) as soon as it is filled, so that a process never
+    holds more than its shards and one layer.
 
     Args:
         state_dict: The whole checkpoint under torchtune's names, in each process: weights.Weights.
@@ -137,12 +137,15 @@ def _fill(module: nn.Module, name: str, state_dict: Mapping[str, Tensor], home: 
 def _fill_adapter(
     module: LoRALinear | DoRALinear, name: str, adapter: Mapping[str, Tensor] | None, home: torch.device
 ) -> None:
-    module.lora_a.to_empty(device=home)
-    module.lora_b.to_empty(device=home)
+    # A GPU's generator would draw other adapters, and so make another run of it.
+    for part in (module.lora_a, module.lora_b):
+        part.to_empty(device="cpu" if adapter is None else home)
     if isinstance(module, DoRALinear):
         module.magnitude = nn.Parameter(torch.empty_like(module.magnitude, device=home))
     if adapter is None:
         module.initialize_parameters()
+        module.lora_a.to(home)
+        module.lora_b.to(home)
         if isinstance(module, DoRALinear):
             module.initialize_dora_magnitude()
     else:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import NF4_SIZES, SIZES, random_pairs, tiny_llama
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 from torchtune.modules.peft import LoRALinear, disable_adapter
 
@@ -51,6 +52,40 @@ def test_only_adapters_are_trained():
     assert trained == {name for name, _ in model.named_parameters() if "lora_" in name}
     assert len(trained) == 3 * 5 * 2  # layers, adapted matrices, A and B
     assert all(p.requires_grad for p in loaded("full").parameters())
+
+
+class Draws(TorchDispatchMode):
+    """Notes what is drawn by chance, and on which device."""
+
+    def __init__(self):
+        super().__init__()
+        self.values, self.devices = [], set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        if torch.Tag.nondeterministic_seeded in operation.tags:
+            self.devices.add(result.device.type)
+            self.values.append(result.clone())
+        return result
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "bf16"}, {"use_dora": True}, {"quantize_base": True}])
+def test_fresh_adapters_are_drawn_on_the_cpu_whatever_the_runs_device(options):
+    """As they are there, bit for bit; meta stands for another device: what is drawn on it is drawn nowhere."""
+    sizes, drawn = NF4_SIZES, {}
+    weights = tiny_llama(**sizes).state_dict()
+    for device in ("cpu", "meta"):
+        model = models.lora(component(sizes), **LORA | options)
+        models.prepare(model, max_length=128)
+        torch.manual_seed(7)
+        with Draws() as draws:
+            models.load(model, weights, world=World(torch.device(device)))
+        assert draws.devices == {"cpu"}
+        drawn[device] = draws.values
+        if device == "cpu":
+            adapters = [p for name, p in model.named_parameters() if name.endswith("lora_a.weight")]
+    assert len(drawn["cpu"]) == len(adapters) and all(map(torch.equal, drawn["cpu"], adapters))
+    assert all(map(torch.equal, drawn["meta"], adapters))
 
 
 def test_adapters_off_is_the_base_bit_for_bit():
