@@ -23,7 +23,7 @@ from pairtune.pairs.batch import lay_out
 from pairtune.pairs.steps import Steps, count_steps
 from pairtune.pairs.tokenize import read_train_and_held_out
 from pairtune.reference import Reference
-from pairtune.run import checkpoints, contract, dry_run, folder, metrics, rehearsal
+from pairtune.run import checkpoints, contract, dry_run, folder, metrics, optimizers, rehearsal
 from pairtune.run.fingerprint import check_same, fingerprint
 from pairtune.run.samples import Samples
 from pairtune.run.state import TrainState
@@ -43,6 +43,7 @@ DEFAULTS = {
     # sync: what the run starts from, moved toward the policy
     "reference": {"name": "model", **keys.REFERENCE},
     "optimizer": {"_component_": "torch.optim.AdamW", "lr": 5e-7, "weight_decay": 0.0},
+    "decay_norms_and_biases": False,  # true: weight_decay shrinks parameters of one dimension, too
     # The pairs
     "dataset": {**keys.ROWS, "val_fraction": None},  # val_fraction=0.1 holds out the last tenth for evaluation
     "eval_dataset": {**keys.ROWS, "source": None},  # null: val_fraction, or no evaluation
@@ -101,7 +102,7 @@ def main(cfg):
     contract.check_router(model, cfg.router_aux_loss_coef)
     contract.check_loss(loss_fn, train, held_out, pairs_per_step=cfg.pairs_per_step, keep_best=cfg.keep_best)
     reference.check_moves(total_steps)
-    rehearsal.rehearse(cfg.optimizer, cfg.lr_scheduler, cfg.loss, num_training_steps=total_steps)
+    rehearsal.rehearse(cfg.optimizer, cfg.lr_scheduler, cfg.loss, model, world, num_training_steps=total_steps)
     identity = fingerprint(cfg, train, held_out, files, reference.files)
     if resumed:
         check_same(checkpoints.read_values(resumed, world), identity, resumed, world, total_steps=total_steps)
@@ -124,7 +125,7 @@ def main(cfg):
     fill_cache()  # the policy's own values, as it is before training
 
     # 5. Optimizer, schedule, and what is resumed: all of it is in `state`
-    optimizer = config.instantiate(cfg.optimizer, [p for p in model.parameters() if p.requires_grad])
+    optimizer = optimizers.make(cfg.optimizer, model.parameters(), cfg.decay_norms_and_biases)
     scheduler = config.instantiate(cfg.lr_scheduler, optimizer, num_training_steps=total_steps, last_epoch=-1)
     contract.check_trained(model, optimizer)
     for line in advice_for(cfg.loss, cfg.optimizer.lr, METHOD, train) + weights.rounding(files, cfg.dtype):

@@ -247,6 +247,7 @@ _LEARNING = (
     Key("optimizer"),
     Key("optimizer.lr", rule=above(0), elsewhere=("learning_rate", "lr")),
     Key("optimizer.weight_decay", elsewhere=("weight_decay",)),
+    Key("decay_norms_and_biases"),
     Key("max_length", rule=at_least(2), resume="by result", elsewhere=("max_seq_len",)),
     Key("max_prompt_length", rule=at_least(1), resume="by result", nullable=True),
     Key("shuffle"),

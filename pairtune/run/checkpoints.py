@@ -151,8 +151,8 @@ class Checkpoints:
     def check_disk_space(self, state) -> None:
         """Raises UserError, or tells, if the disk has no room for as many checkpoints as are kept, and one more."""
         if self._keep_last_n:
-            copies = self._keep_last_n + 1
-            missing = self._world.agree(self._missing_bytes(state.tensors(), copies) if self._world.is_main else None)
+            copies, tensors = self._keep_last_n + 1, state.tensors()
+            missing = self._world.agree(self._missing_bytes(tensors, copies) if self._world.is_main else None)
             if missing:
                 self._fail(
                     f"{self._dir} has {_gib(missing)} less than {copies} checkpoints take (keep_last_n="
@@ -160,7 +160,9 @@ class Checkpoints:
                 )
 
     def _missing_bytes(self, tensors: dict[str, Tensor], copies: int = 1) -> int:
-        needed = copies * sum(t.numel() * t.element_size() for t in tensors.values())  # a DTensor counts whole
+        # A DTensor counts whole; of pieces, this process's stand for all.
+        pieces = sum(_bytes(t) for name, t in tensors.items() if name.startswith("local."))
+        needed = copies * (sum(map(_bytes, tensors.values())) + pieces * (self._world.num_shards - 1))
         exists = next(p for p in (self._dir, *self._dir.parents) if p.exists())
         return max(0, needed - shutil.disk_usage(exists).free)
 
@@ -328,6 +330,8 @@ def read_tensors(folder: Path, templates: Callable[[dict], dict[str, Tensor]], w
     try:
         wanted = templates(reader.read_metadata().state_dict_metadata)
         dcp.load(wanted, storage_reader=reader, no_dist=world.mesh is None)
+    except UserError:
+        raise
     except (Exception, CheckpointException) as error:  # the latter is no Exception; safetensors has its own
         raise UserError(f"resume: {folder} cannot be read: {_reason(error)}; {_WAY_OUT}") from None
     return wanted
@@ -356,6 +360,10 @@ def _files(tensors: dict[str, Tensor], num_processes: int) -> dict[str, int]:
 
 def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*")) if folder.exists() else 0
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _gib(num_bytes: int) -> str:

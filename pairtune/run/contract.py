@@ -15,6 +15,7 @@ from pairtune.errors import UserError
 from pairtune.losses.calling import needs
 from pairtune.models.experts import mixtures_of
 from pairtune.pairs.tokenize import Pair
+from pairtune.run.optimizers import parameters_of
 
 TOLERANCE = 0.01  # of losses and margins that are exact but for rounding, bf16 included
 
@@ -115,7 +116,7 @@ def check_trained(model: nn.Module, optimizer: Optimizer) -> None:
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     if not trained:
         raise UserError("model: has no trainable parameter; in a LoRA recipe, lora.modules says where adapters go")
-    missing = trained - {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = trained - {id(p) for p in parameters_of(optimizer)}
     if missing:
         raise UserError(f"optimizer: does not have {len(missing)} of {len(trained)} trainable parameters")
 

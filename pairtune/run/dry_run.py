@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pairtune import models
+from pairtune.config.rules import one_line
 from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.losses.calling import loss_at_start, needs, unchanged
@@ -23,6 +24,8 @@ from pairtune.pairs.tokenize import Pair
 from pairtune.reference import Reference
 from pairtune.reference.cache import TOLERANCE
 from pairtune.run.metrics import Meter
+from pairtune.run.optimizer_state import OptimizerState
+from pairtune.run.optimizers import forget_state, groups_of, make_state, parts
 
 EXACT = 1e-3  # nats: closer than this, policy and reference leave nothing to rounding
 LOSS_TOLERANCE = 0.01  # of losses and rewards that are exact but for rounding
@@ -52,13 +55,13 @@ def step(
     Raises:
         UserError: Out of memory; the pairs' rows and lengths are named.
     """
-    made, groups = not optimizer.state, [_without_params(group) for group in optimizer.param_groups]
+    made, groups = not any(part.state for part in parts(optimizer)), copy.deepcopy(groups_of(optimizer))
     generators = [world.device] if world.device.type == "cuda" else []
     dry_step = DryStep(model, loss_fn, pairs, world)
     try:
         with torch.random.fork_rng(devices=generators), unchanged(loss_fn):
             if made:
-                _make_state(optimizer)
+                _make_state(model, optimizer, world)
             yield dry_step
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
@@ -73,23 +76,25 @@ def step(
         dry_step.end()
         optimizer.zero_grad()
         if made:
-            optimizer.state.clear()
+            forget_state(optimizer)
         for group, before in zip(optimizer.param_groups, groups, strict=True):
             group.update(before)  # some optimizers count steps there
 
 
-def _make_state(optimizer: Optimizer) -> None:
-    """A step of no gradient at no learning rate: it moves nothing and allocates what steps need."""
-    for group in optimizer.param_groups:
-        group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def _without_params(group: dict) -> dict:
-    return {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
+def _make_state(model: nn.Module, optimizer: Optimizer, world: World) -> None:
+    try:
+        make_state(optimizer)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if "can't allocate memory" in str(error):
+            raise
+        raise UserError(
+            f"optimizer: {type(optimizer).__name__} cannot step on this model and device ({one_line(error)}); use "
+            "another, such as torch.optim.AdamW"
+        ) from error
+    trained = {models.plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    OptimizerState(optimizer, trained, world).check()
 
 
 class DryStep:

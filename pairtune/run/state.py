@@ -1,6 +1,5 @@
 """What a run is after a number of steps: all that resuming means, as tensors and as JSON, and back."""
 
-import json
 import math
 import warnings
 from collections.abc import Callable
@@ -19,6 +18,8 @@ from pairtune.models.shard import forget_gathered
 from pairtune.run.checkpoints import read_tensors, read_values
 from pairtune.run.marker import is_complete
 from pairtune.run.metrics import Meter
+from pairtune.run.optimizer_state import OptimizerState, as_before, as_numbers, check_json
+from pairtune.run.optimizers import make_state
 
 
 class TrainState:
@@ -58,10 +59,10 @@ class TrainState:
         self._loss = {f"loss.{name}": buffer for name, buffer in buffers.items()}
         self._trained = {plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
         self._optimizer, self._scheduler, self._meter, self._world = optimizer, scheduler, meter, world
+        self._kept = OptimizerState(optimizer, self._trained, world)
         if scheduler:
-            _check_json(scheduler.state_dict(), "lr_scheduler")
-        for group in self._param_groups():
-            _check_json(group, "optimizer")
+            check_json(as_numbers(scheduler.state_dict()), "lr_scheduler", "lr_scheduler")
+        check_json(self._kept.groups(), "optimizer", "optimizer")
 
     def is_due(self, every_n_steps: int | None, total_steps: int) -> bool:
         """Returns whether something is to be done after this step: at the end, and every so many steps."""
@@ -87,10 +88,7 @@ class TrainState:
         """Returns this process's tensors by their names in a checkpoint: weights, optimizer, generators, sums."""
         rank = self._world.rank
         tensors = {f"model.{name}": p.data for name, p in self._trained.items()}
-        for name, p in self._trained.items():
-            for key, value in self._optimizer.state[p].items():
-                if isinstance(value, Tensor):
-                    tensors[f"optimizer.{name}.{key}"] = value
+        tensors |= self._kept.tensors()
         tensors[f"generator.{rank}.cpu"] = torch.get_rng_state()
         if self._world.device.type == "cuda":
             tensors[f"generator.{rank}.cuda"] = torch.cuda.get_rng_state(self._world.device)
@@ -100,29 +98,20 @@ class TrainState:
 
     def values(self) -> dict:
         """Returns all that is not a tensor, as JSON can hold it."""
-        optimizer = {
-            name: {k: v for k, v in self._optimizer.state[p].items() if not isinstance(v, Tensor)}
-            for name, p in self._trained.items()
-        }
         return {
             "step": self.step,
             "evaluated": self.evaluated,
             "best": self.best,
             "origin": self.origin,
             "num_processes": self._world.size,
+            "num_shards": self._world.num_shards if self._world.shards else 1,
             "torch": torch.__version__,
             "meter": self._meter.state()[0],
-            "scheduler": self._scheduler.state_dict() if self._scheduler else None,
-            "optimizer": {name: values for name, values in optimizer.items() if values},
-            "param_groups": self._param_groups(),
+            "scheduler": as_numbers(self._scheduler.state_dict()) if self._scheduler else None,
+            "optimizer": self._kept.values(),
+            "param_groups": self._kept.groups(),
             "fingerprint": self.fingerprint,
         }
-
-    def _param_groups(self) -> list[dict]:
-        return [
-            {k: v.item() if isinstance(v, Tensor) else v for k, v in group.items() if k != "params"}
-            for group in self._optimizer.param_groups
-        ]
 
     def load(self, folder: Path, run_dir: Path, *, best_metric: str | None = None) -> None:
         """Becomes what a checkpoint holds; every process has to call it.
@@ -132,11 +121,23 @@ class TrainState:
             best_metric: It is also forgotten if it was the best by another one, or of other held-out pairs.
 
         Raises:
-            UserError: A file is damaged, or the schedule cannot go on for another number of steps.
+            UserError: A file is damaged, or optimizer or schedule cannot go on from it.
         """
-        values = read_values(folder)
-        wanted = read_tensors(folder, lambda saved: self._templates(saved, values), self._world)
-        self._load_optimizer(wanted, values)
+        values, found = read_values(folder), {}
+        if len(values["param_groups"]) != len(self._optimizer.param_groups):
+            raise UserError(
+                f"resume: {folder} has an optimizer of {len(values['param_groups'])} parameter groups, this run of "
+                f"{len(self._optimizer.param_groups)}: it was written when norms and biases were decayed, too; go on "
+                "with decay_norms_and_biases=true"
+            )
+        make_state(self._optimizer)  # as its own step makes it, and then each tensor is filled
+
+        def templates(saved: dict) -> dict[str, Tensor]:
+            found.update(saved)
+            return self._templates(saved, values)
+
+        wanted = read_tensors(folder, templates, self._world)
+        self._kept.load(wanted, values["optimizer"], values["param_groups"], found)
         if self._scheduler:
             self._load_scheduler(values)
         self._load_meter(wanted, values)
@@ -166,41 +167,16 @@ class TrainState:
         rank, same_size = self._world.rank, values["num_processes"] == self._world.size
         wanted = {f"model.{name}": p.data for name, p in self._trained.items()} | self._loss
         wanted |= self._reference.tensors() if self._reference else {}
+        wanted |= self._kept.templates(saved, values.get("num_shards"))
         for key, found in saved.items():
             kind, _, rest = key.partition(".")
             dtype, shape = found.properties.dtype, found.size
-            if kind == "optimizer":
-                parameter = self._trained[rest.rpartition(".")[0]]
-                like_parameter = shape == parameter.shape
-                wanted[key] = (
-                    torch.zeros_like(parameter.data, dtype=dtype) if like_parameter else torch.zeros(shape, dtype=dtype)
-                )
-            elif kind == "generator":
+            if kind == "generator":
                 if rest.startswith(f"{rank}.") and rest.endswith(("cpu", self._world.device.type)):
                     wanted[key] = torch.zeros(shape, dtype=dtype)
             elif kind == "meter" and (int(rest) == rank if same_size else rank == 0):
                 wanted[key] = torch.zeros(shape, dtype=dtype)
         return wanted
-
-    def _load_optimizer(self, wanted: dict[str, Tensor], values: dict) -> None:
-        state_dict = self._optimizer.state_dict()
-        indices = [i for group in state_dict["param_groups"] for i in group["params"]]
-        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-        names = {id(p): name for name, p in self._trained.items()}
-        for index, parameter in zip(indices, parameters, strict=True):
-            prefix = f"optimizer.{names[id(parameter)]}."
-            state_dict["state"][index] = {
-                **{key.removeprefix(prefix): value for key, value in wanted.items() if key.startswith(prefix)},
-                **values["optimizer"].get(names[id(parameter)], {}),
-            }
-        for group, saved in zip(state_dict["param_groups"], values["param_groups"], strict=True):
-            group.update({k: _as_before(v, group.get(k)) for k, v in saved.items()})
-        self._optimizer.load_state_dict(state_dict)
-        for parameter in parameters:  # which torch has cast to the weight's dtype
-            state, prefix = self._optimizer.state[parameter], f"optimizer.{names[id(parameter)]}."
-            for key, value in state.items():
-                if prefix + key in wanted:
-                    state[key] = wanted[prefix + key].to(value.device)
 
     def _load_scheduler(self, values: dict) -> None:
         then, now = values["fingerprint"]["config"], self.fingerprint["config"]
@@ -209,13 +185,13 @@ class TrainState:
                 f"resume: {type(self._scheduler).__name__} cannot go on for another number of steps; leave epochs and "
                 "max_steps as they were, or use pairtune.schedules.cosine"
             )
-        self._scheduler.load_state_dict(values["scheduler"])
+        self._scheduler.load_state_dict(as_before(values["scheduler"], self._scheduler.state_dict()))
         if isinstance(self._scheduler, LambdaLR):
             # The next step's rate, by this run's schedule: another number of epochs makes another curve.
             schedule = zip(self._scheduler.base_lrs, self._scheduler.lr_lambdas, strict=True)
             rates = [lr * share(self._scheduler.last_epoch) for lr, share in schedule]
             for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
+                group["lr"] = as_before(float(rate), group["lr"])
 
     def _load_meter(self, wanted: dict[str, Tensor], values: dict) -> None:
         found = [value for key, value in wanted.items() if key.startswith("meter.")]
@@ -223,34 +199,8 @@ class TrainState:
         self._meter.load_state(values["meter"], sums, self._world.device)
 
 
-def _check_json(values: dict, key: str) -> None:
-    """Refuses what would not come back from state.json as it was, before training and not at the first save."""
-    try:
-        back = json.loads(json.dumps(values))
-    except (TypeError, ValueError) as error:
-        back = error
-    if back != _with_lists(values):
-        raise UserError(
-            f"{key}: its state cannot be saved as JSON ({back if isinstance(back, Exception) else values}), and a run "
-            f"could not be resumed exactly; name another {key}"
-        )
-
-
-def _with_lists(node):
-    if isinstance(node, dict):
-        return {key: _with_lists(value) for key, value in node.items()}
-    return [_with_lists(value) for value in node] if isinstance(node, (list, tuple)) else node
-
-
 def _is_within(folder: Path, run_dir: Path) -> bool:
     return folder.resolve().parent == (run_dir / "checkpoints").resolve()
-
-
-def _as_before(value, current):
-    """What JSON made of a value, in the type that it has in the optimizer."""
-    if isinstance(current, Tensor):
-        return torch.as_tensor(value, dtype=current.dtype, device=current.device)
-    return tuple(value) if isinstance(current, tuple) else value
 
 
 def is_better(value: float, best: dict | None, metric: str) -> bool:
