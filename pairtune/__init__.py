@@ -1,9 +1,8 @@
 """Direct Preference Optimization recipes on torchtune. The recipes hold the loop; this package holds the leaves."""
 
-import importlib
 import sys
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
+
+from pairtune import torchao_names
 
 __version__ = "0.1.0"
 
@@ -18,17 +17,5 @@ MOVED = {
 }
 
 
-class _Moved(MetaPathFinder, Loader):
-    """Imports a module of MOVED from where it is now; it is the same module under both names."""
-
-    def find_spec(self, name: str, path=None, target=None) -> ModuleSpec | None:
-        return ModuleSpec(name, self) if name in MOVED else None
-
-    def create_module(self, spec: ModuleSpec) -> None:
-        return None
-
-    def exec_module(self, module) -> None:
-        sys.modules[module.__name__] = importlib.import_module(MOVED[module.__name__])
-
-
-sys.meta_path.append(_Moved())
+sys.meta_path.append(torchao_names.Moved(MOVED))
+torchao_names.install()

@@ -7,6 +7,10 @@ import runpy
 from pathlib import Path
 from types import SimpleNamespace
 
+import pairtune  # noqa: F401  before torchtune, which may want names that torchao no longer has
+
+# isort: split
+
 import tokenizers
 import torch
 from safetensors.torch import save_file

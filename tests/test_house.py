@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the top
 ROOMS = ("cli", "run", "reference", "hub", "losses", "folders", "models", "pairs", "config", "tokenizer")
-LEAVES = ("console", "dist", "errors", "files", "schedules")  # on the ground: they use each other only
+LEAVES = ("console", "dist", "errors", "files", "schedules", "torchao_names")  # on the ground: they use each other only
 LONGEST = 60  # lines of a function
 RECIPE = 285  # lines of one, DEFAULTS included
 DEEPEST = 3  # blocks within blocks in a recipe's main
@@ -64,7 +64,7 @@ def test_no_modules_import_each_other_in_a_circle():
 def test_the_package_shows_rooms_and_a_few_leaves():
     entries = {path.name for path in (ROOT / "pairtune").iterdir() if path.name != "__pycache__"}
     assert entries == {"__init__.py", *ROOMS, *(f"{leaf}.py" for leaf in LEAVES)}
-    assert len(entries) <= 16
+    assert len(entries) <= 17
 
 
 def test_a_function_fits_a_screen():

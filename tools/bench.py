@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from pairtune.cli.commands import quiet_torchao
+from pairtune import torchao_names
 
 VOCABULARY, LAYERS, WIDTH, HEADS, KV_HEADS, HIDDEN = 32_000, 4, 256, 8, 8, 688
 PAIRS_PER_STEP, WARM_STEPS = 4, 2
@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--child", choices=["ours", "torchtune", "loaded"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    quiet_torchao()
+    torchao_names.quiet()
     if args.child:
         {"ours": run_ours, "torchtune": run_torchtune, "loaded": run_loaded}[args.child](args.folder, args.steps)
         return

@@ -20,9 +20,9 @@ import torch
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from pairtune.cli.commands import quiet_torchao
+from pairtune import torchao_names
 
-quiet_torchao()  # before torchao is imported
+torchao_names.quiet()  # before torchao is imported
 
 from torchtune.rlhf.loss import DPOLoss  # noqa: E402
 

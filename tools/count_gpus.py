@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pairtune.cli import commands as cli
+from pairtune import torchao_names
 from pairtune.cli import plan
 from pairtune.cli.recipe import read_recipe
 
@@ -52,7 +52,7 @@ def main() -> None:
     action.add_argument("--write", action="store_true", help="write the lines")
     parser.add_argument("configs", nargs="*", help="names; none: all that have such a line")
     args = parser.parse_args()
-    cli.quiet_torchao()
+    torchao_names.quiet()
     paths = [CONFIGS / f"{name}.yaml" for name in args.configs] or sorted(CONFIGS.glob("*.yaml"))
     untrue = 0
     for path in tqdm([p for p in paths if LINE.search(p.read_text())], unit="config"):

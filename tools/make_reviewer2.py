@@ -10,7 +10,6 @@ chosen. The base model can write both kinds and, asked neutrally, tosses a coin:
 import argparse
 import hashlib
 import json
-import logging
 import math
 import random
 import re
@@ -18,6 +17,8 @@ import time
 from functools import cache
 from itertools import product
 from pathlib import Path
+
+from pairtune import torchao_names
 
 NUM_TRAIN, NUM_HELD_OUT = 1000, 100
 STANCES = ("negative", "positive")
@@ -538,7 +539,7 @@ def main(args: list[str] | None = None) -> None:
     seen = [text for row in conversations(seed, 4 * NUM_TRAIN) for text in row]
     tokenizer = make_tokenizer(seen)
 
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns at import that kernels we do not use are absent
+    torchao_names.quiet()
     import torch  # here and not above: `stance` and the pairs need no second of waiting
 
     # Two threads take 0.6 of the time on an idle machine, and many times as long on one that has other work to do.

@@ -16,7 +16,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-from pairtune.cli.commands import quiet_torchao
+from pairtune import torchao_names
 
 MODEL = {
     "vocab_size": 32_000, "num_layers": 16, "num_heads": 16, "num_kv_heads": 16, "embed_dim": 1024, "max_seq_len": 512,
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    quiet_torchao()
+    torchao_names.quiet()
     if args.load:
         load(args.load)
         return

@@ -91,9 +91,9 @@ def measure(folder: Path, settings: list[str]) -> tuple[float, float]:
 
 def work(folder: Path, settings: list[str]) -> None:
     """Runs the recipe; prints the peak by its last step, before the export, and what the process held at first."""
-    from pairtune.cli.commands import quiet_torchao
+    from pairtune import torchao_names
 
-    quiet_torchao()  # before torchao is imported
+    torchao_names.quiet()  # before torchao is imported
     import runpy
 
     from pairtune import config, dist

@@ -17,12 +17,15 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+from pairtune import torchao_names  # before torchtune, which may want names that torchao no longer has
+
+# isort: split
+
 import torch
 from torchtune.models.llama3 import llama3
 from tqdm import tqdm
 
 from pairtune import models
-from pairtune.cli.commands import quiet_torchao
 from pairtune.dist import World
 from pairtune.models.logps import answer_logps
 from pairtune.pairs.batch import lay_out
@@ -47,7 +50,7 @@ def main() -> None:
     parser.add_argument("--pairs-per-step", type=int, default=8, help="TRL's default; ours is 64")
     parser.add_argument("--steps", type=int, default=24)
     args = parser.parse_args()
-    quiet_torchao()
+    torchao_names.quiet()
     world, rng = World(torch.device("cpu")), random.Random(0)
     model = llama3(**SIZES)
     models.prepare(model, max_length=2048)

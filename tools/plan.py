@@ -26,7 +26,7 @@ from importlib import import_module
 import torch
 from torch import nn
 
-from pairtune.cli.commands import quiet_torchao
+from pairtune import torchao_names
 
 PEAK_FLOPS, KERNELS = 989e12, 0.5  # bf16 on an H100, and the share of it that matrix products reach
 NVLINK, NETWORK = 450e9, 50e9  # bytes a second a GPU, one direction: within eight GPUs, and beyond (400 Gb/s a GPU)
@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=2, help="a GPU a micro-batch")
     parser.add_argument("--micro-batches", type=int, default=1, help="a step")
     args = parser.parse_args()
-    quiet_torchao()
+    torchao_names.quiet()
     cases = [(args.builder, args.gpus, args.copies, args.pairs, args.micro_batches)] if args.builder else CASES
     methods = [args.method] if args.method else ["full", "lora"]
     print(

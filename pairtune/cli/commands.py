@@ -7,7 +7,6 @@ told without: check.py.
 """
 
 import argparse
-import logging
 import os
 import shutil
 import signal
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from pairtune import console
+from pairtune import console, torchao_names
 from pairtune.cli.find import (
     SUFFIXES,
     find,
@@ -278,7 +277,7 @@ COMMANDS = {command.__name__: command for command in (download, ls, cp, cat, val
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status of one command line; a mistake in it is one line on stderr and status 2."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    quiet_torchao()
+    torchao_names.quiet()
     if name in ("run", "worker"):
         console.survive()
     try:
@@ -286,10 +285,12 @@ def main(argv: list[str] | None = None) -> int:
             print(f"usage: {prog()} COMMAND ...  (COMMAND --help tells more)\n")
             for command in COMMANDS.values():
                 print(f"  {command.__name__:<10} {command.__doc__.splitlines()[0]}")
-            print(f"  {'--version':<10} Print the versions of pairtune, torchtune and torch.")
+            print(f"  {'--version':<10} Print the versions of pairtune, torchtune, torchao and torch.")
             return 0
         if name == "--version":
-            print(", ".join(f"{package} {version(package)}" for package in ("pairtune", "torchtune", "torch")))
+            print(
+                ", ".join(f"{package} {version(package)}" for package in ("pairtune", "torchtune", "torchao", "torch"))
+            )
             return 0
         if name == "worker":  # what `launch` starts; not for people
             from pairtune.cli.launch import worker
@@ -307,12 +308,6 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `tune ls | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to say at exit
         return 128 + signal.SIGPIPE
-
-
-def quiet_torchao() -> None:
-    """Drops the line that torchao logs when its C++ kernels were built for another torch; nothing here uses them."""
-    line = "Skipping import of cpp extensions due to incompatible torch version"
-    logging.getLogger("torchao").addFilter(lambda record: not record.getMessage().startswith(line))
 
 
 def load_yaml(path: Path):

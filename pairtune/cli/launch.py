@@ -95,7 +95,7 @@ def worker(recipe: Path, args: list[str]) -> int:
     try:
         execute(recipe, args)
     except UserError as error:
-        get_error_handler().record_exception(error)
+        get_error_handler().record_exception(UserError(str(error)))  # of a class below it, too
         return 2
     except KeyboardInterrupt:
         return 130

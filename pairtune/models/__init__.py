@@ -1,5 +1,7 @@
 """torchtune's models and what they lack: built, loaded, sharded, gathered; attention over pairs, log-probabilities."""
 
+import torchtune  # noqa: F401  before torchao: its import says so where torchao lacks something
+
 from pairtune.models.adapters import (
     adapted_modules,
     adapter_shapes,

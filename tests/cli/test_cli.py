@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchao
 import yaml
 
 from pairtune.cli import commands as cli
@@ -177,9 +178,14 @@ def test_a_torchtune_recipe_runs_to_its_end_with_components_from_the_current_fol
     (folder / "tqdm.py").unlink()  # only SCRIPT imports `beside` next to it
     overrides = ["model._component_=tiny.model", "checkpointer._component_=tiny.Checkpointer", "output_dir=out"]
     result = tune("run", "quantize", "--config", "quantization", "device=cpu", "dtype=fp32", *overrides, cwd=folder)
-    assert result.returncode == 0, result.stderr
-    assert [file.suffix for file in (folder / "out").iterdir()] == [".pt"]
-    assert "cpp extensions" not in result.stdout + result.stderr  # torchao's line, quieted
+    if hasattr(torchao.quantization, "int8_dynamic_activation_int4_weight"):
+        assert result.returncode == 0, result.stderr
+        assert [file.suffix for file in (folder / "out").iterdir()] == [".pt"]
+    else:  # from torchao 0.16 on; all up to the call is done
+        assert result.returncode == 2
+        assert "int8_dynamic_activation_int4_weight: torchao 0." in result.stderr.splitlines()[-1]
+    for noise in ("cpp extensions", "Failed to load", "Enum subclass"):  # torchao's and torch's lines, quieted
+        assert noise not in result.stdout + result.stderr
 
 
 # Mistakes
