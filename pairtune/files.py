@@ -19,6 +19,8 @@ def read_json(path: Path, *, way_out: str = AGAIN) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: is missing; put it back, or {way_out}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read: {error}; {way_out}") from None
 

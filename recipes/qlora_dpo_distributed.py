@@ -130,6 +130,9 @@ def main(cfg):
     if world.is_main:
         folder.make_room(run_dir, resumed)
         print(config.save(cfg, run_dir / "config.yaml", recipe=__file__))
+    told = weights.advice(files, cfg.dtype, cfg.max_length)
+    for line in advice_for(cfg.loss, cfg.optimizer.lr, METHOD, train) + told:
+        world.print(f"advice: {line}")
 
     # 4. Weights; and with reference=cached, the values that no earlier run has kept
     longest = dry_run.longest(train, cfg.batch_size * world.size)  # for section 7
@@ -149,8 +152,6 @@ def main(cfg):
     optimizer = optimizers.make(cfg.optimizer, model.parameters(), cfg.decay_norms_and_biases)
     scheduler = config.instantiate(cfg.lr_scheduler, optimizer, num_training_steps=total_steps, last_epoch=-1)
     contract.check_trained(model, optimizer)
-    for line in advice_for(cfg.loss, cfg.optimizer.lr, METHOD, train) + weights.rounding(files, cfg.dtype):
-        world.print(f"advice: {line}")
     torch.manual_seed(cfg.seed + world.rank)  # dropout, if it is on, differs between processes
     meter = metrics.Meter()
     state = TrainState(model, optimizer, scheduler, meter, world, identity, loss_fn=loss_fn, reference=reference)

@@ -42,7 +42,7 @@ def test_what_is_no_json_is_told_with_its_place_and_a_way_out(tmp_path, content)
 def test_an_object_is_keys_and_values_and_none_where_there_is_no_file(tmp_path):
     path = tmp_path / "config.json"
     assert read_object(path) == {}
-    with pytest.raises(UserError, match=r"config\.json: cannot be read: .*No such file"):
+    with pytest.raises(UserError, match=r"config\.json: is missing; put it back, or download it again"):
         read_json(path)
     path.write_text("[1]")
     assert read_json(path) == [1]

@@ -13,11 +13,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from pairtune import config, models
 from pairtune.errors import UserError
+from pairtune.folders.check_model import positions
 from pairtune.folders.opening import Execution, make_ready
 from pairtune.folders.peft import read_adapter
 from pairtune.folders.weights import Weights, base_config, open_weights
 from pairtune.losses.calling import takes_unpaired
 from pairtune.pairs.formats import detect_format
+from pairtune.pairs.report import said_of_text
 from pairtune.pairs.sources import looks_like_path
 from pairtune.pairs.steps import count_steps
 from pairtune.pairs.tokenize import Report, Rows, read_rows, split_pairs, tokenize_pairs
@@ -161,7 +163,7 @@ class Validation:
         if source.get("val_fraction"):
             train, _ = split_pairs(range(num_pairs), source.val_fraction)
             num_pairs = len(train)
-        return _told(report, len(rows)), num_pairs
+        return "; ".join([_told(report, len(rows)), *said_of_text(report, tokenizer)]), num_pairs
 
 
 def _answer(question: Callable[[], tuple[str, Any]]) -> Answer:
@@ -186,7 +188,8 @@ def _model(method: str, cfg: DictConfig, tokenizer) -> tuple[str, Any]:
     make_ready(model, known, _execution(cfg, tokenizer))
     contract.check_router(model, cfg.get("router_aux_loss_coef", 0))
     compared = "as in config.json" if here else "not compared with config.json, which is not here"
-    return f"{models.sizes(model)}, {compared}", None
+    advice = positions(known, cfg.max_length) if known else []
+    return "; ".join([f"{models.sizes(model)}, {compared}", *advice]), None
 
 
 def _told(report: Report, num_rows: int) -> str:

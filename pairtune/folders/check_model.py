@@ -223,6 +223,23 @@ def _place(name: str, config: dict) -> str:
     return "in config.json" if said else "by default, which config.json leaves it to"
 
 
+def positions(config: dict, max_length: int) -> list[str]:
+    """Returns a sentence where conversations may be longer than a config.json says that its model was made for."""
+    most, rope = setting(config, "max_position_embeddings"), _rope(config)
+    factor = rope.get("factor") or 1.0
+    if not most or "model_type" not in config:
+        return []
+    # Llama 3.1's says the scaled number; others scale what is written there.
+    reach = int(max(most, factor * rope.get("original_max_position_embeddings", most if factor > 1 else 0)))
+    if max_length <= reach:
+        return []
+    scaled = f", scaled by {factor:g}" if reach != most else ""
+    return [
+        f"max_length={max_length}: the model was made for {reach:,} positions (max_position_embeddings={most}{scaled}) "
+        f"and what it says beyond them was never trained; nearest valid: max_length={reach}"
+    ]
+
+
 def describe(model: TransformerDecoder) -> dict:
     """Returns what a model is, by names of settings; without those that have no meaning for it."""
     found = {name: known.of_model(model) for name, known in SETTINGS.items() if known.of_model}

@@ -24,6 +24,8 @@ def read_shard(path: Path, *, ignored: tuple[str, ...] = ()) -> dict[str, Tensor
     Raises:
         UserError: It cannot be read, or as `check_tensors`.
     """
+    if not path.is_file():
+        raise UserError(f"{path}: is missing: it was moved or removed since it was found; put it back")
     try:
         shard = safe_torch_load(path, mmap=is_zipfile(path))
     except ValueError as error:

@@ -18,7 +18,7 @@ from pairtune.config.rules import nearest, one_line
 from pairtune.errors import UserError, listed
 from pairtune.files import read_json
 from pairtune.folders import checkpointers
-from pairtune.folders.check_model import check_config, check_model_type, model_type_of
+from pairtune.folders.check_model import check_config, check_model_type, model_type_of, positions
 from pairtune.folders.config_json import setting
 from pairtune.folders.families import FAMILIES, Family
 from pairtune.folders.layout import INDEX_FILES, find_weights, read_index
@@ -239,6 +239,11 @@ class Weights(Mapping):
 
     def __len__(self) -> int:
         return len(self._sources)
+
+
+def advice(folder: ModelFolder, dtype: str, max_length: int) -> list[str]:
+    """Returns a sentence for each of max_length and dtype that the folder's model was not made for."""
+    return positions(folder.config, max_length) + rounding(folder, dtype)
 
 
 def rounding(folder: ModelFolder, dtype: str) -> list[str]:

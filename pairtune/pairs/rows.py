@@ -13,11 +13,13 @@ import re
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain, count, islice
 from pathlib import Path
 
 import datasets
 import pyarrow.parquet
+from huggingface_hub import utils as hub_utils
 
 from pairtune.errors import UserError
 from pairtune.pairs.formats import CONTEXT, FORMATS, TOOLS
@@ -261,7 +263,7 @@ def _read_folder(path: Path, name: str | None, key: str) -> dict[str, datasets.D
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             data = datasets.load_from_disk(str(path))
             return data if isinstance(data, dict) else {"train": data}
-        with tempfile.TemporaryDirectory() as cache:  # the usual cache would keep a copy of every version
+        with tempfile.TemporaryDirectory() as cache, _without_bars():  # the usual cache would keep every version
             return datasets.load_dataset(str(path), name, cache_dir=cache, keep_in_memory=True)
     except Exception as error:  # boundary: builders raise whatever their readers raise
         raise UserError(
@@ -272,7 +274,8 @@ def _read_folder(path: Path, name: str | None, key: str) -> dict[str, datasets.D
 
 def _read_hub(source: str, name: str | None, revision: str | None, key: str) -> dict[str, datasets.Dataset]:
     try:
-        return datasets.load_dataset(source, name, revision=revision)
+        with _without_bars():
+            return datasets.load_dataset(source, name, revision=revision)
     except Exception as error:  # boundary: errors of network, permission and builders have no common type
         raise UserError(
             f"{key}.source={source}, name={name}, revision={revision}: not on this disk, and the Hugging Face Hub "
@@ -280,6 +283,20 @@ def _read_hub(source: str, name: str | None, revision: str | None, key: str) -> 
             "Check the spelling of id and name on huggingface.co/datasets. If the dataset is gated, accept its terms "
             "there and run `hf auth login`. Without network, download it elsewhere and give its folder."
         ) from error
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keeps datasets from drawing a bar for each split and file, in each process; the table tells what was read."""
+    shown = {datasets: datasets.is_progress_bar_enabled(), hub_utils: not hub_utils.are_progress_bars_disabled()}
+    for module in shown:
+        module.disable_progress_bars()
+    try:
+        yield
+    finally:
+        for module, were_shown in shown.items():
+            if were_shown:
+                module.enable_progress_bars()
 
 
 def _cause(error: Exception) -> str:

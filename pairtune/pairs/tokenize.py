@@ -7,7 +7,7 @@ tokenizer/.
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 
@@ -15,6 +15,7 @@ from pairtune import console
 from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.pairs.formats import Example, Format, Skip, detect_format
+from pairtune.pairs.report import REFUSED, Report, count_overlap, notes_of
 from pairtune.pairs.rows import Rows, read_rows
 from pairtune.tokenizer.hf import adapt, common_prefix
 from pairtune.tokenizer.template import Refusal
@@ -31,7 +32,6 @@ __all__ = [
     "tokenize_pairs",
 ]
 
-REFUSED = "refused by the chat template"
 CHARACTERS_A_TOKEN = 256  # no tokenizer known has a longer token
 # Initials of a prompt's roles, as most templates and models know them: system, user, assistant, tools' results.
 USUAL_ORDER = re.compile(r"s*u(at*u|at+)*")
@@ -52,81 +52,6 @@ class Pair:
     chosen: list[int]
     rejected: list[int]
     row: int
-
-
-@dataclass
-class Report:
-    """What became of the rows; str() is a table. Rows are given by their number in the source."""
-
-    source: str
-    format: str
-    style: str  # how the tokenizer writes conversations
-    num_rows: int
-    num_kept: int = 0
-    dropped: dict[str, list[int]] = field(default_factory=dict)  # reason to rows
-    trimmed: list[int] = field(default_factory=list)  # rows whose prompt was cut
-    unordered: list[int] = field(default_factory=list)  # rows whose prompt does not go system, user, assistant, user
-    ends_taken_off: list[int] = field(default_factory=list)  # rows with an answer that was written with an end token
-    special: list[int] = field(default_factory=list)  # rows with a special token written in their text
-    special_as: str = "text"  # what it became
-    merges: list[int] = field(default_factory=list)  # rows where a token spans the prompt's end
-    # Tokens of every row that was tokenized, before limits: what max_length would have to be
-    lengths: dict[str, list[int]] = field(default_factory=lambda: {"prompt": [], "chosen": [], "rejected": []})
-    notes: list[str] = field(default_factory=list)
-    num_desirable: int | None = None  # of unpaired rows
-    num_held_out: int | None = None
-    num_overlap: int | None = None  # held-out pairs whose prompt and chosen answer are in the training part, too
-
-    def with_split(self, train: list[Pair], held_out: list[Pair]) -> "Report":
-        """Returns the report with two lines more: the held-out pairs, and how many of them training sees."""
-        return replace(self, num_held_out=len(held_out), num_overlap=count_overlap(train, held_out))
-
-    def __str__(self) -> str:
-        lines = [self._line("rows read", self.num_rows), self._line("kept", self.num_kept)]
-        if self.num_desirable is not None:
-            lines.append(self._line("of these, desirable", self.num_desirable))
-            lines.append(self._line("of these, undesirable", self.num_kept - self.num_desirable))
-        if self.trimmed:
-            lines.append(self._line("of these, prompt trimmed", len(self.trimmed), self.trimmed))
-        if self.unordered:
-            lines.append(self._line("of these, roles out of order", len(self.unordered), self.unordered))
-        if self.ends_taken_off:
-            lines.append(self._line("end token's text taken off", len(self.ends_taken_off), self.ends_taken_off))
-        if self.special:
-            lines.append(self._line(f"special tokens, as {self.special_as}", len(self.special), self.special))
-        for reason, rows in sorted(self.dropped.items(), key=lambda item: -len(item[1])):
-            lines.append(self._line(f"dropped: {reason}", len(rows), rows))
-        if self.merges:
-            lines.append(self._line("boundary merges", len(self.merges), self.merges))
-        if self.num_held_out is not None:
-            lines.append(self._line("held out", self.num_held_out))
-            lines.append(self._line("of these, also in training", self.num_overlap))
-        if self.lengths["prompt"]:
-            lines.append(f"{'tokens, before limits':32} {'median':>8} {'95 %':>8} {'max':>8}")
-            lines += [self._lengths_line(name, lengths) for name, lengths in self._all_lengths().items()]
-        lines += [f"format: {self.format}", self.style, *self.notes]
-        return "\n".join(lines)
-
-    def _line(self, title: str, count: int, rows: Sequence[int] = ()) -> str:
-        examples = ", ".join(map(str, rows[:3])) + (", ..." if len(rows) > 3 else "")
-        return f"{title:32} {count:8,} {100 * count / self.num_rows:6.1f} %" + (f"   row {examples}" if rows else "")
-
-    def _all_lengths(self) -> dict[str, list[int]]:
-        total = [prompt + max(answers) for prompt, *answers in zip(*self.lengths.values(), strict=True)]
-        if self.num_desirable is None:
-            return {**self.lengths, "prompt + longer answer": total}
-        answers = {"desirable": self.lengths["chosen"], "undesirable": self.lengths["rejected"]}
-        present = {name: [length for length in lengths if length] for name, lengths in answers.items()}
-        return {
-            "prompt": self.lengths["prompt"],
-            **{name: lengths for name, lengths in present.items() if lengths},
-            "prompt + answer": total,
-        }
-
-    def _lengths_line(self, name: str, lengths: list[int]) -> str:
-        ranked = sorted(lengths)
-        median, most, longest = (ranked[-(-len(ranked) * percent // 100) - 1] for percent in (50, 95, 100))
-        return f"  {name:30} {median:8,} {most:8,} {longest:8,}"
 
 
 @dataclass(frozen=True)
@@ -294,7 +219,7 @@ def tokenize_pairs(
             pairs.append(_tokenize(form.read(row), number, tokenizer, limits=limits, report=report))
     report.num_kept = len(pairs)
     report.num_desirable = None if form.is_paired else sum(bool(pair.chosen) for pair in pairs)
-    report.notes = _notes(report, tokenizer, max_length, max_prompt_length)
+    report.notes = notes_of(report, tokenizer, max_length, max_prompt_length)
     if not pairs:
         raise UserError(f"{key}: there is nothing left of {rows.source}.\n{report}")
     return pairs, report
@@ -341,28 +266,6 @@ def split_pairs(pairs: list[Pair], val_fraction: float) -> tuple[list[Pair], lis
     return train, held_out
 
 
-def count_overlap(train: list[Pair], held_out: list[Pair]) -> int:
-    """Returns how many held-out pairs have prompt and chosen (or only) answer in common with a training pair."""
-    seen = {(tuple(pair.prompt), tuple(pair.chosen or pair.rejected)) for pair in train}
-    return sum((tuple(pair.prompt), tuple(pair.chosen or pair.rejected)) in seen for pair in held_out)
-
-
-def _notes(report: Report, tokenizer, max_length: int, max_prompt_length: int | None) -> list[str]:
-    notes = []
-    if max_prompt_length == max_length:
-        notes.append(f"max_prompt_length = max_length = {max_length}: a prompt that long leaves no room to answer")
-    if "strftime_now" in (tokenizer.chat_template or ""):
-        day = (
-            f"tokenizer.date={tokenizer.date}" if tokenizer.date else "its own; tokenizer.date=YYYY-MM-DD sets another"
-        )
-        notes.append(f"the day that the chat template writes: {day}")
-    if report.special and report.special_as == "text":
-        notes.append("special tokens in text are no tokens, unless hf_tokenizer gets special_tokens_in_text=control")
-    if tokenizer.chat_template and any(reason.startswith(REFUSED) for reason in report.dropped):
-        notes.append("rows refused: tokenizer.chat_template=FILE.jinja, or =plain, gives a template that takes them")
-    return notes
-
-
 def _tokenize(example: Example, number: int, tokenizer, *, limits: _Limits, report: Report) -> Pair:
     whole, example = example, _without_end_texts(example, tokenizer.end_texts)
     texts = [text for text in (example.chosen, example.rejected) if text is not None]
@@ -381,6 +284,11 @@ def _tokenize(example: Example, number: int, tokenizer, *, limits: _Limits, repo
     for name, tokens in zip(report.lengths, (prompt, chosen, rejected), strict=True):
         report.lengths[name].append(len(tokens))
     fitted = limits.fit(prompt, max(len(chosen), len(rejected)), bos_id=tokenizer.bos_id)
+    if unknown := [*prompt, *chosen, *rejected].count(tokenizer.unknown_id):
+        report.num_unknown += unknown
+        report.unknown.append(number)
+    if len(example.prompt) > 1:
+        report.turns.append(number)
     if len(fitted) < len(prompt):
         report.trimmed.append(number)
     if not USUAL_ORDER.fullmatch("".join(message["role"][0] for message in example.prompt)):

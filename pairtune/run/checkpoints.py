@@ -31,6 +31,7 @@ from pairtune.run.marker import (
     digest,
     digest_file,
     is_complete,
+    lacking,
     read_marker,
     replace_file,
     write_marker,
@@ -254,8 +255,12 @@ def find(resume: bool | str, run_dir: Path) -> Path | None:
     if resume in (True, "auto"):
         if own or resume == "auto":
             return own[-1] if own else None
-        raise UserError(f"resume=true: {run_dir}/checkpoints holds no complete one; resume=auto starts anew then")
+        newest = max((run_dir / "checkpoints").glob("step_*"), key=lambda path: path.stat().st_mtime_ns, default=None)
+        why = f" ({newest.name}: {lacking(newest)})" if newest else ""
+        raise UserError(f"resume=true: {run_dir}/checkpoints holds no complete one{why}; resume=auto starts anew then")
     folder = Path(resume)
+    if not folder.exists():
+        raise UserError(f"resume={resume}: there is no such folder; it was moved, or is called otherwise")
     if not folder.name.startswith("step_"):
         found = complete_checkpoints(folder / "checkpoints", refuse=True)
         if not found:
@@ -265,9 +270,7 @@ def find(resume: bool | str, run_dir: Path) -> Path | None:
             )
         folder = found[-1]
     if read_marker(folder) is None or not is_complete(folder):
-        raise UserError(
-            f"resume={resume}: is not a complete checkpoint: it has no {MARKER}, or lacks a file named there"
-        )
+        raise UserError(f"resume={resume}: is not a complete checkpoint: {lacking(folder)}")
     if own and _branched_from(own[-1], resume):
         return own[-1]  # the same command again
     if own and folder.resolve().parent == own[-1].resolve().parent and folder.resolve() != own[-1].resolve():

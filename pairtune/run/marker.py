@@ -12,6 +12,7 @@ from pairtune.errors import UserError, listed
 from pairtune.files import write_text
 
 MARKER = "COMPLETE"
+DAMAGED = "is damaged: its checksum is not that of what was written"
 
 
 def digest(content: bytes) -> list:
@@ -91,11 +92,24 @@ def is_complete(folder: Path) -> bool:
         return False
 
 
+def lacking(folder: Path) -> str:
+    """Returns what keeps a checkpoint from being complete, in words; "" if nothing does."""
+    may_be = read_marker(folder)
+    if may_be is None:
+        return f"it has no {MARKER}"
+    for name, versions in may_be.items():
+        if not (folder / name).exists():
+            return f"{name} is missing: it was moved or removed"
+        if (size := (folder / name).stat().st_size) not in [size for size, _ in versions]:
+            return f"{name} has {size:,} bytes, {versions[0][0]:,} were written"
+    return ""
+
+
 def check_content(folder: Path, name: str, content: bytes, *, way_out: str) -> None:
     """Raises UserError if a file's content, which has been read, is not what the marker says."""
     versions = (read_marker(folder) or {}).get(name, [])
     if versions and not any(_agrees(digest(content), version) for version in versions):
-        raise _damaged(folder, [name], way_out)
+        raise UserError(f"resume: {folder / name} {DAMAGED}; {way_out}")
 
 
 def check_files(folder: Path, world: World, *, way_out: str) -> None:
@@ -105,20 +119,29 @@ def check_files(folder: Path, world: World, *, way_out: str) -> None:
         UserError: In every process: a file, or the marker, is not what was written.
     """
     files = sorted((read_marker(folder) or {}).items())
-    damaged = []
+    wrong = []
     for name, versions in files[world.rank :: world.size]:
         world.beat("comparing checksums", patient=True)
-        if all(sha256 is None for _, sha256 in versions):
-            continue
-        try:
-            found = digest_file(folder / name)
-        except OSError as error:
-            damaged.append(f"{name} ({error.strerror})")
-            continue
-        if not any(_agrees(found, version) for version in versions):
-            damaged.append(name)
-    if damaged := sorted(world.gather(damaged)):
-        raise _damaged(folder, damaged, way_out)
+        wrong += _wrong(folder / name, versions)
+    if wrong := sorted(world.gather(wrong)):
+        if len(wrong) == 1:
+            raise UserError(f"resume: {wrong[0]}; {way_out}")
+        raise UserError(
+            f"resume: {folder}: {len(wrong)} files are not as they were written; {way_out}\n{listed(wrong)}"
+        )
+
+
+def _wrong(path: Path, versions: list[list]) -> list[str]:
+    """Returns a sentence if a file is not there, or none of what it may be."""
+    if not path.exists():
+        return [f"{path} is missing: it was moved or removed"]
+    if all(sha256 is None for _, sha256 in versions):
+        return []
+    try:
+        found = digest_file(path)
+    except OSError as error:
+        return [f"{path} cannot be read: {error.strerror}"]
+    return [] if any(_agrees(found, version) for version in versions) else [f"{path} {DAMAGED}"]
 
 
 def _agrees(found: list, said: list) -> bool:
@@ -127,11 +150,3 @@ def _agrees(found: list, said: list) -> bool:
 
 def _own(said: dict) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-
-
-def _damaged(folder: Path, names: list[str], way_out: str) -> UserError:
-    if len(names) == 1:
-        where = f"{folder / names[0]} is damaged: its checksum is not that of what was written"
-        return UserError(f"resume: {where}; {way_out}")
-    where = f"{folder}: {len(names)} files are damaged: their checksums are not those of what was written"
-    return UserError(f"resume: {where}; {way_out}\n{listed(names)}")

@@ -4,6 +4,7 @@ A conversation is rendered whole, and with an answer at its end it ends in exact
 masks, so a pad token that is also the end token harms nothing. Where the answer begins is for data.py to say.
 """
 
+import json
 import re
 from bisect import bisect_right
 from collections.abc import Mapping
@@ -34,6 +35,7 @@ class HFTokenizer:
     Attributes:
         folder: Where its files are; `files` are those that an export takes from elsewhere: none.
         bos_id, pad_id: None where the folder names none.
+        unknown_id: The token of what the vocabulary cannot write; None where it can write all.
         stop_ids: Where generation stops: eos first, then what generation_config.json and the template add.
         end_ids: stop_ids and every other token known to end a turn; end_texts: how they are written.
         vocab_size: The largest id plus one: ids may have gaps.
@@ -62,6 +64,7 @@ class HFTokenizer:
         self.bos_id, self.eos_id, self.pad_id = (
             backend.token_to_id(special.get(key, "")) for key in ("bos_token", "eos_token", "pad_token")
         )
+        self.unknown_id = _unknown_id(backend)
         turn_ends = {name: backend.token_to_id(name) for name in END_OF_TURN if backend.token_to_id(name) is not None}
         written = [token for name, token in turn_ends.items() if template and name in template]
         self.stop_ids = _distinct([self.eos_id, *stop_ids, *written])
@@ -160,6 +163,8 @@ class TorchtuneTokenizer:
         )
         self.end_texts = [name for name, i in special.items() if i in self.end_ids] or list(self._SENTENCEPIECE_ENDS)
         self._tokenizer = tokenizer
+        model = getattr(getattr(tokenizer, "_spm_model", None), "spm_model", None)  # SentencePiece's
+        self.unknown_id = model.unk_id() if model is not None else None
         names = sorted({*special, *END_OF_TURN, *self._SENTENCEPIECE_ENDS})
         self._special_text = re.compile("|".join(map(re.escape, names)))
         reserved = {*special.values(), *self.end_ids, self.bos_id}
@@ -350,6 +355,14 @@ def _end_once(ids: list[int], start: int, tokenizer) -> list[int]:
 
 def _distinct(ids: list[int]) -> list[int]:
     return list(dict.fromkeys(ids))
+
+
+def _unknown_id(backend: tokenizers.Tokenizer) -> int | None:
+    """Returns the token that the model itself writes for what it has none for; not what a folder calls unk_token."""
+    if isinstance(backend.model, tokenizers.models.Unigram):
+        return json.loads(backend.to_str())["model"].get("unk_id")
+    token = getattr(backend.model, "unk_token", None)
+    return None if token is None else backend.token_to_id(token)
 
 
 def _date(text: str, template: str | None) -> Date:

@@ -98,6 +98,16 @@ def test_a_config_whose_files_are_right_is_ok_for_all_six(work, validate):
     assert not (work / "runs").exists()  # nothing is written
 
 
+def test_unknown_tokens_and_a_length_beyond_the_models_positions_are_told(work, validate):
+    change(work / "base" / "config.json", max_position_embeddings=80)
+    with (work / "held_out.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "w7 what", "chosen": " w8", "rejected": " w9"}) + "\n")
+    status, tables = validate("my.yaml", "--recipe", LORA)
+    assert status == 0
+    assert "max_length=96: the model was made for 80 positions" in tables[LORA]["model"]
+    assert "7 kept; unknown tokens: 1 of " in tables[LORA]["eval_dataset"] and "unknown" not in tables[LORA]["dataset"]
+
+
 def test_one_recipe_can_be_asked_about_and_a_copy_of_it(work, validate):
     shutil.copy(find("recipe", LORA), "mine.py")
     for name in (LORA, "mine.py"):

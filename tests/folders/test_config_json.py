@@ -3,7 +3,7 @@
 import pytest
 import transformers
 
-from pairtune.folders.check_model import describe_config
+from pairtune.folders.check_model import describe_config, positions
 from pairtune.folders.config_json import SETTINGS, config_key, setting
 from pairtune.folders.families import config_types
 
@@ -32,6 +32,27 @@ def test_what_is_left_out_is_what_transformers_takes(model_type):
             compared.append(name)
     assert {"rms_norm_eps", "tie_word_embeddings", "num_key_value_heads"} <= set(compared)
     assert ("rope_theta" in compared) == (model_type != "gpt2")
+
+
+@pytest.mark.parametrize(
+    ("config", "max_length", "reach"),
+    [
+        ({"max_position_embeddings": 2048}, 2048, None),
+        ({"max_position_embeddings": 2048}, 2049, 2048),
+        ({"max_position_embeddings": 131072, "rope_scaling": {"rope_type": "llama3", "factor": 8.0,
+          "original_max_position_embeddings": 8192}}, 131072, None),  # Llama 3.1 says what it reaches
+        ({"max_position_embeddings": 131072, "rope_scaling": {"rope_type": "llama3", "factor": 8.0,
+          "original_max_position_embeddings": 8192}}, 131073, 131072),
+        ({"max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": 4.0}}, 16384, None),
+        ({"max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": 4.0}}, 16385, 16384),
+        ({"max_position_embeddings": 4096, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, 5000, 4096),
+        ({}, 10**6, None),  # nothing is said
+    ],
+)  # fmt: skip
+def test_a_max_length_beyond_the_models_positions_is_told(config, max_length, reach):
+    told = positions({"model_type": "llama", **config}, max_length)
+    assert len(told) == (reach is not None)
+    assert not told or (f"max_length={max_length}: " in told[0] and told[0].endswith(f"valid: max_length={reach}"))
 
 
 def test_null_says_as_many_heads_or_no_cap_or_nothing():

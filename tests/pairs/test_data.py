@@ -137,6 +137,13 @@ def test_a_folder_has_the_splits_that_its_files_name(tmp_path):
         read_rows(str(tmp_path), split="validation")
 
 
+def test_no_bar_is_drawn_for_what_is_read(tmp_path, capfd):
+    for name in ("train", "test"):
+        write_jsonl(tmp_path / f"{name}.jsonl", ROWS[:2])
+    assert len(read_rows(str(tmp_path))) == 2
+    assert capfd.readouterr() == ("", "") and datasets.is_progress_bar_enabled()  # for a loop of the user's own
+
+
 def test_a_folder_of_save_to_disk_is_read(tmp_path):
     data = datasets.Dataset.from_list(ROWS)
     data.save_to_disk(tmp_path / "one")
@@ -1012,3 +1019,45 @@ def test_sentencepiece_tokenizers_of_torchtune_tokenize_real_pairs():
 def test_the_byte_level_tokenizer_of_these_tests_loses_nothing():
     backend = byte_level_bpe()
     assert backend.decode(backend.encode(" two  spaces\n🙂 ").ids) == " two  spaces\n🙂 "
+
+
+def words(tmp_path, template=None):
+    """A tokenizer of four words and one for all others."""
+    vocabulary = {"[UNK]": 0, "</s>": 1, "one": 2, "two": 3, "three": 4, "four": 5}
+    backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(["</s>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "unk_token": "[UNK]"}))
+    return hf_tokenizer(str(tmp_path), template)
+
+
+def test_unknown_tokens_are_counted_by_row_and_by_token(tmp_path):
+    rows = [
+        {"prompt": "one two", "chosen": " three", "rejected": " four"},
+        {"prompt": "one zwei", "chosen": " drei three", "rejected": " four vier"},
+    ]
+    _, report = tokenize(rows, words(tmp_path))
+    # 2 + 2 + 2 tokens and 2 + 3 + 3, the ends among them
+    assert "with unknown tokens                     1   50.0 %   row 1" in str(report)
+    assert "unknown tokens: 3 of 14, 21 %: the vocabulary has none for what is written there" in str(report)
+    _, report = tokenize(rows[:1], words(tmp_path))
+    assert "unknown" not in str(report)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "told"),
+    [
+        ("\n\nHuman: one\n\nAssistant: two\n\nHuman: three\n\nAssistant:", True),
+        ([chat("one")[0], {"role": "assistant", "content": "two"}, chat("three")[0]], True),
+        ("one", False),
+    ],
+)
+def test_that_turns_become_a_transcript_or_a_transcript_turns_is_told(plain, chatml, prompt, told):
+    row = {"prompt": prompt, "chosen": " three", "rejected": " four"}
+    form = r"'\n\nHuman: ...\n\nAssistant: ...\n\nHuman: ...\n\nAssistant:'"
+    _, report = tokenize([row], plain)
+    assert (f"prompts of several turns, 1 rows, are written as a transcript: {form}" in str(report)) == told
+    _, report = tokenize([row], chatml)
+    as_turns = "transcripts are read as turns, which the tokenizer writes in its own form"
+    assert (as_turns in str(report)) == (told and isinstance(prompt, str)) and "as a transcript" not in str(report)

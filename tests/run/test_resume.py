@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 
 from pairtune.dist import Interruption, World
 from pairtune.errors import UserError
+from pairtune.folders.tensors import read_shard
 from pairtune.run import marker, samples
 from pairtune.run.checkpoints import Checkpoints, find, read_values
 from pairtune.run.marker import is_complete
@@ -318,6 +319,23 @@ def test_a_flipped_bit_in_any_file_of_a_checkpoint_is_refused_by_the_files_name(
     (shard,) = folder.glob("*.safetensors")
     (folder / "COMPLETE").write_text(json.dumps({shard.name: shard.stat().st_size}))  # of an earlier version
     assert run(work, "lora_dpo_single_device", "resume=true")[-1]["step"] == 12
+
+
+def test_what_was_moved_is_missing_and_not_damaged(work):
+    interrupted(work, "lora_dpo_single_device", 4)
+    folder = work / "run" / "checkpoints" / "step_4"
+    (shard,) = folder.glob("*.safetensors")
+    shard.rename(work / "shard")
+    says = f"{shard.name} is missing: it was moved or removed"
+    for resume in (True, str(folder)):
+        with pytest.raises(UserError, match=says):
+            find(resume, work / "run")
+    with pytest.raises(UserError, match=f"{says}; remove that folder"):
+        read_values(folder, WORLD)
+    with pytest.raises(UserError, match="step_9: there is no such folder; it was moved, or is called otherwise"):
+        find(str(folder.with_name("step_9")), work / "other")
+    with pytest.raises(UserError, match="model.safetensors: is missing: it was moved or removed since it was found"):
+        read_shard(work / "base" / "moved" / "model.safetensors")
 
 
 def test_a_best_checkpoint_that_was_damaged_meanwhile_is_not_exported(work, monkeypatch):
