@@ -11,6 +11,12 @@ from pairtune.errors import UserError
 AGAIN = "download it again"
 
 
+def check_there(path: Path) -> None:
+    """Raises UserError for a file that was found and is gone: to say that it is damaged would mislead."""
+    if not path.is_file():
+        raise UserError(f"{path}: is missing: it was moved or removed since it was found; put it back")
+
+
 def read_json(path: Path, *, way_out: str = AGAIN) -> Any:
     """Returns what a JSON file holds.
 

@@ -14,6 +14,7 @@ from torchtune.training.checkpointing._utils import ModelType, safe_torch_load
 
 from pairtune.config.rules import one_line
 from pairtune.errors import UserError
+from pairtune.files import check_there
 from pairtune.folders.layout import check_folder
 from pairtune.folders.tensors import check_tensors
 
@@ -83,6 +84,7 @@ def read_state_dict(reader: str, path: Path, model_type: str) -> dict[str, Tenso
         UserError: It refuses the file, or as `check_tensors`.
     """
     folder = path.parent.resolve()
+    check_there(path)
     try:
         with _quietly():
             # output_dir is made if it is not there, and must not be within checkpoint_dir; nothing is written to it.

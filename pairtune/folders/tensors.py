@@ -9,6 +9,7 @@ from torchtune.training.checkpointing._utils import safe_torch_load
 
 from pairtune.config.rules import one_line
 from pairtune.errors import UserError
+from pairtune.files import check_there
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # others are quantized: they need their scales
 
@@ -24,8 +25,7 @@ def read_shard(path: Path, *, ignored: tuple[str, ...] = ()) -> dict[str, Tensor
     Raises:
         UserError: It cannot be read, or as `check_tensors`.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: is missing: it was moved or removed since it was found; put it back")
+    check_there(path)
     try:
         shard = safe_torch_load(path, mmap=is_zipfile(path))
     except ValueError as error:

@@ -393,6 +393,8 @@ def _line(entry: Path) -> str:
         content = json.loads((entry / ENTRY).read_text())
         dtypes = ", ".join(dtype.removeprefix("torch.") for dtype in content["dtypes"])
         model = f"{content['made_of']} ({dtypes}{', quantized' if content['quantized'] else ''})"
+    except FileNotFoundError:
+        pairs, model = "lacking", f"{ENTRY} is missing: it was moved or removed"
     except (OSError, ValueError, KeyError):  # a UserError is a ValueError
         pairs, model = "damaged", "?"
     return f"{entry.name:16} {pairs:>9} {size:9,.1f}  {written:16}  {model}"

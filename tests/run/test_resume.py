@@ -609,7 +609,7 @@ def test_a_key_that_the_checkpoint_does_not_know_is_allowed_and_told(work, capsy
     path = work / "run" / "checkpoints" / "step_4" / "state.json"
     values = json.loads(path.read_text())
     del values["fingerprint"]["config"]["shuffle"]
-    path.write_text(json.dumps(values))
+    marker.replace_file(path.parent, path.name, json.dumps(values))
     run(work, "lora_dpo_single_device", "resume=true")
     assert "  changed: shuffle: null then, true now" in capsys.readouterr().out
 
@@ -619,7 +619,8 @@ def test_a_checkpoint_of_a_loss_under_its_earlier_path_goes_on(work):
     path = work / "run" / "checkpoints" / "step_4" / "state.json"
     text = path.read_text()
     assert "pairtune.losses.Sigmoid" in text
-    path.write_text(text.replace("pairtune.losses.Sigmoid", "pairtune.preference_losses.sigmoid"))
+    earlier = text.replace("pairtune.losses.Sigmoid", "pairtune.preference_losses.sigmoid")
+    marker.replace_file(path.parent, path.name, earlier)
     with pytest.raises(UserError, match="loss.beta: 0.2 then, 0.3 now"):
         run(work, "lora_dpo_single_device", "loss=sigmoid", "loss.beta=0.3", "resume=true")
     run(work, "lora_dpo_single_device", "loss=sigmoid", "loss.beta=0.2", "resume=true")
