@@ -310,11 +310,11 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + signal.SIGPIPE
 
 
-def load_yaml(path: Path):
-    try:
-        return yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from None
+def load_yaml(path: Path) -> dict:
+    from pairtune.config.reading import read_file
+
+    read_file(path)  # for what it refuses
+    return yaml.safe_load(path.read_text())
 
 
 def _validate_torchtunes(path: Path, overrides: list[str]) -> int:
@@ -322,8 +322,10 @@ def _validate_torchtunes(path: Path, overrides: list[str]) -> int:
     from torchtune.config import validate as check
     from torchtune.config._errors import ConfigError
 
+    from pairtune.config.reading import read_file
+
     try:
-        check(OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides)))
+        check(OmegaConf.merge(OmegaConf.create(read_file(path)), OmegaConf.from_dotlist(overrides)))
     except ConfigError as error:
         print(f"{path.name}: {error}")
         return 1

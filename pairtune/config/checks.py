@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from pairtune.config import keys
+from pairtune.config import keys, names_elsewhere
 from pairtune.config.rules import REQUIRED, fits, kind_words, show, wrong_kind
 from pairtune.errors import UserError, nearest
 
@@ -39,14 +39,17 @@ def _check_block(name: str, block: Any, default: dict | None) -> None:
     if block is None and keys.may_hold_component(name):
         return
     example = component_path(name, default)
-    if isinstance(block, dict) and block and not is_component(block):
-        argument = next(iter(block))
+    if isinstance(block, dict) and block.keys() - {"_component_"} and block.get("_component_") is None:
+        argument = next(argument for argument in block if argument != "_component_")
         raise UserError(
             f"{name}.{argument}={show(block[argument])}: there is no {name} that could take it; "
             f"name one first: {name}={example}"
         )
     if not is_component(block) or not isinstance(block["_component_"], str):
-        raise UserError(f"{name}={show(block)}: must be a component, named by its import path: {name}={example}")
+        main = {"optimizer": "lr", "loss": "beta"}.get(name)
+        of_number = isinstance(block, (int, float)) and not isinstance(block, bool) and main
+        hint = f"; a number goes to one of its arguments, such as {name}.{main}={show(block)}" if of_number else ""
+        raise UserError(f"{name}={show(block)}: must be a component, named by its import path: {name}={example}{hint}")
     for argument, value in block.items():
         if value is not None:  # null: not passed
             rule = keys.rule(f"{name}.{argument}")
@@ -59,6 +62,8 @@ def _check_value(name: str, value: Any, default: Any) -> None:
     kind = rule.kind if rule and rule.kind else None if default in (None, REQUIRED) else type(default)
     if value is None and keys.may_be_null(name, default):
         return
+    if isinstance(default, dict):
+        raise _no_block(name, value, default)
     if value is None:
         raise UserError(f"{name}=null: must be {kind_words(kind)}{_for_example(name, default)}")
     _check_finite(name, value)
@@ -78,6 +83,13 @@ def _check_rule(name: str, value: Any, kind: Any, default: Any) -> None:
     if rule and not rule.holds(value):
         hint = f"; nearest valid: {name}={show(rule.nearest(value))}" if rule.nearest else _for_example(name, default)
         raise UserError(f"{name}={show(value)}: must be {rule.says}{hint}")
+
+
+def _no_block(name: str, value: Any, default: dict) -> UserError:
+    """The error of one value in a block's place, with the key of it that may be meant."""
+    fitting = [key for key, own in default.items() if own is not None and value is not None and fits(value, type(own))]
+    example = f"set one of them, such as {name}.{fitting[0]}={show(value)}" if fitting else "set one of them"
+    return UserError(f"{name}={show(value)}: must be a block of keys, {', '.join(default)}; {example}")
 
 
 def _for_example(name: str, default: Any) -> str:
@@ -162,9 +174,15 @@ def _check_reference(reference: dict) -> None:
         )
 
 
-def unknown_key(key: Any, schema: dict, where: str, prefix: str) -> UserError:
-    """Returns the error of a key that the schema does not have."""
-    here = keys.name_here(str(key))
-    hint = f"; here it is called {here}" if here else nearest(key, schema, prefix=prefix)
+def unknown_keys(values: dict, schema: dict, where: str, prefix: str) -> UserError:
+    """Returns the error of keys that the schema does not have, and were given these values."""
+    told = []
+    for key, value in values.items():
+        here, near = names_elsewhere.answer(key, value), nearest(key, schema, prefix=prefix)
+        here = here or ("" if near else names_elsewhere.answer_within(key, value))
+        told.append((key, f"; {here}" if here else near))
+    told.sort(key=lambda entry: not entry[1])  # first what can be answered
+    (key, hint), *more = told
     hint = hint or "; known: " + ", ".join(prefix + known for known in schema)
-    return UserError(f"{where}: unknown key {prefix}{key}{hint}")
+    also = "".join(f"; unknown, too, {prefix}{key}{hint.replace('; ', ': ', 1)}" for key, hint in more)
+    return UserError(f"{where}: unknown key {prefix}{key}{hint}{also}")

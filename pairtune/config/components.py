@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from pairtune.config.checks import component_path, is_component
+from pairtune.config.names_elsewhere import answer
 from pairtune.config.rules import fits, one_line, show, wrong_kind
 from pairtune.config.signatures import ancestors, parameters_of
 from pairtune.config.source import Definition, Missing, look_up, public_classes, split
@@ -46,6 +47,39 @@ def check_components(cfg: dict, *, by_source: bool = False) -> None:
     """
     for key, block in _components(cfg):
         (_check_by_source if by_source else check_component)(key, block)
+
+
+def without_defaults_of_another(cfg: dict, defaults: dict, *, by_source: bool) -> tuple[dict, list[str]]:
+    """Returns a config without arguments that another component has no use for and that say no more than DEFAULTS.
+
+    A saved config says everything, so naming another component on top of one would otherwise be refused for what nobody
+    has chosen. Of what is left out a sentence tells.
+    """
+    told, left = [], dict(cfg)
+    for key, block in cfg.items():
+        default = defaults.get(key)
+        if not (is_component(block) and is_component(default)) or block["_component_"] == default["_component_"]:
+            continue
+        known = _parameters(key, block["_component_"], by_source=by_source)
+        if known is None or _takes_any(known):
+            continue
+        same = [n for n, v in block.items() if n not in known and n in default and v == default[n] and n[0] != "_"]
+        left[key] = {name: value for name, value in block.items() if name not in same}
+        name = str(block["_component_"]).rpartition(".")[2]
+        told += [f"{key}.{n}={show(block[n])}, as by default, has no effect: {name} has no such argument" for n in same]
+    return left, told
+
+
+def _parameters(key: str, path: Any, *, by_source: bool) -> dict[str, inspect.Parameter] | None:
+    """What a component takes; None where that is not known, or there is no such component."""
+    try:
+        if not by_source:
+            return _signature(import_component(key, path))
+        _add_own_folder()
+        found = look_up(path)
+    except (Missing, ValueError, AttributeError):
+        return None
+    return parameters_of(found) if isinstance(found, Definition) else None
 
 
 def check_component(key: str, block: dict) -> None:
@@ -199,11 +233,12 @@ def _check_names(key: str, block: dict, parameters: dict[str, inspect.Parameter]
                 f"{key}.{name}={show(value)}: is not for a config to set, the recipe decides it; "
                 f"{component} takes {', '.join(known)}; remove it (~{key}.{name})"
             )
-        if name not in (*parameters, "_component_") and not _takes_any(parameters):
+        if value is not None and name not in (*parameters, "_component_") and not _takes_any(parameters):
             way_out = "" if key.endswith("]") else f"; remove it with ~{key}.{name}"  # ~ does not reach into a list
+            elsewhere = answer(name, value) if not nearest(name, known) else ""
             raise UserError(
                 f"{key}.{name}: {component} has no such argument; it takes {', '.join(known) or 'none'}"
-                f"{nearest(name, known)}{way_out}"
+                f"{nearest(name, known)}{f'; {elsewhere}' if f' {key}.' in elsewhere else ''}{way_out}"
             )
 
 

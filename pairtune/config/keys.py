@@ -41,7 +41,6 @@ class Key:
         recipes: Which have it, if not all. In a file the others pass over it.
         references: Of `reference`: with which it has an effect.
         published: What null becomes with these.
-        elsewhere: What other systems call it.
     """
 
     name: str
@@ -54,7 +53,6 @@ class Key:
     recipes: str = ""
     references: tuple[str, ...] = ()
     published: Any = None
-    elsewhere: tuple[str, ...] = ()
 
 
 # Rules that a single key has
@@ -97,7 +95,6 @@ _RUN = (
         "bf16",
         "bf16, or fp32 for twice the memory; log-probabilities and losses are float32 either way",
         one_of("bf16", "fp32"),
-        elsewhere=("bf16",),
     ),
     Key("compile", False, "torch.compile a layer: faster steps, a minute or more before the first", resume="yes"),
     Key(
@@ -115,7 +112,6 @@ _RUN = (
         at_least(1),
         "yes",
         nullable=True,
-        elsewhere=("save_steps",),
     ),
     Key(
         "keep_last_n",
@@ -123,7 +119,6 @@ _RUN = (
         "so many checkpoints stay on the disk; 0: none is written",
         at_least(0),
         "yes",
-        elsewhere=("save_total_limit",),
     ),
     Key(
         "keep_best",
@@ -131,14 +126,12 @@ _RUN = (
         "and the best by the held-out loss, rewards/accuracies or rewards/margins",
         _METRIC,
         "yes",
-        elsewhere=("metric_for_best_model",),
     ),
     Key(
         "export_best",
         False,
         "export the best one's weights in place of the last one's",
         resume="yes",
-        elsewhere=("load_best_model_at_end",),
     ),
     Key(
         "on_save_failure",
@@ -153,7 +146,6 @@ _RUN = (
         "true: the newest checkpoint of output_dir; auto: if there is one; or a path",
         _CHECKPOINT,
         "yes",
-        elsewhere=("resume_from_checkpoint",),
     ),
     Key("log_every_n_steps", 1, "a line of metrics.jsonl and what metric_logger gets", at_least(1), "yes"),
     Key(
@@ -162,7 +154,6 @@ _RUN = (
         "the held-out pairs; null: at the end only",
         at_least(1),
         "yes",
-        elsewhere=("eval_steps",),
     ),
     Key("samples", resume="yes"),
     Key("samples.prompts", [], "questions answered before and after; [] takes held-out prompts", _PROMPTS),
@@ -221,7 +212,6 @@ _FILES = (
         "the model's folder; its files are found",
         of_kind(str),
         "by result",
-        elsewhere=("checkpoint_dir",),
     ),
     Key("checkpointer.model_type", REQUIRED, "LLAMA2, LLAMA3, MISTRAL, GEMMA, QWEN2, ...", of_kind(str)),
     Key("tokenizer", resume="by result", example="pairtune.tokenizer.hf_tokenizer"),
@@ -237,35 +227,35 @@ _LEARNING = (
     Key("merge_into", rule=one_of("original", "dequantized"), resume="yes", recipes="qlora_ recipes"),
     Key("model", example="torchtune.models.llama3.llama3_8b"),
     Key("lora", recipes=_BY_ADAPTERS),
-    Key("lora.rank", rule=from_to(1, 65_536), elsewhere=("lora_r", "lora_rank")),
-    Key("lora.alpha", rule=above(0), elsewhere=("lora_alpha",)),
-    Key("lora.dropout", rule=between(0, 1), elsewhere=("lora_dropout",)),
-    Key("lora.modules", rule=_MODULES, elsewhere=("lora_attn_modules", "target_modules")),
+    Key("lora.rank", rule=from_to(1, 65_536)),
+    Key("lora.alpha", rule=above(0)),
+    Key("lora.dropout", rule=between(0, 1)),
+    Key("lora.modules", rule=_MODULES),
     Key("lora.use_dora"),
     Key("lora.use_rslora"),
     Key("adapter", rule=of_kind(str), resume="by result", nullable=True, recipes=_BY_ADAPTERS),
     Key("optimizer"),
-    Key("optimizer.lr", rule=above(0), elsewhere=("learning_rate", "lr")),
-    Key("optimizer.weight_decay", elsewhere=("weight_decay",)),
+    Key("optimizer.lr", rule=above(0)),
+    Key("optimizer.weight_decay"),
     Key("decay_norms_and_biases"),
-    Key("max_length", rule=at_least(2), resume="by result", elsewhere=("max_seq_len",)),
+    Key("max_length", rule=at_least(2), resume="by result"),
     Key("max_prompt_length", rule=at_least(1), resume="by result", nullable=True),
     Key("shuffle"),
-    Key("loss", elsewhere=("loss_type",)),
-    Key("loss.beta", rule=above(0), elsewhere=("beta",)),
+    Key("loss"),
+    Key("loss.beta", rule=above(0)),
     Key("loss.gamma", rule=above(0)),  # of torchtune's RSOLoss
-    Key("loss.label_smoothing", rule=between(0, 0.5), elsewhere=("label_smoothing",)),
+    Key("loss.label_smoothing", rule=between(0, 0.5)),
     Key("router_aux_loss_coef", rule=at_least(0.0)),
     Key("score_end"),
     Key("disable_dropout"),
-    Key("lr_scheduler", nullable=True, example="pairtune.schedules.cosine", elsewhere=("lr_scheduler_type",)),
-    Key("lr_scheduler.warmup_ratio", rule=between(0, 1), elsewhere=("warmup_ratio",)),
-    Key("lr_scheduler.num_warmup_steps", elsewhere=("warmup_steps", "num_warmup_steps")),
-    Key("clip_grad_norm", rule=above(0), nullable=True, elsewhere=("max_grad_norm",)),
-    Key("pairs_per_step", rule=from_to(1, 1_000_000), elsewhere=("total_batch_size", "gradient_accumulation_steps")),
-    Key("batch_size", rule=at_least(1), resume="yes", elsewhere=("per_device_train_batch_size",)),
-    Key("epochs", rule=at_least(1), resume="yes", elsewhere=("num_train_epochs",)),
-    Key("max_steps", rule=at_least(1), resume="yes", nullable=True, elsewhere=("max_steps_per_epoch",)),
+    Key("lr_scheduler", nullable=True, example="pairtune.schedules.cosine"),
+    Key("lr_scheduler.warmup_ratio", rule=between(0, 1)),
+    Key("lr_scheduler.num_warmup_steps"),
+    Key("clip_grad_norm", rule=above(0), nullable=True),
+    Key("pairs_per_step", rule=from_to(1, 1_000_000)),
+    Key("batch_size", rule=at_least(1), resume="yes"),
+    Key("epochs", rule=at_least(1), resume="yes"),
+    Key("max_steps", rule=at_least(1), resume="yes", nullable=True),
 )
 
 _REFERENCE = (
@@ -347,7 +337,7 @@ _PAIRS = (
     Key("dataset", resume="by result"),
     *(replace(row, name=f"dataset.{row.name}") for row in _ROWS),
     Key("dataset.val_fraction", rule=_FRACTION, nullable=True),
-    Key("eval_dataset", resume="yes"),
+    Key("eval_dataset", resume="yes", nullable=True),
     *(replace(row, name=f"eval_dataset.{row.name}") for row in _ROWS),
 )
 
@@ -389,7 +379,7 @@ def comment(name: str) -> str:
 
 def may_be_null(name: str, default: Any) -> bool:
     """Returns whether null is a value of this key, which is not an argument of a component."""
-    return default is None or (name in KEYS and KEYS[name].nullable)
+    return default is None or default in ({}, []) or (name in KEYS and KEYS[name].nullable)
 
 
 def switched_off(name: str) -> bool:
@@ -410,11 +400,6 @@ def example(name: str) -> str:
 def recipes_with(name: str) -> str:
     """Returns in words which recipes have this key; "" where all have it, or none."""
     return KEYS[name].recipes if name in KEYS else ""
-
-
-def name_here(word: str) -> str:
-    """Returns the key that another system calls so, or ""."""
-    return next((row.name for row in KEYS.values() if word in row.elsewhere), "")
 
 
 def by_reference() -> dict[str, tuple[str, ...]]:

@@ -1,16 +1,78 @@
-"""Short names of losses. They are read in the source of their classes, which imports neither these nor torch."""
+"""Short forms of values, written out: dataset=FILE, lora.modules=all-linear, metric_logger=wandb, loss=ipo.
+
+Names of losses are read in the source of their classes, which imports neither these nor torch.
+"""
 
 import ast
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pairtune.config.rules import show
+from pairtune.config.rules import REQUIRED, show
 from pairtune.errors import UserError, nearest
 
 HOME = "pairtune.losses"
 EARLIER = ("pairtune.preference_losses", "pairtune.losses.modules")  # modules that configs of earlier versions name
 SOURCE = Path(__file__).parents[1] / "losses" / "modules.py"
+
+# The key of a block that a single value sets. One that holds a component takes a path so: it has a slash, or begins
+# with . or ~, as an import path never does.
+MAIN = {
+    "dataset": "source",
+    "eval_dataset": "source",
+    "reference": "name",
+    "tokenizer": "path",
+    "checkpointer": "checkpoint_dir",
+}
+_LOGGING = "torchtune.training.metric_logging"
+LOGGERS = {  # and the arguments that they have where a config gives none
+    "wandb": (f"{_LOGGING}.WandBLogger", {"project": "pairtune", "log_dir": "${output_dir}"}),
+    "tensorboard": (f"{_LOGGING}.TensorBoardLogger", {"log_dir": "${output_dir}/tensorboard"}),
+    "comet": (f"{_LOGGING}.CometLogger", {"project": "pairtune"}),
+    "mlflow": (f"{_LOGGING}.MLFlowLogger", {"experiment_name": "pairtune"}),
+    "disk": (f"{_LOGGING}.DiskLogger", {"log_dir": "${output_dir}/log"}),
+    "stdout": (f"{_LOGGING}.StdoutLogger", {}),
+}
+
+
+def spelled_out(name: str, value: Any, default: Any, *, holds_component: bool) -> Any:
+    """Returns the value of a key as its block, list or component, if it is a short form of one.
+
+    A logger's name stays: its arguments are known when all layers are.
+    """
+    if holds_component:
+        return _component(name, value)
+    main = MAIN.get(name)
+    if isinstance(default, dict) and main in default and not isinstance(value, dict):
+        is_off = value is None and default[main] is None  # eval_dataset=null
+        return {main: value} if value is not None or is_off else value
+    if name == "lora.modules" and isinstance(value, str):
+        return [module.strip() for module in value.split(",")]
+    return [value] if name == "samples.prompts" and isinstance(value, str) else value
+
+
+def _component(name: str, value: Any) -> Any:
+    if name == "loss":
+        value = _loss(value)
+    if isinstance(value, str) and value != REQUIRED:
+        if name in MAIN and ("/" in value or value.startswith((".", "~"))):
+            return {MAIN[name]: value}
+        if name == "metric_logger" and value.lower() in ("none", *LOGGERS):
+            return None if value.lower() == "none" else {"_component_": value.lower()}
+        value = {"_component_": value}
+    path = value.get("_component_") if isinstance(value, dict) else None
+    return {**value, "_component_": current(path)} if isinstance(path, str) else value
+
+
+def _loss(value: Any) -> Any:
+    """loss=ipo, loss.name=ipo, loss=[{name: sigmoid}, {name: sft, weight: 0.2}]."""
+    if isinstance(value, list):
+        value = {"name": "mixture", "terms": value}
+    short = isinstance(value, str) and value not in ("", REQUIRED) and "." not in value
+    block = {"name": value} if short else value
+    if not isinstance(block, dict) or "name" not in block or "_component_" in block:
+        return value
+    return {"_component_": path_of(block["name"]), **{k: v for k, v in block.items() if k != "name"}}
 
 
 def path_of(name: Any, key: str = "loss") -> str:

@@ -52,6 +52,12 @@ def test_the_pages_name_every_loss():
     assert page == tool["with_table"](page), "python tools/losses_table.py --write"
 
 
+def test_the_page_of_other_systems_names_is_their_table():
+    page = (ROOT / "docs" / "coming_from.md").read_text()
+    tool = runpy.run_path(str(ROOT / "tools" / "coming_from.py"))
+    assert page == tool["with_table"](page), "python tools/coming_from.py --write"
+
+
 @pytest.mark.parametrize("recipe", own("recipe"))
 def test_the_readme_tells_what_is_counted_on_a_gpu(recipe):
     row = re.search(rf"^\| \[`{recipe}`\].*$", PAGES[0].read_text(), re.MULTILINE)[0]

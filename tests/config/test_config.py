@@ -124,7 +124,7 @@ def test_a_tilde_removes(load):
         ["~lr_scheduler.warmup_ratio"],
         ["~lr_scheduler"],
         ["~loss.beta", "~loss.label_smoothing"],
-        ["optimizer=torch.optim.SGD", "optimizer=torch.optim.AdamW", "optimizer.lr=1e-4"],  # without weight_decay
+        ["optimizer=torch.optim.SGD", "optimizer=torch.optim.AdamW", "optimizer.lr=1e-4", "~optimizer.weight_decay"],
         ["lr_scheduler.num_warmup_steps=2"],
         ["metric_logger=torchtune.training.metric_logging.DiskLogger", "metric_logger.log_dir=/x"],
         [r"output_dir=\${HOME}/a \\\${b}", "dataset.columns.chosen=good", "dataset.columns.rejected=bad"],
@@ -153,7 +153,7 @@ def test_a_component_within_a_block_is_one_like_any_other(load, tmp_path):
     for words, override in (
         ("reference.model.rank: llama3 has no such argument", "reference.model.rank=3"),
         ("reference.model=3: must be a component", "reference.model=3"),
-        ("must stand before reference.model.rope_base=1", "reference.model.rope_base=1 reference.model=a.b"),
+        ("reference.model._component_=a.b: cannot be imp", "reference.model.rope_base=1 reference.model=a.b"),
     ):
         with pytest.raises(UserError, match=words):
             load("reference.checkpoint_dir=x", build, *override.split(), defaults=defaults)
@@ -252,7 +252,7 @@ def test_what_a_run_starts_from_is_not_passed_over(load):
     [
         ("lose.beta=1", ["unknown key lose", "nearest: loss"]),
         ("lora.rnak=1", ["unknown key lora.rnak", "nearest: lora.rank"]),
-        ("learning_rate=1", ["unknown key learning_rate", "here it is called optimizer.lr"]),
+        ("learning_rate=1", ["unknown key learning_rate", "here it is called optimizer.lr: set optimizer.lr=1"]),
         ("loss.betta=1", ["loss.betta", "DPOLoss", "beta, label_smoothing", "nearest: beta", "~loss.betta"]),
         ("loss=torchtune.rlhf.loss.DPOLos", ["loss._component_", "DPOLos", "cannot be imported"]),
         ("pairs_per_step=many", ["pairs_per_step=many", "whole number", "is text"]),
@@ -260,10 +260,12 @@ def test_what_a_run_starts_from_is_not_passed_over(load):
         ("compile=1", ["compile=1", "true or false"]),
         ("lora.alpha=big", ["lora.alpha=big", "a number"]),
         ("loss.beta=big", ["loss.beta=big", "a number"]),
-        ("lora.modules=q_proj", ["lora.modules=q_proj", "a list"]),
+        ("lora.modules=q_projj", ["lora.modules=[q_projj]", "a list"]),
         ("seed=null", ["seed=null", "a whole number"]),
         ("max_steps=soon", ["max_steps=soon", "whole number"]),
-        ("dataset=file.jsonl", ["dataset=file.jsonl", "a block of keys"]),
+        ("lora=16", ["lora=16: must be a block of keys, rank, alpha, dropout, modules", "such as lora.rank=16"]),
+        ("samples=true", ["samples=true: must be a block of keys, prompts, num_prompts; set one of them"]),
+        ("optimizer=1e-4", ["must be a component", "one of its arguments, such as optimizer.lr=0.0001"]),
         ("loss.beta=0", ["loss.beta=0", "greater than 0", "loss.beta=0.1"]),
         ("loss.label_smoothing=0.5", ["label_smoothing=0.5", "below 0.5"]),
         ("lora.modules=[q_proj,o_projj]", ["lora.modules=[q_proj,o_projj]", "output_proj", "[q_proj]"]),
@@ -377,11 +379,11 @@ def test_another_methods_components_need_not_be_installed_here(load):
     load(text=BASE + "per_method: {qlora: {optimizer: {_component_: bitsandbytes.optim.PagedAdamW, lr: 1.0e-4}}}")
 
 
-def test_an_argument_does_not_get_lost_behind_its_component(load):
-    with pytest.raises(UserError, match=r"optimizer=torch.optim.SGD: must stand before optimizer.momentum=0.9"):
-        load("optimizer.momentum=0.9", "optimizer=torch.optim.SGD")
+def test_an_argument_needs_a_component(load):
     with pytest.raises(UserError, match="there is no lr_scheduler that could take it; name one first: lr_scheduler="):
         load("lr_scheduler=null", "lr_scheduler.warmup_ratio=0.2")
+    with pytest.raises(UserError, match="lr_scheduler=null: leaves out what lr_scheduler.warmup_ratio=0.2 is an arg"):
+        load("lr_scheduler.warmup_ratio=0.2", "lr_scheduler=null")
 
 
 @pytest.mark.parametrize(
