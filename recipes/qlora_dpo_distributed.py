@@ -67,6 +67,7 @@ DEFAULTS = {
     "eval_dataset": {**keys.ROWS, "source": None},  # null: val_fraction, or no evaluation
     "max_length": 1024,  # tokens of prompt and longer answer
     "max_prompt_length": 512,  # tokens of the prompt; null: max_length alone decides
+    "max_completion_length": None,  # tokens of the longer answer: a pair over it is dropped, answers are never cut
     "shuffle": True,  # a new order each epoch
     # The loss and the steps that minimise it: loss=ipo, or another of the README's table, or loss=my_file.MyLoss
     "loss": {"_component_": "torchtune.rlhf.loss.DPOLoss", "beta": 0.1, "label_smoothing": 0.0},
@@ -77,7 +78,7 @@ DEFAULTS = {
     "clip_grad_norm": 1.0,  # null: no clipping
     "pairs_per_step": 64,  # the batch that a step learns from, over all devices
     "batch_size": 4,  # pairs a device holds at a time; divides pairs_per_step and changes no result
-    "epochs": 1,
+    "epochs": 1,  # 0.5: half of them, in steps rounded up
     "max_steps": None,  # ends the run early, and the schedule with it
 }
 
@@ -107,12 +108,12 @@ def main(cfg):
     reference.build(cfg.model, files, tokenizer, execution)
 
     # 3. Preference pairs
-    train, held_out = read_train_and_held_out(
-        cfg.dataset, cfg.eval_dataset, tokenizer, world, cfg.max_length, cfg.max_prompt_length, takes_unpaired(loss_fn)
-    )
+    budget = cfg.max_length, cfg.max_prompt_length, takes_unpaired(loss_fn), cfg.max_completion_length
+    train, held_out = read_train_and_held_out(cfg.dataset, cfg.eval_dataset, tokenizer, world, *budget)
     # steps[n] is this process's part of step n + 1, over all epochs: micro-batches of at most batch_size pairs
     steps = Steps(train, cfg.pairs_per_step, cfg.batch_size, world, seed=cfg.seed, shuffle=cfg.shuffle)
     total_steps = count_steps(len(train), cfg.pairs_per_step, cfg.epochs, cfg.max_steps)
+    eval_every = steps.interval(cfg.eval_every_n_steps, cfg.eval_every_n_epochs)  # in steps
     # None: the pairs of a batch lie in one row; with a dense mask: in rows of this length, padded
     length = row_length(loss_fn, [*train, *held_out], cfg.max_length) if model.pairtune.dense_attention else None
 
@@ -214,7 +215,7 @@ def main(cfg):
     meter.restart_clock()
     while True:
         # What is due after state.step steps (null: after the last); after resuming, what an interruption has left out
-        if held_out and state.is_due(cfg.eval_every_n_steps, total_steps) and state.evaluated < state.step:
+        if held_out and state.is_due(eval_every, total_steps) and state.evaluated < state.step:
             evaluate()
             meter.restart_clock()
         stop = interruption.requested()

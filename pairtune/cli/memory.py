@@ -145,12 +145,21 @@ def pass_memory(reference: TransformerDecoder, batch: PairBatch, setting: Settin
     return round(sum(ledger.peak.values()))
 
 
-def worst_batch(batch_size: int, max_length: int, row_length: int | None = None) -> PairBatch:
-    """Returns a batch of the pairs that take most memory: a prompt of one token and two answers that fill max_length.
+def worst_pair(
+    max_length: int, max_prompt_length: int | None = None, max_completion_length: int | None = None
+) -> tuple[int, int]:
+    """Returns how many tokens prompt and either answer have in the pair that takes most memory.
 
-    `row_length` is for dense masks, as in lay_out.
+    A prompt of one token and two answers that fill max_length; where answers have to be shorter, the prompt is what
+    they leave of it.
     """
-    return uniform_batch(batch_size, 1, max_length - 1, row_length)
+    answer = min(max_length - 1, max_completion_length or max_length)
+    return min(max_length - answer, max_prompt_length or max_length), answer
+
+
+def worst_batch(batch_size: int, max_length: int, row_length: int | None = None) -> PairBatch:
+    """Returns a batch of pairs that `worst_pair` describes. `row_length` is for dense masks, as in lay_out."""
+    return uniform_batch(batch_size, *worst_pair(max_length), row_length)
 
 
 def uniform_batch(batch_size: int, prompt: int, answer: int, row_length: int | None = None) -> PairBatch:

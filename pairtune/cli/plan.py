@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from pairtune import models
-from pairtune.cli.memory import PARTS, Setting, StepMemory, pass_memory, step_memory, worst_batch
+from pairtune.cli.memory import PARTS, Setting, StepMemory, pass_memory, step_memory, uniform_batch, worst_pair
 from pairtune.config.components import instantiate
 from pairtune.config.layers import load
 from pairtune.errors import UserError
@@ -31,8 +31,9 @@ ROW_MULTIPLE = 128  # of a dense mask's row, as in batch.longest_row
 
 ASSUMED = f"""\
 Counted, not measured: what tensors hold at the fullest moment of a step, in the worst case, a batch of pairs with a
-prompt of one token and two answers that fill max_length. Not counted: what compile changes, answers to samples.prompts,
-and what CUDA, NCCL and an allocator's gaps take: {1 - USABLE:.0%} of a GPU is left to them."""
+prompt of one token and two answers that fill max_length, or are of max_completion_length. Not counted: what compile
+changes, answers to samples.prompts, and what CUDA, NCCL and an allocator's gaps take: {1 - USABLE:.0%} of a GPU is
+left to them."""
 
 
 @dataclass(frozen=True)
@@ -191,10 +192,11 @@ def plan_config(cfg: DictConfig, method: str, run: Run) -> Plan:
         num_processes=run.gpus,
         base_config=_config_of(cfg.checkpointer.checkpoint_dir),
     )
-    max_tokens = 2 * cfg.max_length - 1
+    prompt, answer = worst_pair(cfg.max_length, cfg.max_prompt_length, cfg.get("max_completion_length"))
+    max_tokens = prompt + 2 * answer
     row_length = math.ceil(max_tokens / ROW_MULTIPLE) * ROW_MULTIPLE if policy.pairtune.dense_attention else None
     batch_size = min(cfg.batch_size, math.ceil(cfg.pairs_per_step / run.gpus))
-    batch, larger = (worst_batch(n * batch_size, cfg.max_length, row_length) for n in (1, BATCHES))
+    batch, larger = (uniform_batch(n * batch_size, prompt, answer, row_length) for n in (1, BATCHES))
     live, passing = (None, second) if reference["name"] == "cached" else (second, None)
     num_parameters, num_trained = models.num_parameters(policy)
     num_rows = _num_rows(cfg.dataset)
@@ -404,8 +406,8 @@ def _knobs(run: Run, read_recipe: ReadRecipe) -> list[list[Change]]:
     for other in {"full": ("lora", "qlora"), "lora": ("qlora",), "qlora": ()}[method]:
         name = f"{other}_dpo_{'distributed' if distributed else 'single_device'}"
         knobs.append([Change(f"--recipe {name}", recipe=name)])
-    shorter = [(cfg.max_length // n, cfg.max_prompt_length and max(1, cfg.max_prompt_length // n)) for n in (2, 4)]
-    knobs.append([_shorter(*lengths) for lengths in shorter])
+    lengths = {key: cfg.get(key) for key in ("max_length", "max_prompt_length", "max_completion_length")}
+    knobs.append([_shorter(lengths, n) for n in (2, 4)])
     return [knob for knob in knobs if knob]
 
 
@@ -413,6 +415,5 @@ def _override(*overrides: str) -> Change:
     return Change(" ".join(overrides), overrides=overrides)
 
 
-def _shorter(max_length: int, max_prompt_length: int | None) -> Change:
-    prompt = [f"max_prompt_length={max_prompt_length}"] if max_prompt_length else []
-    return _override(f"max_length={max_length}", *prompt)
+def _shorter(lengths: dict[str, int | None], times: int) -> Change:
+    return _override(*(f"{key}={max(1, length // times)}" for key, length in lengths.items() if length))

@@ -93,7 +93,7 @@ class Validation:
             answers["reference"] = ask(f"{method} reference", lambda: self._reference(method, cfg, found.value), *about)
         for key in ("dataset", "eval_dataset"):
             if cfg[key].source:
-                budget = ("max_length", "max_prompt_length")
+                budget = ("max_length", "max_prompt_length", "max_completion_length")
                 answers[key] = ask(key, lambda key=key: self._pairs(key, cfg, found.value), key, *files, *budget)
         answers["steps"] = _answer(lambda: _steps(cfg, answers["dataset"].value))
         return answers
@@ -156,6 +156,7 @@ class Validation:
             first = Rows(part, source=rows.source, numbers=rows.numbers[: len(part)], key=key)
         pairs, report = tokenize_pairs(
             first, tokenizer, max_length=cfg.max_length, max_prompt_length=cfg.max_prompt_length,
+            max_completion_length=cfg.get("max_completion_length"),
             overlong=source.overlong, unpaired=takes_unpaired(config.instantiate(cfg.loss)),
             progress=False, key=key,
         )  # fmt: skip

@@ -112,6 +112,12 @@ def _check_sizes(cfg: dict) -> None:
             f"max_prompt_length={prompt}: must be below max_length={total}, which counts prompt and answer: nothing "
             f"would be left for an answer; nearest valid: max_prompt_length={total - 1} or max_length={2 * prompt}"
         )
+    answer = cfg.get("max_completion_length")
+    if answer and total and answer >= total:
+        raise UserError(
+            f"max_completion_length={answer}: must be below max_length={total}, which counts prompt and answer: it "
+            f"would have no effect; nearest valid: max_completion_length={total - 1} or max_completion_length=null"
+        )
     pairs, batch = cfg.get("pairs_per_step"), cfg.get("batch_size")
     if pairs and batch and pairs % batch:
         divisor = min((d for d in range(1, pairs + 1) if pairs % d == 0), key=lambda d: (abs(d - batch), d))
@@ -124,12 +130,18 @@ def _check_sizes(cfg: dict) -> None:
 def _check_evaluated(cfg: dict) -> None:
     source = (cfg.get("eval_dataset") or {}).get("source")
     fraction = (cfg.get("dataset") or {}).get("val_fraction")
-    for key in ("eval_every_n_steps", "keep_best"):
+    for key in ("eval_every_n_steps", "eval_every_n_epochs", "keep_best"):
         if cfg.get(key) and not (source or fraction):
             raise UserError(
                 f"{key}={cfg[key]}: there is nothing to evaluate on; "
                 f"set eval_dataset.source or dataset.val_fraction, or {key}=null"
             )
+    steps, epochs = cfg.get("eval_every_n_steps"), cfg.get("eval_every_n_epochs")
+    if steps and epochs:
+        raise UserError(
+            f"eval_every_n_epochs={epochs}: eval_every_n_steps={steps} says the same in another way; keep one of them "
+            "(eval_every_n_steps=null or eval_every_n_epochs=null)"
+        )
     if source and fraction:
         raise UserError(
             f"dataset.val_fraction={fraction}: eval_dataset.source is set too; keep one of the "

@@ -82,6 +82,7 @@ _MODULES = Rule(
 )
 _LOGGER = "torchtune.training.metric_logging.TensorBoardLogger"
 _MOVE = Rule(lambda v: 0 < v <= 1, "above 0 and at most 1", lambda v: 1.0, float)
+_EPOCHS = Rule(lambda v: 0 < v <= 1_000_000, "above 0, such as 1, 3 or 0.5", lambda v: 1, float)
 _FRACTION = Rule(lambda v: 0 < v < 1, "above 0 and below 1, such as 0.1", None, float)
 
 
@@ -153,6 +154,13 @@ _RUN = (
         None,
         "the held-out pairs; null: at the end only",
         at_least(1),
+        "yes",
+    ),
+    Key(
+        "eval_every_n_epochs",
+        None,
+        "the same, told in epochs: 1, or 0.25 for four times in each",
+        above(0),
         "yes",
     ),
     Key("samples", resume="yes"),
@@ -240,6 +248,7 @@ _LEARNING = (
     Key("decay_norms_and_biases"),
     Key("max_length", rule=at_least(2), resume="by result"),
     Key("max_prompt_length", rule=at_least(1), resume="by result", nullable=True),
+    Key("max_completion_length", rule=at_least(1), resume="by result", nullable=True),
     Key("shuffle"),
     Key("loss"),
     Key("loss.beta", rule=above(0)),
@@ -254,7 +263,7 @@ _LEARNING = (
     Key("clip_grad_norm", rule=above(0), nullable=True),
     Key("pairs_per_step", rule=from_to(1, 1_000_000)),
     Key("batch_size", rule=at_least(1), resume="yes"),
-    Key("epochs", rule=at_least(1), resume="yes"),
+    Key("epochs", rule=_EPOCHS, resume="yes"),
     Key("max_steps", rule=at_least(1), resume="yes", nullable=True),
 )
 

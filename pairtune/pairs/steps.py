@@ -1,6 +1,8 @@
 """Which pairs a process sees in which step: a pure function of the seed and the step, so any step can be had again."""
 
+import math
 import sys
+from fractions import Fraction
 
 import torch
 
@@ -42,6 +44,10 @@ class Steps:
         """The number of steps in an epoch."""
         return -(-len(self._pairs) // self._pairs_per_step)
 
+    def interval(self, every_n_steps: int | None, every_n_epochs: float | None) -> int | Fraction | None:
+        """Returns either as a number of steps, which may be a fraction: see state.TrainState.is_due."""
+        return every_n_steps if every_n_epochs is None else exactly(every_n_epochs) * self.per_epoch
+
     def __getitem__(self, step: int) -> list[list[Pair]]:
         return self.share(self.pairs(step))
 
@@ -72,9 +78,17 @@ class Steps:
         return torch.randperm(len(self._pairs), generator=generator).tolist()
 
 
-def count_steps(num_pairs: int, pairs_per_step: int, epochs: int, max_steps: int | None = None) -> int:
-    """Returns the number of steps in a run: `epochs` times all pairs, or `max_steps` if those are fewer."""
-    return min(epochs * -(-num_pairs // pairs_per_step), max_steps or sys.maxsize)
+def count_steps(num_pairs: int, pairs_per_step: int, epochs: float, max_steps: int | None = None) -> int:
+    """Returns the number of steps in a run: `epochs` times all pairs, or `max_steps` if those are fewer.
+
+    A fraction of an epoch is that of its steps, rounded up, as in transformers' Trainer: 0.5 of 13 steps are 7.
+    """
+    return min(math.ceil(exactly(epochs) * -(-num_pairs // pairs_per_step)), max_steps or sys.maxsize)
+
+
+def exactly(number: float) -> Fraction:
+    """Returns the number as it is written: 0.1 is a tenth, not the float that is nearest to it."""
+    return Fraction(str(number))
 
 
 def share(pairs: list[Pair], batch_size: int, *, rank: int = 0, size: int = 1) -> list[list[Pair]]:

@@ -57,7 +57,8 @@ class Pair:
 @dataclass(frozen=True)
 class _Limits:
     max_length: int
-    max_prompt_length: int
+    max_prompt_length: int | None
+    max_completion_length: int | None
     overlong: str
     key: str
 
@@ -66,7 +67,7 @@ class _Limits:
             raise UserError(f"{self.key}.overlong={self.overlong!r}: must be drop, trim_prompt or error.")
         if self.max_length < 2:
             raise UserError(f"max_length={self.max_length}: must be at least 2, a token of prompt and one of answer.")
-        if not 0 < self.max_prompt_length <= self.max_length:
+        if self.max_prompt_length is not None and not 0 < self.max_prompt_length <= self.max_length:
             raise UserError(
                 f"max_prompt_length={self.max_prompt_length}: must be at least 1 and at most max_length="
                 f"{self.max_length}, which counts prompt and answer together. Lower it, or raise max_length."
@@ -86,7 +87,14 @@ class _Limits:
 
     def fit(self, prompt: list[int], answer_length: int, *, bos_id: int | None) -> list[int]:
         """Returns the prompt, cut from the left if the policy says so. Raises Skip or UserError if it does not fit."""
-        room = min(self.max_prompt_length, self.max_length - answer_length)
+        if self.max_completion_length is not None and answer_length > self.max_completion_length:
+            if self.overlong == "error":
+                raise UserError(
+                    f"an answer of {answer_length} tokens does not fit max_completion_length="
+                    f"{self.max_completion_length}. Raise it, or set {self.key}.overlong to drop."
+                )
+            raise Skip("answer too long")
+        room = min(self.max_prompt_length or self.max_length, self.max_length - answer_length)
         if len(prompt) <= room:
             return prompt
         if self.overlong == "error":
@@ -107,6 +115,7 @@ def read_pairs(
     *,
     max_length: int,
     max_prompt_length: int | None = None,
+    max_completion_length: int | None = None,
     unpaired: bool = False,
     progress: bool = True,
     beat: Callable[[str], None] | None = None,
@@ -121,6 +130,7 @@ def read_pairs(
     where = {name: block[name] for name in ("split", "name", "revision", "limit")}
     rows = read_rows(block["source"], **where, columns=dict(block["columns"]), key=key)
     limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "overlong": block["overlong"]}
+    limits["max_completion_length"] = max_completion_length
     return tokenize_pairs(rows, tokenizer, **limits, unpaired=unpaired, progress=progress, beat=beat, key=key)
 
 
@@ -132,6 +142,7 @@ def read_train_and_held_out(
     max_length: int,
     max_prompt_length: int | None,
     unpaired: bool = False,
+    max_completion_length: int | None = None,
 ) -> tuple[list[Pair], list[Pair]]:
     """Returns the pairs to train on and the held-out ones, and prints the table of what became of the rows.
 
@@ -140,13 +151,14 @@ def read_train_and_held_out(
     Args:
         dataset, eval_dataset: The config's blocks.
         world: The main process prints and shows progress.
-        max_length, max_prompt_length, unpaired: See `tokenize_pairs`.
+        max_length, max_prompt_length, unpaired, max_completion_length: See `tokenize_pairs`.
     """
     read = partial(
         read_pairs,
         tokenizer=tokenizer,
         max_length=max_length,
         max_prompt_length=max_prompt_length,
+        max_completion_length=max_completion_length,
         unpaired=unpaired,
         progress=world.is_main,
         beat=world.beat,
@@ -169,6 +181,7 @@ def tokenize_pairs(
     *,
     max_length: int,
     max_prompt_length: int | None = None,
+    max_completion_length: int | None = None,
     overlong: str = "drop",
     columns: dict[str, str | None] | None = None,
     unpaired: bool = False,
@@ -188,9 +201,9 @@ def tokenize_pairs(
         rows: From `read_rows`, or a list of dicts.
         tokenizer: From tokenizer.hf_tokenizer, or one of torchtune's.
         max_length: Most tokens of prompt + longer answer.
-        max_prompt_length: Most tokens of the prompt; None leaves it to max_length.
-        overlong: What becomes of a pair over either: drop, trim_prompt (from the left, BOS stays; answers are never
-            cut) or error.
+        max_prompt_length, max_completion_length: Of the prompt, and of the longer answer; None leaves it to max_length.
+        overlong: What becomes of a pair over one of them: drop, trim_prompt (from the left, BOS stays) or error.
+            Answers are never cut.
         columns: Our names to theirs, for rows that `read_rows` has not renamed.
         unpaired: The loss takes rows of one answer and a label, too: needs(loss_fn).takes_unpaired.
         beat: Called with a word before each row, as dist.World.beat: a long data set is no standstill.
@@ -200,7 +213,7 @@ def tokenize_pairs(
         UserError: A row is broken (source, row and column are named), its format is unknown or not one that the loss
             takes, or nothing is left.
     """
-    limits = _Limits(max_length, max_length if max_prompt_length is None else max_prompt_length, overlong, key)
+    limits = _Limits(max_length, max_prompt_length, max_completion_length, overlong, key)
     if columns or not isinstance(rows, Rows):
         source, numbers = getattr(rows, "source", "rows"), getattr(rows, "numbers", None)
         rows = Rows(rows, source=source, columns=columns, numbers=numbers, key=key)
@@ -208,9 +221,8 @@ def tokenize_pairs(
         raise UserError(f"{key}: {rows.source} has no rows in this split.")
     tokenizer = adapt(tokenizer)
     form = _format_of(rows, key, unpaired=unpaired)
-    special_as = tokenizer.special_tokens_in_text
-    report = Report(rows.source, form.name, tokenizer.style, len(rows), special_as=special_as)
-    pairs = []
+    special = tokenizer.special_tokens_in_text
+    report, pairs = Report(rows.source, form.name, tokenizer.style, len(rows), special_as=special), []
     told = console.progress(rows, "tokenizing", shown=progress and len(rows) >= 500)
     for number, row in zip(rows.numbers, told, strict=True):
         if beat:

@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -64,9 +65,14 @@ class TrainState:
             check_json(as_numbers(scheduler.state_dict()), "lr_scheduler", "lr_scheduler")
         check_json(self._kept.groups(), "optimizer", "optimizer")
 
-    def is_due(self, every_n_steps: int | None, total_steps: int) -> bool:
-        """Returns whether something is to be done after this step: at the end, and every so many steps."""
-        return self.step == total_steps or bool(every_n_steps and self.step and self.step % every_n_steps == 0)
+    def is_due(self, every_n_steps: int | Fraction | None, total_steps: int) -> bool:
+        """Returns whether something is to be done after this step: at the end, and every so many steps.
+
+        Where these are a fraction, it is due after the first step that reaches a multiple of it.
+        """
+        if self.step == total_steps:
+            return True
+        return bool(every_n_steps) and self.step // every_n_steps > (self.step - 1) // every_n_steps >= 0
 
     @property
     def is_best(self) -> bool:

@@ -180,6 +180,7 @@ EVALUATED = "eval_dataset: {source: held_out.jsonl}\neval_every_n_steps: 50\nkee
         (EVALUATED, ["~eval_dataset.source"], ["eval_every_n_steps", "keep_best"], []),
         (EVALUATED + "per_method: {lora: {eval_dataset: null}}", [], ["eval_every_n_steps", "keep_best"], []),
         ("dataset: {source: a, val_fraction: 0.5}\nkeep_best: loss", ["~dataset.val_fraction"], ["keep_best"], []),
+        (EVALUATED, ["eval_every_n_epochs=0.5"], ["eval_every_n_steps"], ["says when to evaluate"]),
         (EVALUATED, ["keep_best=null"], ["export_best"], ["export_best=true (", "keeps no best checkpoint"]),
         ("dataset: {source: a, val_fraction: 0.5}", ["eval_dataset=b"], ["dataset.val_fraction"], ["what is held out"]),
         (EVALUATED, ["dataset.val_fraction=0.5"], ["eval_dataset.source"], ["what is held out"]),
@@ -204,6 +205,7 @@ def test_what_stands_below_gives_way_and_is_named(load, text, overrides, off, to
         (EVALUATED, ["eval_dataset=null", "keep_best=loss"], "keep_best=loss: there is nothing to evaluate on"),
         (EVALUATED, ["eval_dataset=null", "export_best=true"], "export_best=true: set keep_best"),
         ("", ["dataset.val_fraction=0.5", "eval_dataset=b"], "keep one of the two"),
+        ("", ["eval_dataset=b", "eval_every_n_steps=5", "eval_every_n_epochs=1"], "says the same in another way"),
         ("", ["reference.dtype=fp32", "reference=start"], "reference.dtype=fp32: has no effect with reference=start"),
     ],
 )

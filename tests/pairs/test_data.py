@@ -859,6 +859,20 @@ def test_limits_that_contradict_each_other_are_refused(chatml, options, message)
         tokenize_pairs(ROWS, chatml, **options)
 
 
+def test_answers_have_a_budget_of_their_own_and_are_never_cut(chatml):
+    prompt, chosen, rejected = lengths(one(ROWS[0], chatml)[0])
+    most = max(chosen, rejected)
+    for overlong in ("drop", "trim_prompt", "error"):
+        pair, _ = one(ROWS[0], chatml, overlong=overlong, max_completion_length=most)
+        assert lengths(pair) == (prompt, chosen, rejected)
+    for overlong in ("drop", "trim_prompt"):
+        with pytest.raises(UserError, match="dropped: answer too long"):
+            one(ROWS[0], chatml, overlong=overlong, max_completion_length=most - 1)
+    words = rf"row 0 \(from 0\): an answer of {most} tokens does not fit max_completion_length={most - 1}"
+    with pytest.raises(UserError, match=words):
+        one(ROWS[0], chatml, overlong="error", max_completion_length=most - 1)
+
+
 def test_a_prompt_budget_that_takes_all_is_reported(chatml):
     _, report = tokenize(ROWS, chatml, max_length=512, max_prompt_length=512)
     assert "max_prompt_length = max_length = 512" in str(report)
