@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -67,10 +69,16 @@ def write_text(path: Path, text: str, *, durable: bool = False) -> None:
     Args:
         durable: It is on the disk when this returns, under its name.
     """
+    write_bytes(path, text.encode(), durable=durable)
+
+
+def write_bytes(path: Path, content: bytes, *, durable: bool = False) -> None:
+    """Replaces a small file at once, as `write_text` does."""
+    path = Path(os.path.realpath(path))  # a link stays one
     temporary = path.with_name(f".{path.name}.{token_hex(4)}")  # another process may write the same file
     try:
-        with temporary.open("w", encoding="utf-8") as file:  # with the mode that the umask gives, unlike tempfile's
-            file.write(text)
+        with temporary.open("wb") as file:  # with the mode that the umask gives, unlike tempfile's
+            file.write(content)
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
@@ -80,6 +88,27 @@ def write_text(path: Path, text: str, *, durable: bool = False) -> None:
         raise
     if durable:
         sync_folder(path.parent)
+
+
+@contextmanager
+def telling(path: Path, way_out: str) -> Iterator[None]:
+    """Around what writes to a path.
+
+    Raises:
+        UserError: In place of the disk's error.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}; {way_out}") from None
+
+
+def give_modes(folder: Path) -> None:
+    """Gives the files in a new folder the modes that the folder's tells the umask gives; libraries make them 0600."""
+    mode = folder.stat().st_mode & 0o666
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(mode)
 
 
 def sync_folder(folder: Path) -> None:

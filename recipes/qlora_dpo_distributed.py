@@ -14,7 +14,7 @@ import torch
 from pairtune import config, console, dist, models
 from pairtune.config import keys
 from pairtune.folders import peft, weights
-from pairtune.folders.export import export_checked, probe
+from pairtune.folders.export import export_checked, export_size, probe
 from pairtune.folders.opening import Execution, make_ready
 from pairtune.losses.calling import after_step, policy_scores, row_length, takes_unpaired, unchanged
 from pairtune.losses.published import advice_for
@@ -88,8 +88,9 @@ def main(cfg):
     world = dist.start(cfg.device)
     world = dist.connect(world, cfg.data_parallel_replicate_dim, cfg.collective_timeout_s)  # distributed only
     world = world.with_cpu_offload(cfg.fsdp_cpu_offload)  # distributed only
-    run_dir = Path(cfg.output_dir)
-    resumed = world.agree(checkpoints.find(cfg.resume, run_dir) if world.is_main else None)  # None: from the start
+    run_dir = Path(cfg.output_dir).expanduser()
+    claim = folder.claim(run_dir, config.paths(cfg)) if world.is_main else None  # from here on no other run has it
+    resumed = world.agree(claim.check(checkpoints.find(cfg.resume, run_dir)) if claim else None)  # None: from the start
     torch.manual_seed(cfg.seed)
 
     # 2. Policy and reference, on the meta device: what is wrong with a config shows before the model's weights are read
@@ -129,7 +130,7 @@ def main(cfg):
     if resumed:
         check_same(checkpoints.read_values(resumed, world), identity, resumed, world, total_steps=total_steps)
     if world.is_main:
-        folder.make_room(run_dir, resumed)
+        claim.make_room(resumed)
         print(config.save(cfg, run_dir / "config.yaml", recipe=__file__))
     told = weights.advice(files, cfg.dtype, cfg.max_length)
     for line in advice_for(cfg.loss, cfg.optimizer.lr, METHOD, train) + told:
@@ -158,7 +159,7 @@ def main(cfg):
     state = TrainState(model, optimizer, scheduler, meter, world, identity, loss_fn=loss_fn, reference=reference)
     if resumed:
         state.load(resumed, run_dir, best_metric=cfg.keep_best)
-    saved = checkpoints.Checkpoints(run_dir, world, keep_last_n=cfg.keep_last_n, on_save_failure=cfg.on_save_failure)
+    saved = checkpoints.Checkpoints(run_dir, world, cfg.keep_last_n, cfg.keep_best, cfg.on_save_failure)
     log = metrics.RunLog(run_dir, world, cfg.metric_logger, cfg, step=state.step, evaluated=state.evaluated)
     world.print(f"{models.sizes(model)}, {cfg.dtype} on {world}; {total_steps:,} steps of {cfg.pairs_per_step} pairs\n")
 
@@ -203,6 +204,7 @@ def main(cfg):
     # 7. Before the first step: the longest pairs go forward and backward, and policy and reference are compared
     mine = longest[world.rank :: world.size]
     with dry_run.step(model, optimizer, loss_fn, mine, world) as trial:  # leaves no gradient and no trace
+        saved.check_disk_space(state, total_steps - state.step, export_size(model, files, tokenizer))
         losses = pair_losses(mine, over_whole_step(longest, [mine], "dry run"), trial.meter)
         losses.sum().backward()
         if not resumed:  # then the policy has moved already
@@ -251,8 +253,6 @@ def main(cfg):
             results = meter.read(world) | {"epoch": steps.epoch(step), "lr": lr} | meter.read_speed(world)
             log.write(step, results)
             progress.tell(f"{metrics.summary(results)}, {results['pairs_per_second']:.1f} pairs/s")
-        if step == 1:
-            saved.check_disk_space(state)  # now that the optimizer has its state
     progress.close()
     saved.close()
     log.close()
@@ -264,18 +264,21 @@ def main(cfg):
         raise SystemExit(interruption.status)
 
     # 9. Answers, weights, curves
-    if cfg.export_best:
-        saved.load_best(state)
-    samples.after(model)
-    trained = probe(model, batch_of((held_out or train)[: min(4, cfg.batch_size)]))  # the export has to give the same
-    onto_original = cfg.merge_into == "original"  # and not onto the base in 4 bits
-    gathered = models.gather_weights(model, world, adapters_only=onto_original)
-    dist.stop(world)  # distributed only
-    if world.is_main:
-        samples.show()
-        metrics.plot_curves(log.path, run_dir / "curves.png")
-        told = export_checked(model, gathered, files, run_dir, cfg.model, execution, tokenizer, trained, onto_original)
-        print(f"\nrun folder {run_dir}, exported weights {told}")
+    with saved.telling_the_way_on():  # the disk may be full by now
+        if cfg.export_best:
+            saved.load_best(state)
+        samples.after(model)
+        trained = probe(model, batch_of((held_out or train)[: min(4, cfg.batch_size)]))  # the export has to give this
+        onto_original = cfg.merge_into == "original"  # and not onto the base in 4 bits
+        gathered = models.gather_weights(model, world, adapters_only=onto_original)
+        dist.stop(world)  # distributed only
+        if world.is_main:
+            samples.show()
+            metrics.plot_curves(log.path, run_dir / "curves.png")
+            told = export_checked(
+                model, gathered, files, run_dir, cfg.model, execution, tokenizer, trained, onto_original
+            )
+            print(f"\nrun folder {run_dir}, exported weights {told}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from pairtune.config import keys
 from pairtune.errors import UserError
 from pairtune.folders.layout import check_folder, find_adapter, find_weights
 from pairtune.pairs.sources import check_source
+from pairtune.run.folder import check_free
+from pairtune.run.places import CHECKPOINTS, check, is_saved_config, look
 from pairtune.tokenizer.files import find_files
 
 
@@ -58,8 +60,23 @@ def check_run(recipe: Path, configs: list[Path], overrides: list[str]) -> None:
     if not {"METHOD", "DEFAULTS"} <= read.keys():
         return
     cfg = config.check(read["METHOD"], read["DEFAULTS"], configs, overrides)
+    if does_as_ours(recipe):
+        _check_run_dir(cfg, configs)
     if does_as_ours(recipe) and {*keys.FILES, "reference", "dataset", "eval_dataset"} <= cfg.keys():
         _check_places(cfg)
+
+
+def _check_run_dir(cfg: dict, configs: list[Path]) -> None:
+    """The run folder may be written, and nothing is lost by it, as far as that is known before checkpoints are read."""
+    place = look(Path(cfg["output_dir"]).expanduser())
+    check_free(place)
+    has_checkpoint = any((place.real / CHECKPOINTS).glob("step_*/COMPLETE"))
+    if cfg["resume"] is not False and (has_checkpoint or cfg["resume"] is True):
+        return  # what the run goes on from has to be found first
+    check(place, continues=False, reads=config.paths(cfg))
+    for path in configs:
+        if not is_saved_config(path, place):
+            check(place, continues=False, reads=[("--config", path)])
 
 
 def _check_places(cfg: dict) -> None:

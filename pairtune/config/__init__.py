@@ -2,6 +2,7 @@
 
 from pairtune.config.components import instantiate
 from pairtune.config.layers import METHODS, check, load, parse, save
+from pairtune.config.named_paths import paths
 from pairtune.config.rules import REQUIRED
 
-__all__ = ["METHODS", "REQUIRED", "check", "instantiate", "load", "parse", "save"]
+__all__ = ["METHODS", "REQUIRED", "check", "instantiate", "load", "parse", "paths", "save"]

@@ -1,6 +1,7 @@
 """Weights out: a folder that transformers and PEFT load, with the base's config and the tokenizer of the training."""
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from torchtune.modules import TransformerDecoder
 
 from pairtune import models
 from pairtune.errors import UserError
-from pairtune.files import read_object
+from pairtune.files import give_modes, read_object
 from pairtune.folders.opening import Execution, make_ready
 from pairtune.folders.peft_write import write_adapter
 from pairtune.folders.weights import ModelFolder, Weights, open_weights
@@ -39,6 +40,8 @@ TOKENIZER_FILES = (
     "merges.txt",
 )
 ADAPTER_DIR = "adapter"  # in an export
+BLOCK = 2**12  # bytes that a disk gives a file at least
+OTHERS = 2**18  # bytes of small files that a run writes besides: curves, settings
 MODEL_FILES = ("config.json", "generation_config.json", "LICENSE*")
 
 
@@ -94,16 +97,42 @@ def export(
     return exported
 
 
+def export_size(
+    model: TransformerDecoder, base: ModelFolder, tokenizer: HFTokenizer | TorchtuneTokenizer | None = None
+) -> int:
+    """Returns the bytes of a model's export, adapter and tokenizer included, to a few KiB a file.
+
+    Args:
+        model: The trained one, loaded or not; weights in 4 bits are exported in full.
+        base, tokenizer: As for `export`.
+    """
+    num_parameters, num_bytes = models.num_parameters(model)[0], models.DTYPES[models.dtype_of(model)].itemsize
+    source = base.path if tokenizer is None or tokenizer.folder is None else tokenizer.folder
+    files = [*_files(source, TOKENIZER_FILES)] * (2 if additions(model).lora else 1) + [*_files(base.path, MODEL_FILES)]
+    tables = 256 * sum(1 for _ in model.parameters())  # names, shapes and offsets
+    return num_parameters * num_bytes + tables + sum(file.stat().st_size + BLOCK for file in files) + OTHERS
+
+
 @contextmanager
 def taking_its_place(folder: Path) -> Iterator[Path]:
-    """Gives a new folder, which takes a folder's name and place when the context ends without an error."""
+    """Gives a new folder, which takes a folder's name and place when the context ends without an error.
+
+    A link stays one: it is what it leads to that is replaced. Files get the modes that the umask gives.
+    """
+    folder = Path(os.path.realpath(folder))
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as name:
-        new = Path(name) / folder.name
+        new, earlier = Path(name) / folder.name, Path(name) / "earlier"
         new.mkdir()
         yield new
+        give_modes(new)
         if folder.exists():
-            folder.rename(Path(name) / "earlier")
-        new.rename(folder)
+            folder.rename(earlier)
+        try:
+            new.rename(folder)
+        except OSError:
+            if earlier.exists():
+                earlier.rename(folder)
+            raise
 
 
 def write_model(
@@ -192,10 +221,14 @@ def _write_stop_ids(stop_ids: list[int], config: dict, file: Path) -> None:
 
 def _copy(source: Path, patterns: tuple[str, ...], folder: Path) -> None:
     """Copies files without their modes: a base may be read-only, its export must not be."""
-    for file in (file for pattern in patterns for file in source.glob(pattern) if file.is_file()):
+    for file in _files(source, patterns):
         copy = folder / file.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, copy)
+
+
+def _files(folder: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
+    return (file for pattern in patterns for file in folder.glob(pattern) if file.is_file())
 
 
 def _edit_json(path: Path, **values) -> None:

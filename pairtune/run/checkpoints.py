@@ -6,24 +6,27 @@ folder has a temporary name until every file is on the disk; its marker, written
 and checksums, which resuming compares: marker.py. What is in one is told by state.TrainState.
 """
 
-import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as torch_dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from pairtune.dist import World
 from pairtune.errors import UserError
-from pairtune.files import sync_folder, write_text
+from pairtune.files import give_modes, sync_folder, telling, write_text
+from pairtune.run import disk_space
+from pairtune.run.disk_space import shown
 from pairtune.run.marker import (
     MARKER,
     check_content,
@@ -48,14 +51,23 @@ class Checkpoints:
     Every process calls every method, at the same step. `state` is the run's TrainState.
     """
 
-    def __init__(self, run_dir: Path, world: World, *, keep_last_n: int, on_save_failure: str = "stop"):
+    def __init__(
+        self,
+        run_dir: Path,
+        world: World,
+        keep_last_n: int,
+        keep_best: str | None = None,
+        on_save_failure: str = "stop",
+    ):
         """
         Args:
             keep_last_n: Checkpoints that stay, besides the best; 0 writes none.
+            keep_best: The metric by which a best one is kept, if one is.
             on_save_failure: stop, or continue: say so and train on. Earlier checkpoints stay in either case.
         """
         self._dir, self._world = run_dir / "checkpoints", world
         self._keep_last_n, self._on_save_failure = keep_last_n, on_save_failure
+        self._keeps_best = keep_best is not None
         self._pending: Future | None = None
         self._writing: Path | None = None  # the folder that it fills
         self._best: Path | None = None  # the best that is on the disk
@@ -91,17 +103,21 @@ class Checkpoints:
         tensors, values = state.tensors(), state.values()
         if self._world.agree(self._world.is_main and is_complete(folder)):  # the same weights, perhaps evaluated since
             if self._world.is_main:
-                _note_evaluation(folder, values)
+                with telling(folder, "resume=true goes on"):
+                    _note_evaluation(folder, values)
             return
-        missing = self._world.agree(self._missing_bytes(tensors) if self._world.is_main else None)
+        needed = {"checkpoints": disk_space.num_bytes(tensors, self._world.num_shards)}
+        found = disk_space.missing(self._dir.parent, needed) if self._world.is_main else None
+        missing, where = self._world.agree(found)
         if missing:
             self._fail(
-                f"step {state.step}: no checkpoint: {self._dir} has {_gib(missing)} less than it takes; make room, or "
+                f"step {state.step}: no checkpoint: {where} has {shown(missing)} less than it takes; make room, or "
                 f"lower keep_last_n={self._keep_last_n}"
             )
             return
         if self._world.is_main:
-            self._dir.mkdir(parents=True, exist_ok=True)
+            with telling(self._dir, "resume=true goes on from an earlier one"):
+                self._dir.mkdir(parents=True, exist_ok=True)
         temporary = self._dir / f".step_{state.step}"
         files = _files(tensors, self._world.size)
         try:
@@ -149,23 +165,49 @@ class Checkpoints:
         self.wait()
         self._thread.shutdown()
 
-    def check_disk_space(self, state) -> None:
-        """Raises UserError, or tells, if the disk has no room for as many checkpoints as are kept, and one more."""
-        if self._keep_last_n:
-            copies, tensors = self._keep_last_n + 1, state.tensors()
-            missing = self._world.agree(self._missing_bytes(tensors, copies) if self._world.is_main else None)
-            if missing:
-                self._fail(
-                    f"{self._dir} has {_gib(missing)} less than {copies} checkpoints take (keep_last_n="
-                    f"{self._keep_last_n}, and one while it is written); make room, or lower keep_last_n"
-                )
+    @contextmanager
+    def telling_the_way_on(self) -> Iterator[None]:
+        """Around what comes after the last step: what the disk refuses there is told, and that the state is kept.
 
-    def _missing_bytes(self, tensors: dict[str, Tensor], copies: int = 1) -> int:
-        # A DTensor counts whole; of pieces, this process's stand for all.
-        pieces = sum(_bytes(t) for name, t in tensors.items() if name.startswith("local."))
-        needed = copies * (sum(map(_bytes, tensors.values())) + pieces * (self._world.num_shards - 1))
-        exists = next(p for p in (self._dir, *self._dir.parents) if p.exists())
-        return max(0, needed - shutil.disk_usage(exists).free)
+        Raises:
+            UserError: In place of the disk's error.
+        """
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"after the last step: {_reason(error)}; nothing is half written, and when this is mended, {self}"
+                + (", without training again" if complete_checkpoints(self._dir) else "")
+            ) from None
+
+    def check_disk_space(self, state, steps_left: int, export_bytes: int) -> None:
+        """Raises UserError, or tells, if the disk has no room for what the run still writes at its fullest moment.
+
+        That is one checkpoint more than are kept, or those that are kept and the export; one that is there counts,
+        since another one takes its place.
+
+        Args:
+            state: With the optimizer's state in place.
+            steps_left: How many checkpoints there may still be.
+            export_bytes: From export.export_size.
+        """
+        size, found = disk_space.num_bytes(state.tensors(), self._world.num_shards), None
+        if self._world.is_main:
+            moments = disk_space.at_the_fullest(
+                size,
+                export_bytes,
+                kept=self._keep_last_n and self._keep_last_n + self._keeps_best,
+                there=len(complete_checkpoints(self._dir)),
+                steps_left=steps_left,
+            )
+            found = max(disk_space.missing(self._dir.parent, sizes) for sizes in moments)
+        missing, where = self._world.agree(found)
+        if missing:
+            self._fail(
+                f"{where} has {shown(missing)} less than the run takes: {shown(size)} a checkpoint (keep_last_n="
+                f"{self._keep_last_n}, and one while it is written), {shown(export_bytes)} for the export; make room, "
+                f"or {'lower keep_last_n' if self._keep_last_n > 1 else 'name another output_dir'}"
+            )
 
     def _finish(self, written: Future, values: dict, temporary: Path, folder: Path) -> None:
         """In the thread: waits for every process's files, then gives the folder its name, and its marker last."""
@@ -176,6 +218,7 @@ class Checkpoints:
                 text = json.dumps(values)
                 files[VALUES] = digest(text.encode())
                 write_text(temporary / VALUES, text, durable=True)
+                give_modes(temporary)
                 sync_folder(temporary)
                 shutil.rmtree(folder, ignore_errors=True)  # one of this step that was damaged
                 temporary.rename(folder)
@@ -211,8 +254,9 @@ class Checkpoints:
             return
         token = self._dir / self._world.agree(f".seen-{os.getpid()}")
         if self._world.is_main:
-            self._dir.mkdir(parents=True, exist_ok=True)
-            token.touch()
+            with telling(self._dir, "name another output_dir"):
+                self._dir.mkdir(parents=True, exist_ok=True)
+                token.touch()
         self._world.barrier()
         blind = self._world.max_number(int(not token.exists()))
         if self._world.is_main:
@@ -365,18 +409,10 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*")) if folder.exists() else 0
 
 
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"
-
-
 def _reason(error: BaseException) -> str:
     """What went wrong, of an error that DCP may have wrapped, one of each process."""
     failures = getattr(error, "failures", None) or {}
     inner = next((e[0] if isinstance(e, tuple) else e for e in failures.values()), error)
-    if isinstance(inner, OSError) and inner.errno == errno.ENOSPC:
+    if disk_space.is_full(inner):
         return "the disk is full"
     return f"{type(inner).__name__}: {' '.join(str(inner).split())}"

@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -14,12 +15,11 @@ from torch import Tensor
 
 from pairtune.config import instantiate
 from pairtune.dist import World
-from pairtune.errors import UserError
-from pairtune.files import write_text
+from pairtune.files import telling, write_bytes, write_text
 from pairtune.models.logps import AnswerScores
 from pairtune.pairs.batch import PairBatch
-from pairtune.run.folder import lock
 
+WAY_ON = "resume=true goes on"
 _SLASHED = {
     f"{kind}_{which}": f"{kind}/{which}"
     for kind in ("rewards", "logps")
@@ -141,11 +141,11 @@ class RunLog:
             cfg: The whole config, which a logger notes.
         """
         self.path = run_dir / "metrics.jsonl"
+        self._file = None
         if world.is_main:
-            _keep_lines(self.path, step, evaluated)
-        self._file = self.path.open("a") if world.is_main else None
-        if self._file:
-            lock(self._file)
+            with telling(self.path, WAY_ON):
+                _keep_lines(self.path, step, evaluated)
+                self._file = self.path.open("a")
         self._logger = instantiate(logger) if world.is_main else None
         if self._logger:
             self._logger.log_config(cfg)
@@ -153,22 +153,22 @@ class RunLog:
     def write(self, step: int, metrics: dict[str, float]) -> None:
         if self._file:
             finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}  # JSON has no NaN
-            try:
+            with telling(self.path, WAY_ON):
                 self._file.write(json.dumps({"step": step, **finite}) + "\n")
                 self._file.flush()
-            except OSError as error:
-                raise UserError(f"{self.path}: cannot be written: {error.strerror}; resume=true goes on") from None
         if self._logger:
             self._logger.log_dict(metrics, step)
 
     def sync(self) -> None:
         """Returns when all that was logged is on the disk."""
         if self._file:
-            os.fsync(self._file.fileno())
+            with telling(self.path, WAY_ON):
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         if self._file:
-            self._file.close()
+            with telling(self.path, WAY_ON):
+                self._file.close()
         if self._logger:
             self._logger.close()
 
@@ -213,7 +213,9 @@ CURVES = (  # panel, key, reference line; None: what step 1 logged, since each l
 
 def plot_curves(log_path: Path, png_path: Path) -> None:
     """Draws `draw_curves` of a metrics.jsonl into a PNG."""
-    draw_curves(read_log(log_path)).savefig(png_path, dpi=110)
+    content = BytesIO()
+    draw_curves(read_log(log_path)).savefig(content, dpi=110)
+    write_bytes(png_path, content.getvalue())  # at once: no half picture where the disk is full
 
 
 def draw_curves(log: list[dict]):

@@ -7,7 +7,7 @@ from pathlib import Path
 from torchtune.modules import TransformerDecoder
 
 from pairtune.dist import World
-from pairtune.files import write_text
+from pairtune.files import telling, write_text
 from pairtune.models.generation import answers
 from pairtune.pairs.tokenize import Pair
 
@@ -35,7 +35,8 @@ class Samples:
         """Asks the model, or, in a run that is resumed, takes what it has answered at the start."""
         self._before = answers_before(self._path, self._questions) if resumed else self._ask(model)
         if self._world.is_main:
-            write_samples(self._path, self._questions, self._before)
+            with telling(self._path, "make room, or name another output_dir"):
+                write_samples(self._path, self._questions, self._before)
 
     def after(self, model: TransformerDecoder) -> None:
         """Asks the model again."""
