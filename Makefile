@@ -7,6 +7,7 @@ BIN = .venv/bin
 
 # Names and numbers, NF4, two processes, files that others read, losses against TRL's
 NEWEST = tests/test_versions.py tests/models/test_models.py tests/losses/test_losses_against_trl.py \
+	tests/run/test_optimizers.py \
 	tests/cli/test_cli.py::test_a_torchtune_recipe_runs_to_its_end_with_components_from_the_current_folder \
 	"tests/recipes/test_distributed.py::test_any_number_of_processes_gives_the_numbers_of_one_device[qlora-2]" \
 	"tests/recipes/test_distributed.py::test_any_number_of_processes_gives_the_numbers_of_one_device[lora-2]" \
