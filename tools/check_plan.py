@@ -31,6 +31,7 @@ from pairtune.cli import memory, plan  # noqa: E402
 from pairtune.folders.check_model import windows  # noqa: E402
 from pairtune.models.logps import answer_logps  # noqa: E402
 from pairtune.reference.sources import frozen_model  # noqa: E402
+from pairtune.run import optimizers  # noqa: E402
 
 MODEL = {
     "_component_": "torchtune.models.llama3.llama3", "vocab_size": 2000, "num_layers": 4, "num_heads": 4,
@@ -41,6 +42,7 @@ GEMMA2 = {"_component_": "pairtune.gemma2.gemma2", "head_dim": 32, "query_pre_at
 MIXTURE = {"_component_": "pairtune.mixtral.mixtral", "num_experts": 4}
 LORA = {"rank": 8, "alpha": 16.0, "dropout": 0.0, "modules": ["q_proj", "k_proj", "v_proj", "output_proj", "mlp"]}
 OPTIMIZER = {"_component_": "torch.optim.AdamW", "lr": 1e-4}
+BITS_8, BITS_4 = "torchao.optim.AdamW8bit", "torchao.optim.AdamW4bit"
 FOUR_BIT = {"name": "model", "quantize": True}
 STEPS = 2  # from the second on, the optimizer has its state
 
@@ -60,6 +62,7 @@ class Case:
     sizes: dict = field(default_factory=dict)
     modules: tuple[str, ...] = ()
     reference: dict | None = None  # as in a config
+    optimizer: str = "torch.optim.AdamW"
     base_config: dict = field(default_factory=dict)  # of which sliding windows are read
 
     def __str__(self) -> str:
@@ -70,6 +73,7 @@ class Case:
         words += [f"{component[name]} experts" for name in ("num_experts",) if name in component]
         words += [f"{self.micro_batches} micro-batches"] * (self.micro_batches > 1) + list(self.modules)
         words += ["4-bit second model"] * (self.reference is not None)
+        words += [self.optimizer.rpartition(".")[2]] * (self.optimizer != OPTIMIZER["_component_"])
         words += [self.base_config["model_type"]] if self.base_config else []
         return ", ".join(words)
 
@@ -101,12 +105,16 @@ CASES = (
     Case("lora", "fp32", 3, 90, 140, base_config={"model_type": "mistral", "sliding_window": 64}),
     Case("lora", "fp32", 3, 90, 140, sizes=GEMMA2, base_config={"model_type": "gemma2", "sliding_window": 64}),
     Case("lora", "bf16", 4, 60, 60, checkpointing=True, sizes=MIXTURE),
+    Case("full", "fp32", 2, 60, 60, optimizer=BITS_8),
+    Case("full", "bf16", 2, 60, 60, optimizer=BITS_4),
+    Case("full", "fp32", 2, 60, 60, optimizer="torch.optim.SGD"),
 )
 SHARDED_CASES = (
     Case("full", "fp32", 2, 40, 60, sizes=WIDE),
     Case("full", "bf16", 4, 40, 60, micro_batches=3, checkpointing=True, sizes=WIDE),
     Case("qlora", "fp32", 2, 40, 60, micro_batches=2, sizes=WIDE),
     Case("lora", "fp32", 2, 40, 60, sizes=WIDE, reference=FOUR_BIT),
+    Case("full", "fp32", 2, 40, 60, sizes=WIDE, optimizer=BITS_8),
 )
 
 
@@ -119,7 +127,7 @@ def predict(case: Case, num_shards: int = 1) -> memory.StepMemory:
         reference=case.reference,
         base_config=case.base_config,
     )  # fmt: skip
-    return memory.step_memory(policy, reference, case.batch(), OPTIMIZER, setting)
+    return memory.step_memory(policy, reference, case.batch(), OPTIMIZER | {"_component_": case.optimizer}, setting)
 
 
 def measure(case: Case, world: dist.World) -> int:
@@ -132,7 +140,7 @@ def measure(case: Case, world: dist.World) -> int:
         for model in (policy, reference):
             if model is not None:
                 models.load(model, weights, world=world)
-        optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=OPTIMIZER["lr"])
+        optimizer = optimizers.make(OPTIMIZER | {"_component_": case.optimizer}, policy.parameters())
         with record_function("training"):
             for _ in range(STEPS):
                 _train(case, policy, reference, optimizer, world)

@@ -18,14 +18,15 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchtune.modules import TransformerDecoder
 
 from pairtune import models
-from pairtune.config.components import instantiate
 from pairtune.errors import UserError
 from pairtune.models import logps
 from pairtune.pairs.batch import PairBatch, lay_out
+from pairtune.run import optimizers
 
 aten = torch.ops.aten
 META = torch.device("meta")
@@ -59,6 +60,11 @@ class Setting:
     @property
     def shards(self) -> bool:
         return self.num_shards > 1 or self.cpu_offload
+
+    @property
+    def share_of_state(self) -> float:
+        """What a process holds of an optimizer's state, wherever that is."""
+        return 1 / self.num_shards
 
     @property
     def share(self) -> float:
@@ -99,14 +105,14 @@ def step_memory(
         UserError: The optimizer does not run on the meta device.
     """
     trained = [p for p in policy.parameters() if p.requires_grad]
-    optimizer, allocates = _make_optimizer(optimizer, trained, setting.device)
-    state = [v for values in optimizer.state.values() for v in values.values() if isinstance(v, Tensor)]
-    held = {"weights": [*policy.parameters()], "reference": [], "optimizer state": state}
+    made = _make_optimizer(optimizer, trained, setting)
+    held = {"weights": [*policy.parameters()], "reference": []}
     if reference is not None:
         held["reference"] = [*reference.parameters()]
     ledger = _Ledger(*filter(None, (policy, reference)))
     for part, tensors in held.items():
         ledger.own(tensors, part, setting.share)
+    ledger.own(made.state, "optimizer state", 0.0 if made.on_host or setting.cpu_offload else made.share)
     for model, part in ((policy, "weights"), (reference, "reference")):
         if model is not None:
             _fill_rope(model)
@@ -117,14 +123,19 @@ def step_memory(
             sharding.accumulate()
         _forward_backward(policy, reference, batch, sharding)
         models.clip_gradients(policy, 1.0)
-        ledger.new = ("optimizer scratch", setting.share if allocates else 0.0)
-        optimizer.step()
-    on_host = [*trained, *(t for tensors in held.values() for t in tensors)]  # the gradients are as large as `trained`
+        ledger.new = ("optimizer scratch", setting.share if made.allocates else 0.0)
+        with torch.compiler.set_stance("force_eager"):
+            made.optimizer.step()
+    state = round(num_bytes(made.state) * made.share * setting.num_shards)  # of all devices
+    on_host = num_bytes([*trained, *(t for tensors in held.values() for t in tensors)])  # gradients are as `trained`
+    host = (on_host + state) // setting.num_shards if setting.cpu_offload else 0
+    if made.on_host and not setting.cpu_offload:
+        host = state // setting.num_shards + made.copies * 2 * num_bytes(trained)  # weights and gradients
     return StepMemory(
         parts={part: round(ledger.peak[part]) for part in PARTS if ledger.peak[part] >= 1},
         trained=num_bytes(trained),
-        optimizer=num_bytes(state),
-        host=num_bytes(on_host) // setting.num_shards if setting.cpu_offload else 0,
+        optimizer=state,
+        host=host,
     )
 
 
@@ -203,29 +214,68 @@ def _forward_backward(policy, reference, batch: PairBatch, sharding: "_Sharding"
     sharding.end_backward()
 
 
-def _make_optimizer(block: dict, trained: list[nn.Parameter], device: str) -> tuple[torch.optim.Optimizer, bool]:
-    """Returns the optimizer with its state, and whether what its step allocates counts: a fused one allocates nothing.
+@dataclass(frozen=True)
+class _Made:
+    """An optimizer on the meta device, and how much of what it holds is on a device of the run."""
+
+    optimizer: Optimizer
+    state: list[Tensor]
+    share: float  # what a device holds of the state
+    allocates: bool  # whether what its step allocates counts: one that is fused or compiled allocates little
+    on_host: bool  # its state is in host memory
+    copies: bool  # and with it copies of weights and gradients
+
+
+def _make_optimizer(block: dict, trained: list[nn.Parameter], setting: Setting) -> _Made:
+    """Returns the optimizer with its state.
 
     On a GPU torch's optimizers take all parameters at once (foreach), on a CPU one after the other, unless told.
+
+    Raises:
+        UserError: It does not run on the meta device.
     """
-    arguments = dict(block)
+    arguments, path, copies = dict(block), block["_component_"], False
     fused, foreach = arguments.pop("fused", None), arguments.pop("foreach", None)
+    if path == optimizers.OFFLOADING:
+        arguments["_component_"], copies = arguments.pop("optimizer_class", "torch.optim.AdamW"), True
+        arguments = {k: v for k, v in arguments.items() if k not in ("offload_gradients", "minimal_size")}
+    on_gpu = setting.device == "cuda"
+    if ".Paged" in path:  # managed memory, which a GPU shares with its host
+        arguments["_component_"] = path.replace(".Paged", ".")
     try:
-        optimizer = instantiate(arguments, trained)
-        if "foreach" in inspect.signature(type(optimizer)).parameters:
-            foreach = device == "cuda" and not fused if foreach is None else foreach
-            optimizer = instantiate(arguments | {"foreach": bool(foreach)}, trained)
-        for parameter in trained:
-            parameter.grad = torch.empty_like(parameter)
-        optimizer.step()
-        optimizer.zero_grad()
+        with torch.compiler.set_stance("force_eager"):
+            optimizer = optimizers.build(arguments, trained)
+            if "foreach" in inspect.signature(type(optimizer)).parameters:
+                foreach = on_gpu and not fused if foreach is None else foreach
+                optimizer = optimizers.build(arguments | {"foreach": bool(foreach)}, trained)
+            state, share = _state(optimizer, trained), setting.share_of_state
+            if setting.num_shards > 1 and not path.startswith("torch."):  # blocks are those of a shard
+                shards = [_shard(p, setting.num_shards) for p in trained]
+                state, share = _state(optimizers.build(arguments, shards), shards), 1.0
     except UserError:
         raise
     except Exception as error:
         raise UserError(
-            f"optimizer._component_={block['_component_']}: its memory cannot be told without running it: {error}"
+            f"optimizer._component_={path}: its memory cannot be told without running it: {error}"
         ) from None
-    return optimizer, not fused
+    compiled = path.startswith(("torchao.", "bitsandbytes."))
+    return _Made(optimizer, state, share, not (fused or compiled), on_gpu and (copies or ".Paged" in path), copies)
+
+
+def _state(optimizer: Optimizer, parameters: list[nn.Parameter]) -> list[Tensor]:
+    """Makes the optimizer's state, and returns its tensors, each once."""
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    found = [v for values in optimizer.state.values() for v in values.values() if isinstance(v, Tensor)]
+    return list({id(tensor): tensor for tensor in found}.values())
+
+
+def _shard(parameter: nn.Parameter, num_shards: int) -> nn.Parameter:
+    """The largest of a parameter's shards."""
+    rows = -(-parameter.shape[0] // num_shards)
+    return nn.Parameter(torch.empty(rows, *parameter.shape[1:], dtype=parameter.dtype, device=META))
 
 
 def _fill_rope(model: nn.Module) -> None:

@@ -120,6 +120,8 @@ class Checkpoints:
                 self._dir.mkdir(parents=True, exist_ok=True)
         temporary = self._dir / f".step_{state.step}"
         files = _files(tensors, self._world.size)
+        own = [(name, file) for name, file in files.items() if name.startswith("local.")]
+        files |= dict(self._world.gather(own))  # the main process's map is everyone's
         try:
             written = dcp.async_save(
                 tensors,

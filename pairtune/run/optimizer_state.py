@@ -137,7 +137,7 @@ class OptimizerState:
     def _to_put_together(self, name, value, parameter, found: dict[int, Piece], saved: dict, num_shards) -> dict:
         start, size = _range(parameter)
         known = all(set(p.names) == {WHOLE} or {"codes", "scale"} <= set(p.names) for p in found.values())
-        if not known or value.shape != parameter.shape or sum(p.size for p in found.values()) != parameter.numel():
+        if not known or _local(value).numel() != size or sum(p.size for p in found.values()) != parameter.numel():
             raise UserError(
                 f"resume: the optimizer's state {name} was written by {num_shards or 'another number of'} processes, "
                 f"each in blocks of its own, and cannot be cut for {self._world.num_shards}; resume on as many"

@@ -18,7 +18,8 @@ from pairtune.config.rules import one_line
 from pairtune.errors import UserError
 
 OFFLOADING = "torchao.optim.CPUOffloadOptimizer"
-PLAIN_TENSORS_ONLY = "bitsandbytes."  # its kernels take a pointer, and FSDP2's parameters have none
+# bitsandbytes' kernels take a pointer, which FSDP2's parameters do not have; torchao's four bits do not compile on them.
+PLAIN_TENSORS_ONLY = ("bitsandbytes.", "torchao.optim.Adam4bit", "torchao.optim.AdamW4bit")
 
 
 def make(optimizer: dict, parameters: Iterable[nn.Parameter], decay_norms_and_biases: bool = False) -> Optimizer:
@@ -156,10 +157,12 @@ def state_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict:
 
 
 def parameters_of(optimizer: Optimizer) -> Iterator[nn.Parameter]:
-    """Yields the parameters that an optimizer has, the model's where it updates something in their place."""
-    yield from copies(optimizer)
+    """Yields the model's parameters that an optimizer has."""
+    copied = copies(optimizer)
+    in_their_place = set(map(id, copied.values()))
+    yield from copied
     for part in parts(optimizer):
-        yield from (p for group in part.param_groups for p in group["params"])
+        yield from (p for group in part.param_groups for p in group["params"] if id(p) not in in_their_place)
 
 
 def groups_of(optimizer: Optimizer) -> list[dict]:
