@@ -18,7 +18,7 @@ from pairtune.config.rules import one_line
 from pairtune.errors import UserError
 
 OFFLOADING = "torchao.optim.CPUOffloadOptimizer"
-# bitsandbytes' kernels take a pointer, which FSDP2's parameters do not have; torchao's four bits do not compile on them.
+# bitsandbytes' kernels take a pointer, which FSDP2's parameters do not have; torchao's four bits do not compile there.
 PLAIN_TENSORS_ONLY = ("bitsandbytes.", "torchao.optim.Adam4bit", "torchao.optim.AdamW4bit")
 
 
