@@ -146,6 +146,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
             self._ask_for_method(owner, getattr(obj, "__name__", ""), args, kwargs)
         return super().call(context, obj, *args, **kwargs)
 
+    def getitem(self, obj, argument):
+        """A part of a text or a list is a copy, which takes its time."""
+        if isinstance(argument, slice) and isinstance(obj, (str, bytes, list, tuple)):
+            self.budget.ask(len(obj[argument]))
+        return super().getitem(obj, argument)
+
     def wrap_str_format(self, value):
         """Jinja's own: what it has in place of a text's format(...), which here asks first."""
         wrapped = super().wrap_str_format(value)

@@ -51,6 +51,7 @@ TOO_MUCH = {
     "digits to round to": "{{ 1.5 | round(3000000000, 'ceil') }}",
     "much text, bit by bit": "{% for i in range(90000) %}{{ 'x' * 1000 }}{% endfor %}",
     "much text on the way": "{% for i in range(90000) %}{% if 'x' * 1000000 == '' %}{% endif %}{% endfor %}",
+    "parts of a text": "{% set x = 'x' * 9000000 %}{% for i in range(90000) %}{% set y = x[1:] %}{% endfor %}",
     "loops in loops": "{% for a in X %}{% for b in X %}{% for c in X %}{% endfor %}{% endfor %}{% endfor %}".replace(
         "X", "(messages * 1000)"
     ),
