@@ -146,11 +146,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
             self._ask_for_method(owner, getattr(obj, "__name__", ""), args, kwargs)
         return super().call(context, obj, *args, **kwargs)
 
-    def getitem(self, obj, argument):
+    def part(self, value, where: slice):
         """A part of a text or a list is a copy, which takes its time."""
-        if isinstance(argument, slice) and isinstance(obj, (str, bytes, list, tuple)):
-            self.budget.ask(len(obj[argument]))
-        return super().getitem(obj, argument)
+        if isinstance(value, (str, bytes, list, tuple)):
+            self.budget.ask(len(range(len(value))[where]))
+        return value[where]
 
     def wrap_str_format(self, value):
         """Jinja's own: what it has in place of a text's format(...), which here asks first."""
@@ -238,7 +238,19 @@ _COUNTED = "counted in loops"  # a filter that no template can name
 
 
 class _Generator(CodeGenerator):
-    """Has ~ ask first, as the operators that Jinja lets a sandbox hear of."""
+    """Has ~ and [i:j] ask first, as the operators that Jinja lets a sandbox hear of."""
+
+    def visit_Getitem(self, node, frame):
+        if not isinstance(node.arg, nodes.Slice):
+            super().visit_Getitem(node, frame)
+            return
+        self.write("environment.part(")
+        self.visit(node.node, frame)
+        self.write(", slice(")
+        for bound in (node.arg.start, node.arg.stop, node.arg.step):
+            self.visit(nodes.Const(None) if bound is None else bound, frame)
+            self.write(", ")
+        self.write("))")
 
     def visit_Concat(self, node, frame):
         volatile = "(markup_join if context.eval_ctx.autoescape else str_join)"

@@ -84,6 +84,7 @@ ALLOWED = [
     "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
     "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}",
     "{{ messages[::-1] | map(attribute='role') | first }}",
+    "{{ 'abcde'[1:] }} {{ 'abcde'[:-1] }} {{ 'abcde'[::2] }} {{ [1, 2, 3][:2] }} {{ messages[1:][0]['role'] }}",
     "{{ range(5) | list }}{{ range(3) | length }}{% for i in range(2, 5) %}{{ i }}{{ loop.length }}{% endfor %}",
     "{{ 1.256 | round(2) }} {{ 'x' | e }} {{ '<b>' | escape }} {{ [[1, 2], [3]] | sum(start=[]) }}",
 ]
