@@ -6,6 +6,7 @@ from pairtune import config
 from pairtune.cli.find import find, is_torchtunes, names, own
 from pairtune.cli.recipe import does_as_ours, parses_defaults, top_level
 from pairtune.config import keys
+from pairtune.config.uses import check_installed
 from pairtune.errors import UserError
 from pairtune.folders.layout import check_folder, find_adapter, find_weights
 from pairtune.pairs.sources import check_source
@@ -60,6 +61,7 @@ def check_run(recipe: Path, configs: list[Path], overrides: list[str]) -> None:
     if not {"METHOD", "DEFAULTS"} <= read.keys():
         return
     cfg = config.check(read["METHOD"], read["DEFAULTS"], configs, overrides)
+    check_installed(cfg)
     if does_as_ours(recipe):
         _check_run_dir(cfg, configs)
     if does_as_ours(recipe) and {*keys.FILES, "reference", "dataset", "eval_dataset"} <= cfg.keys():

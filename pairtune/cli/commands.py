@@ -281,24 +281,11 @@ def main(argv: list[str] | None = None) -> int:
     if name in ("run", "worker"):
         console.survive()
     try:
-        if name in ("-h", "--help"):
-            print(f"usage: {prog()} COMMAND ...  (COMMAND --help tells more)\n")
-            for command in COMMANDS.values():
-                print(f"  {command.__name__:<10} {command.__doc__.splitlines()[0]}")
-            print(f"  {'--version':<10} Print the versions of pairtune, torchtune, torchao and torch.")
-            return 0
-        if name == "--version":
-            print(
-                ", ".join(f"{package} {version(package)}" for package in ("pairtune", "torchtune", "torchao", "torch"))
-            )
-            return 0
-        if name == "worker":  # what `launch` starts; not for people
-            from pairtune.cli.launch import worker
-
-            return worker(Path(rest[0]), rest[1:])
-        if name not in COMMANDS:
-            raise UserError(f"{name}: no such command{nearest(name, COMMANDS, num=3)}; known: {', '.join(COMMANDS)}")
-        return COMMANDS[name](rest)
+        try:
+            return _command(name, rest)
+        finally:  # a pipe that is closed shows here, not when Python exits
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except UserError as error:
         print(f"{prog()}: error: {error}", file=sys.stderr)
         return 2
@@ -308,6 +295,25 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `tune ls | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to say at exit
         return 128 + signal.SIGPIPE
+
+
+def _command(name: str, rest: list[str]) -> int:
+    if name in ("-h", "--help"):
+        print(f"usage: {prog()} COMMAND ...  (COMMAND --help tells more)\n")
+        for command in COMMANDS.values():
+            print(f"  {command.__name__:<10} {command.__doc__.splitlines()[0]}")
+        print(f"  {'--version':<10} Print the versions of pairtune, torchtune, torchao and torch.")
+        return 0
+    if name == "--version":
+        print(", ".join(f"{package} {version(package)}" for package in ("pairtune", "torchtune", "torchao", "torch")))
+        return 0
+    if name == "worker":  # what `launch` starts; not for people
+        from pairtune.cli.launch import worker
+
+        return worker(Path(rest[0]), rest[1:])
+    if name not in COMMANDS:
+        raise UserError(f"{name}: no such command{nearest(name, COMMANDS, num=3)}; known: {', '.join(COMMANDS)}")
+    return COMMANDS[name](rest)
 
 
 def load_yaml(path: Path) -> dict:

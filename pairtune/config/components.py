@@ -19,6 +19,7 @@ from pairtune.config.names_elsewhere import answer
 from pairtune.config.rules import fits, one_line, show, wrong_kind
 from pairtune.config.signatures import ancestors, parameters_of
 from pairtune.config.source import Definition, Missing, look_up, public_classes, split
+from pairtune.config.uses import check_path, check_use, made_by
 from pairtune.errors import UserError, nearest
 
 # What recipes pass to a component themselves; a config cannot. So is the first argument of an optimizer or schedule.
@@ -88,14 +89,17 @@ def check_component(key: str, block: dict) -> None:
     Raises:
         UserError: One of these does not hold.
     """
+    check_path(key, block["_component_"])
     component = import_component(key, block["_component_"])
-    made = component if inspect.isclass(component) else getattr(component, "__annotations__", {}).get("return")
-    classes = [f"{c.__module__}.{c.__qualname__}" for c in made.__mro__] if inspect.isclass(made) else None
+    made = made_by(component)
+    classes = [f"{c.__module__}.{c.__qualname__}" for c in made.__mro__] if made else None
+    check_use(key, block["_component_"], component)
     _check(key, block, classes, _signature(component))
 
 
 def _check_by_source(key: str, block: dict) -> None:
     path = block["_component_"]
+    check_path(key, path)
     _add_own_folder()
     try:
         found = look_up(path)

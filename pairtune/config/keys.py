@@ -242,7 +242,7 @@ _LEARNING = (
     Key("lora.use_dora"),
     Key("lora.use_rslora"),
     Key("adapter", rule=of_kind(str), resume="by result", nullable=True, recipes=_BY_ADAPTERS),
-    Key("optimizer"),
+    Key("optimizer", example="torch.optim.AdamW"),
     Key("optimizer.lr", rule=above(0)),
     Key("optimizer.weight_decay"),
     Key("decay_norms_and_biases"),
@@ -250,7 +250,7 @@ _LEARNING = (
     Key("max_prompt_length", rule=at_least(1), resume="by result", nullable=True),
     Key("max_completion_length", rule=at_least(1), resume="by result", nullable=True),
     Key("shuffle"),
-    Key("loss"),
+    Key("loss", example="torchtune.rlhf.loss.DPOLoss"),
     Key("loss.beta", rule=above(0)),
     Key("loss.gamma", rule=above(0)),  # of torchtune's RSOLoss
     Key("loss.label_smoothing", rule=between(0, 0.5)),

@@ -25,6 +25,7 @@ from pairtune.config.merging import REMOVED, Layer, canonical, merge, over, with
 from pairtune.config.reading import read_file, read_value
 from pairtune.config.rules import REQUIRED, show
 from pairtune.config.secrets import check_secrets
+from pairtune.config.uses import check_installed
 from pairtune.errors import UserError
 from pairtune.files import write_text
 
@@ -38,8 +39,9 @@ def parse(method: str, defaults: dict, argv: list[str] | None = None) -> DictCon
     parser.add_argument("--config", action="append", default=[], type=Path, metavar="FILE")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args(sys.argv[1:] if argv is None else argv)
-    cfg, notes = _loaded(method, defaults, args.config, args.overrides)
-    for note in notes if os.environ.get("RANK", "0") == "0" else []:  # one process speaks
+    cfg, told = _loaded(method, defaults, args.config, args.overrides)
+    check_installed(cfg)
+    for note in told if os.environ.get("RANK", "0") == "0" else []:  # one process speaks
         print(f"config: {note}")
     return cfg
 

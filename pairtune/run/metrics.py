@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from pairtune.config import instantiate
+from pairtune.config.uses import lacks
 from pairtune.dist import World
+from pairtune.errors import UserError
 from pairtune.files import telling, write_bytes, write_text
 from pairtune.models.logps import AnswerScores
 from pairtune.pairs.batch import PairBatch
@@ -147,7 +149,9 @@ class RunLog:
                 _keep_lines(self.path, step, evaluated)
                 self._file = self.path.open("a")
         self._logger = instantiate(logger) if world.is_main else None
-        if self._logger:
+        if self._logger is not None and (missing := lacks("metric_logger", self._logger)):
+            raise UserError(f"metric_logger: what {logger['_component_']} makes has no {', '.join(missing)}")
+        if self._logger is not None:
             self._logger.log_config(cfg)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
@@ -156,7 +160,7 @@ class RunLog:
             with telling(self.path, WAY_ON):
                 self._file.write(json.dumps({"step": step, **finite}) + "\n")
                 self._file.flush()
-        if self._logger:
+        if self._logger is not None:
             self._logger.log_dict(metrics, step)
 
     def sync(self) -> None:
@@ -169,7 +173,7 @@ class RunLog:
         if self._file:
             with telling(self.path, WAY_ON):
                 self._file.close()
-        if self._logger:
+        if self._logger is not None:
             self._logger.close()
 
 

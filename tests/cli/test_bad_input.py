@@ -668,7 +668,7 @@ OPTIONS = [
     ("~tokenizer.path", ["tokenizer.path: hf_tokenizer needs it"]),
     ("tokenizer.path=5", ["tokenizer.path=5: must be text"]),
     ("tokenizer={_component_: torchtune.models.llama3.llama3_tokenizer, path: /no}", ["llama3_tokenizer(path=/no)"]),
-    ("tokenizer=torch.nn.Identity", ["tokenizer: Identity cannot write conversations"]),
+    ("tokenizer=torch.nn.Identity", ["tokenizer._component_=torch.nn.Identity: has no tokenize_messages"]),
     ("loss=torchtune.rlhf.loss", ["loss._component_=torchtune.rlhf.loss: is not a class or function"]),
     ("loss=DPOLoss", ["loss.name=DPOLoss: no such loss", "loss=torchtune.rlhf.loss.DPOLoss"]),
     ("loss=torch.nn.MSELoss", ["loss._component_=torch.nn.MSELoss: must map policy chosen"]),

@@ -1,5 +1,7 @@
 """Claims about `tune`: what a name finds, how a recipe starts, what a mistake looks like."""
 
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import pytest
 import torch
 import torchao
 import yaml
+from helpers import ROOT
 
 from pairtune.cli import commands as cli
 from pairtune.cli.check import read_words
@@ -382,3 +385,24 @@ def test_kaggle_downloads_go_to_torchtune(folder, capsys):
 def test_every_mistake_is_a_value_error_in_python(folder):
     with pytest.raises(UserError, match="no such recipe"):
         cli.run(["nothing", "--config", "first"])
+
+
+@pytest.mark.parametrize(
+    ("words", "unbuffered"),
+    [
+        ("ls", ""), ("ls", "1"), ("--help", ""), ("--help", "1"), ("--version", ""), ("validate --help", ""),
+        ("cat llama3_8b", ""), ("cat --sort llama3_8b", "1"), ("cache ls --cache-dir {folder}", ""),
+        ("run lora_dpo_single_device --help", ""), ("run lora_dpo_single_device --help", "1"),
+    ],
+)  # fmt: skip
+def test_a_reader_that_has_read_enough_is_no_error(tmp_path, words, unbuffered):
+    reading, writing = os.pipe()
+    os.close(reading)  # as `| true` does, and `| head` behind its lines
+    try:
+        command = [sys.executable, "-m", "pairtune.cli", *words.format(folder=tmp_path).split()]
+        environment = os.environ | {"PYTHONUNBUFFERED": unbuffered, "PYTHONPATH": str(ROOT)}
+        ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, env=environment, timeout=120)
+    finally:
+        os.close(writing)
+    assert ended.stderr == b""
+    assert ended.returncode == (0 if words.startswith("run") else 128 + signal.SIGPIPE)  # a run goes on unheard
