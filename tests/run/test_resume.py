@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from pairtune.dist import Interruption, World
 from pairtune.errors import UserError
 from pairtune.folders.tensors import read_shard
-from pairtune.run import marker, samples
+from pairtune.run import disk_space, marker, samples
 from pairtune.run.checkpoints import Checkpoints, find, read_values
 from pairtune.run.marker import is_complete
 from pairtune.run.metrics import Meter, read_log
@@ -254,7 +254,7 @@ def test_to_resume_changes_nothing_in_the_checkpoint_that_it_goes_on_from(work):
     before = state.read_text()
     assert json.loads(before)["best"]["step"] == 4
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Checkpoints, "_missing_bytes", lambda *_: 2**30)
+        patch.setattr(disk_space, "missing", lambda folder, sizes: (2**30 * bool(sizes["checkpoints"]), folder))
         run(work, recipe, "resume=true", "epochs=1", "eval_every_n_steps=null")
     assert json.loads(state.read_text())["best"]["step"] == 4
     run(work, recipe, *settings, f"resume={state.parent}", f"output_dir={work / 'branch'}")
