@@ -68,7 +68,8 @@ class Validation:
 
     def check(self, method: str, defaults: dict) -> dict[str, Answer]:
         """Returns the answers for a recipe, by what was asked."""
-        loaded = _answer(lambda: ("", config.load(method, defaults, self.paths, self.overrides)))
+        what = (method, defaults, self.paths, self.overrides)
+        loaded = _answer(lambda: ("; ".join(config.notes(*what)), config.load(*what)))
         answers, cfg = {"config": loaded}, loaded.value
         if cfg is None or not set(KEYS) <= cfg.keys():  # refused, or for a recipe with keys of its own
             return answers

@@ -40,7 +40,7 @@ def give_way(cfg: dict, defaults: dict, layers: list[Layer]) -> tuple[dict, list
     settled = _Settled(cfg, _given(layers))
     for check in (_held_out, _evaluation, _interval, _best, _reference):
         check(settled)
-    return settled.cfg, settled.told + _carried(cfg, defaults, layers)
+    return settled.cfg, _no_evaluation(settled, layers) + settled.told + _carried(cfg, defaults, layers)
 
 
 class _Settled:
@@ -91,6 +91,15 @@ def _evaluation(settled: _Settled) -> None:
         return
     for name in ("eval_every_n_steps", "eval_every_n_epochs", "keep_best"):
         settled.yields(name, off, "leaves nothing to evaluate on")
+
+
+def _no_evaluation(settled: _Settled, layers: list[Layer]) -> list[str]:
+    """Says that nothing is evaluated where an earlier place would have it."""
+    named = ("eval_dataset.source", "dataset.val_fraction")
+    earlier = any(value for layer in layers for name, value in _leaves(layer.values) if name in named)
+    if any(map(settled.get, named)) or not earlier:
+        return []
+    return [f"evaluation is off: {settled.written(max(named, key=settled.rank))}"]
 
 
 def _interval(settled: _Settled) -> None:

@@ -175,7 +175,8 @@ EVALUATED = "eval_dataset: {source: held_out.jsonl}\neval_every_n_steps: 50\nkee
     ("text", "overrides", "off", "told"),
     [
         (EVALUATED, ["eval_dataset.source=null"], ["eval_every_n_steps", "keep_best", "export_best"],
-         ["eval_every_n_steps=50 (", "keep_best=loss (", "export_best=true (", "eval_dataset.source=null (command li"]),
+         ["evaluation is off: eval", "eval_every_n_steps=50 (", "keep_best=loss (", "export_best=true (",
+          "eval_dataset.source=null (command li"]),
         (EVALUATED, ["eval_dataset=null"], ["eval_every_n_steps", "keep_best"], []),
         (EVALUATED, ["~eval_dataset.source"], ["eval_every_n_steps", "keep_best"], []),
         (EVALUATED + "per_method: {lora: {eval_dataset: null}}", [], ["eval_every_n_steps", "keep_best"], []),
