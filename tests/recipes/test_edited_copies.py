@@ -13,7 +13,7 @@ CALL = """\
             scores.chosen_logps, scores.rejected_logps, *reference.logps(batch), **whole.inputs(batch, scores)
         )
 """
-KEY = '    "epochs": 1,\n'
+KEY = '    "epochs": 1,  # 0.5: half of them, in steps rounded up\n'
 # What a user does to the copy: texts in it, and what takes their place
 EDITS = {
     "a margin loss with a key of its own": [
