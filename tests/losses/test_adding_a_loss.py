@@ -128,7 +128,7 @@ def test_a_class_in_the_library_works_by_its_name_and_is_in_the_table(tmp_path):
     path, value, term = json.loads(run("-c", BY_NAME, *GIVEN).splitlines()[-1])
     assert (path, term) == ("pairtune.losses.Cubic", "Cubic")
     assert value == pytest.approx((2 - 0.2 * 1.5) ** 3)
-    run("tools/losses_table.py", "--write")
+    run("tools/doc_tables.py", "--write")
     row = "| `cubic` or `third` | A cubed hinge | `beta=0.2`, `tau=1`, `ld_alpha`, `wpo` |"
     assert row in (tmp_path / "docs" / "losses.md").read_text()
 
