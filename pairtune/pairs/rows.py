@@ -9,6 +9,7 @@ import difflib
 import gzip
 import io
 import json
+import os
 import re
 import tempfile
 import zlib
@@ -273,6 +274,8 @@ def _read_folder(path: Path, name: str | None, key: str) -> dict[str, datasets.D
 
 
 def _read_hub(source: str, name: str | None, revision: str | None, key: str) -> dict[str, datasets.Dataset]:
+    if os.environ.get("RANK", "0") == "0":  # one process speaks
+        print(f"{key}.source={source}: read from the Hugging Face Hub, or from its cache on this disk", flush=True)
     try:
         with _without_bars():
             return datasets.load_dataset(source, name, revision=revision)

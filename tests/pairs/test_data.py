@@ -194,6 +194,7 @@ except ValueError as error:
     }
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("dataset.source=nobody/no-such-dataset: read from the Hugging Face Hub, or from")
     assert "dataset.source=nobody/no-such-dataset, name=main, revision=v1" in done.stdout
     assert "hf auth login" in done.stdout
 
