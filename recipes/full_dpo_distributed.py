@@ -24,7 +24,7 @@ from pairtune.pairs.batch import lay_out
 from pairtune.pairs.steps import Steps, count_steps
 from pairtune.pairs.tokenize import read_train_and_held_out
 from pairtune.reference import Reference
-from pairtune.run import checkpoints, contract, dry_run, folder, metrics, optimizers, rehearsal
+from pairtune.run import checkpoints, contract, dry_run, folder, metrics, optimizers, rehearsal, resuming
 from pairtune.run.fingerprint import check_same, fingerprint
 from pairtune.run.samples import Samples
 from pairtune.run.state import TrainState
@@ -74,7 +74,7 @@ def main(cfg):
     world = world.with_cpu_offload(cfg.fsdp_cpu_offload)  # distributed only
     run_dir = Path(cfg.output_dir).expanduser()
     claim = folder.claim(run_dir, config.paths(cfg)) if world.is_main else None  # from here on no other run has it
-    resumed = world.agree(claim.check(checkpoints.find(cfg.resume, run_dir)) if claim else None)  # None: from the start
+    resumed = world.agree(claim.check(resuming.find(cfg.resume, run_dir)) if claim else None)  # None: from the start
     torch.manual_seed(cfg.seed)
 
     # 2. Policy and reference, on the meta device: what is wrong with a config shows before the model's weights are read
@@ -111,7 +111,7 @@ def main(cfg):
     rehearsal.rehearse(cfg.optimizer, cfg.lr_scheduler, cfg.loss, model, world, num_training_steps=total_steps)
     identity = fingerprint(cfg, train, held_out, files, reference.files)
     if resumed:
-        check_same(checkpoints.read_values(resumed, world), identity, resumed, world, total_steps=total_steps)
+        check_same(resuming.read_values(resumed, world), identity, resumed, world, total_steps=total_steps)
     if world.is_main:
         claim.make_room(resumed)
         print(config.save(cfg, run_dir / "config.yaml", recipe=__file__))

@@ -1,15 +1,15 @@
 """Training checkpoints on the disk, written so that a kill at any moment loses no earlier one.
 
 A checkpoint is a folder, checkpoints/step_N. torch.distributed.checkpoint writes its tensors as safetensors, each
-process its own shards, and any number of processes reads them back; the rest is state.json. Nothing is pickled. The
-folder has a temporary name until every file is on the disk; its marker, written last, lists the files with their sizes
-and checksums, which resuming compares: marker.py. What is in one is told by state.TrainState.
+process its own shards; the rest is state.json. Nothing is pickled. The folder has a temporary name until every file is
+on the disk; its marker, written last, lists the files with their sizes and checksums: marker.py. What is in one is told
+by state.TrainState; how one is found and read: resuming.py.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,29 +20,17 @@ import torch.distributed as torch_dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter
 
 from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.files import give_modes, sync_folder, telling, write_text
 from pairtune.run import disk_space
-from pairtune.run.disk_space import shown
-from pairtune.run.marker import (
-    MARKER,
-    check_content,
-    check_files,
-    digest,
-    digest_file,
-    is_complete,
-    lacking,
-    read_marker,
-    replace_file,
-    write_marker,
-)
+from pairtune.run.disk_space import reason, shown
+from pairtune.run.marker import MARKER, check_files, digest, digest_file, is_complete, replace_file, write_marker
+from pairtune.run.resuming import VALUES, complete_checkpoints, read_values
 
-VALUES = "state.json"
 FILE_BYTES = 2**30  # of tensors a file: safetensors holds a file's bytes a second time while it writes them
-_WAY_OUT = "remove that folder to go on from the one before it"
 
 
 class Checkpoints:
@@ -130,7 +118,7 @@ class Checkpoints:
                 no_dist=self._group is None,
             )
         except (Exception, CheckpointException) as error:  # such as tensors of a kind that safetensors does not know
-            self._fail(f"step {state.step}: no checkpoint: {_reason(error)}")
+            self._fail(f"step {state.step}: no checkpoint: {reason(error)}")
             return
         self._writing = temporary
         self._pending = self._thread.submit(self._finish, written, values, temporary, folder)
@@ -160,7 +148,7 @@ class Checkpoints:
             if pending:
                 pending.result()
         except (Exception, CheckpointException) as error:
-            self._fail(f"no checkpoint: {_reason(error)}")
+            self._fail(f"no checkpoint: {reason(error)}")
 
     def close(self) -> None:
         """Waits for the last save and ends its thread."""
@@ -178,7 +166,7 @@ class Checkpoints:
             yield
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"after the last step: {_reason(error)}; nothing is half written, and when this is mended, {self}"
+                f"after the last step: {reason(error)}; nothing is half written, and when this is mended, {self}"
                 + (", without training again" if complete_checkpoints(self._dir) else "")
             ) from None
 
@@ -285,107 +273,6 @@ class Checkpoints:
         self._world.print(f"{message}. Training goes on (on_save_failure=continue)")
 
 
-def find(resume: bool | str, run_dir: Path) -> Path | None:
-    """Returns the checkpoint that a run begins with, None for the start.
-
-    Args:
-        resume: false; true: the newest complete checkpoint of `run_dir`; auto: the same, if there is one; or a path, of
-            a checkpoint or of another run folder.
-
-    Raises:
-        UserError: There is none, or the path is an earlier checkpoint of this very run folder.
-    """
-    if resume is False:
-        return None
-    own = complete_checkpoints(run_dir / "checkpoints", refuse=True)
-    if resume in (True, "auto"):
-        if own or resume == "auto":
-            return own[-1] if own else None
-        newest = max((run_dir / "checkpoints").glob("step_*"), key=lambda path: path.stat().st_mtime_ns, default=None)
-        why = f" ({newest.name}: {lacking(newest)})" if newest else ""
-        raise UserError(f"resume=true: {run_dir}/checkpoints holds no complete one{why}; resume=auto starts anew then")
-    folder = Path(resume)
-    if not folder.exists():
-        raise UserError(f"resume={resume}: there is no such folder; it was moved, or is called otherwise")
-    if not folder.name.startswith("step_"):
-        found = complete_checkpoints(folder / "checkpoints", refuse=True)
-        if not found:
-            raise UserError(
-                f"resume={resume}: holds no complete checkpoint; must be true, false, auto, or the path of a run "
-                "folder or of its checkpoints/step_N"
-            )
-        folder = found[-1]
-    if read_marker(folder) is None or not is_complete(folder):
-        raise UserError(f"resume={resume}: is not a complete checkpoint: {lacking(folder)}")
-    if own and _branched_from(own[-1], resume):
-        return own[-1]  # the same command again
-    if own and folder.resolve().parent == own[-1].resolve().parent and folder.resolve() != own[-1].resolve():
-        raise UserError(
-            f"resume={resume}: this run went on to {own[-1].name}, which would be overwritten; resume=true goes on "
-            "from there, and another output_dir makes a branch from here"
-        )
-    return folder
-
-
-def _branched_from(own: Path, resume: str) -> bool:
-    """Returns whether a run's checkpoint stems from the one, or the run folder, that `resume` names."""
-    origin = read_values(own)["origin"]
-    return origin is not None and Path(resume).resolve() in (Path(origin), Path(origin).parent.parent)
-
-
-def complete_checkpoints(folder: Path, *, refuse: bool = False) -> list[Path]:
-    """Returns the complete checkpoints of a `checkpoints` folder, oldest first.
-
-    Args:
-        refuse: Raise UserError for the newest if its marker is damaged, which else is not complete.
-    """
-    numbered = [p for p in folder.glob("step_*") if p.name.removeprefix("step_").isdigit()]
-    numbered.sort(key=lambda path: int(path.name.removeprefix("step_")))
-    if refuse and numbered:
-        read_marker(numbered[-1])
-    return [path for path in numbered if is_complete(path)]
-
-
-def read_values(folder: Path, world: World | None = None) -> dict:
-    """Returns a checkpoint's state.json.
-
-    Args:
-        world: Compare the checksums of all its files with what was written; every process has to call it then.
-
-    Raises:
-        UserError: A file is damaged.
-    """
-    if world:
-        check_files(folder, world, way_out=_WAY_OUT)
-    try:
-        content = (folder / VALUES).read_bytes()
-        values = json.loads(content)
-    except (OSError, ValueError) as error:
-        raise UserError(f"resume: {folder / VALUES} cannot be read: {error}; {_WAY_OUT}") from None
-    check_content(folder, VALUES, content, way_out=_WAY_OUT)
-    return values
-
-
-def read_tensors(folder: Path, templates: Callable[[dict], dict[str, Tensor]], world: World) -> dict[str, Tensor]:
-    """Returns tensors by their names in a checkpoint, filled from it in place; every process has to call it.
-
-    Args:
-        templates: Chooses the tensors to fill by what the checkpoint has: names, and torch's metadata of each.
-
-    Raises:
-        UserError: A file is damaged.
-    """
-    reader = HuggingFaceStorageReader(str(folder))
-    try:
-        wanted = templates(reader.read_metadata().state_dict_metadata)
-        dcp.load(wanted, storage_reader=reader, no_dist=world.mesh is None)
-    except UserError:
-        raise
-    except (Exception, CheckpointException) as error:  # the latter is no Exception; safetensors has its own
-        raise UserError(f"resume: {folder} cannot be read: {_reason(error)}; {_WAY_OUT}") from None
-    return wanted
-
-
 def _note_evaluation(folder: Path, values: dict) -> None:
     """Adds what an evaluation of its step has found to a checkpoint that is complete; all else in it stays."""
     saved = read_values(folder)
@@ -409,12 +296,3 @@ def _files(tensors: dict[str, Tensor], num_processes: int) -> dict[str, int]:
 
 def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*")) if folder.exists() else 0
-
-
-def _reason(error: BaseException) -> str:
-    """What went wrong, of an error that DCP may have wrapped, one of each process."""
-    failures = getattr(error, "failures", None) or {}
-    inner = next((e[0] if isinstance(e, tuple) else e for e in failures.values()), error)
-    if disk_space.is_full(inner):
-        return "the disk is full"
-    return f"{type(inner).__name__}: {' '.join(str(inner).split())}"

@@ -1,4 +1,4 @@
-"""Room on the disk for what a run writes: checkpoints, and at the end the export beside them."""
+"""Room on the disk for what a run writes, checkpoints and at the end the export; and what a disk's errors say."""
 
 import errno
 import shutil
@@ -53,3 +53,12 @@ def is_full(error: BaseException) -> bool:
     """Returns whether an error says that a disk is full."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     return full or f"os error {errno.ENOSPC}" in str(error)  # safetensors has an error of its own
+
+
+def reason(error: BaseException) -> str:
+    """Returns what went wrong, of an error that DCP may have wrapped, one of each process."""
+    failures = getattr(error, "failures", None) or {}
+    inner = next((e[0] if isinstance(e, tuple) else e for e in failures.values()), error)
+    if is_full(inner):
+        return "the disk is full"
+    return f"{type(inner).__name__}: {' '.join(str(inner).split())}"

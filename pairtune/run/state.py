@@ -16,11 +16,11 @@ from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.models.adapters import plain_name
 from pairtune.models.shard import forget_gathered
-from pairtune.run.checkpoints import read_tensors, read_values
 from pairtune.run.marker import is_complete
 from pairtune.run.metrics import Meter
 from pairtune.run.optimizer_state import OptimizerState, as_before, as_numbers, check_json
 from pairtune.run.optimizers import make_state
+from pairtune.run.resuming import read_tensors, read_values
 
 
 class TrainState:

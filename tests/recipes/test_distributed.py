@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 
 from pairtune.dist import World
 from pairtune.pairs.steps import Steps, share
-from pairtune.run.checkpoints import complete_checkpoints
 from pairtune.run.metrics import read_log
+from pairtune.run.resuming import complete_checkpoints
 
 METHODS = ("full", "lora", "qlora")
 SPEED = {"pairs_per_second", "tokens_per_second", "peak_memory_gib"}

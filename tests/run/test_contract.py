@@ -17,8 +17,8 @@ from pairtune.losses.modules import build
 from pairtune.models.logps import answer_logps
 from pairtune.pairs.batch import lay_out
 from pairtune.run import contract, dry_run
-from pairtune.run.checkpoints import complete_checkpoints
 from pairtune.run.metrics import read_log
+from pairtune.run.resuming import complete_checkpoints
 
 WORLD = World(torch.device("cpu"))
 TOKENIZER = SimpleNamespace(bos_id=1, end_ids={2})

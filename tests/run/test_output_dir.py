@@ -23,7 +23,7 @@ from helpers import ENVIRONMENT, random_pairs, run_config, run_recipe, save_llam
 from pairtune import config
 from pairtune.cli.check import _check_run_dir
 from pairtune.errors import UserError
-from pairtune.run import checkpoints
+from pairtune.run import resuming
 from pairtune.run.folder import claim
 from pairtune.run.places import LOCK, MARK
 
@@ -78,7 +78,7 @@ def start(run_dir: Path, cfg: dict | None = None):
     """What a recipe does with its run folder before it trains; returns its hold on it."""
     cfg = {"output_dir": str(run_dir), "resume": False, **(cfg or {})}
     held = claim(run_dir, config.paths(cfg))
-    resumed = held.check(checkpoints.find(cfg["resume"], run_dir))
+    resumed = held.check(resuming.find(cfg["resume"], run_dir))
     held.make_room(resumed)
     config.save(cfg, run_dir / "config.yaml", "lora_dpo_single_device")
     return held

@@ -30,10 +30,11 @@ from pairtune.dist import Interruption, World
 from pairtune.errors import UserError
 from pairtune.folders.tensors import read_shard
 from pairtune.run import disk_space, marker, samples
-from pairtune.run.checkpoints import Checkpoints, find, read_values
+from pairtune.run.checkpoints import Checkpoints
 from pairtune.run.marker import is_complete
 from pairtune.run.metrics import Meter, read_log
 from pairtune.run.places import LOCK
+from pairtune.run.resuming import find, read_values
 from pairtune.run.state import TrainState
 
 WORLD = World(torch.device("cpu"))
