@@ -15,52 +15,93 @@ from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorage
 from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.run.disk_space import reason
-from pairtune.run.marker import check_content, check_files, is_complete, lacking, read_marker
+from pairtune.run.marker import MARKER, check_content, check_files, is_complete, lacking
 
 VALUES = "state.json"
 _WAY_OUT = "remove that folder to go on from the one before it"
 
 
 def find(resume: bool | str, run_dir: Path) -> Path | None:
-    """Returns the checkpoint that a run begins with, None for the start.
+    """Returns the checkpoint that a run begins with, None for the start; prints which newer ones have lost something.
 
     Args:
         resume: false; true: the newest complete checkpoint of `run_dir`; auto: the same, if there is one; or a path, of
             a checkpoint or of another run folder.
 
     Raises:
-        UserError: There is none, or the path is an earlier checkpoint of this very run folder.
+        UserError: There is none, or none is whole any more, or the path is an earlier checkpoint of this very run
+            folder.
     """
     if resume is False:
         return None
-    own = complete_checkpoints(run_dir / "checkpoints", refuse=True)
+    own, lacks = _newest(run_dir)
     if resume in (True, "auto"):
-        if own or resume == "auto":
-            return own[-1] if own else None
-        newest = max((run_dir / "checkpoints").glob("step_*"), key=lambda path: path.stat().st_mtime_ns, default=None)
-        why = f" ({newest.name}: {lacking(newest)})" if newest else ""
-        raise UserError(f"resume=true: {run_dir}/checkpoints holds no complete one{why}; resume=auto starts anew then")
+        if own is None:
+            _refuse_start(resume, run_dir, lacks)
+        _tell(lacks, own)
+        return own
     folder = Path(resume)
     if not folder.exists():
         raise UserError(f"resume={resume}: there is no such folder; it was moved, or is called otherwise")
+    others: list[str] = []
     if not folder.name.startswith("step_"):
-        found = complete_checkpoints(folder / "checkpoints", refuse=True)
-        if not found:
+        folder, others = _newest(folder)
+        if folder is None:
             raise UserError(
-                f"resume={resume}: holds no complete checkpoint; must be true, false, auto, or the path of a run "
-                "folder or of its checkpoints/step_N"
+                f"resume={resume}: holds no complete checkpoint{_in_brackets(others)}; must be true, false, auto, or "
+                "the path of a run folder or of its checkpoints/step_N"
             )
-        folder = found[-1]
-    if read_marker(folder) is None or not is_complete(folder):
-        raise UserError(f"resume={resume}: is not a complete checkpoint: {lacking(folder)}")
-    if own and _branched_from(own[-1], resume):
-        return own[-1]  # the same command again
-    if own and folder.resolve().parent == own[-1].resolve().parent and folder.resolve() != own[-1].resolve():
+    if wrong := lacking(folder):
+        raise UserError(f"resume={resume}: is not a complete checkpoint: {wrong}; name another one, or its run folder")
+    if own and _branched_from(own, resume):
+        _tell(lacks, own)
+        return own  # the same command again
+    if own and folder.resolve().parent == own.resolve().parent and folder.resolve() != own.resolve():
         raise UserError(
-            f"resume={resume}: this run went on to {own[-1].name}, which would be overwritten; resume=true goes on "
+            f"resume={resume}: this run went on to {own.name}, which would be overwritten; resume=true goes on "
             "from there, and another output_dir makes a branch from here"
         )
+    _tell(others if own else [*others, *lacks], folder)
     return folder
+
+
+def _newest(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """Returns the newest complete checkpoint of a run folder, and what each newer one lacks.
+
+    Raises:
+        UserError: The marker of one of these is damaged.
+    """
+    lacks: list[str] = []
+    for path in reversed(_numbered(run_dir / "checkpoints")):
+        if not (wrong := lacking(path)):
+            return path, lacks
+        lacks.append(f"{path} is not whole: {wrong}")
+    return None, lacks
+
+
+def _refuse_start(resume: bool | str, run_dir: Path, lacks: list[str]) -> None:
+    """Where no checkpoint is whole: resume=auto may start anew if no complete one is lost by that.
+
+    Raises:
+        UserError: It is not, or resume=true.
+    """
+    lost = any((path / MARKER).exists() for path in _numbered(run_dir / "checkpoints"))
+    if resume == "auto" and not lost:
+        for said in lacks:
+            print(f"resume=auto: {said}; the run starts anew")
+        return
+    anew = "resume=false starts anew, and keeps this run beside it" if lost else "resume=auto starts anew then"
+    said = f"{run_dir}/checkpoints holds no complete one{_in_brackets(lacks)}"
+    raise UserError(f"resume={str(resume).lower()}: {said}; {anew}")
+
+
+def _tell(lacks: list[str], taken: Path | None) -> None:
+    for said in lacks if taken else []:
+        print(f"resume: {said}; {taken} is taken instead")
+
+
+def _in_brackets(lacks: list[str]) -> str:
+    return f" ({'; '.join(lacks)})" if lacks else ""
 
 
 def _branched_from(own: Path, resume: str) -> bool:
@@ -69,17 +110,15 @@ def _branched_from(own: Path, resume: str) -> bool:
     return origin is not None and Path(resume).resolve() in (Path(origin), Path(origin).parent.parent)
 
 
-def complete_checkpoints(folder: Path, *, refuse: bool = False) -> list[Path]:
-    """Returns the complete checkpoints of a `checkpoints` folder, oldest first.
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Returns the complete checkpoints of a `checkpoints` folder, oldest first."""
+    return [path for path in _numbered(folder) if is_complete(path)]
 
-    Args:
-        refuse: Raise UserError for the newest if its marker is damaged, which else is not complete.
-    """
-    numbered = [p for p in folder.glob("step_*") if p.name.removeprefix("step_").isdigit()]
-    numbered.sort(key=lambda path: int(path.name.removeprefix("step_")))
-    if refuse and numbered:
-        read_marker(numbered[-1])
-    return [path for path in numbered if is_complete(path)]
+
+def _numbered(folder: Path) -> list[Path]:
+    """What is called as a checkpoint in a `checkpoints` folder, by the number of its step."""
+    numbered = [path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdigit()]
+    return sorted(numbered, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def read_values(folder: Path, world: World | None = None) -> dict:

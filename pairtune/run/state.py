@@ -16,7 +16,7 @@ from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.models.adapters import plain_name
 from pairtune.models.shard import forget_gathered
-from pairtune.run.marker import is_complete
+from pairtune.run.marker import is_complete, lacking
 from pairtune.run.metrics import Meter
 from pairtune.run.optimizer_state import OptimizerState, as_before, as_numbers, check_json
 from pairtune.run.optimizers import make_state
@@ -158,9 +158,17 @@ class TrainState:
         same_metric = not self.best or self.best["metric"] == best_metric
         if not (same_held_out and same_metric):
             self.evaluated = 0
-        if self.best:
-            is_here = self.is_best or is_complete(run_dir / "checkpoints" / f"step_{self.best['step']}")
-            self.best = self.best if same_held_out and same_metric and is_here else None
+        if self.best and not (same_held_out and same_metric):
+            self.best = None
+        if self.best and not self.is_best:
+            self._look_for_best(run_dir / "checkpoints" / f"step_{self.best['step']}")
+
+    def _look_for_best(self, folder: Path) -> None:
+        """Forgets the best checkpoint so far if it is not whole, or not in this run's folder, and says so."""
+        if not is_complete(folder):
+            why = f"is not whole: {lacking(folder)}" if folder.exists() else "is not there"
+            self._world.print(f"resume: the best checkpoint so far, {folder}, {why}; the best from here on is kept")
+            self.best = None
 
     def load_weights(self, folder: Path) -> None:
         """Gives the model a checkpoint's weights, and changes nothing else; every process has to call it."""

@@ -3,6 +3,7 @@
 import fcntl
 import gc
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -31,7 +32,7 @@ from pairtune.errors import UserError
 from pairtune.folders.tensors import read_shard
 from pairtune.run import disk_space, marker, samples
 from pairtune.run.checkpoints import Checkpoints
-from pairtune.run.marker import is_complete
+from pairtune.run.marker import is_complete, lacking
 from pairtune.run.metrics import Meter, read_log
 from pairtune.run.places import LOCK
 from pairtune.run.resuming import find, read_values
@@ -291,9 +292,59 @@ def test_a_half_written_checkpoint_is_never_taken(work):
     shard = next((folder / "step_8").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-100])
     (folder / ".step_16").mkdir()
-    assert find(True, work / "run").name == "step_4"
     run(work, "lora_dpo_single_device", "resume=true", "save_every_n_steps=4", "keep_last_n=3")
+    kept = (work / "run" / "console.log").read_text()
+    assert f"{folder / 'step_12'} is not whole: it has no COMPLETE; {folder / 'step_4'} is taken instead\n" in kept
     assert checkpoints(work) == ["step_12", "step_4", "step_8"]
+
+
+LOST = {  # of a checkpoint; and what is said of it
+    "a shard": (
+        lambda folder: (folder / "a.safetensors").unlink(),
+        "a.safetensors is missing: it was moved or removed",
+    ),
+    "half a shard": (lambda folder: os.truncate(folder / "a.safetensors", 50), "a.safetensors has 50 bytes, 100 were"),
+    "the state": (lambda folder: (folder / "state.json").unlink(), "state.json is missing: it was moved or removed"),
+    "what the state holds": (lambda folder: os.truncate(folder / "state.json", 0), "state.json has 0 bytes, 16 were"),
+    "the marker": (lambda folder: (folder / "COMPLETE").unlink(), "it has no COMPLETE"),
+}
+
+
+@pytest.mark.parametrize("resume", [True, "auto", "of another run", "a branch"])
+@pytest.mark.parametrize("lost", LOST)
+def test_a_checkpoint_that_lost_something_is_passed_over_aloud_and_only_for_one_that_is_whole(
+    tmp_path, capsys, lost, resume
+):
+    lose, says = LOST[lost]
+    run_dir = tmp_path / "run" if resume in (True, "auto", "a branch") else tmp_path / "branch"
+    origin = tmp_path / "before" / "checkpoints" / "step_4"
+    folders = [tmp_path / "run" / "checkpoints" / f"step_{step}" for step in (4, 8, 12)]
+    for folder in (origin, *folders):
+        folder.mkdir(parents=True)
+        (folder / "a.safetensors").write_bytes(bytes(100))
+        (folder / "state.json").write_text(
+            json.dumps({"origin": str(origin)}) if resume == "a branch" else '{"origin": null}'
+        )
+        marker.write_marker(folder, {path.name: marker.digest_file(path) for path in folder.iterdir()})
+    asked = {"of another run": str(tmp_path / "run"), "a branch": str(origin)}.get(resume, resume)
+    says = says.replace("16 were", f"{(origin / 'state.json').stat().st_size} were")
+    told = []
+    for newest in (2, 1, 0):
+        assert find(asked, run_dir) == folders[newest]
+        assert capsys.readouterr().out == "".join(
+            f"resume: {line}; {folders[newest]} is taken instead\n" for line in told
+        )
+        lose(folders[newest])
+        told.append(f"{folders[newest]} is not whole: {lacking(folders[newest])}")
+        assert says in told[-1]
+    if resume == "a branch" or (resume == "auto" and lost == "the marker"):  # as a kill leaves a first one
+        assert find(asked, run_dir) == (origin if resume == "a branch" else None)
+        taken = f"{origin} is taken instead" if resume == "a branch" else "the run starts anew"
+        assert f"{told[0]}; {taken}\n" in capsys.readouterr().out
+    else:
+        with pytest.raises(UserError, match="holds no complete") as refusal:
+            find(asked, run_dir)
+        assert all(line in str(refusal.value) for line in told)
 
 
 def flipped(path, place):
