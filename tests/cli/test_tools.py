@@ -1,9 +1,12 @@
 """What tools/ measure are runs that the recipes take; their numbers stand in docs/performance.md."""
 
+import json
 import runpy
+import subprocess
+import sys
 
 import pytest
-from helpers import ROOT
+from helpers import ENVIRONMENT, ROOT
 
 from pairtune.cli.commands import COMMANDS, main
 
@@ -39,3 +42,28 @@ def test_imports_are_summed_by_package():
     spent = tool["by_package"]("".join(f"import time: {line}\n" for line in lines))
     assert spent == {"torch": pytest.approx(150e-6), "os": pytest.approx(7e-6)}
     assert {words[0] for words, _ in tool["ANSWERS"].values()} <= {*COMMANDS, "--help"}
+
+
+def test_a_gpu_check_rehearsed_on_the_cpu_goes_on_after_a_case_whose_process_dies(tmp_path):
+    words = ["--out", tmp_path, "--device", "cpu", "--tiny", "--parts", "recipes,speed,plan", "--steps", "3"]
+    dies = "dies=lora_dpo_single_device 24/8/8 metric_logger.signal=9"
+    words += ["--run", dies, "--only", "dies", "--only", "full cached", "--only", "lora, segments"]
+    command = [sys.executable, TOOLS / "gpu_check.py", *words]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    found = {(row["part"], row["name"]): row for row in rows}
+    failed = [(*key, row["note"]) for key, row in found.items() if row.get("ok") is False]
+    assert failed == [("speed", "dies", "its process died (-9)")], (tmp_path / "output.txt").read_text()[-3000:]
+    assert found["recipes", "lora, segments"]["losses"] == pytest.approx([0.693] * 10, abs=0.05)
+    assert found["speed", "full cached"]["pairs_per_second"] > 0 < found["plan", "full cached"]["counted_gib"]
+    assert "| full cached: `full_dpo_single_device` `batch_size=4` `reference=cached` |" in done.stdout
+
+
+def test_a_pairs_operations_are_those_that_a_step_counts():
+    """At the shape of Llama 3 8B, by hand: 2 x 6,979,321,856 x 768 a forward of the body, and so on."""
+    work = runpy.run_path(str(TOOLS / "random_work.py"))
+    of_pair, sizes = work["flops_of_pair"], work["MODELS"]["8b"]
+    long = work["Lengths"](512, 128, 128)
+    assert of_pair(sizes, long, full=False, live=False) == pytest.approx(22.4e12, rel=2e-3)
+    assert of_pair(sizes, long, full=False, live=True) == pytest.approx(33.5e12, rel=2e-3)

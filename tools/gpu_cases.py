@@ -1,0 +1,357 @@
+"""What gpu_check.py runs: a function a part, which is given a case's name and the settings and returns what it found.
+
+A result's `ok` says whether it is as it must be, `note` what was found, in words; other entries are numbers.
+"""
+
+import fcntl
+import gc
+import hashlib
+import importlib.util
+import json
+import os
+import resource
+import runpy
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import gpu_backends
+import gpu_parts as parts
+import random_work as work
+import torch
+
+from pairtune import config, torchao_names
+from pairtune.config import keys
+from pairtune.run.metrics import read_log
+
+torchao_names.quiet()
+
+ROOT = Path(__file__).parents[1]
+VERSIONS = ("torch", "torchtune", "torchao", "transformers", "trl", "peft", "triton", "bitsandbytes", "liger-kernel")
+SPEED = {"pairs_per_second", "tokens_per_second", "peak_memory_gib"}
+WARM_STEPS = 2  # left out where speed is measured
+
+
+# Recipes in this process
+
+
+def run(recipe: str, config_paths: list[Path], overrides: list[str]) -> list[dict]:
+    """Runs a recipe's main in this process and returns its metrics.jsonl; a logger may have stopped it."""
+    module = runpy.run_path(str(ROOT / "recipes" / f"{recipe}.py"))
+    cfg = config.load(module["METHOD"], module["DEFAULTS"], list(config_paths), list(overrides))
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    os.environ.update(alone if recipe.endswith("_distributed") else {})
+    try:
+        module["main"](cfg)
+    except SystemExit as end:
+        if not isinstance(end.code, int):
+            raise RuntimeError(end.code) from None
+    finally:
+        for name in alone:
+            os.environ.pop(name, None)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        free()
+    return [row for row in read_log(Path(cfg.output_dir) / "metrics.jsonl") if "loss" in row]
+
+
+def free() -> None:
+    """Leaves nothing of an earlier case: no memory, no compiled graph, no peak."""
+    gc.collect()
+    torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _free_port() -> str:
+    import socket
+
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
+def context_is_lost() -> bool:
+    """Returns whether a mistake on the GPU has left this process no use of it."""
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+# machine, matmul
+
+
+def machine(name: str, settings: dict) -> dict:
+    """What it is: card, driver, versions."""
+    found = {"python": sys.version.split()[0]}
+    for package in VERSIONS:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    on_gpu = settings["device"] == "cuda"
+    card = torch.cuda.get_device_name() if on_gpu else "CPU"
+    memory = torch.cuda.get_device_properties(0).total_memory / 2**30 if on_gpu else 0.0
+    words = [card, *([f"{memory:.1f} GiB", f"CUDA {torch.version.cuda}"] if on_gpu else [])]
+    return {"card": card, "gib": memory, "versions": found, "note": ", ".join(words)}
+
+
+def matmul(name: str, settings: dict) -> dict:
+    """How many operations a second a square product makes, best of three rounds: what shares are told of."""
+    on_gpu = settings["device"] == "cuda"
+    size, kind, count = (8192, torch.bfloat16, 20) if on_gpu else (512, torch.float32, 4)
+    a, b = (torch.randn(size, size, device=settings["device"], dtype=kind) for _ in range(2))
+    seconds = []
+    for _ in range(4):  # the first warms up
+        if on_gpu:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(count):
+            a @ b
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds.append((time.perf_counter() - start) / count)
+    tflops = 2 * size**3 / min(seconds[1:]) / 1e12
+    return {"tflops": tflops, "note": f"{tflops:.4g} TFLOP/s at {size} cubed, {str(kind)[6:]}"}
+
+
+# recipes: ten steps of a tiny model, here and on the CPU
+
+
+def write_tiny(folder: Path) -> Path:
+    """Writes a tiny model and 80 pairs of mixed lengths, once, and returns the path of their config."""
+    path = folder / "tiny.yaml"
+    with _only_one(path):
+        return path if path.exists() else _write_tiny(folder, path)
+
+
+def _write_tiny(folder: Path, path: Path) -> Path:
+    base, pairs = folder / "tiny", folder / "tiny.jsonl"
+    work.write_model(base, work.MODELS["tiny"])
+    work.write_pairs(pairs, work.draw_lengths(work.MIX, 80, scale=0.1), work.MODELS["tiny"]["vocab_size"])
+    cfg = {
+        "dtype": "fp32", "model": {"_component_": work.LLAMA, **work.MODELS["tiny"]},
+        "checkpointer": {"checkpoint_dir": str(base), "model_type": "LLAMA3"},
+        "dataset": {"source": str(pairs)}, "max_length": 256, "max_prompt_length": 128,
+        "lora": {"rank": 4, "alpha": 8}, "samples": {"num_prompts": 0},
+    }  # fmt: skip
+    path.write_text(json.dumps(cfg))  # JSON is YAML
+    return path
+
+
+def recipes(name: str, settings: dict) -> dict:
+    """A recipe's first ten losses on the device against the CPU's."""
+    recipe, overrides, instead, tolerance = parts.RECIPES[name]
+    if lacks := _lacks(overrides, settings["device"]):
+        return {"left_out": lacks}
+    folder = Path(settings["folder"])
+    ours = _ten_steps(folder, recipe, overrides, settings["device"])
+    theirs = _ten_steps(folder, *(instead or (recipe, overrides)), "cpu")
+    differences = [abs(a["loss"] - b["loss"]) for a, b in zip(ours, theirs, strict=True)]
+    exported = any((_ten_dir(folder, recipe, overrides, settings["device"]) / "export").glob("*.safetensors"))
+    return {
+        "ok": max(differences) <= tolerance and len(ours) == 10 and exported,
+        "losses": [row["loss"] for row in ours],
+        "difference": max(differences),
+        "note": f"losses differ by {max(differences):.1e} at most ({tolerance:.0e} allowed)"
+        + ("" if exported else "; nothing was exported"),
+    }
+
+
+def _lacks(overrides: list[str], device: str) -> str:
+    """Returns what keeps a case from running here, or nothing."""
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key == "attention" and not keys.rule(key).holds(value):
+            return f"{override} is not known here: {keys.rule(key).says}"
+        if override == parts.PAGED and not importlib.util.find_spec("bitsandbytes"):
+            return "bitsandbytes is not installed"
+        if override in (parts.PAGED, parts.OFFLOADED) and device == "cpu":
+            return "needs a GPU"
+    return ""
+
+
+def _ten_dir(folder: Path, recipe: str, overrides: list[str], device: str) -> Path:
+    told = json.dumps([recipe, overrides, device])
+    return folder / f"ten_{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+
+
+def _ten_steps(folder: Path, recipe: str, overrides: list[str], device: str) -> list[dict]:
+    """What is asked for again is read again: many cases have one CPU run."""
+    run_dir = _ten_dir(folder, recipe, overrides, device)
+    done = Path(f"{run_dir}.json")
+    with _only_one(run_dir):
+        if not done.exists():
+            own = [f"reference.cache_dir={run_dir}_cache"] if "reference=cached" in overrides else []
+            told = [f"output_dir={run_dir}", f"device={device}", *parts.TEN, *overrides, *own]
+            run_one = _torchrun if recipe == parts.TORCHRUN else run
+            done.write_text(json.dumps(run_one(recipe, [write_tiny(folder)], told)))
+        return json.loads(done.read_text())
+
+
+@contextmanager
+def _only_one(path: Path):
+    """Lets one process at a time make a file or folder."""
+    with open(f"{path}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _torchrun(recipe: str, config_paths: list[Path], overrides: list[str]) -> list[dict]:
+    words = [sys.executable, "-m", "pairtune.cli", "run", "--nproc_per_node", "1"]
+    words += [str(ROOT / "recipes" / "lora_dpo_distributed.py"), "--config", str(config_paths[0]), *overrides]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError((done.stdout + done.stderr)[-800:])
+    run_dir = Path(overrides[0].partition("=")[2])
+    return [row for row in read_log(run_dir / "metrics.jsonl") if "loss" in row]
+
+
+# resume: killed between two checkpoints, and gone on
+
+
+def resume(name: str, settings: dict) -> dict:
+    """A run that SIGKILL ended and resume=true continued ends as one that was left alone: log and weights."""
+    from safetensors.torch import load_file
+
+    recipe, overrides = parts.RESUMED[name]
+    folder = Path(settings["folder"])
+    common = [f"device={settings['device']}", *parts.TEN, *overrides, "save_every_n_steps=3"]
+    straight, killed = (folder / f"resume_{name.replace(', ', '_')}_{which}" for which in ("straight", "killed"))
+    rows = run(recipe, [write_tiny(folder)], [f"output_dir={straight}", *common])
+    logger = "metric_logger={_component_: loggers.StopAfter, step: 8, signal: 9}"
+    words = [sys.executable, "-m", "pairtune.cli", "run", str(ROOT / "recipes" / f"{recipe}.py")]
+    words += ["--config", str(write_tiny(folder)), f"output_dir={killed}", *common, logger]
+    ended = subprocess.run(words, capture_output=True, text=True, check=False)
+    died_at = len(read_log(killed / "metrics.jsonl"))
+    if ended.returncode == 0 or died_at != 8:
+        return {"ok": False, "note": f"was not killed at step 8: {(ended.stdout + ended.stderr)[-500:]}"}
+    again = run(recipe, [write_tiny(folder)], [f"output_dir={killed}", *common, "resume=true"])
+    same_log = [_without_speed(row) for row in rows] == [_without_speed(row) for row in again]
+    a, b = (load_file(run_dir / "export" / "model.safetensors") for run_dir in (straight, killed))
+    difference = max(float((a[n].float() - b[n].float()).abs().max()) for n in a)
+    return {
+        "ok": same_log and difference == 0,
+        "difference": difference,
+        "note": f"log {'the same' if same_log else 'differs'}, exported weights differ by {difference:.1e}",
+    }
+
+
+def _without_speed(row: dict) -> dict:
+    return {k: v for k, v in row.items() if k not in SPEED}
+
+
+# speed: a recipe's steps
+
+
+def prepare(name: str, settings: dict) -> dict:
+    """Writes the model and the pairs that runs of speed and of peers take."""
+    folder, start = Path(settings["folder"]), time.perf_counter()
+    runs = [run for name, run in settings["runs"].items() if name in settings["chosen"]]
+    for shape in dict.fromkeys([settings["shape"], *(run["shape"] for run in runs)]):
+        how = {"dtype": settings["dtype"], "device": settings["device"], "num_files": 8 if shape == "8b" else 1}
+        work.write_model(folder / shape, work.MODELS[shape], **how)
+    weights = time.perf_counter() - start
+    for run in runs:
+        lengths = lengths_of(run["lengths"], settings)
+        work.write_pairs(_pairs(run, settings), lengths, work.MODELS[run["shape"]]["vocab_size"])
+    return {"note": f"weights in {weights:.1f} s, pairs in {time.perf_counter() - start - weights:.1f} s"}
+
+
+def lengths_of(kind: str, settings: dict) -> list[work.Lengths]:
+    """Returns the lengths of as many pairs as a run's steps take."""
+    count = settings["pairs_per_step"] * settings["steps"]
+    return work.draw_lengths(kind, count, scale=settings["scale"])
+
+
+def _pairs(run: dict, settings: dict) -> Path:
+    return Path(settings["folder"]) / f"pairs_{run['shape']}_{run['lengths'].replace('/', '_')}.jsonl"
+
+
+def config_of(name: str, settings: dict) -> tuple[str, list[Path], list[str], list[work.Lengths]]:
+    """Returns a speed run's recipe, configs, overrides, and its pairs' lengths."""
+    made, folder = settings["runs"][name], Path(settings["folder"])
+    shape, slug = made["shape"], name.replace(", ", "_").replace(" ", "_")
+    lengths = lengths_of(made["lengths"], settings)
+    cfg = {
+        "output_dir": str(folder / f"speed_{slug}"), "device": settings["device"], "dtype": settings["dtype"],
+        "model": {"_component_": work.LLAMA, **work.MODELS[shape]},
+        "checkpointer": {"checkpoint_dir": str(folder / shape), "model_type": "LLAMA3"},
+        "dataset": {"source": str(_pairs(made, settings))}, "eval_dataset": {"source": None},
+        "max_length": max(n.prompt + max(n.chosen, n.rejected) for n in lengths),
+        "max_prompt_length": max(n.prompt for n in lengths),
+        "max_completion_length": max(max(n.chosen, n.rejected) for n in lengths),
+        "samples": {"num_prompts": 0}, "keep_last_n": 0, "pairs_per_step": settings["pairs_per_step"],
+        "per_method": {"full": {"dtype": settings["dtype"]}},
+        # The run is stopped, so that nothing is exported.
+        "metric_logger": {"_component_": "loggers.StopAfter", "step": settings["steps"]},
+    }  # fmt: skip
+    overlay = folder / f"speed_{slug}.yaml"
+    overlay.write_text(json.dumps(cfg))
+    overrides = [*made["overrides"], *settings["extra"].get("", []), *settings["extra"].get(name, [])]
+    if "reference=cached" in overrides:
+        overrides.append(f"reference.cache_dir={folder / 'cache'}")
+    return made["recipe"], [ROOT / "configs" / "llama3_8b.yaml", overlay], overrides, lengths
+
+
+def speed(name: str, settings: dict) -> dict:
+    """Pairs a second that a recipe logs, the first steps left out, and the most memory that was held."""
+    recipe, paths, overrides, lengths = config_of(name, settings)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    rows = run(recipe, paths, overrides)
+    measured = [row["pairs_per_second"] for row in rows[WARM_STEPS:]] or [row["pairs_per_second"] for row in rows[-1:]]
+    pairs = statistics.median(measured)
+    sizes = work.MODELS[settings["runs"][name]["shape"]]
+    full, live = recipe.startswith("full"), "reference=cached" not in overrides
+    flops = sum(work.flops_of_pair(sizes, n, full=full, live=live) for n in lengths)
+    on_gpu = settings["device"] == "cuda"
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    tokens = statistics.median(row["tokens_per_second"] for row in rows[WARM_STEPS:] or rows[-1:])
+    return {
+        "pairs_per_second": pairs,
+        "all": [row["pairs_per_second"] for row in rows],
+        "tokens_per_second": tokens,
+        "tflops": flops / len(lengths) * pairs / 1e12,
+        "peak_gib": peak / 2**30,
+        "losses": [row["loss"] for row in rows],
+        "overrides": overrides,
+        "recipe": recipe,
+        "live": live,
+        "seconds": time.perf_counter() - start,
+        "ok": len(rows) == settings["steps"],
+        "note": f"{pairs:.2f} pairs/s, {tokens:,.0f} tokens/s, {peak / 2**30:.2f} GiB, "
+        f"losses {rows[0]['loss']:.4f} to {rows[-1]['loss']:.4f}",
+    }
+
+
+# plan: what is counted
+
+
+def plan(name: str, settings: dict) -> dict:
+    """What `tune plan` counts of a speed run, in GiB."""
+    from pairtune.cli.plan import Run, plan
+    from pairtune.cli.recipe import read_recipe
+
+    recipe, paths, overrides, _ = config_of(name, settings)
+    counted = plan(Run(recipe, tuple(paths), tuple(overrides)), read_recipe)
+    return {"counted_gib": counted.peak / 2**30, "note": f"{counted.peak / 2**30:.2f} GiB"}
+
+
+PARTS: dict[str, Callable[[str, dict], dict]] = {
+    "machine": machine,
+    "matmul": matmul,
+    "backends": gpu_backends.compare,
+    "recipes": recipes,
+    "resume": resume,
+    "prepare": prepare,
+    "speed": speed,
+    "plan": plan,
+}

@@ -1,0 +1,79 @@
+"""The cases of gpu_check.py by part and name, the most telling first."""
+
+# Attention's back ends: a name, and whether layers are compiled
+
+BACK_ENDS = {
+    "flex, compiled": ("flex", True),
+    "varlen, compiled": ("varlen", True),
+    "mask, compiled": ("mask", True),
+    "flex": ("flex", False),
+    "varlen": ("varlen", False),
+    "segments": ("segments", False),
+    "mask": ("mask", False),
+}
+
+# Ten steps of a tiny model, on the device and on the CPU
+
+TEN = ["pairs_per_step=8", "batch_size=4", "max_steps=10", "optimizer.lr=1e-3", "~lr_scheduler.warmup_ratio"]
+FULL, LORA, QLORA = (f"{method}_dpo_single_device" for method in ("full", "lora", "qlora"))
+TORCHRUN = "lora_dpo_distributed under torchrun"
+EXACT, QUANTIZED, ROUGH = 1e-5, 1e-3, 0.05  # of a loss, absolutely
+BITS_8 = "optimizer._component_=torchao.optim.AdamW8bit"
+OFFLOADED = "optimizer._component_=torchao.optim.CPUOffloadOptimizer"
+PAGED = "optimizer._component_=bitsandbytes.optim.PagedAdamW"
+RECIPES = {  # recipe, overrides, what the CPU takes in place of these, how far losses may differ
+    "lora": (LORA, [], None, EXACT),
+    "full": (FULL, [], None, EXACT),
+    "qlora": (QLORA, [], None, QUANTIZED),
+    "lora, distributed": ("lora_dpo_distributed", [], (LORA, []), EXACT),
+    "lora, torchrun": (TORCHRUN, [], (LORA, []), EXACT),
+    "full, distributed": ("full_dpo_distributed", [], (FULL, []), EXACT),
+    "qlora, distributed": ("qlora_dpo_distributed", [], (QLORA, []), QUANTIZED),
+    "full, distributed, offloaded": ("full_dpo_distributed", ["fsdp_cpu_offload=true"], (FULL, []), EXACT),
+    "lora, compiled": (LORA, ["compile=true"], (LORA, []), EXACT),
+    "lora, mask": (LORA, ["attention=mask"], (LORA, []), EXACT),
+    "lora, segments": (LORA, ["attention=segments"], (LORA, []), EXACT),
+    "lora, flex": (LORA, ["attention=flex"], (LORA, []), EXACT),
+    "lora, checkpointing": (LORA, ["enable_activation_checkpointing=true"], (LORA, []), EXACT),
+    "lora, bf16": (LORA, ["dtype=bf16"], (LORA, []), ROUGH),
+    "lora, bf16, varlen": (LORA, ["dtype=bf16", "attention=varlen"], (LORA, []), ROUGH),
+    "lora, bf16, compiled": (LORA, ["dtype=bf16", "compile=true"], (LORA, []), ROUGH),
+    "qlora, bf16": (QLORA, ["dtype=bf16"], (QLORA, []), ROUGH),
+    "lora, cached": (LORA, ["reference=cached"], None, EXACT),
+    "full, cached": (FULL, ["reference=cached"], None, EXACT),
+    "lora, start": (LORA, ["reference=start"], None, EXACT),
+    "lora, DoRA": (LORA, ["lora.use_dora=true"], None, EXACT),
+    "lora, KTO": (LORA, ["loss=kto"], None, EXACT),
+    "full, AdamW8bit": (FULL, [BITS_8], (FULL, []), ROUGH),
+    "full, CPUOffloadOptimizer": (FULL, [OFFLOADED], (FULL, []), EXACT),
+    "full, PagedAdamW": (FULL, [PAGED], (FULL, []), EXACT),
+}
+
+# Killed and continued
+
+RESUMED = {
+    "lora": (LORA, []),
+    "full": (FULL, []),
+    "qlora": (QLORA, []),
+    "lora, distributed, dropout": ("lora_dpo_distributed", ["lora.dropout=0.2", "disable_dropout=false"]),
+}
+
+# Steps at full size
+
+LONG, MIX = "512/128/128", "mix"
+FAST = ["batch_size=4", "compile=true", "enable_activation_checkpointing=false"]
+RUNS = {  # of speed, on configs/llama3_8b.yaml
+    "lora live": ("lora_dpo_single_device", LONG, FAST),
+    "lora cached": ("lora_dpo_single_device", LONG, [*FAST, "reference=cached"]),
+    "full cached": ("full_dpo_single_device", LONG, ["batch_size=4", "reference=cached"]),
+    "qlora live": ("qlora_dpo_single_device", LONG, ["batch_size=4"]),
+    "lora live, mix": ("lora_dpo_single_device", MIX, FAST),
+    "lora live, eager": ("lora_dpo_single_device", LONG, ["batch_size=4"]),
+}
+
+
+def names_of(part: str, settings: dict, only: list[str] = ()) -> list[str]:
+    """Returns the names of a part's cases that have one of these words, all of them where there is none."""
+    runs = settings["runs"]
+    found = {"backends": BACK_ENDS, "recipes": RECIPES, "resume": RESUMED, "speed": runs, "plan": runs}.get(part, ())
+    return [name for name in found if not only or any(words in name for words in only)]
