@@ -91,6 +91,7 @@ class _Kept:
 
     def __init__(self):
         self.lines, self.file = deque(maxlen=10_000), None  # a process that is not the main one never has a file
+        self.has_begun = False  # a run whose config is told already
 
     def add(self, line: str) -> None:
         if self.file is None:
@@ -108,10 +109,19 @@ class _Kept:
 _kept = _Kept()
 
 
-def start() -> None:
-    """Begins to keep what this process prints, for a run that begins; lines of an earlier run in it are let go."""
+def begin() -> None:
+    """Begins to keep what this process prints, for a run whose config is about to be told: before `start`."""
     survive()
     _kept.close()
+    _kept.has_begun = True
+
+
+def start() -> None:
+    """Begins to keep what this process prints, unless `begin` did; lines of an earlier run in it are let go."""
+    survive()
+    if not _kept.has_begun:
+        _kept.close()
+    _kept.has_begun = False
 
 
 def survive() -> None:

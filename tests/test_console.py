@@ -121,6 +121,20 @@ def test_a_full_disk_and_a_folder_in_the_place_of_the_log_are_no_end(kept, tmp_p
     assert out.getvalue().endswith("the end\n")
 
 
+def test_what_is_told_of_a_config_is_kept_and_what_an_earlier_run_told_is_not(kept, tmp_path):
+    kept(io.StringIO(), io.StringIO())
+    for run, tells_config in (("a", True), ("b", False), ("c", True), ("d", False)):
+        if tells_config:
+            console.begin()
+            print(f"config of {run}")
+        console.start()
+        print(f"table of {run}")
+        if run != "b":  # refused before it had its folder
+            console.keep(tmp_path / run)
+    told = {run: (tmp_path / run).read_text().splitlines()[1:] for run in "acd"}
+    assert told == {"a": ["config of a", "table of a"], "c": ["config of c", "table of c"], "d": ["table of d"]}
+
+
 def test_a_long_task_tells_now_and_then_and_a_short_one_nothing(kept):
     out = io.StringIO()
     kept(out, io.StringIO())
@@ -158,11 +172,13 @@ def test_a_terminal_that_is_closed_ends_a_run_after_its_step_and_under_nohup_not
     save_llama(tmp_path / "base")
     save_pairs(tmp_path / "train.jsonl", random_pairs(28, seed=1))
     cfg = run_config(tmp_path, sizes=NF4_SIZES, batch_size=2, samples={"num_prompts": 0}, eval_dataset={"source": None})
-    cfg |= {"epochs": 3 if nohup else 100_000}
+    cfg |= {"epochs": 3 if nohup else 100_000, "lr_scheduler": {"warmup_ratio": 0.5}}
     (tmp_path / "config.yaml").write_text(json.dumps(cfg))
     recipe = str(ROOT / "recipes" / "lora_dpo_distributed.py")
-    status = run_on_a_terminal(tmp_path, "--nproc_per_node", "2", recipe, nohup=nohup)
+    words = ("--nproc_per_node", "2", recipe, "lr_scheduler.num_warmup_steps=2")
+    status = run_on_a_terminal(tmp_path, *words, nohup=nohup)
     log = (tmp_path / "run" / "console.log").read_text()
+    assert log.count("config: lr_scheduler.warmup_ratio=0.5 (") == 1  # told before there was a folder
     if nohup:
         assert status == 0 and (tmp_path / "run" / "export" / "config.json").exists()
         assert log.splitlines()[-1].startswith(f"run folder {tmp_path / 'run'}, exported weights")

@@ -6,6 +6,7 @@ from pairtune import config
 from pairtune.cli.find import find, is_torchtunes, names, own
 from pairtune.cli.recipe import does_as_ours, parses_defaults, top_level
 from pairtune.config import keys
+from pairtune.config.names_elsewhere import check_dashes
 from pairtune.config.uses import check_installed
 from pairtune.errors import UserError
 from pairtune.folders.layout import check_folder, find_adapter, find_weights
@@ -21,6 +22,8 @@ def read_words(recipe: Path, words: list[str]) -> tuple[list[Path], list[str]]:
     Raises:
         UserError: A word is neither, or a config is not there, or is for other recipes.
     """
+    if parses_defaults(recipe):
+        check_dashes(words, ["--config"])
     configs, overrides, rest = [], [], iter(words)
     for word in rest:
         if word == "--config" or word.startswith("--config="):

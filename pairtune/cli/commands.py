@@ -47,7 +47,9 @@ def run(argv: list[str]) -> int:
     name, *rest = argv or [""]
     options = []  # torchrun's
     if name.startswith("-"):
-        parsed = torchrun_parser(run.__doc__).parse_args(argv)
+        parser = torchrun_parser(run.__doc__)
+        _check_keys(argv, parser, "--config")
+        parsed = parser.parse_args(argv)
         name, rest = parsed.training_script, parsed.training_script_args
         options = argv[: len(argv) - len(rest) - 1]
     if not name:
@@ -143,6 +145,7 @@ def validate(argv: list[str]) -> int:
     parser.add_argument("--recipe", help="check for this one only")
     parser.add_argument("--all", action="store_true", help="tokenize all rows; default: the first 100")
     parser.add_argument("--torchtune", action="store_true", help="the config is for a recipe of torchtune's")
+    _check_keys(argv, parser)
     args = parser.parse_intermixed_args(argv)
     paths = [find("config", config) for config in (args.config, *args.more)]
     if args.torchtune or (is_torchtunes(paths[0]) and not args.recipe):
@@ -174,6 +177,7 @@ def plan(argv: list[str]) -> int:
     parser.add_argument("--recipe", help="a name of `tune ls`, or a file")
     parser.add_argument("--gpus", type=int, metavar="N", help="default: those that are visible, or one")
     parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="of each; default: that of the visible ones")
+    _check_keys(argv, parser)
     args = parser.parse_intermixed_args(argv)
     for option, value in (("--gpus", args.gpus), ("--gpu-memory", args.gpu_memory)):
         if value is not None and value <= 0:
@@ -189,6 +193,8 @@ def plan(argv: list[str]) -> int:
     run = plans.Run(recipe, tuple(paths), tuple(args.overrides))
     run = plans.on_devices(run, read_recipe, gpus=args.gpus, gpu_memory=args.gpu_memory)
     planned = plans.plan(run, read_recipe)
+    for note in config.notes(*read_recipe(recipe), paths, args.overrides):
+        print(f"config: {note}")
     print(planned)
     if planned.fits is not False:
         return 0
@@ -269,6 +275,13 @@ def cache(argv: list[str]) -> int:
     else:
         print("\n".join(f"Removed {key}" for key in reference_cache.remove(folder, args.keys)))
     return 0
+
+
+def _check_keys(argv: list[str], parser: argparse.ArgumentParser, *more: str) -> None:
+    """Refuses keys that are written as options; `more` are options that the parser does not know."""
+    from pairtune.config.names_elsewhere import check_dashes
+
+    check_dashes(argv, [*parser._option_string_actions, *more])
 
 
 COMMANDS = {command.__name__: command for command in (download, ls, cp, cat, validate, plan, run, cache)}

@@ -38,7 +38,7 @@ def said_twice(layers: list[Layer]) -> list[str]:
 def give_way(cfg: dict, defaults: dict, layers: list[Layer]) -> tuple[dict, list[str]]:
     """Returns the resolved config without what gave way, and what that is, in sentences."""
     settled = _Settled(cfg, _given(layers))
-    for check in (_held_out, _evaluation, _interval, _best, _reference):
+    for check in (_held_out, _evaluation, _interval, _best, _reference, _warmup, _divergence):
         check(settled)
     return settled.cfg, _no_evaluation(settled, layers) + settled.told + _carried(cfg, defaults, layers)
 
@@ -65,7 +65,8 @@ class _Settled:
 
     def yields(self, name: str, to: str, why: str, off: Any = None) -> bool:
         """Sets a key to `off`, if it holds more than that and `to` was given in a later place."""
-        if self.get(name) in (None, False, off) or not 0 <= self.rank(name) < self.rank(to):
+        held = self.get(name)  # a 0 counts
+        if held is None or held is False or held == off or not 0 <= self.rank(name) < self.rank(to):
             return False
         self.told.append(f"{self.written(name)} has no effect: {self.written(to)} {why}")
         self.cfg = _with(self.cfg, name.split("."), off)
@@ -111,6 +112,8 @@ def _interval(settled: _Settled) -> None:
 
 
 def _best(settled: _Settled) -> None:
+    if settled.get("keep_last_n") == 0:
+        settled.yields("keep_best", "keep_last_n", "writes no checkpoint")
     if not settled.get("keep_best"):
         settled.yields("export_best", "keep_best", "keeps no best checkpoint", False)
 
@@ -121,6 +124,19 @@ def _reference(settled: _Settled) -> None:
             settled.yields(f"reference.{key}", "reference.name", "does without it")
     if settled.get("reference.model") and not settled.get("reference.checkpoint_dir"):
         settled.yields("reference.model", "reference.checkpoint_dir", "takes the run's own weights")
+
+
+def _warmup(settled: _Settled) -> None:
+    steps, ratio = "lr_scheduler.num_warmup_steps", "lr_scheduler.warmup_ratio"
+    if settled.get(steps) is not None and settled.get(ratio) is not None:
+        for earlier, later in ((steps, ratio), (ratio, steps)):
+            if settled.yields(earlier, later, "says how long the warm-up is"):
+                return
+
+
+def _divergence(settled: _Settled) -> None:
+    if settled.get("loss.f_divergence") != "alpha":
+        settled.yields("loss.f_alpha", "loss.f_divergence", "does without it")
 
 
 def _carried(cfg: dict, defaults: dict, layers: list[Layer]) -> list[str]:

@@ -16,12 +16,14 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pairtune import console
 from pairtune.config import keys
 from pairtune.config.checks import check_together, check_values, is_component
 from pairtune.config.components import check_components, without_defaults_of_another
 from pairtune.config.from_torchtune import translate
 from pairtune.config.giving_way import give_way, said_twice
 from pairtune.config.merging import REMOVED, Layer, canonical, merge, over, without_default_warmup
+from pairtune.config.names_elsewhere import check_dashes
 from pairtune.config.reading import read_file, read_value
 from pairtune.config.rules import REQUIRED, show
 from pairtune.config.secrets import check_secrets
@@ -38,9 +40,12 @@ def parse(method: str, defaults: dict, argv: list[str] | None = None) -> DictCon
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--config", action="append", default=[], type=Path, metavar="FILE")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_intermixed_args(sys.argv[1:] if argv is None else argv)
+    words = sys.argv[1:] if argv is None else argv
+    check_dashes(words, parser._option_string_actions)
+    args = parser.parse_intermixed_args(words)
     cfg, told = _loaded(method, defaults, args.config, args.overrides)
     check_installed(cfg)
+    console.begin()
     for note in told if os.environ.get("RANK", "0") == "0" else []:  # one process speaks
         print(f"config: {note}")
     return cfg

@@ -4,11 +4,14 @@ TRL's names are fields of its DPOConfig, PEFT's of its LoraConfig; tests compare
 documents and published configs have them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pairtune.config import keys
+from pairtune.config.reading import read_value
 from pairtune.config.rules import show
+from pairtune.errors import UserError
 
 ALL_HF = "TRL, EasyDeL, axolotl, LLaMA-Factory"
 
@@ -294,6 +297,35 @@ def answer_within(name: Any, value: Any) -> str:
         return ""
     found = [(path, _BY_WORD.get(_last_part(path)), inner) for path, inner in _inner(value, f"{name}.")]
     return "; ".join(f"{path}: {_in_words(row, inner)}" for path, row, inner in found if row)
+
+
+def check_dashes(words: Sequence[str], options: Iterable[str]) -> None:
+    """Refuses a key that is written as an option, --learning_rate 1e-4 or --learning-rate=1e-4, with what to write.
+
+    Args:
+        options: Those that there are, of which a word may be the beginning.
+
+    Raises:
+        UserError: A key of ours, or another system's name of one.
+    """
+    options = tuple(options)
+    for word, following in zip(words, [*words, "-"][1:], strict=True):
+        option, equals, value = word.partition("=")
+        if not option.startswith("-") or any(known.startswith(option) for known in options):
+            continue
+        is_alone = not equals and (following.startswith(("-", "~")) or "=" in following)
+        if said := _answer_to_option(option, None if is_alone else value or following):
+            raise UserError(f"{option}: {said}")
+
+
+def _answer_to_option(option: str, value: str | None) -> str:
+    name = option.lstrip("-").replace("-", "_")
+    said = answer(name, None if value is None else read_value(name, value, option))
+    if name in keys.KEYS or said.startswith(f"here it is called {name}:"):
+        said = ""
+    elif not said and name.partition(".")[0] not in keys.KEYS:
+        return ""
+    return "a key is set without dashes, as key=value; " + (said or f"set {name}={value or '...'}")
 
 
 def _in_words(row: Elsewhere, value: Any) -> str:

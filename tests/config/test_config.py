@@ -185,9 +185,9 @@ def test_a_file_chooses_how_warm_up_is_told(load, text, expected):
     assert cfg.lr_scheduler == {"_component_": "pairtune.schedules.cosine", **expected}
 
 
-def test_two_warm_ups_that_a_user_wrote_are_refused(load):
+def test_two_warm_ups_in_one_place_are_refused(load):
     with pytest.raises(UserError, match="says the same in another way; keep one of them"):
-        load("lr_scheduler.num_warmup_steps=2", text=BASE + "lr_scheduler: {warmup_ratio: 0.1}")
+        load(text=BASE + "lr_scheduler: {num_warmup_steps: 2, warmup_ratio: 0.1}")
 
 
 def test_null_is_an_argument_that_is_not_passed():

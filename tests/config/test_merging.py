@@ -1,6 +1,7 @@
 """What a config says is what a run does: in any order, from any layer, in short or in full, saved and read again."""
 
 import pytest
+from omegaconf import OmegaConf
 
 from pairtune import config
 from pairtune.cli.find import own
@@ -183,18 +184,29 @@ EVALUATED = "eval_dataset: {source: held_out.jsonl}\neval_every_n_steps: 50\nkee
         ("dataset: {source: a, val_fraction: 0.5}\nkeep_best: loss", ["~dataset.val_fraction"], ["keep_best"], []),
         (EVALUATED, ["eval_every_n_epochs=0.5"], ["eval_every_n_steps"], ["says when to evaluate"]),
         (EVALUATED, ["keep_best=null"], ["export_best"], ["export_best=true (", "keeps no best checkpoint"]),
+        (EVALUATED, ["keep_last_n=0"], ["keep_best", "export_best"], ["keep_last_n=0 (command line) writes no"]),
         ("dataset: {source: a, val_fraction: 0.5}", ["eval_dataset=b"], ["dataset.val_fraction"], ["what is held out"]),
         (EVALUATED, ["dataset.val_fraction=0.5"], ["eval_dataset.source"], ["what is held out"]),
         ("reference: {name: model, checkpoint_dir: x, dtype: fp32}", ["reference=start"],
          ["reference.checkpoint_dir", "reference.dtype"], ["reference.dtype=fp32 (", "reference.name=start (command"]),
         ("lr_scheduler: {warmup_ratio: 0.5}", ["lr_scheduler=null"], ["lr_scheduler"], []),
+        ("lr_scheduler: {warmup_ratio: 0.5}", ["lr_scheduler.num_warmup_steps=0"], ["lr_scheduler.warmup_ratio"],
+         ["lr_scheduler.warmup_ratio=0.5 (", "has no effect: lr_scheduler.num_warmup_steps=0 (command line) says"]),
+        ("lr_scheduler: {warmup_ratio: 0.0}", ["lr_scheduler.num_warmup_steps=9"], ["lr_scheduler.warmup_ratio"], []),
+        ("lr_scheduler: {num_warmup_steps: 0}\nper_method: {lora: {lr_scheduler: {warmup_ratio: 0.5}}}", [],
+         ["lr_scheduler.num_warmup_steps"], ["lr_scheduler.num_warmup_steps=0 (", "per_method.lora) says how long"]),
+        ("lr_scheduler: {_component_: pairtune.schedules.linear, num_warmup_steps: 7}",
+         ["lr_scheduler.warmup_ratio=0.5", "lr_scheduler=pairtune.schedules.cosine"], ["lr_scheduler.num_warmup_steps"],
+         ["lr_scheduler.num_warmup_steps=7 ("]),
+        ("loss: {name: sigmoid, f_divergence: alpha, f_alpha: 0.0}", ["loss.f_divergence=js"], ["loss.f_alpha"],
+         ["loss.f_alpha=0.0 (", "loss.f_divergence=js (command line) does without it"]),
         ("metric_logger: {_component_: wandb, project: x}", ["metric_logger=none"], ["metric_logger"], []),
         ("metric_logger: {_component_: wandb, project: x}", ["~metric_logger"], ["metric_logger"], []),
     ],
 )  # fmt: skip
 def test_what_stands_below_gives_way_and_is_named(load, text, overrides, off, told):
     cfg, said = load(*overrides, text=text), "\n".join(load(*overrides, text=text, ask=notes))
-    assert [get(cfg, name) or None for name in off] == [None] * len(off)
+    assert [OmegaConf.select(cfg, name) or None for name in off] == [None] * len(off)
     assert [words for words in told if words not in said] == []
 
 
@@ -207,6 +219,12 @@ def test_what_stands_below_gives_way_and_is_named(load, text, overrides, off, to
         (EVALUATED, ["eval_dataset=null", "export_best=true"], "export_best=true: set keep_best"),
         ("", ["dataset.val_fraction=0.5", "eval_dataset=b"], "keep one of the two"),
         ("", ["eval_dataset=b", "eval_every_n_steps=5", "eval_every_n_epochs=1"], "says the same in another way"),
+        (
+            EVALUATED,
+            ["keep_last_n=0", "keep_best=loss"],
+            "keep_last_n=0: writes no checkpoint, which keep_best=loss needs",
+        ),
+        ("", ["lr_scheduler.num_warmup_steps=0", "lr_scheduler.warmup_ratio=0.1"], "says the same in another way"),
         ("", ["reference.dtype=fp32", "reference=start"], "reference.dtype=fp32: has no effect with reference=start"),
     ],
 )

@@ -7,6 +7,7 @@ import shlex
 import pytest
 
 from pairtune import config
+from pairtune.cli import main
 from pairtune.cli.find import own
 from pairtune.cli.recipe import read_recipe
 from pairtune.config.names_elsewhere import ROWS, answer
@@ -127,3 +128,34 @@ def test_a_file_of_another_system_is_answered_at_once(tmp_path):
     for words in ("set epochs=3", "set loss.beta=0.5", "load_in_4bit: here run a qlora_ recipe", "too, nonsense"):
         assert words in str(error.value)
     assert answer("nonsense", 1) == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "set_here"),
+    [
+        (["--learning_rate", "1e-4"], "optimizer.lr: set optimizer.lr=0.0001"),
+        (["--learning-rate=1e-4"], "optimizer.lr: set optimizer.lr=0.0001"),
+        (["-lr", "1e-4"], "optimizer.lr: set optimizer.lr=0.0001"),
+        (["--lora_target_modules", "all"], "lora.modules: set lora.modules=all-linear"),
+        (["--per_device_train_batch_size", "2", "seed=1"], "batch_size: set batch_size=2"),
+        (["--load_in_4bit", "--bf16"], "run a qlora_ recipe"),
+        (["--bf16", "seed=1"], "dtype: set dtype=bf16"),
+        (["--max_length", "512"], "set max_length=512"),
+        (["--optimizer.lr=1e-4"], "set optimizer.lr=1e-4"),
+    ],
+)
+def test_a_name_with_dashes_gets_the_answer_that_it_has_without(capsys, tmp_path, words, set_here):
+    """Behind the recipe, before it, for the commands that look ahead, and for a recipe that Python runs."""
+    (tmp_path / "c.yaml").write_text(BASE)
+    config_path, option = str(tmp_path / "c.yaml"), words[0].partition("=")[0]
+    for command in (
+        ["run", "lora_dpo_single_device", "--config", config_path, *words],
+        ["run", *words, "lora_dpo_distributed", "--config", config_path],
+        ["validate", config_path, *words],
+        ["plan", *words, config_path],
+    ):
+        assert main(command) == 2
+        assert f"{option}: a key is set without dashes, as key=value; " in (said := capsys.readouterr().err)
+        assert said.endswith(f"{set_here}\n") and said.count("\n") == 1
+    with pytest.raises(UserError, match=f"{option}: a key is set without dashes"):
+        config.parse(*RECIPES["lora_dpo_single_device"], ["--config", config_path, *words])
