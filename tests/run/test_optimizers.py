@@ -1,14 +1,21 @@
 """Optimizers that people use: stopped and resumed bit for bit, sharded, refused by their own name before weights."""
 
+import json
+import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import ENVIRONMENT, ROOT, SHARDED_SIZES, random_pairs, run_config, run_recipe, save_llama, save_pairs
+from safetensors.torch import load_file
 from torch import nn
 
 from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.run import optimizers
+from pairtune.run.metrics import read_log
 from pairtune.run.optimizer_state import OptimizerState
 from pairtune.run.rehearsal import rehearse
 
@@ -193,3 +200,67 @@ def test_blocks_of_any_number_of_processes_are_put_together(name, rounds, cuts):
         torch.testing.assert_close(found, known, atol=rounds, rtol=0)
     else:
         assert torch.equal(found, known)
+
+
+# Whole runs
+
+KILLED = "metric_logger={_component_: interrupting.Interrupt, step: 5, sent: SIGKILL}"
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A config of six steps in eight bits, with matrices whose halves are large enough for them; and such a run."""
+    work = tmp_path_factory.mktemp("optimizers")
+    save_llama(work / "base", sizes=SHARDED_SIZES)
+    save_pairs(work / "train.jsonl", random_pairs(48, seed=1))
+    cfg = run_config(
+        work,
+        sizes=SHARDED_SIZES,
+        eval_dataset={"source": None},
+        optimizer={"_component_": "torchao.optim.AdamW8bit", "lr": 5e-3},
+        lora={"rank": 64, "alpha": 16},
+        samples={"num_prompts": 0},
+        save_every_n_steps=2,
+    )
+    (work / "config.yaml").write_text(json.dumps(cfg))
+    run_recipe("lora_dpo_single_device", f"output_dir={work / 'straight'}", config_paths=[work / "config.yaml"])
+    return work
+
+
+def tune_run(work, name, recipe, *words):
+    """Runs in processes of its own; returns their status and output."""
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # as many as here, for the same bits
+    command = [sys.executable, "-m", "pairtune.cli", "run", *recipe.split(), "--config", str(work / "config.yaml")]
+    command += [f"output_dir={work / name}", *words]
+    done = subprocess.run(command, env=ENVIRONMENT | threads, text=True, capture_output=True, timeout=300)
+    return done.returncode, done.stdout + done.stderr
+
+
+def logged(work, name):
+    return [{k: v for k, v in row.items() if k not in SPEED} for row in read_log(work / name / "metrics.jsonl")]
+
+
+def test_a_run_in_eight_bits_that_is_killed_ends_as_one_left_alone(work):
+    """SIGKILL in step 5: the checkpoint of step 2 is whole by then, that of step 4 perhaps."""
+    status, _ = tune_run(work, "killed", str(ROOT / "recipes" / "lora_dpo_single_device.py"), KILLED)
+    assert status == -signal.SIGKILL and not (work / "killed" / "export").exists()
+    words = (f"output_dir={work / 'killed'}", "resume=true")
+    run_recipe("lora_dpo_single_device", *words, config_paths=[work / "config.yaml"])
+    assert logged(work, "killed") == logged(work, "straight")
+    weights, expected = (load_file(work / name / "export" / "model.safetensors") for name in ("killed", "straight"))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_two_processes_learn_in_eight_bits_what_one_learns_also_when_they_are_killed(work):
+    recipe = f"--nproc_per_node 2 {ROOT / 'recipes' / 'lora_dpo_distributed.py'}"
+    status, _ = tune_run(work, "two", recipe, KILLED)
+    before = logged(work, "two")
+    assert status != 0 and [row["step"] for row in before] == [1, 2, 3, 4, 5]
+    status, output = tune_run(work, "two", recipe, "resume=true")
+    assert status == 0, output[-3000:]
+    after, one = logged(work, "two"), logged(work, "straight")
+    assert after[:5] == before  # bit for bit, from the checkpoint on, too
+    assert [row["loss"] for row in after] == pytest.approx([row["loss"] for row in one], abs=1e-6)
+    assert one[0]["loss"] - one[-1]["loss"] > 0.03
+    shards = list((work / "two" / "checkpoints").glob("*/shard-00002-*.safetensors"))
+    assert any(name.startswith("local.1.") and name.endswith(".exp_avg_sq.codes") for name in load_file(*shards))
