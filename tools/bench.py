@@ -1,192 +1,318 @@
-"""Seconds a step and peak memory of our LoRA DPO recipe against torchtune's, on the same work, in one run.
+"""A DPO step of ours against torchtune's and TRL's: the same weights, adapters, pairs and order, step by step in turn.
 
-    python tools/bench.py [--steps 10] [--threads 1]
+    python tools/bench.py                                    # LoRA on a CPU: 4 layers, width 256, vocabulary 32,000
+    python tools/bench.py --lengths 512/128/128 --method full --systems ours torchtune trl
+    python tools/bench.py --device cuda --model 1b --lengths mix --systems ours:compiled ours:cached torchtune:compiled
+    python tools/bench.py --plot scaling.png                 # time and memory as the work grows
 
-Both recipes run as they are, each in processes of its own, on one random model (hidden 256, 4 layers, vocabulary
-32,000) and one file of random pairs (about 300 prompt and 85 answer tokens), 4 pairs a step, float32, CPU. A recipe
-runs twice, for few and for many steps; the difference is what steps cost, without start, load and save. CPU seconds,
-not wall seconds: they hold still on a busy machine.
+A system is NAME or NAME:FLAG:FLAG..., of
+  ours, torchtune, trl    the recipe, torchtune's recipe, TRL's trainer, each in a process of its own
+and, of flags,
+  cached                  the reference's values are there before training (not torchtune)
+  compiled, checkpointing layers compiled; activation checkpointing
+  completions, liger      TRL scores completions only, on a CPU, too; TRL with Liger's kernels
+  pairs=N                 pairs at a time
+  key=value               of our config
+
+All systems make their first step, then one step each in turn, so that whatever else the machine does meets all alike.
+First it is told whether their losses agree, then a table: medians of the steps after the second, CPU seconds of a
+process (on a GPU: between two events), the most memory of a step, operations a second by what a pair takes at least
+(random_work.py), and their share of what square matrix products reach in the same run.
 """
 
 import argparse
 import json
 import os
-import random
+import select
+import signal
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
+import random_work as work
 
-from pairtune import torchao_names
-
-VOCABULARY, LAYERS, WIDTH, HEADS, KV_HEADS, HIDDEN = 32_000, 4, 256, 8, 8, 688
-PAIRS_PER_STEP, WARM_STEPS = 4, 2
-MODEL = {
-    "vocab_size": VOCABULARY, "num_layers": LAYERS, "num_heads": HEADS, "num_kv_heads": KV_HEADS, "embed_dim": WIDTH,
-    "max_seq_len": 2048, "intermediate_dim": HIDDEN, "rope_base": 10_000,
-}  # fmt: skip
-LORA = {"lora_rank": 8, "lora_alpha": 16, "lora_attn_modules": ["q_proj", "k_proj", "v_proj", "output_proj"]}
+TOOLS = Path(__file__).resolve().parent
+NAMES = ("ours", "torchtune", "trl")
+FLAGS = ("cached", "compiled", "checkpointing", "completions", "liger")
+SYSTEMS = ["ours", "ours:cached", "torchtune", "trl:completions", "trl:completions:cached"]
+WARM_STEPS = 2  # left out where time is told
+TOLERANCE = {"fp32": 1e-4, "bf16": 0.05}  # of a loss: how far systems may be apart
+PACKAGES = ("torch", "torchtune", "torchao", "trl", "transformers", "peft", "liger-kernel")
 
 
-# The work
+@dataclass(frozen=True)
+class Task:
+    """What all systems do."""
+
+    folder: Path
+    sizes: dict
+    lengths: tuple[work.Lengths, ...]
+    method: str = "lora"
+    device: str = "cpu"
+    dtype: str = "fp32"
+    rank: int = 8
+    pairs_per_step: int = 4
+    threads: int = 1
+    drawn: bool = False  # weights are drawn by each system, and no file is read
+    paths: tuple[tuple[str, str], ...] = ()  # folders that a system has on its PYTHONPATH, by name
+
+    def write(self) -> None:
+        """Writes base/, adapter/ and pairs.jsonl into the folder."""
+        if self.drawn:
+            work.write_config(self.folder / "base", self.sizes, dtype=self.dtype)
+        else:
+            work.write_model(self.folder / "base", self.sizes, dtype=self.dtype, device=self.device)
+            work.write_adapter(self.folder / "adapter", self.sizes, rank=self.rank)
+        work.write_pairs(self.folder / "pairs.jsonl", self.lengths, self.sizes["vocab_size"])
+
+    def spec(self, name: str, flags: list[str], *, processes: int = 1, gate: dict | None = None) -> dict:
+        """Returns what a system's process is told, as JSON can hold it."""
+        pairs = next((int(flag[6:]) for flag in flags if flag.startswith("pairs=")), self.pairs_per_step)
+        return {
+            "system": name, "flags": [flag for flag in flags if not flag.startswith("pairs=")], "method": self.method,
+            "folder": str(self.folder), "sizes": self.sizes, "device": self.device, "dtype": self.dtype,
+            "max_length": max(n.prompt + max(n.chosen, n.rejected) for n in self.lengths), "rank": self.rank,
+            "pairs_per_step": self.pairs_per_step, "batch_size": pairs, "processes": processes, "drawn": self.drawn,
+            "gate": gate,
+        }  # fmt: skip
 
 
-def make_work(folder: Path, num_pairs: int) -> None:
-    """Writes a model in Hugging Face layout, a tokenizer of numbered words, and pairs of such words."""
-    from safetensors.torch import save_file
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from torchtune.models.convert_weights import tune_to_hf
-    from torchtune.models.llama3 import llama3
+class System:
+    """A process that has made its first step and makes another when it is told to."""
 
-    base = folder / "base"
-    base.mkdir()
-    torch.manual_seed(0)
-    weights = tune_to_hf(llama3(**MODEL).state_dict(), num_heads=HEADS, num_kv_heads=KV_HEADS, dim=WIDTH)
-    save_file({k: v.contiguous() for k, v in weights.items()}, base / "model.safetensors", {"format": "pt"})
-    config = {
-        "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": HIDDEN,
-        "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
-        "rope_theta": float(MODEL["rope_base"]), "rms_norm_eps": 1e-5,
+    def __init__(self, text: str, task: Task, processes: int = 1):
+        self.text, name, flags = text, *_parsed(text)
+        self._folder = Path(tempfile.mkdtemp(prefix=f"{name}_", dir=task.folder))
+        gate = {kind: str(self._folder / kind) for kind in ("results", "commands")}
+        for path in gate.values():
+            os.mkfifo(path)
+        # Held open from both ends: neither waits for the other to open it.
+        self._results, self._commands = (os.open(path, os.O_RDWR) for path in gate.values())
+        spec = task.spec(name, flags, processes=processes, gate={**gate, "device": task.device})
+        command = [sys.executable]
+        if processes > 1:
+            command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        paths = [str(TOOLS), str(TOOLS.parent), *(path for owner, path in task.paths if owner == name)]
+        paths += filter(None, [os.environ.get("PYTHONPATH")])
+        environment = os.environ | {"OMP_NUM_THREADS": str(task.threads), "PYTHONPATH": os.pathsep.join(paths)}
+        environment |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+        environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+        with (self._folder / "output.txt").open("w") as output:
+            self._process = subprocess.Popen(
+                [*command, str(TOOLS / "peers.py"), json.dumps(spec)],
+                env=environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+        self._left = b""
+
+    def step(self, limit: float = 900.0, *, is_first: bool = False) -> dict:
+        """Returns loss, seconds, wall seconds and GiB of the next step; the first one is made without being told.
+
+        Raises:
+            RuntimeError: The process has ended, or takes longer than `limit` seconds.
+        """
+        if not is_first:
+            os.write(self._commands, b"\n")
+        deadline = time.monotonic() + limit
+        while b"\n" not in self._left:
+            if select.select([self._results], [], [], 0.1)[0]:
+                self._left += os.read(self._results, 2**16)
+            elif self._process.poll() is not None:
+                raise RuntimeError(f"{self.text}: {self.said()}")
+            elif time.monotonic() > deadline:
+                raise RuntimeError(f"{self.text}: took more than {limit:.0f} s; {self.said()}")
+        line, _, self._left = self._left.partition(b"\n")
+        return json.loads(line)
+
+    def said(self) -> str:
+        """Returns the last line that it printed."""
+        lines = (self._folder / "output.txt").read_text(errors="replace").strip().splitlines()
+        return lines[-1][:400] if lines else "said nothing"
+
+    def stop(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        for end in (self._results, self._commands):
+            os.close(end)
+
+
+def _parsed(text: str) -> tuple[str, list[str]]:
+    """Returns a system's name and flags.
+
+    Raises:
+        SystemExit: It has none of these.
+    """
+    name, *flags = text.split(":")
+    unknown = [flag for flag in flags if flag not in FLAGS and "=" not in flag]
+    if name not in (*NAMES, "matmul", "loaded") or unknown:
+        raise SystemExit(f"--systems {text}: of {', '.join(NAMES)}, with {', '.join(FLAGS)}, pairs=N or key=value")
+    return name, flags
+
+
+def one(name: str, task: Task) -> dict:
+    """Returns what matmul or loaded tells."""
+    system = System(name, task)
+    try:
+        return system.step(is_first=True)
+    finally:
+        system.stop()
+
+
+def in_turn(texts: list[str], task: Task, steps: int, processes: int = 1, say=print) -> dict[str, list[dict]]:
+    """Returns each system's steps, made in turn; one that cannot start or fails is told and left out."""
+    found: dict[str, list[dict]] = {}
+    with ExitStack() as stack:
+        systems = []
+        for text in texts:
+            system = System(text, task, processes)
+            stack.callback(system.stop)
+            try:
+                found[text] = [system.step(is_first=True)]
+                systems.append(system)
+            except RuntimeError as error:
+                say(f"left out: {error}")
+        for _ in range(steps - 1):
+            for system in list(systems):
+                try:
+                    found[system.text].append(system.step())
+                except RuntimeError as error:
+                    say(f"left out: {error}")
+                    systems.remove(system)
+                    del found[system.text]
+    return found
+
+
+# What is told
+
+
+def summary(steps: list[dict], task: Task, text: str) -> dict:
+    """Returns a system's pairs a second, its steps' spread, memory, and operations a second."""
+    seconds = [step["seconds"] for step in steps[WARM_STEPS:] or steps[-1:]]
+    median = statistics.median(seconds)
+    is_full, live = task.method == "full", "cached" not in text.split(":")
+    flops = statistics.mean(work.flops_of_pair(task.sizes, n, full=is_full, live=live) for n in task.lengths)
+    pairs = task.pairs_per_step / median
+    return {
+        "system": text, "seconds": median, "least": min(seconds), "most": max(seconds), "pairs_per_second": pairs,
+        "tokens_per_second": pairs * statistics.mean(n.total for n in task.lengths),
+        "peak_gib": max(step["peak_gib"] for step in steps[1:] or steps), "tflops": flops * pairs / 1e12, "live": live,
+        "losses": [step["loss"] for step in steps],
     }  # fmt: skip
-    (base / "config.json").write_text(json.dumps(config))
-    words = {"<s>": 0, "</s>": 1, **{f"w{i}": i for i in range(2, VOCABULARY)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="</s>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    tokenizer.save(str(base / "tokenizer.json"))
-    special = {"bos_token": "<s>", "eos_token": "</s>"}
-    (base / "tokenizer_config.json").write_text(json.dumps(special))
-    rng = random.Random(0)
-
-    def text(low, high):
-        return " ".join(f"w{rng.randrange(2, VOCABULARY)}" for _ in range(rng.randint(low, high)))
-
-    with (folder / "pairs.jsonl").open("w") as file:
-        for _ in range(num_pairs):
-            answers = {"chosen": " " + text(70, 100), "rejected": " " + text(70, 100)}
-            file.write(json.dumps({"prompt": text(280, 320), **answers}) + "\n")
 
 
-def torchtune_rows(tokenizer, *, source):
-    """The pairs as torchtune's DPO recipes read them; named as `dataset._component_` in the peer's config."""
-
-    def ids(text):
-        return [int(word[1:]) for word in text.split()]
-
-    rows = []
-    for pair in map(json.loads, Path(source).read_text().splitlines()):
-        row, prompt = {}, [0, *ids(pair["prompt"])]
-        for kind in ("chosen", "rejected"):
-            answer = [*ids(pair[kind]), 1]
-            row[f"{kind}_input_ids"] = prompt + answer
-            row[f"{kind}_labels"] = [-100] * len(prompt) + answer
-        rows.append(row)
-    return rows
+def agreement(rows: list[dict], tolerance: float) -> tuple[bool, str]:
+    """Returns whether all systems' losses are the first's, and a table of them."""
+    lines = [_row(["step", *(row["system"] for row in rows)]), _row(["---"] * (len(rows) + 1))]
+    for n, losses in enumerate(zip(*(row["losses"] for row in rows), strict=True), 1):
+        lines.append(_row([str(n), *(f"{loss:.6f}" for loss in losses)]))
+    apart = [max(abs(a - b) for a, b in zip(row["losses"], rows[0]["losses"], strict=True)) for row in rows]
+    lines.append(_row(["apart", *(f"{value:.1e}" for value in apart)]))
+    agree = max(apart) <= tolerance
+    told = "agree" if agree else "DO NOT AGREE"
+    lines += ["", f"The losses {told}: {max(apart):.1e} apart at most, {tolerance:.0e} allowed."]
+    return agree, "\n".join(lines)
 
 
-class TorchtunePadding:
-    """All that torchtune's recipe asks of a tokenizer here."""
-
-    pad_id = 0
-
-
-# The runs, each a process of its own
-
-
-def run_ours(folder: Path, steps: int) -> None:
-    import runpy
-
-    sys.argv = ["recipe", "--config", str(folder / "ours.yaml"), f"max_steps={steps}"]
-    runpy.run_path(str(Path(__file__).parents[1] / "recipes" / "lora_dpo_single_device.py"), run_name="__main__")
-
-
-def run_torchtune(folder: Path, steps: int) -> None:
-    import runpy
-
-    import torchtune
-
-    recipe = Path(torchtune.__file__).parents[1] / "recipes" / "lora_dpo_single_device.py"
-    sys.argv = ["recipe", "--config", str(folder / "torchtune.yaml"), f"max_steps_per_epoch={steps}"]
-    runpy.run_path(str(recipe), run_name="__main__")
+def table(rows: list[dict], peak: float, loaded: float | None, device: str) -> str:
+    """Returns a Markdown table: a row a system, each with how many times the first of its kind it takes."""
+    unit = "s a step" if device == "cuda" else "CPU s a step"
+    head = ["", unit, "least to most", "pairs/s", "TFLOP/s", "of the peak", "peak GiB"]
+    head += ["above the loaded model"] * (loaded is not None) + ["times ours"]
+    lines = [_row(head), _row(["---"] * len(head))]
+    ours = {row["live"]: row["seconds"] for row in reversed(rows) if row["system"].startswith("ours")}
+    for row in rows:
+        base = ours.get(row["live"])
+        cells = [
+            row["system"], f"{row['seconds']:.3f}", f"{row['least']:.3f} to {row['most']:.3f}",
+            f"{row['pairs_per_second']:.2f}", f"{row['tflops']:.4g}", f"{row['tflops'] / peak:.0%}",
+            f"{row['peak_gib']:.2f}", *([f"{row['peak_gib'] - loaded:.2f}"] if loaded is not None else []),
+            f"{row['seconds'] / base:.2f}" if base else "",
+        ]  # fmt: skip
+        lines.append(_row(cells))
+    return "\n".join(lines)
 
 
-def run_loaded(folder: Path, steps: int) -> None:
-    """The model, loaded, and nothing else: what both peaks are compared with."""
-    from safetensors.torch import load_file
-    from torchtune.models.llama3 import lora_llama3
-
-    lora_llama3(**MODEL, **LORA, apply_lora_to_mlp=True)
-    load_file(folder / "base" / "model.safetensors")
-
-
-def write_configs(folder: Path) -> None:
-    weights = {"checkpoint_dir": str(folder / "base"), "model_type": "LLAMA3"}
-    optimizer = {"_component_": "torch.optim.AdamW", "lr": 1e-4}
-    ours = {
-        "output_dir": str(folder / "ours"), "device": "cpu", "dtype": "fp32", "checkpointer": weights,
-        "model": {"_component_": "torchtune.models.llama3.llama3", **MODEL},
-        "lora": {"rank": 8, "alpha": 16, "modules": [*LORA["lora_attn_modules"], "mlp"]},
-        "dataset": {"source": str(folder / "pairs.jsonl")}, "optimizer": optimizer, "lr_scheduler": None,
-        "pairs_per_step": PAIRS_PER_STEP, "batch_size": PAIRS_PER_STEP, "samples": {"num_prompts": 0},
-    }  # fmt: skip
-    theirs = {
-        "output_dir": str(folder / "torchtune"), "device": "cpu", "dtype": "fp32", "seed": 0, "compile": False,
-        "model": {"_component_": "torchtune.models.llama3.lora_llama3", **MODEL, **LORA, "apply_lora_to_mlp": True},
-        "checkpointer": {
-            "_component_": "torchtune.training.FullModelHFCheckpointer", **weights,
-            "checkpoint_files": ["model.safetensors"], "output_dir": str(folder / "torchtune"),
-        },
-        "tokenizer": {"_component_": "bench.TorchtunePadding"},
-        "dataset": {"_component_": "bench.torchtune_rows", "source": str(folder / "pairs.jsonl")},
-        "loss": {"_component_": "torchtune.rlhf.loss.DPOLoss", "beta": 0.1}, "optimizer": optimizer,
-        "lr_scheduler": None, "epochs": 1, "max_steps_per_epoch": None, "gradient_accumulation_steps": 1,
-        "batch_size": PAIRS_PER_STEP, "shuffle": True, "resume_from_checkpoint": False,
-        "enable_activation_checkpointing": False, "log_every_n_steps": 1, "save_adapter_weights_only": True,
-        "metric_logger": {"_component_": "torchtune.training.metric_logging.StdoutLogger"},
-    }  # fmt: skip
-    for name, cfg in (("ours", ours), ("torchtune", theirs)):
-        (folder / f"{name}.yaml").write_text(json.dumps(cfg))  # JSON is YAML
+def versions(device: str) -> str:
+    """Returns what was used, in words."""
+    words = []
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            words.append(f"{package} {version(package)}")
+    card = "GPU"
+    if device == "cpu":
+        info = Path("/proc/cpuinfo")
+        names = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
+        card = names[0].partition(": ")[2] if names else "CPU"
+    return f"{card}; {', '.join(words)}"
 
 
-def measure(which: str, folder: Path, steps: int, threads: int) -> tuple[float, float]:
-    """Returns the CPU seconds and the peak resident GiB of a process that runs `which` for `steps` steps."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(Path(__file__).parent)}
-    command = [sys.executable, __file__, "--child", which, "--folder", str(folder), "--steps", str(steps)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    output = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{which} failed:\n{output[-3000:]}")
-    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=10, help="steps that are measured")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--child", choices=["ours", "torchtune", "loaded"], help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--systems", nargs="+", default=SYSTEMS, metavar="NAME:FLAG")
+    parser.add_argument("--method", choices=["full", "lora", "qlora"], default="lora")
+    parser.add_argument("--model", choices=list(work.MODELS), default="small")
+    parser.add_argument("--vocabulary", type=int, help="of the model, such as 32000, 128256, 262144")
+    lengths = "tokens of prompt/chosen/rejected, such as 512/128/128; ~ draws within a tenth; or mix"
+    parser.add_argument("--lengths", default="~300/85/85", help=lengths)
+    parser.add_argument("--rank", type=int, default=8, help="of LoRA")
+    parser.add_argument("--pairs", type=int, default=4, help="a step")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], help="fp32 on a CPU, bf16 on a GPU")
+    parser.add_argument("--threads", type=int, default=1, help="of a system on a CPU")
+    parser.add_argument("--path", action="append", default=[], metavar="NAME=FOLDERS", help="a system's PYTHONPATH")
+    parser.add_argument("--json", type=Path, help="a file to which the results are appended")
+    parser.add_argument("--plot", type=Path, help="a PNG: time and memory as length, pairs, vocabulary, processes grow")
     args = parser.parse_args()
-    torchao_names.quiet()
-    if args.child:
-        {"ours": run_ours, "torchtune": run_torchtune, "loaded": run_loaded}[args.child](args.folder, args.steps)
-        return
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make_work(folder, PAIRS_PER_STEP * (args.steps + WARM_STEPS))
-        write_configs(folder)
-        _, loaded = measure("loaded", folder, 0, args.threads)
-        print(f"{'recipe':<12}{'CPU s a step':>14}{'peak GiB':>11}{'above the loaded model':>25}")
-        seconds = {}
-        for which in ("torchtune", "ours"):
-            short, _ = measure(which, folder, WARM_STEPS, args.threads)
-            long, peak = measure(which, folder, WARM_STEPS + args.steps, args.threads)
-            seconds[which] = (long - short) / args.steps
-            print(f"{which:<12}{seconds[which]:>14.2f}{peak:>11.2f}{peak - loaded:>25.2f}", flush=True)
-        print(f"torchtune / ours: {seconds['torchtune'] / seconds['ours']:.2f}x CPU seconds a step")
+    for text in args.systems:
+        _parsed(text)
+    sizes = dict(work.MODELS[args.model])
+    sizes["vocab_size"] = args.vocabulary or sizes["vocab_size"]
+    with tempfile.TemporaryDirectory(prefix="bench_") as name:
+        task = Task(
+            Path(name), sizes, tuple(work.draw_lengths(args.lengths, args.pairs * args.steps)), args.method,
+            args.device, args.dtype or ("bf16" if args.device == "cuda" else "fp32"), args.rank, args.pairs,
+            args.threads, paths=tuple(tuple(text.split("=", 1)) for text in args.path),
+        )  # fmt: skip
+        if args.plot:
+            from bench_plot import plot
+
+            plot(args.plot, args.systems, task, args.steps, tiny=args.model == "tiny")
+            return
+        raise SystemExit(compare(args, task))
+
+
+def compare(args: argparse.Namespace, task: Task) -> int:
+    """Prints the comparison; returns the exit status, 1 where losses do not agree."""
+    task.write()
+    peak = one("matmul", task)["loss"]
+    loaded = one("loaded", task)["peak_gib"] if task.device == "cpu" else None
+    steps = in_turn(args.systems, task, args.steps)
+    rows = [summary(found, task, text) for text, found in steps.items()]
+    if not rows:
+        return 1
+    agree, told = agreement(rows, TOLERANCE[task.dtype])
+    print(f"{told}\n\n{table(rows, peak, loaded, task.device)}\n")
+    tokens = statistics.mean(n.total for n in task.lengths)
+    print(f"{task.method}, {task.dtype}, {args.model}, vocabulary {task.sizes['vocab_size']:,}, {args.lengths}: "
+          f"{task.pairs_per_step} pairs of {tokens:.0f} tokens a step; matrix products reach {peak:.4g} TFLOP/s.\n"
+          f"{versions(task.device)}")  # fmt: skip
+    if args.json:
+        with args.json.open("a") as file:
+            for row in rows:
+                row |= {"method": task.method, "lengths": args.lengths, "model": args.model, "peak_tflops": peak}
+                file.write(json.dumps(row) + "\n")
+    return int(not agree)
 
 
 if __name__ == "__main__":

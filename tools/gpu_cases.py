@@ -4,17 +4,11 @@ A result's `ok` says whether it is as it must be, `note` what was found, in word
 """
 
 import fcntl
-import gc
 import hashlib
 import importlib.util
 import json
-import os
-import resource
-import runpy
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -22,58 +16,17 @@ from pathlib import Path
 
 import gpu_backends
 import gpu_parts as parts
+import gpu_speed
 import random_work as work
 import torch
+from gpu_runs import ROOT, run
+from peers import matmul_tflops
 
-from pairtune import config, torchao_names
 from pairtune.config import keys
 from pairtune.run.metrics import read_log
 
-torchao_names.quiet()
-
-ROOT = Path(__file__).parents[1]
 VERSIONS = ("torch", "torchtune", "torchao", "transformers", "trl", "peft", "triton", "bitsandbytes", "liger-kernel")
 SPEED = {"pairs_per_second", "tokens_per_second", "peak_memory_gib"}
-WARM_STEPS = 2  # left out where speed is measured
-
-
-# Recipes in this process
-
-
-def run(recipe: str, config_paths: list[Path], overrides: list[str]) -> list[dict]:
-    """Runs a recipe's main in this process and returns its metrics.jsonl; a logger may have stopped it."""
-    module = runpy.run_path(str(ROOT / "recipes" / f"{recipe}.py"))
-    cfg = config.load(module["METHOD"], module["DEFAULTS"], list(config_paths), list(overrides))
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
-    os.environ.update(alone if recipe.endswith("_distributed") else {})
-    try:
-        module["main"](cfg)
-    except SystemExit as end:
-        if not isinstance(end.code, int):
-            raise RuntimeError(end.code) from None
-    finally:
-        for name in alone:
-            os.environ.pop(name, None)
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-        free()
-    return [row for row in read_log(Path(cfg.output_dir) / "metrics.jsonl") if "loss" in row]
-
-
-def free() -> None:
-    """Leaves nothing of an earlier case: no memory, no compiled graph, no peak."""
-    gc.collect()
-    torch.compiler.reset()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _free_port() -> str:
-    import socket
-
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
 
 
 def context_is_lost() -> bool:
@@ -103,22 +56,9 @@ def machine(name: str, settings: dict) -> dict:
 
 
 def matmul(name: str, settings: dict) -> dict:
-    """How many operations a second a square product makes, best of three rounds: what shares are told of."""
-    on_gpu = settings["device"] == "cuda"
-    size, kind, count = (8192, torch.bfloat16, 20) if on_gpu else (512, torch.float32, 4)
-    a, b = (torch.randn(size, size, device=settings["device"], dtype=kind) for _ in range(2))
-    seconds = []
-    for _ in range(4):  # the first warms up
-        if on_gpu:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(count):
-            a @ b
-        if on_gpu:
-            torch.cuda.synchronize()
-        seconds.append((time.perf_counter() - start) / count)
-    tflops = 2 * size**3 / min(seconds[1:]) / 1e12
-    return {"tflops": tflops, "note": f"{tflops:.4g} TFLOP/s at {size} cubed, {str(kind)[6:]}"}
+    """How many operations a second a square product makes: what shares are told of."""
+    tflops = matmul_tflops(settings["device"])
+    return {"tflops": tflops, "note": f"{tflops:.4g} TFLOP/s"}
 
 
 # recipes: ten steps of a tiny model, here and on the CPU
@@ -247,111 +187,14 @@ def _without_speed(row: dict) -> dict:
     return {k: v for k, v in row.items() if k not in SPEED}
 
 
-# speed: a recipe's steps
-
-
-def prepare(name: str, settings: dict) -> dict:
-    """Writes the model and the pairs that runs of speed and of peers take."""
-    folder, start = Path(settings["folder"]), time.perf_counter()
-    runs = [run for name, run in settings["runs"].items() if name in settings["chosen"]]
-    for shape in dict.fromkeys([settings["shape"], *(run["shape"] for run in runs)]):
-        how = {"dtype": settings["dtype"], "device": settings["device"], "num_files": 8 if shape == "8b" else 1}
-        work.write_model(folder / shape, work.MODELS[shape], **how)
-    weights = time.perf_counter() - start
-    for run in runs:
-        lengths = lengths_of(run["lengths"], settings)
-        work.write_pairs(_pairs(run, settings), lengths, work.MODELS[run["shape"]]["vocab_size"])
-    return {"note": f"weights in {weights:.1f} s, pairs in {time.perf_counter() - start - weights:.1f} s"}
-
-
-def lengths_of(kind: str, settings: dict) -> list[work.Lengths]:
-    """Returns the lengths of as many pairs as a run's steps take."""
-    count = settings["pairs_per_step"] * settings["steps"]
-    return work.draw_lengths(kind, count, scale=settings["scale"])
-
-
-def _pairs(run: dict, settings: dict) -> Path:
-    return Path(settings["folder"]) / f"pairs_{run['shape']}_{run['lengths'].replace('/', '_')}.jsonl"
-
-
-def config_of(name: str, settings: dict) -> tuple[str, list[Path], list[str], list[work.Lengths]]:
-    """Returns a speed run's recipe, configs, overrides, and its pairs' lengths."""
-    made, folder = settings["runs"][name], Path(settings["folder"])
-    shape, slug = made["shape"], name.replace(", ", "_").replace(" ", "_")
-    lengths = lengths_of(made["lengths"], settings)
-    cfg = {
-        "output_dir": str(folder / f"speed_{slug}"), "device": settings["device"], "dtype": settings["dtype"],
-        "model": {"_component_": work.LLAMA, **work.MODELS[shape]},
-        "checkpointer": {"checkpoint_dir": str(folder / shape), "model_type": "LLAMA3"},
-        "dataset": {"source": str(_pairs(made, settings))}, "eval_dataset": {"source": None},
-        "max_length": max(n.prompt + max(n.chosen, n.rejected) for n in lengths),
-        "max_prompt_length": max(n.prompt for n in lengths),
-        "max_completion_length": max(max(n.chosen, n.rejected) for n in lengths),
-        "samples": {"num_prompts": 0}, "keep_last_n": 0, "pairs_per_step": settings["pairs_per_step"],
-        "per_method": {"full": {"dtype": settings["dtype"]}},
-        # The run is stopped, so that nothing is exported.
-        "metric_logger": {"_component_": "loggers.StopAfter", "step": settings["steps"]},
-    }  # fmt: skip
-    overlay = folder / f"speed_{slug}.yaml"
-    overlay.write_text(json.dumps(cfg))
-    overrides = [*made["overrides"], *settings["extra"].get("", []), *settings["extra"].get(name, [])]
-    if "reference=cached" in overrides:
-        overrides.append(f"reference.cache_dir={folder / 'cache'}")
-    return made["recipe"], [ROOT / "configs" / "llama3_8b.yaml", overlay], overrides, lengths
-
-
-def speed(name: str, settings: dict) -> dict:
-    """Pairs a second that a recipe logs, the first steps left out, and the most memory that was held."""
-    recipe, paths, overrides, lengths = config_of(name, settings)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    rows = run(recipe, paths, overrides)
-    measured = [row["pairs_per_second"] for row in rows[WARM_STEPS:]] or [row["pairs_per_second"] for row in rows[-1:]]
-    pairs = statistics.median(measured)
-    sizes = work.MODELS[settings["runs"][name]["shape"]]
-    full, live = recipe.startswith("full"), "reference=cached" not in overrides
-    flops = sum(work.flops_of_pair(sizes, n, full=full, live=live) for n in lengths)
-    on_gpu = settings["device"] == "cuda"
-    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    tokens = statistics.median(row["tokens_per_second"] for row in rows[WARM_STEPS:] or rows[-1:])
-    return {
-        "pairs_per_second": pairs,
-        "all": [row["pairs_per_second"] for row in rows],
-        "tokens_per_second": tokens,
-        "tflops": flops / len(lengths) * pairs / 1e12,
-        "peak_gib": peak / 2**30,
-        "losses": [row["loss"] for row in rows],
-        "overrides": overrides,
-        "recipe": recipe,
-        "live": live,
-        "seconds": time.perf_counter() - start,
-        "ok": len(rows) == settings["steps"],
-        "note": f"{pairs:.2f} pairs/s, {tokens:,.0f} tokens/s, {peak / 2**30:.2f} GiB, "
-        f"losses {rows[0]['loss']:.4f} to {rows[-1]['loss']:.4f}",
-    }
-
-
-# plan: what is counted
-
-
-def plan(name: str, settings: dict) -> dict:
-    """What `tune plan` counts of a speed run, in GiB."""
-    from pairtune.cli.plan import Run, plan
-    from pairtune.cli.recipe import read_recipe
-
-    recipe, paths, overrides, _ = config_of(name, settings)
-    counted = plan(Run(recipe, tuple(paths), tuple(overrides)), read_recipe)
-    return {"counted_gib": counted.peak / 2**30, "note": f"{counted.peak / 2**30:.2f} GiB"}
-
-
 PARTS: dict[str, Callable[[str, dict], dict]] = {
     "machine": machine,
     "matmul": matmul,
     "backends": gpu_backends.compare,
     "recipes": recipes,
     "resume": resume,
-    "prepare": prepare,
-    "speed": speed,
-    "plan": plan,
+    "prepare": gpu_speed.prepare,
+    "speed": gpu_speed.speed,
+    "peers": gpu_speed.peers,
+    "plan": gpu_speed.plan,
 }

@@ -9,6 +9,7 @@ Parts:
   recipes    ten steps of a tiny model by every recipe and with what changes a step, against the CPU's losses
   resume     runs that SIGKILL ends and resume=true continues, against uninterrupted ones
   speed      a recipe's steps at the shape of Llama 3 8B, random bf16 weights: pairs a second, memory, TFLOP/s
+  peers      steps of torchtune's recipe and TRL's trainer at that shape, as bench.py makes them
   plan       what `tune plan` counts of the runs of `speed`
 
 Cases run in processes beside this one: one that fails, hangs or takes the GPU's context with it ends nothing else.
@@ -46,8 +47,8 @@ LIMITS = {
     "peers": 120,
     "plan": 60,
 }  # s a case
-ALONE = ("matmul", "prepare", "speed")  # one case at a time: what it takes is measured
-ORDER = ("backends", "recipes", "resume", "speed", "plan")
+ALONE = ("matmul", "prepare", "speed", "peers")  # one case at a time: what it takes is measured
+ORDER = ("backends", "recipes", "resume", "speed", "peers", "plan")
 
 
 class Results:
@@ -146,6 +147,7 @@ def _environment(workers: int) -> dict:
 def work(settings: dict, to: int) -> None:
     """In the process: runs the cases that it is told."""
     import gpu_cases
+    from gpu_runs import free
 
     for line in sys.stdin:
         part, name = json.loads(line)
@@ -158,7 +160,7 @@ def work(settings: dict, to: int) -> None:
             found = {"ok": False, "note": f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"}
             lost = gpu_cases.context_is_lost()
         if not lost:
-            gpu_cases.free()
+            free()
         found = {**found, "took": round(time.monotonic() - start, 1), "context_is_lost": lost}
         os.write(to, json.dumps(found).encode() + b"\n")
         if lost:
@@ -183,7 +185,9 @@ def settings_of(args: argparse.Namespace) -> dict:
             made["lengths"] = made["lengths"].replace(LONG, "24/8/8")
     return {
         "device": args.device, "shape": shape, "dtype": "fp32" if tiny else "bf16",
-        "steps": args.steps, "pairs_per_step": 4 if tiny else args.pairs_per_step, "scale": 0.05 if tiny else 1.0,
+        "steps": args.steps, "pairs_per_step": 4 if tiny else args.pairs_per_step,
+        "peer_pairs": 4 if tiny else 16, "paths": [text.split("=", 1) for text in args.path],
+        "scale": 0.05 if tiny else 1.0,
         "runs": runs, "extra": extra, "workers": args.workers, "patience": args.patience, "out": str(args.out),
         "chosen": names_of("speed", {"runs": runs}, args.only), "folder": str(args.folder), "tiny": tiny,
     }  # fmt: skip
@@ -202,7 +206,9 @@ def rounds(parts: list[str], settings: dict, only: list[str]) -> list[list[tuple
     for part in parts:
         cases = [(part, name) for name in names_of(part, settings, only)]
         if cases and part == "speed":
-            cases = [("matmul", "matmul"), ("prepare", settings["shape"]), *cases]
+            cases = [("prepare", settings["shape"]), *cases]
+        if cases and part in ("speed", "peers"):
+            cases = [("matmul", "matmul"), *cases]
         if made[-1][-1][0] == "machine" or (part in ALONE) == (made[-1][-1][0] in ALONE):
             made[-1] += cases
         elif cases:
@@ -231,6 +237,7 @@ def main() -> None:
         default=max(1, min(8, (os.cpu_count() or 1) // 2)),
         help="processes for what is not measured",
     )
+    parser.add_argument("--path", action="append", default=[], metavar="NAME=FOLDERS", help="a peer's PYTHONPATH")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--to", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()

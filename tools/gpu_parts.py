@@ -71,9 +71,18 @@ RUNS = {  # of speed, on configs/llama3_8b.yaml
     "lora live, eager": ("lora_dpo_single_device", LONG, ["batch_size=4"]),
 }
 
+PEERS = {  # LoRA, live, systems of bench.py
+    "torchtune, compiled, no checkpointing, 2 pairs": "torchtune:compiled:pairs=2",
+    "TRL, checkpointing, 4 pairs": "trl:checkpointing:pairs=4",
+    "torchtune, compiled, 4 pairs": "torchtune:compiled:checkpointing:pairs=4",
+    "torchtune, 4 pairs": "torchtune:checkpointing:pairs=4",
+    "TRL, no checkpointing, 2 pairs": "trl:pairs=2",
+}
+
 
 def names_of(part: str, settings: dict, only: list[str] = ()) -> list[str]:
     """Returns the names of a part's cases that have one of these words, all of them where there is none."""
     runs = settings["runs"]
-    found = {"backends": BACK_ENDS, "recipes": RECIPES, "resume": RESUMED, "speed": runs, "plan": runs}.get(part, ())
+    found = {"backends": BACK_ENDS, "recipes": RECIPES, "resume": RESUMED, "speed": runs, "plan": runs, "peers": PEERS}
+    found = found.get(part, ())
     return [name for name in found if not only or any(words in name for words in only)]

@@ -34,9 +34,9 @@ def _speeds(rows: list[dict], found: dict, settings: dict, peak: float | None) -
     head = ["", "pairs/s", "tokens/s", "TFLOP/s", "of the peak", "peak GiB", "`tune plan` GiB", "counted / held"]
     lines = [_row(head), _row(["---"] * len(head))]
     for row in rows:
-        if row["part"] != "speed" or "pairs_per_second" not in row:
+        if row["part"] not in ("speed", "peers") or "pairs_per_second" not in row:
             continue
-        counted = found.get(("plan", row["name"]), {}).get("counted_gib")
+        counted = found.get(("plan", row["name"]), {}).get("counted_gib") if row["part"] == "speed" else None
         tflops, held = row.get("tflops"), row["peak_gib"]
         cells = [
             _what(row),
@@ -49,7 +49,17 @@ def _speeds(rows: list[dict], found: dict, settings: dict, peak: float | None) -
             f"{counted / held:.3f}" if counted and settings["device"] == "cuda" else "",
         ]
         lines.append(_row(cells))
-    return lines
+    return [*lines, *_ratios(rows, found)]
+
+
+def _ratios(rows: list[dict], found: dict) -> list[str]:
+    """Our live LoRA steps next to the best of each peer's."""
+    ours, lines = found.get(("speed", "lora live"), {}).get("pairs_per_second"), []
+    for peer in ("torchtune", "TRL") if ours else ():
+        theirs = [row.get("pairs_per_second", 0.0) for row in rows if row["part"] == "peers" and peer in row["name"]]
+        if any(theirs):
+            lines.append(f"`lora live` makes {ours / max(theirs):.2f} times the pairs of {peer}'s best here.")
+    return [""] * bool(lines) + lines
 
 
 def _what(row: dict) -> str:

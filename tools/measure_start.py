@@ -8,10 +8,10 @@ a run go: seconds by package, largest first, of the time that Python takes to ex
 
 import argparse
 import collections
+import json
 import os
 import re
 import resource
-import runpy
 import subprocess
 import sys
 import tempfile
@@ -90,11 +90,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--imports", type=int, default=12, metavar="N", help="how many packages are shown")
     arguments = parser.parse_args()
-    bench = runpy.run_path(str(Path(__file__).with_name("bench.py")))
+    import bench  # beside this file
+    import peers
+    import random_work
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        bench["make_work"](folder, 8)
-        bench["write_configs"](folder)
+        sizes, lengths = random_work.MODELS["small"], random_work.draw_lengths("~300/85/85", 8)
+        task = bench.Task(folder, sizes, tuple(lengths))
+        task.write()
+        (folder / "ours.yaml").write_text(json.dumps(peers.our_config(task.spec("ours", []))))
         (folder / "first.py").write_text(LOGGER)
         for title, (words, status) in ANSWERS.items():
             print(f"{title:<36}{seconds(words, folder, status)[0]:6.2f} s", flush=True)

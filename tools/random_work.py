@@ -54,13 +54,14 @@ def draw_lengths(kind: str | Lengths, count: int, *, scale: float = 1.0, seed: i
     half under 250, log-normal, the two answers of a pair drawn apart.
 
     Args:
-        kind: MIX, "P/C/R", or lengths.
+        kind: MIX; "P/C/R", or "~P/C/R" for lengths within a tenth of these; or lengths.
         scale: Of the mix: a tenth for a rehearsal.
     """
-    if kind != MIX:
-        one = kind if isinstance(kind, Lengths) else Lengths(*map(int, kind.split("/")))
-        return [one] * count
     rng = random.Random(seed)
+    if kind != MIX:
+        one = kind if isinstance(kind, Lengths) else Lengths(*map(int, kind.lstrip("~").split("/")))
+        near = 0.1 if kind[0] == "~" else 0.0
+        return [Lengths(*(round(n * rng.uniform(1 - near, 1 + near)) for n in one)) for _ in range(count)]
 
     def draw(median: int, spread: float, most: int) -> int:
         tokens = min(most, max(20, rng.lognormvariate(math.log(median), spread)))
@@ -105,17 +106,7 @@ def write_model(folder: Path, sizes: dict, *, dtype: str = "fp32", device: str =
         sizes: Arguments of LLAMA, as in MODELS.
         num_files: Of weights, filled at the same time.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": sizes["vocab_size"],
-        "hidden_size": sizes["embed_dim"], "intermediate_size": sizes["intermediate_dim"],
-        "num_hidden_layers": sizes["num_layers"], "num_attention_heads": sizes["num_heads"],
-        "num_key_value_heads": sizes["num_kv_heads"], "max_position_embeddings": sizes["max_seq_len"],
-        "rope_theta": float(sizes["rope_base"]), "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
-        "bos_token_id": 0, "eos_token_id": 1, "torch_dtype": {"bf16": "bfloat16", "fp32": "float32"}[dtype],
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
-    _write_tokenizer(folder, sizes["vocab_size"])
+    write_config(folder, sizes, dtype=dtype)
     files: list[dict] = [{} for _ in range(num_files)]
     shapes = llama_shapes(sizes)
     for name in sorted(shapes, key=lambda name: -math.prod(shapes[name])):
@@ -130,6 +121,42 @@ def write_model(folder: Path, sizes: dict, *, dtype: str = "fp32", device: str =
         where = {name: path for path, file in zip(names, files, strict=True) for name in file}
         index = {"metadata": {"total_size": sum(sizes_of_files)}, "weight_map": where}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def write_config(folder: Path, sizes: dict, *, dtype: str = "fp32") -> None:
+    """Writes what a model's folder has besides weights: config.json and the tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": sizes["vocab_size"],
+        "hidden_size": sizes["embed_dim"], "intermediate_size": sizes["intermediate_dim"],
+        "num_hidden_layers": sizes["num_layers"], "num_attention_heads": sizes["num_heads"],
+        "num_key_value_heads": sizes["num_kv_heads"], "max_position_embeddings": sizes["max_seq_len"],
+        "rope_theta": float(sizes["rope_base"]), "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+        "bos_token_id": 0, "eos_token_id": 1, "torch_dtype": {"bf16": "bfloat16", "fp32": "float32"}[dtype],
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    _write_tokenizer(folder, sizes["vocab_size"])
+
+
+def write_adapter(folder: Path, sizes: dict, rank: int) -> None:
+    """Writes fresh adapters of every linear layer, in PEFT's layout: A is drawn, B zero, alpha twice the rank."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    generator, made, names = torch.Generator().manual_seed(1), {}, set()
+    for name, shape in llama_shapes(sizes).items():
+        if ".layers." in name and len(shape) == 2:
+            names.add(name.split(".")[-2])
+            where = f"base_model.model.{name.removesuffix('.weight')}"
+            made[f"{where}.lora_A.weight"] = torch.randn(rank, shape[1], generator=generator) * shape[1] ** -0.5
+            made[f"{where}.lora_B.weight"] = torch.zeros(shape[0], rank)
+    save_file(made, folder / "adapter_model.safetensors", {"format": "pt"})
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0,
+        "target_modules": sorted(names), "bias": "none", "fan_in_fan_out": False,
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
 def llama_shapes(sizes: dict) -> dict[str, tuple[int, ...]]:

@@ -1,6 +1,8 @@
 """What tools/ measure are runs that the recipes take; their numbers stand in docs/performance.md."""
 
 import json
+import math
+import re
 import runpy
 import subprocess
 import sys
@@ -13,13 +15,32 @@ from pairtune.cli.commands import COMMANDS, main
 TOOLS = ROOT / "tools"
 
 
-def test_the_benchmark_is_a_run(tmp_path, capfd):
+@pytest.fixture(autouse=True)
+def tools_find_each_other(monkeypatch):
+    monkeypatch.syspath_prepend(TOOLS)
+
+
+def test_a_benchmark_makes_the_same_steps_by_ours_torchtune_and_trl(tmp_path):
+    """Losses 1e-4 apart, or its status is 1; a system that cannot run is named and left out."""
+    systems = ["ours", "ours:cached", "torchtune", "trl:completions", "ours:sead=1"]
+    words = ["--model", "tiny", "--lengths", "~24/8/8", "--steps", "3", "--json", tmp_path / "rows.jsonl"]
+    command = [sys.executable, TOOLS / "bench.py", *words, "--systems", *systems]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["system"] for row in rows] == systems[:-1]
+    assert re.search("left out: ours:sead=1: .*unknown key sead", done.stdout)
+    losses = rows[0]["losses"]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6) and abs(losses[-1] - losses[0]) > 1e-3
+    assert all(row["seconds"] > 0 < row["tflops"] for row in rows)
+
+
+def test_a_benchmark_says_when_losses_do_not_agree():
     tool = runpy.run_path(str(TOOLS / "bench.py"))
-    tool["make_work"](tmp_path, 4)
-    tool["write_configs"](tmp_path)
-    assert main(["validate", str(tmp_path / "ours.yaml"), "--recipe", "lora_dpo_single_device"]) == 0, (
-        capfd.readouterr()
-    )
+    rows = [{"system": name, "losses": [0.69, last]} for name, last in (("ours", 0.68), ("theirs", 0.6802))]
+    agree, told = tool["agreement"](rows, 1e-4)
+    assert not agree and "DO NOT AGREE: 2.0e-04 apart" in told
+    assert tool["agreement"](rows, 1e-3)[0]
 
 
 @pytest.mark.parametrize("settings", [["loss=sft"], ["reference=cached"], ["reference=model"]])
