@@ -219,8 +219,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
-# torchtune.models.llama3.llama3's arguments; configs/reviewer2.yaml repeats them. NF4 wants every linear weight to hold
-# a multiple of 16384 numbers. Rows of several pairs need more positions than one conversation.
+# torchtune.models.llama3.llama3's arguments; configs/reviewer2.yaml repeats them. Rows of several pairs need more
+# positions than one conversation.
 SIZES = {
     "vocab_size": 1536,
     "num_layers": 2,

@@ -24,7 +24,7 @@ from torchtune.modules import TransformerDecoder
 
 from pairtune import models
 from pairtune.errors import UserError
-from pairtune.models import logps
+from pairtune.models import logps, nf4
 from pairtune.pairs.batch import PairBatch, lay_out
 from pairtune.run import optimizers
 
@@ -432,7 +432,7 @@ def _block_bytes(model: TransformerDecoder) -> tuple[float, int]:
 
 @contextmanager
 def _kernels_of(device: str):
-    """Treats meta tensors as this device's: its attention and norm kernels, its number of logits at a time.
+    """Treats meta tensors as this device's: attention, norm and NF4 kernels, its number of logits at a time.
 
     torch would take its general kernels for them, which keep all attention weights.
     """
@@ -450,6 +450,8 @@ def _kernels_of(device: str):
 
     F.scaled_dot_product_attention, F.rms_norm = attend, norm
     logps.CHUNK_LOGITS["meta"] = logps.CHUNK_LOGITS[device]
+    if device == "cuda":
+        nf4.FUSED.add("meta")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that bf16 norms are not fused: counted as such
@@ -457,6 +459,7 @@ def _kernels_of(device: str):
     finally:
         F.scaled_dot_product_attention, F.rms_norm = attention, rms_norm
         del logps.CHUNK_LOGITS["meta"]
+        nf4.FUSED.discard("meta")
 
 
 def _fused_attention(device: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 from torchtune.modules import MultiHeadAttention, TiedLinear, TransformerDecoder
 
 from pairtune.models.experts import MixtureOfExperts
+from pairtune.models.nf4 import shape_of
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def _attention(model: TransformerDecoder) -> MultiHeadAttention:
 
 def _width_of_mlp(model: TransformerDecoder) -> int:
     mlp = model.layers[0].mlp
-    return (mlp.experts[0] if isinstance(mlp, MixtureOfExperts) else mlp).w1.weight.shape[0]
+    return shape_of((mlp.experts[0] if isinstance(mlp, MixtureOfExperts) else mlp).w1)[0]
 
 
 def _query_scalar(model: TransformerDecoder) -> float | None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torchtune.modules.peft import LoRALinear, disable_adapter, get_adapter_params
 
+from pairtune.models import nf4
 from pairtune.models.dora import DoRALinear
 
 COPIES = {  # an adapter's parameters, and where a frozen copy of them is
@@ -33,15 +34,26 @@ def own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield plain_name(name), parameter
 
 
+def own_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Returns the shapes of own_parameters: of weights in 4 bits, which may be held as rows, those they stand for."""
+    shapes = {name: parameter.shape for name, parameter in own_parameters(model)}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, LoRALinear, DoRALinear)) and f"{plain_name(name)}.weight" in shapes:
+            shapes[f"{plain_name(name)}.weight"] = nf4.shape_of(module)
+    return shapes
+
+
 def sizes(model: nn.Module) -> str:
-    """Returns `num_parameters` in words."""
+    """Returns `num_parameters` in words, and how many are in 4 bits."""
     num_all, num_trained = num_parameters(model)
-    return f"{num_all:,} parameters, {num_trained:,} trained"
+    packed = nf4.summary(model)
+    return f"{num_all:,} parameters, {num_trained:,} trained{', ' * bool(packed)}{packed}"
 
 
 def num_parameters(model: nn.Module) -> tuple[int, int]:
     """Returns how many parameters the model has, a frozen copy of adapters left out, and how many are trained."""
-    sizes = [(p.numel(), p.requires_grad) for _, p in own_parameters(model)]
+    shapes = own_shapes(model)
+    sizes = [(shapes[name].numel(), p.requires_grad) for name, p in own_parameters(model)]
     return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
 
 

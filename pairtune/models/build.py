@@ -6,14 +6,11 @@ A model is built on the meta device, where size costs nothing and mistakes show,
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 
 import torch
 from omegaconf import OmegaConf
 from torch import nn
-from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune.modules import MultiHeadAttention, TransformerDecoder, TransformerSelfAttentionLayer
-from torchtune.modules.low_precision import FrozenNF4Linear
 from torchtune.modules.peft import LoRALinear, get_adapter_params, set_trainable_params
 from torchtune.training import compile_model, set_activation_checkpointing, set_default_dtype
 
@@ -21,13 +18,12 @@ from pairtune.config.components import check_component, instantiate
 from pairtune.config.rules import LORA_LAYERS, OUR_LAYERS
 from pairtune.dist import World
 from pairtune.errors import UserError
-from pairtune.models import logps
+from pairtune.models import logps, nf4
 from pairtune.models.adapters import add_frozen_copy
 from pairtune.models.additions import additions
 from pairtune.models.dora import DoRALinear
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-NF4_BLOCK = 64 * 256  # torchao quantizes scales of 256 blocks of 64 weights together
 UNQUANTIZED = ("output", "mlp.router")  # layers that QLoRA keeps as they are: the last word, and who has it
 
 
@@ -42,12 +38,16 @@ def full(component: dict, *, dtype: str, quantize: bool = False, world: World | 
         world: The processes that share these.
 
     Raises:
-        UserError: The builder refuses its arguments, or a weight's size is none that NF4 accepts.
+        UserError: The builder refuses its arguments, or the processes cannot share a model in NF4.
     """
     model = _build(component, dtype)
     if quantize:
-        _check_nf4(model, world, "reference.quantize=true", way_out="reference.quantize=false")
-        _replace_linear(model, dtype, _quantized)
+        num_shards = _shards_for_nf4(world, "reference.quantize=true")
+
+        def make(name: str, in_dim: int, out_dim: int, biased: bool) -> nn.Module | None:
+            return None if _stays_whole(name) else nf4.hold(nf4.NF4Linear(in_dim, out_dim, biased), num_shards)
+
+        _replace_linear(model, dtype, make)
     return model
 
 
@@ -79,21 +79,23 @@ def lora(
         world: The processes that share these.
 
     Raises:
-        UserError: An argument that the builder does not take, a layer that the model does not have, or a weight whose
-            size NF4 does not accept.
+        UserError: An argument that the builder does not take, a layer that the model does not have, or processes that
+            cannot share a base in NF4.
     """
     _check_base(component["_component_"])
     model = _build(component, dtype)
-    if quantize_base:
-        _check_nf4(model, world, "QLoRA", way_out="a lora_ recipe")
+    num_shards = _shards_for_nf4(world, "QLoRA") if quantize_base else None
     adapted = _layers_of(modules, model)
+    scaled = alpha * math.sqrt(rank) if use_rslora else alpha
 
     def make(name: str, in_dim: int, out_dim: int, biased: bool) -> nn.Module | None:
-        if name not in adapted:
-            return _quantized(name, in_dim, out_dim, biased) if quantize_base else None
-        options = {"use_bias": biased, "quantize_base": quantize_base and without_numbers(name) not in UNQUANTIZED}
-        scaled = alpha * math.sqrt(rank) if use_rslora else alpha
-        return (DoRALinear if use_dora else LoRALinear)(in_dim, out_dim, rank, scaled, dropout, **options)
+        packed = quantize_base and not _stays_whole(name)
+        if name in adapted:
+            kind = DoRALinear if use_dora else nf4.NF4LoRALinear if packed else LoRALinear
+            layer = kind(in_dim, out_dim, rank, scaled, dropout, use_bias=biased)
+        else:
+            layer = nf4.NF4Linear(in_dim, out_dim, biased) if packed else None
+        return nf4.hold(layer, num_shards) if packed else layer
 
     _replace_linear(model, dtype, make)
     additions(model).lora = {
@@ -143,38 +145,19 @@ def policy(
     return build(component, **adapters, dtype=dtype, frozen_copy=frozen_copy, world=world)
 
 
-def _quantized(name: str, in_dim: int, out_dim: int, biased: bool) -> nn.Module | None:
-    return None if without_numbers(name) in UNQUANTIZED else FrozenNF4Linear(in_dim, out_dim, bias=biased)
+def _stays_whole(name: str) -> bool:
+    return without_numbers(name) in UNQUANTIZED
 
 
 def _replace_linear(
     model: TransformerDecoder, dtype: str, make: Callable[[str, int, int, bool], nn.Module | None]
 ) -> None:
-    """Puts what `make` gives for a name, sizes and bias in the place of each linear layer; None leaves it.
-
-    Layers are alike: each kind is made once and copied, since torchao takes up to a second to quantize a weight, even
-    on the meta device.
-    """
-    made: dict[tuple, nn.Module | None] = {}
+    """Puts what `make` gives for a name, sizes and bias in the place of each linear layer; None leaves it."""
     with torch.device("meta"), set_default_dtype(DTYPES[dtype]):
         for name, linear in [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear]:
-            sizes = (linear.in_features, linear.out_features, linear.bias is not None)
-            kind = (without_numbers(name), *sizes)
-            if kind not in made:
-                made[kind] = make(name, *sizes)
-            if made[kind] is not None:
-                model.set_submodule(name, _copy(made[kind]))
-
-
-def _copy(layer: nn.Linear | LoRALinear) -> nn.Module:
-    """Returns a layer with parameters of its own; torchao's copy of an NF4 weight would quantize it again."""
-    weight = layer.weight
-    if not isinstance(weight, NF4Tensor):
-        return deepcopy(layer)
-    pieces, form = weight.__tensor_flatten__()
-    pieces = {name: torch.empty_like(getattr(weight, name)) for name in pieces}
-    twin = NF4Tensor.__tensor_unflatten__(pieces, form, None, None)
-    return deepcopy(layer, {id(weight): nn.Parameter(twin, requires_grad=False)})
+            layer = make(name, linear.in_features, linear.out_features, linear.bias is not None)
+            if layer is not None:
+                model.set_submodule(name, layer)
 
 
 def _layers_of(modules: list[str], model: TransformerDecoder) -> set[str]:
@@ -204,23 +187,18 @@ def _build(component: dict, dtype: str) -> TransformerDecoder:
         return instantiate(block)
 
 
-def _check_nf4(model: nn.Module, world: World | None, what: str, *, way_out: str) -> None:
-    num_shards = world.num_shards if world else 1
-    multiple = NF4_BLOCK * num_shards
-    for name, module in model.layers.named_modules():
-        quantized = isinstance(module, nn.Linear) and without_numbers(f"layers.{name}") not in UNQUANTIZED
-        if quantized and module.weight.numel() % multiple:
-            rows, columns = module.weight.shape
-            shards = f" on each of {num_shards} processes" if num_shards > 1 else ""
-            raise UserError(
-                f"{what}: layers.{name}.weight has {rows} x {columns} = {rows * columns} values; NF4 stores multiples "
-                f"of {NF4_BLOCK}{shards}. Use {way_out} for this model{', or fewer processes' if shards else ''}"
-            )
-    if world and world.shards and (num_shards == 1 or num_shards < world.size):
+def _shards_for_nf4(world: World | None, what: str) -> int:
+    """Returns into how many parts FSDP2 cuts a weight in 4 bits.
+
+    Raises:
+        UserError: Some processes would hold the same part.
+    """
+    if world and world.shards and (world.num_shards == 1 or world.num_shards < world.size):
         raise UserError(
             f"{what}: NF4 weights are sharded over all processes or not at all; nearest valid: "
             "data_parallel_replicate_dim=1, and fsdp_cpu_offload=false in a run of one process"
         )
+    return world.num_shards if world else 1
 
 
 def prepare(

@@ -3,8 +3,10 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchao.dtypes.nf4tensor import NF4Tensor, linear_nf4
+from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune.modules.peft import DoRALinear as TorchtuneDoRALinear
+
+from pairtune.models import nf4
 
 
 class DoRALinear(TorchtuneDoRALinear):
@@ -29,23 +31,25 @@ class DoRALinear(TorchtuneDoRALinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns [..., out] for x [..., in]; the rows' norms are constants to the gradient (section 4.3)."""
-        base = linear_nf4(input=x, weight=self.weight) if self._quantize_base else F.linear(x, self.weight)
+        in_4_bits = isinstance(self.weight, NF4Tensor)
+        weight = nf4.values_of(self)  # made once for the product and the norms
+        base = nf4.product(x, self, weight) if in_4_bits else F.linear(x, weight)
         if not self.disabled:
             update = self.lora_b(self.lora_a(self.dropout(x)))
             magnitude = self.frozen_magnitude if self.reads_frozen else self.magnitude
-            scale = (magnitude / self.row_norms()).to(x.dtype)  # at the start all ones
+            scale = (magnitude / self.row_norms(weight)).to(x.dtype)  # at the start all ones
             base = scale * (base + self.scaling * update)
         return base if self.bias is None else base + self.bias
 
     @torch.no_grad()
-    def row_norms(self) -> Tensor:
-        """Returns the norms [out] of the rows of W + (alpha / rank) B A, in the magnitudes' dtype."""
-        return row_norms(self.weight, self.lora_a.weight, self.lora_b.weight, self.scaling)
+    def row_norms(self, weight: Tensor) -> Tensor:
+        """Returns the norms [out] of the rows of W + (alpha / rank) B A, W's values given, in the magnitudes' dtype."""
+        return row_norms(weight, self.lora_a.weight, self.lora_b.weight, self.scaling)
 
     @torch.no_grad()
     def initialize_dora_magnitude(self) -> None:
         """Makes the magnitudes the rows' norms: the layer computes what it would as LoRA."""
-        self.magnitude.copy_(self.row_norms())
+        self.magnitude.copy_(self.row_norms(nf4.values_of(self)))
 
 
 def row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
@@ -53,5 +57,4 @@ def row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
 
     As in PEFT. Magnitudes start as these norms and have that dtype: over norms of float32 bf16 ones would not be 1.
     """
-    weight = weight.get_original_weight() if isinstance(weight, NF4Tensor) else weight
     return torch.linalg.vector_norm(weight.float() + scaling * (b.float() @ a.float()), dim=1).to(a.dtype)

@@ -10,7 +10,8 @@ from torch.distributed.tensor import DTensor
 from torchao.dtypes.nf4tensor import NF4Tensor
 
 from pairtune.dist import World
-from pairtune.models.adapters import adapted_modules, adapter_shapes, own_parameters
+from pairtune.models import nf4
+from pairtune.models.adapters import adapted_modules, adapter_shapes, own_parameters, own_shapes
 from pairtune.models.build import DTYPES
 from pairtune.models.dora import DoRALinear, row_norms
 
@@ -33,6 +34,7 @@ def gather_weights(model: nn.Module, world: World, *, adapters_only: bool = Fals
 
 def _whole_parameters(model: nn.Module, wanted: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
     """Yields own_parameters, or those that are wanted, gathered from all processes; NF4 ones as plain values."""
+    shapes = own_shapes(model)
     for name, parameter in own_parameters(model):
         if wanted is not None and name not in wanted:
             continue
@@ -40,7 +42,7 @@ def _whole_parameters(model: nn.Module, wanted: Collection[str] | None = None) -
         if isinstance(value, DTensor):
             local = value.to_local()
             value = _gather_nf4(local, value.device_mesh) if isinstance(local, NF4Tensor) else value.full_tensor()
-        yield name, value.get_original_weight() if isinstance(value, NF4Tensor) else value
+        yield name, nf4.dense(value, shapes[name]) if isinstance(value, NF4Tensor) else value
 
 
 def _gather_nf4(shard: NF4Tensor, mesh: DeviceMesh) -> NF4Tensor:

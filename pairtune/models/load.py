@@ -5,13 +5,14 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
+from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import LoRALinear
 
 from pairtune.dist import World
 from pairtune.errors import UserError, listed
-from pairtune.models.adapters import adapter_shapes, fill_frozen_copy, frozen, own_parameters, plain_name
+from pairtune.models import nf4
+from pairtune.models.adapters import adapter_shapes, fill_frozen_copy, frozen, own_shapes, plain_name
 from pairtune.models.dora import DoRALinear
 from pairtune.models.shard import shard
 
@@ -98,7 +99,7 @@ def check_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         UserError: They differ. All that does is listed, under the names of both sides.
     """
     adapters = adapter_shapes(model).keys()
-    expected = {name: parameter.shape for name, parameter in own_parameters(model) if name not in adapters}
+    expected = {name: shape for name, shape in own_shapes(model).items() if name not in adapters}
     found = {name: value.shape for name, value in getattr(weights, "empty", weights).items()}
     lines = [f"not in the checkpoint: {_both(name, weights)}" for name in sorted(expected.keys() - found.keys())]
     lines += [f"not in the model: {_both(name, weights)}" for name in sorted(found.keys() - expected.keys())]
@@ -125,7 +126,7 @@ def _fill(module: nn.Module, name: str, state_dict: Mapping[str, Tensor], home: 
         # A transposed matrix is a view of what is on the disk; FSDP2 and NF4 want rows that lie one behind the other.
         value = value.to(device=home, dtype=parameter.dtype, copy=True, memory_format=torch.contiguous_format)
         if isinstance(parameter, NF4Tensor):
-            value = to_nf4(value, parameter.block_size, parameter.scaler_block_size)
+            value = nf4.pack(value, parameter)
         setattr(module, leaf, nn.Parameter(value, requires_grad=parameter.requires_grad))
     # A rope of Llama 3.1 and later leaves its buffers out on the meta device. They stay on the device when offloading.
     if hasattr(module, "rope_init") and all(buffer.is_meta for buffer in module.buffers()):

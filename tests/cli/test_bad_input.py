@@ -707,7 +707,6 @@ LORA = {"rank": 2, "alpha": 4.0, "dropout": 0.0, "modules": ["q_proj"]}
 BUILDS = [
     # name, the model's block, what differs from a LoRA model, its max_length, what is said
     ("max_length over the positions", {}, {}, 129, ["max_length=129: the model has 128 positions", "max_length=128"]),
-    ("sizes that NF4 does not take", {}, {"quantize_base": True}, 64, ["weight has 64 x 64", "multiples of 16384"]),
     ("a builder with adapters", {"_component_": "torchtune.models.llama3.lora_llama3"}, {}, 64,
      ["name the base builder (llama3)"]),
     ("a class for a builder", {"_component_": "torchtune.modules.TransformerDecoder"}, {}, 64,

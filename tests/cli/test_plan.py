@@ -324,7 +324,7 @@ def test_a_copy_of_a_recipe_is_planned_like_the_recipe(path, tmp_path, capsys):
         (["--recipe", "lora_dpo_single_device", "--gpus", "2"], "lora_dpo_single_device runs on one device"),
         (["--gpus", "0"], "--gpus 0: must be above 0"),
         (["--gpus", "3", "data_parallel_replicate_dim=2"], "data_parallel_replicate_dim=2: must divide the 3"),
-        (["--recipe", "qlora_dpo_distributed", "--gpus", "8"], "on each of 8 processes"),
+        (["--recipe", "qlora_dpo_distributed", "--gpus", "8", "data_parallel_replicate_dim=2"], "all processes or not"),
         (["batch_size=0"], "batch_size=0: must be at least 1"),
         (["--recipe", "lora_dpo_single_device", "reference=model"], "would hold the base a second time"),
         (["--recipe", "qlora_dpo_distributed", "reference=modle"], "nearest valid: reference.name=model"),

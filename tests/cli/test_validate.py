@@ -143,11 +143,11 @@ def test_a_config_that_is_refused_is_asked_no_more(work, validate):
 
 
 def test_recipes_that_differ_stand_apart(work, validate):
-    (work / "two.yaml").write_text((work / "my.yaml").read_text()[:-1] + ', "lora": {"modules": ["q_proj"]}}')
+    (work / "two.yaml").write_text((work / "my.yaml").read_text()[:-1] + ', "lora": {"modules": ["router"]}}')
     status, tables = validate("two.yaml", "model.embed_dim=64", "model.intermediate_dim=96")
     assert status == 1
-    assert "NF4 stores multiples of 16384" in tables["qlora_dpo_single_device"]["model"]
-    assert "hidden_size is 64 in `model` and 128" in tables[LORA]["model"]
+    assert "lora.modules: router: this model has no such layer" in tables["qlora_dpo_single_device"]["model"]
+    assert "hidden_size is 64 in `model` and 128" in tables["full_dpo_single_device"]["model"]
 
 
 def test_a_reference_of_its_own_has_a_line_with_what_is_wrong_with_it(work, validate):

@@ -118,9 +118,9 @@ def test_what_a_run_exports_is_what_it_measured(base, method):
 
 
 def test_two_processes_give_the_numbers_of_one(tmp_path):
-    """Sharded in two, each matrix of NF4 has to hold 2 x 16,384 weights."""
-    hf_peers.save_peer(tmp_path / "base", config(hidden_size=256))
-    hf_peers.write_config(tmp_path, COMPONENT | {"embed_dim": 256}, "GPT_NEOX", lora=LORA)
+    """The smallest matrices hold 16,384 weights: one process takes them as torchao does, two fill them up."""
+    hf_peers.save_peer(tmp_path / "base", config())
+    hf_peers.write_config(tmp_path, COMPONENT, "GPT_NEOX", lora=LORA)
     hf_peers.check_two_processes(tmp_path, "qlora")
 
 

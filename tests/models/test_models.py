@@ -189,7 +189,6 @@ def test_activation_checkpointing_changes_no_gradient():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: models.lora(component(), **LORA, quantize_base=True), ["NF4", "16384", "64 x 64 = 4096", "lora_"]),
         (lambda: models.lora({"_component_": f"{LLAMA3}.lora_llama3"}, **LORA), ["base builder", "llama3"]),
         (lambda: models.lora({"_component_": TIED}, **LORA | {"modules": ["q_proj", "output"]}), ["output", "tied"]),
         (lambda: models.full({**component(), "num_layer": 3}, dtype="fp32"), ["num_layer", "num_layers"]),

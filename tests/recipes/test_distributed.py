@@ -134,6 +134,29 @@ def test_an_export_of_many_processes_loads_in_transformers_and_peft(work, single
         assert (merged(tokens).logits - base(tokens).logits).abs().max() > 0.01
 
 
+def test_qlora_on_matrices_of_any_size_is_the_same_on_two_processes_and_merges_as_in_peft(work, tmp_path):
+    """None of the sizes is a multiple of NF4's 16,384 values, and most have rows that two cannot share evenly."""
+    from peft import AutoPeftModelForCausalLM
+
+    sizes = SHARDED_SIZES | {"embed_dim": 72, "num_heads": 6, "num_kv_heads": 3, "intermediate_dim": 97}
+    save_llama(tmp_path / "base", sizes=sizes)
+    model = {"_component_": "torchtune.models.llama3.llama3", **sizes}
+    settings = [f"checkpointer.checkpoint_dir={tmp_path / 'base'}", f"model={json.dumps(model)}", "max_steps=3"]
+    settings += ["samples.num_prompts=0", "keep_last_n=0", "eval_every_n_steps=null"]
+    one = [f"output_dir={tmp_path / 'one'}", *settings]
+    expected = run_recipe("qlora_dpo_single_device", *one, config_paths=[work / "config.yaml"])
+    status, output = run(tune_run(work, 2, "qlora", tmp_path / "two", *settings))
+    assert status == 0, output[-3000:]
+    assert "21 of 21 weights filled up to whole blocks" in output
+    assert_same_numbers(read_log(tmp_path / "two" / "metrics.jsonl"), expected)
+    exported = load_file(tmp_path / "two" / "export" / "model.safetensors")
+    adapter = tmp_path / "two" / "export" / "adapter"
+    adapted = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.float32)
+    merged = adapted.merge_and_unload().state_dict()
+    for name, weight in exported.items():
+        torch.testing.assert_close(weight, merged[name], atol=1e-6, rtol=0, msg=name)
+
+
 def test_a_vocabulary_that_processes_cannot_share_evenly_is_exported(work, tmp_path):
     """FSDP2 pads the last shard: a gathered weight is a part of its memory."""
     sizes = SHARDED_SIZES | {"vocab_size": 321}

@@ -884,7 +884,6 @@ def edited(folder, **values):
         ({}, lambda f: edited(f, model_type="t5"), {}, ["config.json: model_type=t5: is none of"]),
         ({}, lambda f: (f / "tokenizer.json").write_text(tokens_of(prefix="v")._backend.to_str()), {}, ["317 of 320"]),
         ({"vocab_size": 300}, None, {"model": component(NF4_SIZES | {"vocab_size": 300})}, ["'w300'", "none there"]),
-        ({}, None, {"model": component(), "quantize": True}, ["reference.quantize=true: layers.0", "16384"]),
     ],
 )
 def test_a_reference_that_does_not_fit_is_refused_before_a_weight_is_read(
