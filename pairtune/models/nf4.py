@@ -6,12 +6,14 @@ layer knows its shape. What is filled up changes no value of the weight.
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.distributed.tensor import DTensor
 from torch.utils._triton import has_triton_package
 from torchao.dtypes.nf4tensor import NF4Tensor, SubclassTensorArgs, to_nf4
@@ -86,10 +88,8 @@ def dense(weight: NF4Tensor, shape: torch.Size) -> Tensor:
     scales = (weight.quantized_scalers.view(len(factors), -1) / factors[:, None]).flatten().to(weight.dtype)
     scales = scales + weight.scaler_mean  # [blocks]
     data, table = weight.quantized_data, weight.nf4
-    if weight.device.type not in FUSED:
-        values = _looked_up(data, table, scales)
-    else:
-        values = _one_kernel()(data, table, scales) if not data.is_meta else table.new_empty(2 * len(data))
+    make = _fused if weight.device.type in FUSED else _looked_up
+    values = make(data, table, scales)
     return values[: shape.numel()].view(shape)
 
 
@@ -99,6 +99,18 @@ def _looked_up(data: Tensor, table: Tensor, scales: Tensor) -> Tensor:
     pairs = torch.cartesian_prod(table, table).view(pair).flatten()
     values = pairs.index_select(0, data.int()).view(table.dtype)
     return values.view(-1, BLOCK).mul_(scales[:, None]).flatten()
+
+
+def _fused(data: Tensor, table: Tensor, scales: Tensor) -> Tensor:
+    if data.is_meta:
+        return table.new_empty(2 * len(data))
+    try:
+        return _one_kernel()(data, table, scales)
+    except TorchDynamoException as error:  # as where no C compiler is
+        FUSED.discard(data.device.type)
+        why = str(error).partition("\n")[0]
+        warnings.warn(f"NF4 weights are read without a kernel of their own, more slowly: {why}", stacklevel=2)
+        return _looked_up(data, table, scales)
 
 
 def _step_by_step(data: Tensor, table: Tensor, scales: Tensor) -> Tensor:

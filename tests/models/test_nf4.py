@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._inductor.config
 from helpers import NF4_SIZES, SIZES, random_pairs, tiny_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
@@ -38,6 +39,18 @@ def test_the_one_kernel_of_gpus_makes_the_same_bits(monkeypatch):
         values = torch.randn(192, 256, generator=torch.Generator().manual_seed(2)).to(dtype)
         found = nf4.dense(packed(values, 2), values.shape)
         assert torch.equal(found, to_nf4(values).get_original_weight())
+
+
+def test_where_no_kernel_can_be_compiled_the_values_are_the_same_and_it_is_said(monkeypatch):
+    monkeypatch.setattr(nf4, "FUSED", {"cpu"})
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    values = torch.randn(192, 500, generator=torch.Generator().manual_seed(3))
+    with (
+        torch._inductor.config.patch(force_disable_caches=True),
+        pytest.warns(UserWarning, match="without a kernel of their own, more slowly: .*no-such-compiler"),
+    ):
+        found = nf4.dense(packed(values), values.shape)
+    assert torch.equal(found, nf4.dense(packed(values), values.shape)) and not nf4.FUSED
 
 
 def naive(values):
