@@ -35,8 +35,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import gpu_table
-from gpu_parts import LONG, RUNS, names_of
+from gpu_parts import LONG, RUNS, logged, names_of
 
+SHAPES = ("tiny", "small", "1b", "8b")  # of random_work.py
 TOOLS = Path(__file__).resolve().parent
 LIMITS = {
     "backends": 90,
@@ -90,7 +91,10 @@ def _work_through(queue: deque, workers: int, settings: dict, results: Results, 
                     results.add(part, name, {"left_out": "no time was left"})
                     continue
                 limit = min(LIMITS.get(part, 60) * settings["patience"], ends - now + 5)
-                results.add(part, name, worker.run(part, name, limit))
+                found = worker.run(part, name, limit)
+                if part == "speed" and not worker.is_there:
+                    found["note"] += f"; had logged pairs/s {logged(name, settings)}"
+                results.add(part, name, found)
 
 
 class _Worker:
@@ -119,7 +123,8 @@ class _Worker:
     def run(self, part: str, name: str, limit: float) -> dict:
         """Returns what the case found; a process that fails with its context, or is too slow, is not there any more."""
         deadline = time.monotonic() + limit
-        self._process.stdin.write(json.dumps([part, name]) + "\n")
+        with suppress(OSError):  # it has died already, which shows where its answer is read
+            self._process.stdin.write(json.dumps([part, name]) + "\n")
         while b"\n" not in self._text:
             ready = select.select([self._read], [], [], max(0.0, deadline - time.monotonic()))[0]
             text = os.read(self._read, 2**16) if ready else b""
@@ -216,13 +221,21 @@ def rounds(parts: list[str], settings: dict, only: list[str]) -> list[list[tuple
     return made
 
 
+def _leave_models(folder: Path) -> None:
+    """Removes what an earlier call has left, but the weights: they take time, and are the same."""
+    kept = {name for shape in SHAPES for name in (shape, f"{shape}.whole")}
+    for path in folder.iterdir():
+        if path.name not in kept:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/gpu_check"), help="where results go")
-    parser.add_argument("--folder", type=Path, help="where weights and runs go; else /dev/shm or OUT, and deleted")
+    parser.add_argument("--folder", type=Path, help="where weights and runs go, and stay; else /dev/shm or OUT")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="speed of a tiny model in float32: a rehearsal")
-    parser.add_argument("--shape", choices=["tiny", "small", "1b", "8b"], help="of the runs of speed")
+    parser.add_argument("--shape", choices=SHAPES, help="of the runs of speed")
     parser.add_argument("--parts", default=",".join(ORDER), help="in the order in which they run")
     parser.add_argument("--only", action="append", default=[], metavar="WORDS", help="cases whose name has these words")
     parser.add_argument("--steps", type=int, default=6, help="steps of a speed run; the first 2 are left out")
@@ -246,8 +259,9 @@ def main() -> None:
         return
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
-    made, args.folder = args.folder is None, (args.folder or _folder(args.out)).resolve()
+    made, args.folder = args.folder is None, (args.folder or _folder(args.out)).resolve() / "gpu_check"
     args.folder.mkdir(parents=True, exist_ok=True)
+    _leave_models(args.folder)
     settings, results, ends = settings_of(args), Results(args.out), time.monotonic() + 60 * args.minutes
     try:
         for cases in rounds(args.parts.split(","), settings, args.only):
@@ -257,7 +271,7 @@ def main() -> None:
         (args.out / "table.md").write_text(table)
         print(f"\n{table}", flush=True)
         if made:
-            shutil.rmtree(args.folder, ignore_errors=True)
+            shutil.rmtree(args.folder.parent, ignore_errors=True)
     raise SystemExit(any(row.get("ok") is False for row in results.rows))
 
 

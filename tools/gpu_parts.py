@@ -1,5 +1,8 @@
 """The cases of gpu_check.py by part and name, the most telling first."""
 
+import json
+from pathlib import Path
+
 # Attention's back ends: a name, and whether layers are compiled
 
 BACK_ENDS = {
@@ -67,7 +70,7 @@ RUNS = {  # of speed, on configs/llama3_8b.yaml
     "lora cached": ("lora_dpo_single_device", LONG, [*FAST, "reference=cached"]),
     "full cached": ("full_dpo_single_device", LONG, ["batch_size=4", "reference=cached"]),
     "qlora live": ("qlora_dpo_single_device", LONG, ["batch_size=4"]),
-    "lora live, mix": ("lora_dpo_single_device", MIX, FAST),
+    "lora live, mix": ("lora_dpo_single_device", MIX, ["batch_size=2", *FAST[1:]]),  # the longest pairs have to fit
     "lora live, eager": ("lora_dpo_single_device", LONG, ["batch_size=4"]),
 }
 
@@ -78,6 +81,19 @@ PEERS = {  # LoRA, live, systems of bench.py
     "torchtune, 4 pairs": "torchtune:checkpointing:pairs=4",
     "TRL, no checkpointing, 2 pairs": "trl:pairs=2",
 }
+
+
+def run_dir(name: str, settings: dict) -> Path:
+    """Returns the run folder of a run of speed."""
+    return Path(settings["folder"]) / f"speed_{name.replace(', ', '_').replace(' ', '_')}"
+
+
+def logged(name: str, settings: dict) -> list[float]:
+    """Returns the pairs a second of the steps that such a run has logged so far."""
+    path = run_dir(name, settings) / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    return [round(row["pairs_per_second"], 2) for row in rows if "loss" in row]
 
 
 def names_of(part: str, settings: dict, only: list[str] = ()) -> list[str]:

@@ -5,7 +5,6 @@ import os
 import resource
 import statistics
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import bench
@@ -23,7 +22,10 @@ def prepare(name: str, settings: dict) -> dict:
     runs = [made for name, made in settings["runs"].items() if name in settings["chosen"]]
     for shape in dict.fromkeys([settings["shape"], *(made["shape"] for made in runs)]):
         how = {"dtype": settings["dtype"], "device": settings["device"], "num_files": 8 if shape == "8b" else 1}
-        work.write_model(folder / shape, work.MODELS[shape], **how)
+        told, whole = json.dumps([how, work.MODELS[shape]]), folder / f"{shape}.whole"
+        if not whole.exists() or whole.read_text() != told:  # in a folder of an earlier call they may be there
+            work.write_model(folder / shape, work.MODELS[shape], **how)
+            whole.write_text(told)
     weights = time.perf_counter() - start
     for made in runs:
         lengths = lengths_of(made["lengths"], settings)
@@ -44,10 +46,10 @@ def _pairs(made: dict, settings: dict) -> Path:
 def config_of(name: str, settings: dict) -> tuple[str, list[Path], list[str], list[work.Lengths]]:
     """Returns a speed run's recipe, configs, overrides, and its pairs' lengths."""
     made, folder = settings["runs"][name], Path(settings["folder"])
-    shape, slug = made["shape"], name.replace(", ", "_").replace(" ", "_")
+    shape, run_dir = made["shape"], parts.run_dir(name, settings)
     lengths = lengths_of(made["lengths"], settings)
     cfg = {
-        "output_dir": str(folder / f"speed_{slug}"), "device": settings["device"], "dtype": settings["dtype"],
+        "output_dir": str(run_dir), "device": settings["device"], "dtype": settings["dtype"],
         "model": {"_component_": work.LLAMA, **work.MODELS[shape]},
         "checkpointer": {"checkpoint_dir": str(folder / shape), "model_type": "LLAMA3"},
         "dataset": {"source": str(_pairs(made, settings))}, "eval_dataset": {"source": None},
@@ -59,7 +61,7 @@ def config_of(name: str, settings: dict) -> tuple[str, list[Path], list[str], li
         # The run is stopped, so that nothing is exported.
         "metric_logger": {"_component_": "loggers.StopAfter", "step": settings["steps"]},
     }  # fmt: skip
-    overlay = folder / f"speed_{slug}.yaml"
+    overlay = Path(f"{run_dir}.yaml")
     overlay.write_text(json.dumps(cfg))
     overrides = [*made["overrides"], *settings["extra"].get("", []), *settings["extra"].get(name, [])]
     if "reference=cached" in overrides:
@@ -120,19 +122,22 @@ def peers(name: str, settings: dict) -> dict:
     folder = Path(settings["folder"]) / f"peer_{parts.PEERS[name].replace(':', '_').replace('=', '')}"
     folder.mkdir()
     threads = (os.cpu_count() or 1) if settings["device"] == "cuda" else 1
+    steps, pairs = bench.WARM_STEPS + 2, settings["peer_pairs"]
+    lengths = work.draw_lengths("24/8/8" if settings["tiny"] else parts.LONG, pairs * steps)
     task = bench.Task(
-        folder, work.MODELS[settings["shape"]], tuple(lengths_of(parts.LONG, settings)), device=settings["device"],
-        dtype=settings["dtype"], rank=16, pairs_per_step=settings["peer_pairs"], threads=threads,
-        drawn=True, paths=tuple(map(tuple, settings["paths"])),
+        folder, work.MODELS[settings["shape"]], tuple(lengths), device=settings["device"], dtype=settings["dtype"],
+        rank=16, pairs_per_step=pairs, threads=threads, drawn=True, paths=tuple(map(tuple, settings["paths"])),
     )  # fmt: skip
-    if settings["tiny"]:
-        task = replace(task, lengths=tuple(work.draw_lengths("24/8/8", len(task.lengths))))
     task.write()
     system = bench.System(parts.PEERS[name], task)
     try:
-        steps = [system.step(is_first=n == 0) for n in range(bench.WARM_STEPS + 2)]
+        made = [system.step(is_first=n == 0) for n in range(steps)]
+    except RuntimeError as error:
+        if "ModuleNotFoundError" in str(error) or "ImportError" in str(error):
+            return {"left_out": str(error)}
+        raise
     finally:
         system.stop()
-    found = bench.summary(steps, task, parts.PEERS[name])
+    found = bench.summary(made, task, parts.PEERS[name])
     told = f"{found['pairs_per_second']:.2f} pairs/s, {found['peak_gib']:.2f} GiB, losses"
     return {**found, "note": f"{told} {found['losses'][0]:.4f} to {found['losses'][-1]:.4f}"}

@@ -220,7 +220,6 @@ def trl(spec: dict) -> None:
         gradient_checkpointing="checkpointing" in spec["flags"], dataloader_num_workers=0, disable_tqdm=True,
         max_length=spec["max_length"], beta=0.1,
         precompute_ref_log_probs="cached" in spec["flags"], use_liger_kernel="liger" in spec["flags"],
-        train_sampling_strategy="sequential",
     )  # fmt: skip
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     lora = LoraConfig(r=spec["rank"], lora_alpha=2 * spec["rank"], target_modules=targets, task_type="CAUSAL_LM")
@@ -229,6 +228,9 @@ def trl(spec: dict) -> None:
         """Its own steps, of which the loss is kept: what it logs is rounded."""
 
         losses: list = []
+
+        def _get_train_sampler(self, *args, **kwargs):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
 
         def compute_loss(self, *args, **kwargs):
             loss = super().compute_loss(*args, **kwargs)
