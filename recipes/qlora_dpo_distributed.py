@@ -1,4 +1,4 @@
-"""QLoRA DPO with FSDP2, on one or many devices: LoRA over a base whose linear layers are held in 4 bits (NF4).
+"""QLoRA DPO with FSDP2, on one or many devices: LoRA over a base whose linear layers are held in 4 bits (NF4), or in 8.
 
     tune run recipes/qlora_dpo_distributed --config configs/llama3_8b.yaml lora.rank=16
 
@@ -45,18 +45,13 @@ DEFAULTS = {
         "rank": 8,  # width of the adapters: their memory and capacity
         "alpha": 16.0,  # their output is scaled by alpha / rank
         "dropout": 0.0,  # on their input; has an effect with disable_dropout=false only
-        "modules": [
-            "q_proj",
-            "k_proj",
-            "v_proj",
-            "output_proj",
-            "mlp",
-        ],  # Hugging Face's names, too; output, router
+        "modules": ["q_proj", "k_proj", "v_proj", "output_proj", "mlp"],  # Hugging Face's names, too; output, router
         "use_dora": False,  # a magnitude for each row besides: often better at small ranks, slower
         "use_rslora": False,  # scaled by alpha / sqrt(rank): for large ranks
     },
     "adapter": None,  # a folder: start from its adapter (ours, PEFT's), such as one of supervised fine-tuning
-    "merge_into": "original",  # export: adapters in the base as it was; dequantized: as training saw it, in 4 bits
+    "base_dtype": "nf4",  # what the base is held in: nf4, 4 bits; int8, fp8: 8 bits, nearer to it
+    "merge_into": "original",  # export: adapters in the base as it was; dequantized: as training saw it, in few bits
     # adapter_off: the base model; start: the adapter that the run starts from; model: of checkpoint_dir; none: zeros;
     # sync: what the run starts from, moved toward the policy; cached: adapter_off, start or model, computed once
     "reference": {"name": "adapter_off", **keys.REFERENCE},
@@ -98,7 +93,8 @@ def main(cfg):
     reference = Reference(cfg.reference, METHOD, loss_fn, dtype=cfg.dtype, adapter=cfg.adapter, world=world)
     files = weights.open_weights(cfg.checkpointer, cfg.model)
     tokenizer = adapt(config.instantiate(cfg.tokenizer), cfg.tokenizer)
-    model = models.qlora(cfg.model, **cfg.lora, dtype=cfg.dtype, frozen_copy=reference.copies_adapters, world=world)
+    base = {"dtype": cfg.dtype, "base_dtype": cfg.base_dtype}
+    model = models.qlora(cfg.model, **cfg.lora, **base, frozen_copy=reference.copies_adapters, world=world)
     if cfg.disable_dropout and models.disable_dropout(model):
         world.print("disable_dropout=true: the model's dropout, such as lora.dropout, has no effect\n")
     execution = Execution(
@@ -269,7 +265,7 @@ def main(cfg):
             saved.load_best(state)
         samples.after(model)
         trained = probe(model, batch_of((held_out or train)[: min(4, cfg.batch_size)]))  # the export has to give this
-        onto_original = cfg.merge_into == "original"  # and not onto the base in 4 bits
+        onto_original = cfg.merge_into == "original"  # and not onto the base in few bits
         gathered = models.gather_weights(model, world, adapters_only=onto_original)
         dist.stop(world)  # distributed only
         if world.is_main:

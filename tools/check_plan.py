@@ -63,11 +63,13 @@ class Case:
     modules: tuple[str, ...] = ()
     reference: dict | None = None  # as in a config
     optimizer: str = "torch.optim.AdamW"
+    base_dtype: str = "nf4"
     base_config: dict = field(default_factory=dict)  # of which sliding windows are read
 
     def __str__(self) -> str:
         component = self.component
-        words = [self.method, self.dtype, f"{self.batch_size} x {self.prompt}/{self.answer}"]
+        words = [self.method, self.dtype] + [self.base_dtype] * (self.base_dtype != "nf4")
+        words += [f"{self.batch_size} x {self.prompt}/{self.answer}"]
         words += [f"V {component['vocab_size']:,}", f"D {component['embed_dim']}"]
         words += ["checkpointing"] * self.checkpointing + ["mask"] * (self.attention == "mask")
         words += [f"{component[name]} experts" for name in ("num_experts",) if name in component]
@@ -101,6 +103,7 @@ CASES = (
     Case("lora", "bf16", 4, 40, 60, micro_batches=2, sizes={"vocab_size": 8000}, modules=("q_proj", "mlp", "output")),
     Case("qlora", "fp32", 1, 60, 60, sizes=WIDE),
     Case("qlora", "bf16", 4, 120, 60, checkpointing=True, sizes=WIDE),
+    Case("qlora", "bf16", 4, 120, 60, base_dtype="int8", sizes=WIDE),
     Case("lora", "fp32", 2, 40, 60, sizes=WIDE, reference=FOUR_BIT),
     Case("lora", "fp32", 3, 90, 140, base_config={"model_type": "mistral", "sliding_window": 64}),
     Case("lora", "fp32", 3, 90, 140, sizes=GEMMA2, base_config={"model_type": "gemma2", "sliding_window": 64}),
@@ -122,8 +125,9 @@ def predict(case: Case, num_shards: int = 1) -> memory.StepMemory:
     """Returns what `tune plan` would say of this batch."""
     setting = memory.Setting("cpu", num_shards, case.micro_batches)
     policy, reference = plan.build(
-        case.method, case.component, lora=case.lora, dtype=case.dtype, max_length=case.prompt + case.answer,
-        attention=case.attention, checkpoint_activations=case.checkpointing, setting=setting, num_processes=num_shards,
+        case.method, case.component, lora=case.lora, dtype=case.dtype, base_dtype=case.base_dtype,
+        max_length=case.prompt + case.answer, attention=case.attention,
+        checkpoint_activations=case.checkpointing, setting=setting, num_processes=num_shards,
         reference=case.reference,
         base_config=case.base_config,
     )  # fmt: skip
@@ -152,8 +156,8 @@ def _build(case: Case, world: dist.World):
         policy, reference = (models.full(case.component, dtype=case.dtype) for _ in range(2))
         reference.requires_grad_(False).eval()
     else:
-        quantize = case.method == "qlora"
-        policy = models.lora(case.component, **case.lora, dtype=case.dtype, quantize_base=quantize, world=world)
+        base = {"dtype": case.dtype, "base_dtype": case.base_dtype}
+        policy = models.policy(case.method, case.component, case.lora, **base, world=world)
         reference = None
         if case.reference:
             like = {"component": case.component, "dtype": case.dtype, "world": world}

@@ -184,6 +184,7 @@ def plan_config(cfg: DictConfig, method: str, run: Run) -> Plan:
         reference=reference if needs(loss_fn).reference else {"name": "none"},
         lora=cfg.get("lora"),
         dtype=cfg.dtype,
+        base_dtype=cfg.get("base_dtype", "nf4"),
         max_length=cfg.max_length,
         attention="mask" if cfg.compile else cfg.attention,
         checkpoint_activations=cfg.enable_activation_checkpointing,
@@ -224,6 +225,7 @@ def build(
     component: dict,
     *,
     dtype: str,
+    base_dtype: str = "nf4",
     max_length: int,
     lora: dict | None = None,
     attention: str = "auto",
@@ -243,7 +245,8 @@ def build(
     reference, second = reference or {"name": KNOWN[method][0]}, None
     processes = SimpleNamespace(num_shards=setting.num_shards, shards=setting.shards, size=num_processes)
     frozen_copy = reference["name"] in ("start", "sync")
-    policy = models.policy(method, component, lora, dtype=dtype, frozen_copy=frozen_copy, world=processes)
+    settings = {"dtype": dtype, "base_dtype": base_dtype, "frozen_copy": frozen_copy, "world": processes}
+    policy = models.policy(method, component, lora, **settings)
     if has_second_model(reference, method, dtype):
         second = frozen_model(reference, method, component=component, dtype=dtype, world=processes)
     if not dropout:

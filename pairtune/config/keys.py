@@ -232,6 +232,7 @@ _FILES = (
 _BY_ADAPTERS = "lora_ and qlora_ recipes"
 _LEARNING = (
     Key("output_dir", rule=some_text(), resume="yes"),
+    Key("base_dtype", rule=one_of("nf4", "int8", "fp8"), recipes="qlora_ recipes"),
     Key("merge_into", rule=one_of("original", "dequantized"), resume="yes", recipes="qlora_ recipes"),
     Key("model", example="torchtune.models.llama3.llama3_8b"),
     Key("lora", recipes=_BY_ADAPTERS),

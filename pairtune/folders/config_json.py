@@ -10,7 +10,7 @@ from typing import Any
 from torchtune.modules import MultiHeadAttention, TiedLinear, TransformerDecoder
 
 from pairtune.models.experts import MixtureOfExperts
-from pairtune.models.nf4 import shape_of
+from pairtune.models.frozen_base import shape_of
 
 
 @dataclass(frozen=True)

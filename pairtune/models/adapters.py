@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torchtune.modules.peft import LoRALinear, disable_adapter, get_adapter_params
 
-from pairtune.models import nf4
+from pairtune.models import frozen_base
 from pairtune.models.dora import DoRALinear
 
 COPIES = {  # an adapter's parameters, and where a frozen copy of them is
@@ -28,25 +28,25 @@ def plain_name(name: str) -> str:
 
 
 def own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters by their names in torchtune's checkpoints, a frozen copy of adapters left out."""
+    """Parameters by their names in torchtune's checkpoints; a frozen copy of adapters and scales are left out."""
     for name, parameter in model.named_parameters():
-        if not plain_name(name).endswith(tuple(f".{copy}" for copy in COPIES.values())):
+        if not plain_name(name).endswith((*(f".{copy}" for copy in COPIES.values()), ".weight_scale")):
             yield plain_name(name), parameter
 
 
 def own_shapes(model: nn.Module) -> dict[str, torch.Size]:
-    """Returns the shapes of own_parameters: of weights in 4 bits, which may be held as rows, those they stand for."""
+    """Returns the shapes of own_parameters: of weights in fewer bits, those that they stand for."""
     shapes = {name: parameter.shape for name, parameter in own_parameters(model)}
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, LoRALinear, DoRALinear)) and f"{plain_name(name)}.weight" in shapes:
-            shapes[f"{plain_name(name)}.weight"] = nf4.shape_of(module)
+            shapes[f"{plain_name(name)}.weight"] = frozen_base.shape_of(module)
     return shapes
 
 
 def sizes(model: nn.Module) -> str:
-    """Returns `num_parameters` in words, and how many are in 4 bits."""
+    """Returns `num_parameters` in words, and how many are in fewer bits."""
     num_all, num_trained = num_parameters(model)
-    packed = nf4.summary(model)
+    packed = frozen_base.summary(model)
     return f"{num_all:,} parameters, {num_trained:,} trained{', ' * bool(packed)}{packed}"
 
 

@@ -18,7 +18,7 @@ from pairtune.config.components import check_component, instantiate
 from pairtune.config.rules import LORA_LAYERS, OUR_LAYERS
 from pairtune.dist import World
 from pairtune.errors import UserError
-from pairtune.models import logps, nf4
+from pairtune.models import frozen_base, logps
 from pairtune.models.adapters import add_frozen_copy
 from pairtune.models.additions import additions
 from pairtune.models.dora import DoRALinear
@@ -42,10 +42,12 @@ def full(component: dict, *, dtype: str, quantize: bool = False, world: World | 
     """
     model = _build(component, dtype)
     if quantize:
-        num_shards = _shards_for_nf4(world, "reference.quantize=true")
+        num_shards = _num_shards(world, "nf4", "reference.quantize=true")
 
         def make(name: str, in_dim: int, out_dim: int, biased: bool) -> nn.Module | None:
-            return None if _stays_whole(name) else nf4.hold(nf4.NF4Linear(in_dim, out_dim, biased), num_shards)
+            if _stays_whole(name):
+                return None
+            return frozen_base.hold(frozen_base.FrozenLinear(in_dim, out_dim, biased), "nf4", num_shards)
 
         _replace_linear(model, dtype, make)
     return model
@@ -62,6 +64,7 @@ def lora(
     use_dora: bool = False,
     use_rslora: bool = False,
     quantize_base: bool = False,
+    base_dtype: str = "nf4",
     frozen_copy: bool = False,
     world: World | None = None,
 ) -> TransformerDecoder:
@@ -74,28 +77,28 @@ def lora(
         modules: Which layers have adapters: keys of rules.LORA_LAYERS.
         use_dora: DoRA (arXiv 2402.09353): each row of an adapted weight has a magnitude besides.
         use_rslora: rsLoRA (arXiv 2312.03732): scaled by alpha / sqrt(rank), not alpha / rank.
-        quantize_base: Base weights of all linear layers in NF4 (QLoRA, arXiv 2305.14314) but UNQUANTIZED.
+        quantize_base: Base weights of all linear layers in fewer bits (QLoRA, arXiv 2305.14314) but UNQUANTIZED.
+        base_dtype: In which, then: nf4, int8 or fp8.
         frozen_copy: Room for a second set of adapters, which `load` makes a copy of the first: AdapterCopy.
         world: The processes that share these.
 
     Raises:
-        UserError: An argument that the builder does not take, a layer that the model does not have, or processes that
-            cannot share a base in NF4.
+        UserError: An argument or a layer that there is not in the model, or processes that cannot share a base in NF4.
     """
     _check_base(component["_component_"])
     model = _build(component, dtype)
-    num_shards = _shards_for_nf4(world, "QLoRA") if quantize_base else None
+    num_shards = _num_shards(world, base_dtype, "QLoRA") if quantize_base else 1
     adapted = _layers_of(modules, model)
     scaled = alpha * math.sqrt(rank) if use_rslora else alpha
 
     def make(name: str, in_dim: int, out_dim: int, biased: bool) -> nn.Module | None:
         packed = quantize_base and not _stays_whole(name)
         if name in adapted:
-            kind = DoRALinear if use_dora else nf4.NF4LoRALinear if packed else LoRALinear
+            kind = DoRALinear if use_dora else frozen_base.FrozenLoRALinear if packed else LoRALinear
             layer = kind(in_dim, out_dim, rank, scaled, dropout, use_bias=biased)
         else:
-            layer = nf4.NF4Linear(in_dim, out_dim, biased) if packed else None
-        return nf4.hold(layer, num_shards) if packed else layer
+            layer = frozen_base.FrozenLinear(in_dim, out_dim, biased) if packed else None
+        return frozen_base.hold(layer, base_dtype, num_shards) if packed else layer
 
     _replace_linear(model, dtype, make)
     additions(model).lora = {
@@ -121,7 +124,7 @@ def _check_base(path: str) -> None:
 
 
 def qlora(component: dict, **settings) -> TransformerDecoder:
-    """Returns `lora` over a base whose linear layers are in 4 bits (QLoRA, arXiv 2305.14314)."""
+    """Returns `lora` over a base whose linear layers are in 4 or 8 bits (QLoRA, arXiv 2305.14314)."""
     return lora(component, **settings, quantize_base=True)
 
 
@@ -131,6 +134,7 @@ def policy(
     adapters: Mapping | None,
     *,
     dtype: str,
+    base_dtype: str = "nf4",
     frozen_copy: bool = False,
     world: World | None = None,
 ) -> TransformerDecoder:
@@ -138,11 +142,12 @@ def policy(
 
     Args:
         adapters: The config's `lora` block; None for full.
+        base_dtype: Of QLoRA's base.
     """
     if method == "full":
         return full(component, dtype=dtype)
-    build = {"lora": lora, "qlora": qlora}[method]
-    return build(component, **adapters, dtype=dtype, frozen_copy=frozen_copy, world=world)
+    settings = {**adapters, "dtype": dtype, "frozen_copy": frozen_copy, "world": world}
+    return lora(component, **settings, quantize_base=method == "qlora", base_dtype=base_dtype)
 
 
 def _stays_whole(name: str) -> bool:
@@ -187,13 +192,13 @@ def _build(component: dict, dtype: str) -> TransformerDecoder:
         return instantiate(block)
 
 
-def _shards_for_nf4(world: World | None, what: str) -> int:
-    """Returns into how many parts FSDP2 cuts a weight in 4 bits.
+def _num_shards(world: World | None, base_dtype: str, what: str) -> int:
+    """Returns into how many parts FSDP2 cuts a weight in fewer bits.
 
     Raises:
-        UserError: Some processes would hold the same part.
+        UserError: Some processes would hold the same part of one in NF4.
     """
-    if world and world.shards and (world.num_shards == 1 or world.num_shards < world.size):
+    if base_dtype == "nf4" and world and world.shards and (world.num_shards == 1 or world.num_shards < world.size):
         raise UserError(
             f"{what}: NF4 weights are sharded over all processes or not at all; nearest valid: "
             "data_parallel_replicate_dim=1, and fsdp_cpu_offload=false in a run of one process"

@@ -3,10 +3,9 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune.modules.peft import DoRALinear as TorchtuneDoRALinear
 
-from pairtune.models import nf4
+from pairtune.models import frozen_base
 
 
 class DoRALinear(TorchtuneDoRALinear):
@@ -31,9 +30,9 @@ class DoRALinear(TorchtuneDoRALinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns [..., out] for x [..., in]; the rows' norms are constants to the gradient (section 4.3)."""
-        in_4_bits = isinstance(self.weight, NF4Tensor)
-        weight = nf4.values_of(self)  # made once for the product and the norms
-        base = nf4.product(x, self, weight) if in_4_bits else F.linear(x, weight)
+        weight = frozen_base.values_of(self)  # made once for the product and the norms
+        held = frozen_base.is_held(self.weight)
+        base = frozen_base.product(x, self, weight) if held else F.linear(x, weight)
         if not self.disabled:
             update = self.lora_b(self.lora_a(self.dropout(x)))
             magnitude = self.frozen_magnitude if self.reads_frozen else self.magnitude
@@ -49,7 +48,7 @@ class DoRALinear(TorchtuneDoRALinear):
     @torch.no_grad()
     def initialize_dora_magnitude(self) -> None:
         """Makes the magnitudes the rows' norms: the layer computes what it would as LoRA."""
-        self.magnitude.copy_(self.row_norms(nf4.values_of(self)))
+        self.magnitude.copy_(self.row_norms(frozen_base.values_of(self)))
 
 
 def row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:

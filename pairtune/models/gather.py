@@ -10,8 +10,8 @@ from torch.distributed.tensor import DTensor
 from torchao.dtypes.nf4tensor import NF4Tensor
 
 from pairtune.dist import World
-from pairtune.models import nf4
-from pairtune.models.adapters import adapted_modules, adapter_shapes, own_parameters, own_shapes
+from pairtune.models import frozen_base
+from pairtune.models.adapters import adapted_modules, adapter_shapes, own_parameters, own_shapes, plain_name
 from pairtune.models.build import DTYPES
 from pairtune.models.dora import DoRALinear, row_norms
 
@@ -20,7 +20,7 @@ from pairtune.models.dora import DoRALinear, row_norms
 def gather_weights(model: nn.Module, world: World, *, adapters_only: bool = False) -> dict[str, Tensor]:
     """Returns the whole parameters on the CPU, in the main process; elsewhere nothing. Every process has to call it.
 
-    NF4 weights come back dequantized: as what was trained on.
+    Weights in fewer bits come back dequantized: as what was trained on.
     """
     weights, wanted = {}, adapter_shapes(model).keys() if adapters_only else None
     for name, value in _whole_parameters(model, wanted):
@@ -33,16 +33,22 @@ def gather_weights(model: nn.Module, world: World, *, adapters_only: bool = Fals
 
 
 def _whole_parameters(model: nn.Module, wanted: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Yields own_parameters, or those that are wanted, gathered from all processes; NF4 ones as plain values."""
+    """Yields own_parameters, or those wanted, gathered from all processes; of those in fewer bits the values."""
     shapes = own_shapes(model)
+    scales = {plain_name(n): p for n, p in model.named_parameters() if n.endswith(".weight_scale")}
     for name, parameter in own_parameters(model):
         if wanted is not None and name not in wanted:
             continue
-        value = parameter.data
-        if isinstance(value, DTensor):
-            local = value.to_local()
-            value = _gather_nf4(local, value.device_mesh) if isinstance(local, NF4Tensor) else value.full_tensor()
-        yield name, nf4.dense(value, shapes[name]) if isinstance(value, NF4Tensor) else value
+        scale = scales.get(f"{name}_scale")
+        yield name, frozen_base.values(_whole(parameter), None if scale is None else _whole(scale), shapes[name])
+
+
+def _whole(parameter: nn.Parameter) -> Tensor:
+    value = parameter.data
+    if not isinstance(value, DTensor):
+        return value
+    local = value.to_local()
+    return _gather_nf4(local, value.device_mesh) if isinstance(local, NF4Tensor) else value.full_tensor()
 
 
 def _gather_nf4(shard: NF4Tensor, mesh: DeviceMesh) -> NF4Tensor:

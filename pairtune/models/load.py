@@ -5,13 +5,12 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import LoRALinear
 
 from pairtune.dist import World
 from pairtune.errors import UserError, listed
-from pairtune.models import nf4
+from pairtune.models import frozen_base
 from pairtune.models.adapters import adapter_shapes, fill_frozen_copy, frozen, own_shapes, plain_name
 from pairtune.models.dora import DoRALinear
 from pairtune.models.shard import shard
@@ -124,10 +123,12 @@ def _fill(module: nn.Module, name: str, state_dict: Mapping[str, Tensor], home: 
         if value is None:
             continue
         # A transposed matrix is a view of what is on the disk; FSDP2 and NF4 want rows that lie one behind the other.
-        value = value.to(device=home, dtype=parameter.dtype, copy=True, memory_format=torch.contiguous_format)
-        if isinstance(parameter, NF4Tensor):
-            value = nf4.pack(value, parameter)
-        setattr(module, leaf, nn.Parameter(value, requires_grad=parameter.requires_grad))
+        dtype = frozen_base.dtype_of(module) if frozen_base.is_held(parameter) else parameter.dtype
+        value = value.to(device=home, dtype=dtype, copy=True, memory_format=torch.contiguous_format)
+        if frozen_base.is_held(parameter):
+            frozen_base.fill(module, value)
+        else:
+            setattr(module, leaf, nn.Parameter(value, requires_grad=parameter.requires_grad))
     # A rope of Llama 3.1 and later leaves its buffers out on the meta device. They stay on the device when offloading.
     if hasattr(module, "rope_init") and all(buffer.is_meta for buffer in module.buffers()):
         with device:

@@ -12,12 +12,10 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
-from torch.distributed.tensor import DTensor
 from torch.utils._triton import has_triton_package
 from torchao.dtypes.nf4tensor import NF4Tensor, SubclassTensorArgs, to_nf4
-from torchtune.modules.peft import LoRALinear
 
 BLOCK = 64  # values that share a scale
 SCALES = 256  # scales that are quantized together
@@ -122,85 +120,3 @@ def _step_by_step(data: Tensor, table: Tensor, scales: Tensor) -> Tensor:
 def _one_kernel() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Of fixed sizes, of which a model has a few: no temporary is as large as the values, on an H100 at 2.6 TB/s."""
     return torch.compile(_step_by_step, dynamic=False)
-
-
-def product(x: Tensor, layer: nn.Module, values: Tensor | None = None) -> Tensor:
-    """Returns x W^T [..., out] for x [..., in] and a layer's W in 4 bits.
-
-    Backward goes to x only, and makes W's values anew.
-
-    Args:
-        values: `values_of` the layer, where the caller needs them, too.
-    """
-    return _Product.apply(x, layer.weight, shape_of(layer), values)
-
-
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: NF4Tensor, shape: torch.Size, values: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight)
-        ctx.shape = shape
-        return F.linear(x, (dense(weight, shape) if values is None else values).to(x.dtype))
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        return grad @ dense(weight, ctx.shape).to(grad.dtype), None, None, None
-
-
-class NF4Linear(nn.Linear):
-    """A frozen linear layer whose weight `hold` puts in 4 bits: torchtune's FrozenNF4Linear for weights of any size."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns [..., out] for x [..., in]."""
-        out = product(x, self)
-        return out if self.bias is None else out + self.bias
-
-
-class NF4LoRALinear(LoRALinear):
-    """torchtune's LoRALinear whose base's weight `hold` puts in 4 bits, of any size."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns [..., out] for x [..., in]."""
-        out = product(x, self)
-        if self.bias is not None:
-            out = out + self.bias
-        if self.disabled:
-            return out
-        return out + (self.alpha / self.rank) * self.lora_b(self.lora_a(self.dropout(x)))
-
-
-def hold(layer: nn.Module, num_shards: int) -> nn.Module:
-    """Returns a linear layer, with adapters or without, with room for its weight in 4 bits; its base is frozen."""
-    weight = empty(layer.weight.shape, layer.weight.dtype, num_shards)
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    if layer.bias is not None:
-        layer.bias.requires_grad_(False)
-    return layer
-
-
-def values_of(layer: nn.Module) -> Tensor:
-    """Returns the values [out, in] of a linear layer's weight, in 4 bits or not."""
-    return dense(layer.weight, shape_of(layer)) if isinstance(layer.weight, NF4Tensor) else layer.weight
-
-
-def shape_of(layer: nn.Module) -> torch.Size:
-    """Returns the shape [out, in] of a linear layer's weight, however it is held."""
-    if isinstance(layer, nn.Linear):
-        return torch.Size((layer.out_features, layer.in_features))
-    return torch.Size((layer.out_dim, layer.in_dim))
-
-
-def summary(model: nn.Module) -> str:
-    """Returns in words what of a model is in 4 bits, and what is filled up; nothing for a model that has none."""
-    held = [module for module in model.modules() if isinstance(_shard_of(getattr(module, "weight", None)), NF4Tensor)]
-    if not held:
-        return ""
-    filled = [m for m in held if m.weight.shape != shape_of(m)]
-    values, stored = (sum(of(m).numel() for m in held) for of in (shape_of, lambda m: m.weight))
-    more = f", {len(filled)} of {len(held)} weights filled up to whole blocks: {stored / values - 1:.2%} more"
-    return f"{values:,} in NF4{more if filled else ''}"
-
-
-def _shard_of(weight: Tensor | None) -> Tensor | None:
-    return weight.to_local() if isinstance(weight, DTensor) else weight

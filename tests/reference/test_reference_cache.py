@@ -218,6 +218,15 @@ def test_a_model_in_4_bits_shares_an_entry_with_the_base_of_qlora_and_not_with_i
     assert key("fp32") == identity(tmp_path, wide, quantized=True).key != key("bf16")
 
 
+def test_a_base_in_8_bits_has_entries_of_its_own(tmp_path, wide):
+    component, files = {"_component_": LLAMA, **NF4_SIZES}, {"weight_files": [wide / "model.safetensors"]}
+    keys = set()
+    for base_dtype in ("nf4", "int8", "fp8"):
+        model = models.lora(component, **LORA, dtype="fp32", quantize_base=True, base_dtype=base_dtype)
+        keys.add(reference_cache.identify(tmp_path, model, ONE, component=component, **files).key)
+    assert len(keys) == 3
+
+
 def test_other_weights_under_the_same_name_of_the_same_size_and_time_miss(tmp_path, wide):
     path = wide / "model.safetensors"
     time.sleep(2.1)  # until a file's digest is remembered

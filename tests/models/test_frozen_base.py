@@ -1,15 +1,15 @@
-"""4-bit weights of any size, cut in any number of parts, hold what NF4 says, and are read as seldom as can be."""
+"""Bases in 4 and 8 bits, of any size and in any number of parts, hold what they should, and are read seldom."""
 
 import pytest
 import torch
 import torch._inductor.config
 from helpers import NF4_SIZES, SIZES, random_pairs, tiny_llama
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
+from torchao.dtypes.nf4tensor import to_nf4
 
 from pairtune import models
 from pairtune.dist import World
-from pairtune.models import nf4
+from pairtune.models import frozen_base, nf4
 from pairtune.models.logps import answer_logps
 from pairtune.pairs.batch import lay_out
 
@@ -81,9 +81,43 @@ def test_a_weight_of_any_size_holds_the_papers_numbers_in_any_number_of_shards(s
         torch.testing.assert_close(nf4.dense(weight, values.shape).double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def loaded(sizes, *, dora=False, checkpointing=False):
+LARGEST = {"int8": 127.0, "fp8": 448.0}
+
+
+def naive_8_bits(values, base_dtype):
+    """Returns each row's nearest multiples of its scale that there are in 8 bits, in float64."""
+    scale = values.double().abs().amax(1, keepdim=True) / LARGEST[base_dtype]
+    if base_dtype == "int8":
+        numbers = torch.arange(-127, 128).double()
+    else:
+        numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+        numbers = numbers[numbers.isfinite()]
+    nearest = ((values.double() / scale)[..., None] - numbers).abs().argmin(-1)
+    return numbers[nearest] * scale
+
+
+@pytest.mark.parametrize("base_dtype", LARGEST)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_8_bits_hold_a_rows_nearest_multiples_of_its_scale(base_dtype, dtype):
+    values = torch.randn(37, 53, generator=torch.Generator().manual_seed(4)).to(dtype)
+    values[5] = 0
+    weight, scale = frozen_base.to_8_bits(values, frozen_base.EIGHT_BITS[base_dtype], dtype)
+    assert weight.itemsize == 1 and scale.shape == (37,) and scale.dtype == dtype
+    found = frozen_base.values(weight, scale, values.shape)
+    assert found.dtype == dtype and not found[5].any()
+    rows = [n for n in range(37) if n != 5]
+    exact = naive_8_bits(values[rows], base_dtype)
+    if dtype == torch.float32:
+        torch.testing.assert_close(found[rows].double(), exact, rtol=1e-5, atol=1e-6)
+    # In bf16 the scale is rounded, and numbers for it: no further from the weight than half a step and bf16's rounding.
+    error = (found[rows].double() - values[rows].double()).abs()
+    least = (exact - values[rows].double()).abs()
+    assert error.mean() < 1.1 * least.mean()
+
+
+def loaded(sizes, *, dora=False, checkpointing=False, base_dtype="nf4"):
     component = {"_component_": "torchtune.models.llama3.llama3", **sizes}
-    model = models.lora(component, **LORA, use_dora=dora, quantize_base=True)
+    model = models.lora(component, **LORA, use_dora=dora, quantize_base=True, base_dtype=base_dtype)
     models.prepare(model, max_length=128, checkpoint_activations=checkpointing)
     models.load(model, tiny_llama(**sizes).state_dict(), world=ONE)
     for _, module in models.adapted_modules(model):
@@ -96,7 +130,8 @@ def loaded(sizes, *, dora=False, checkpointing=False):
 @pytest.mark.parametrize("dora", [False, True])
 def test_a_model_whose_matrices_do_not_divide_is_trained_on_what_it_exports(dora):
     model, pairs = loaded(ODD, dora=dora), lay_out(random_pairs(3))
-    assert all(m.weight.shape != nf4.shape_of(m) for m in model.modules() if isinstance(m, nf4.NF4Linear))
+    frozen = [m for m in model.modules() if isinstance(m, frozen_base.FrozenLinear)]
+    assert frozen and all(m.weight.shape != frozen_base.shape_of(m) for m in frozen)
     number = sum(p.numel() for p in tiny_llama(**ODD).parameters())
     assert models.num_parameters(model)[0] == number + models.num_parameters(model)[1]
     assert "21 of 21 weights filled up to whole blocks" in models.sizes(model)
@@ -112,23 +147,44 @@ def test_a_model_whose_matrices_do_not_divide_is_trained_on_what_it_exports(dora
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("base_dtype", LARGEST)
+def test_a_base_in_8_bits_exports_what_it_trains_on(base_dtype):
+    model = loaded(ODD, base_dtype=base_dtype)
+    number = sum(p.numel() for p in tiny_llama(**ODD).parameters())
+    assert models.num_parameters(model)[0] == number + models.num_parameters(model)[1]
+    assert models.sizes(model).endswith(f" in {base_dtype}")
+    gathered = models.gather_weights(model, ONE)
+    for name, value in tiny_llama(**ODD).state_dict().items():
+        expected = value.double()
+        if name.startswith("layers") and value.dim() == 2:
+            expected = naive_8_bits(value, base_dtype)
+        torch.testing.assert_close(gathered.pop(name).double(), expected, rtol=1e-5, atol=1e-6)
+    assert gathered.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
 class Lookups(TorchDispatchMode):
-    """Counts how often a weight's values are made: each time one table is looked up by all its bytes."""
+    """Counts how often a weight's values are made: each time its bytes are looked up, multiplied or taken as fp8."""
 
     def __init__(self):
         super().__init__()
         self.count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function is torch.ops.aten.index_select.default and args[0].numel() == 256
+        aten, first = torch.ops.aten, args[0] if args else None
+        if function is aten.index_select.default:
+            self.count += first.numel() == 256
+        elif function is aten.mul.Tensor:
+            self.count += first.dtype == torch.int8
+        elif function is aten.view.dtype:
+            self.count += first.dtype == torch.uint8
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_weights_values_are_made_once_a_layer_and_direction(dora, checkpointing):
-    model = loaded(NF4_SIZES, dora=dora, checkpointing=checkpointing)
-    weights = [name for name, p in model.named_parameters() if isinstance(p.data, NF4Tensor)]
+@pytest.mark.parametrize("base_dtype", ["nf4", *LARGEST])
+@pytest.mark.parametrize(("dora", "checkpointing"), [(False, False), (True, False), (False, True), (True, True)])
+def test_a_weights_values_are_made_once_a_layer_and_direction(base_dtype, dora, checkpointing):
+    model = loaded(NF4_SIZES, dora=dora, checkpointing=checkpointing, base_dtype=base_dtype)
+    weights = [name for name, p in model.named_parameters() if frozen_base.is_held(p)]
     assert len(weights) == 7 * 3
     with Lookups() as forward:
         chosen, rejected = answer_logps(model, lay_out(random_pairs(2)))
@@ -142,9 +198,9 @@ def test_a_weights_values_are_made_once_a_layer_and_direction(dora, checkpointin
     assert reference.count == len(weights)
 
 
-@pytest.mark.parametrize("sizes", [NF4_SIZES, ODD])
-def test_gradients_are_those_of_the_dequantized_weights(sizes):
-    model, pairs = loaded(sizes), lay_out(random_pairs(2))
+@pytest.mark.parametrize(("sizes", "base_dtype"), [(NF4_SIZES, "nf4"), (ODD, "nf4"), (ODD, "int8"), (ODD, "fp8")])
+def test_gradients_are_those_of_the_dequantized_weights(sizes, base_dtype):
+    model, pairs = loaded(sizes, base_dtype=base_dtype), lay_out(random_pairs(2))
     component = {"_component_": "torchtune.models.llama3.llama3", **sizes}
     plain = models.lora(component, **LORA)
     models.prepare(plain, max_length=128)
