@@ -158,7 +158,7 @@ def _message(raw: dict) -> dict:
         raise Skip("tool calls")
     role, content = _either(raw, "role", "from"), _either(raw, "content", "value")
     if not isinstance(role, str) or role not in ROLES:
-        raise UserError(f"a message has the role {role!r}; known are {', '.join(ROLES)}. Rename it in the data.")
+        raise UserError(f"a message has the role {role!r}; known are {', '.join(ROLES)}. Rename it, or remove the row.")
     if not isinstance(content, str):
         raise UserError(f"a message's content is {type(content).__name__}, expected text. Mend or remove the row.")
     return {"role": ROLES[role], "content": content}
@@ -205,7 +205,10 @@ def _answer(row: dict, column: str, prompt: list[dict]) -> str:
             break
     if [turn["role"] for turn in turns] != ["assistant"]:
         roles = ", ".join(turn["role"] for turn in turns)
-        raise UserError(f"column {column!r} continues the prompt with ({roles}), expected one assistant message.")
+        raise UserError(
+            f"column {column!r} continues the prompt with ({roles}), expected one assistant message. "
+            "Mend or remove the row."
+        )
     return turns[0]["content"]
 
 
@@ -239,7 +242,10 @@ def _from_conversations(row: dict) -> Example:
     if prompt != other_prompt:
         raise Skip("prompts differ")
     if not prompt and not row.get("prompt"):
-        raise UserError("columns 'chosen' and 'rejected' hold an answer only, and there is no column 'prompt'.")
+        raise UserError(
+            "columns 'chosen' and 'rejected' hold an answer only, and there is no column 'prompt'. "
+            "Add it, or remove the row."
+        )
     return Example(prompt or _user(row["prompt"]), chosen["content"], rejected["content"])
 
 
@@ -267,7 +273,9 @@ def _is_true(label) -> bool:
     """Returns whether the answer is desirable."""
     known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
     if str(label).strip().lower() not in known:
-        raise UserError(f"column 'label' holds {_shown(label)}, expected true or false (or 1 or 0). Mend the row.")
+        raise UserError(
+            f"column 'label' holds {_shown(label)}, expected true or false (or 1 or 0). Mend or remove the row."
+        )
     return known[str(label).strip().lower()]
 
 

@@ -26,6 +26,7 @@ from pairtune.errors import UserError
 from pairtune.pairs.formats import CONTEXT, FORMATS, TOOLS
 from pairtune.pairs.sources import FILE_TYPES, check_source
 
+MEND = "Mend or remove it."
 OUR_COLUMNS = [*dict.fromkeys(name for form in FORMATS for name in [*form.columns, *form.optional]), *CONTEXT, TOOLS]
 
 
@@ -194,7 +195,9 @@ def _json_list(text: str, path: Path) -> list[dict]:
             "Keep just the list of rows in the file."
         )
     if not isinstance(content, list):
-        raise UserError(f"{path} holds {type(content).__name__}, expected a list of objects.")
+        raise UserError(
+            f"{path} holds {type(content).__name__}, expected a list of objects. Put all rows into one list."
+        )
     return [_object(row, f"{path}, row {number} (from 0)") for number, row in enumerate(content)]
 
 
@@ -203,9 +206,9 @@ def _parse(text: str, path: Path, first_line: int):
         return json.loads(text, object_pairs_hook=_unique_keys(text))
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
-        raise UserError(f"{path}, line {line}: invalid JSON, {error.msg} (column {error.colno}).") from error
+        raise UserError(f"{path}, line {line}: invalid JSON, {error.msg} (column {error.colno}). {MEND}") from error
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits, lists nested 1,000 deep
-        raise UserError(f"{path}, line {first_line}: invalid JSON, {error}.") from error
+        raise UserError(f"{path}, line {first_line}: invalid JSON, {error}. {MEND}") from error
 
 
 def _unique_keys(text: str):
@@ -228,8 +231,8 @@ def _unique_keys(text: str):
 
 def _object(row, where: str) -> dict:
     if not isinstance(row, dict):
-        hint = " One list of all rows belongs in a .json file." if isinstance(row, list) else ""
-        raise UserError(f"{where}: holds {type(row).__name__}, expected an object with columns.{hint}")
+        way_out = "One list of all rows belongs in a .json file." if isinstance(row, list) else MEND
+        raise UserError(f"{where}: holds {type(row).__name__}, expected an object with columns. {way_out}")
     return row
 
 
@@ -241,10 +244,12 @@ def _csv_rows(text: str, path: Path) -> list[dict]:
         _check_names(reader.fieldnames or [], f"{path}, line 1")
         for row in reader:
             if None in row or None in row.values():
-                raise UserError(f"{path}, line {reader.line_num}: not as many cells as the first line has columns.")
+                raise UserError(
+                    f"{path}, line {reader.line_num}: not as many cells as the first line has columns. {MEND}"
+                )
             rows.append(row)
     except csv.Error as error:  # the row begins behind the last one that was whole
-        raise UserError(f"{path}, line {reader.line_num + 1}: invalid CSV, {error}.") from error
+        raise UserError(f"{path}, line {reader.line_num + 1}: invalid CSV, {error}. {MEND}") from error
     return rows
 
 
@@ -259,7 +264,7 @@ def _read_folder(path: Path, name: str | None, key: str) -> dict[str, datasets.D
             with file.open(newline="", encoding="utf-8-sig", errors="replace") as text:
                 _check_names(next(csv.reader(text), []), f"{file}, line 1")
         except (OSError, csv.Error) as error:
-            raise UserError(f"{key}.source={path}: {file} cannot be read: {error}.") from error
+            raise UserError(f"{key}.source={path}: {file} cannot be read: {error}. Mend it, or take it out.") from error
     try:
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             data = datasets.load_from_disk(str(path))
