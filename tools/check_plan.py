@@ -202,7 +202,7 @@ def _peak(profiler) -> int:
         elif event.name == "training":
             starts.append(event.start_time_ns)
         for child in event.children:
-            walk(child, is_ours and not event.name.startswith("c10d::"))
+            walk(child, is_ours and not event.name.startswith(("c10d::", "gloo:")))
 
     for event in profiler.profiler.kineto_results.experimental_event_tree():
         walk(event, True)

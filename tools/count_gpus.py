@@ -3,7 +3,7 @@
     python tools/count_gpus.py --check [llama3_8b ...]     # exits 1 and names the lines that are not true
     python tools/count_gpus.py --write [llama3_8b ...]     # all configs take about ten minutes
 
-Such a line is `full 8 (59.6), LoRA 1 (17.4), QLoRA 1 (8.3)`, for GPUs of 80 GB where it does not say otherwise. The
+Such a line is `full 8 (60.4), LoRA 1 (17.4), QLoRA 1 (8.3)`, for GPUs of 80 GB where it does not say otherwise. The
 GiB are counted; the number of GPUs is chosen by hand, and has to be one on which the recipe fits.
 """
 

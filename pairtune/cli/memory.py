@@ -355,23 +355,22 @@ class _Sharding:
     """Enters what FSDP2 holds beside the shards; nothing where there are none.
 
     A block is gathered into a flat buffer and copied out of it. In forward the buffer is kept until the next block has
-    come; in backward the next layer's is there already, and beside it a layer's gradients and the float32 buffer in
-    which those of the layer before are reduced. The root stays from forward to the end of backward, where its
-    gradients are reduced: until then they are whole.
+    come; in backward the next layer's is there already. There a layer's gradients come one by one, whole, and with the
+    last one are copied into a float32 buffer, which is reduced while those of the next layer come. The root stays from
+    forward to the end of backward, where its gradients are reduced: until then they are whole.
     """
 
     def __init__(self, policy: TransformerDecoder, reference: nn.Module | None, setting: Setting, ledger: _Ledger):
         self._setting, self._ledger = setting, ledger
-        layers = [p for layer in policy.layers for p in layer.parameters()]
-        of_layers = set(map(id, layers))
-        self._trained = {p: id(p) in of_layers for p in policy.parameters() if p.requires_grad}
+        self._layer_of = {p: i for i, layer in enumerate(policy.layers) for p in layer.parameters() if p.requires_grad}
+        self._trained = {p: p in self._layer_of for p in policy.parameters() if p.requires_grad}
         self._trained_root = [p for p, in_layer in self._trained.items() if not in_layer]
         self._layer, self._root = _block_bytes(policy)
         # Without a second model, the reference's forward is one more of the policy's, whose root is there already.
         self._second_layer, self._second_root = (self._layer, 0) if reference is None else _block_bytes(reference)
-        numbers = sum(p.numel() for p in layers if p.requires_grad) / len(policy.layers)
-        item = next((p.element_size() for p in self._trained), 0)
-        self._reducing = numbers * (item + 4)  # a layer's gradients, and in float32 those of the one before
+        self._to_come = Counter(self._layer_of.values())  # gradients, by layer
+        self._whole = Counter()  # bytes of those that have come, by layer
+        self._reducing = 0  # bytes of the buffer
 
     def accumulate(self) -> None:
         """Enters the gradients of earlier micro-batches; FSDP2 reduces them in the last one only."""
@@ -380,16 +379,31 @@ class _Sharding:
             self._enter_gradient(parameter, reduced=not self._setting.shards)
 
     def forward(self) -> None:
-        self._gather(2 * self._root + self._layer, self._root + self._layer)
+        self._gather(2 * (self._root + self._layer), self._root + self._layer)
         self._gather(self._root + 2 * self._layer, self._root + self._layer)
 
     def reference_forward(self) -> None:
         root = self._root + self._second_root
-        self._gather(root + self._second_root + self._second_layer, root + self._second_layer)
+        self._gather(root + self._second_root + 2 * self._second_layer, root + self._second_layer)
         self._gather(root + 2 * self._second_layer, root + self._second_layer)
 
     def backward(self) -> None:
-        self._gather(self._root + 2 * self._layer + self._reducing, self._root + self._layer + self._reducing)
+        coming = self._reducing + self._whole.total()
+        self._gather(self._root + 2 * self._layer + coming, self._root + self._layer + coming)
+
+    def _reduce(self, parameter: nn.Parameter) -> None:
+        """Enters a gradient that has come, whole, and with the last one of its layer the buffer in their place."""
+        layer, item = self._layer_of[parameter], parameter.element_size()
+        summed = 4 if self._setting.micro_batches > 1 else 0  # bytes a number, of those of earlier micro-batches
+        self._whole[layer] += parameter.numel() * (item + summed)
+        self._to_come[layer] -= 1
+        self.backward()
+        if not self._to_come[layer]:
+            numbers = sum(p.numel() for p, other in self._layer_of.items() if other == layer)
+            self._reducing, self._whole[layer] = 4 * numbers, numbers * (summed or item)
+            self.backward()
+            del self._whole[layer]
+            self.backward()
 
     def end_backward(self) -> None:
         if self._setting.shards:
@@ -412,6 +426,8 @@ class _Sharding:
 
     def _arrive(self, parameter: nn.Parameter) -> None:
         self._enter_gradient(parameter, reduced=self._trained[parameter] or not self._setting.shards)
+        if self._trained[parameter] and self._setting.shards:
+            self._reduce(parameter)
 
     def _enter_gradient(self, parameter: nn.Parameter, *, reduced: bool) -> None:
         if reduced:

@@ -74,9 +74,9 @@ def test_predicted_peak_is_what_a_training_step_allocates(number, one_thread):
 
 
 def test_predicted_peak_is_what_each_of_two_processes_allocates():
-    """Within 10 %: a layer's whole gradients, counted from its backward's beginning on, come one by one."""
+    """Within 5 %: FSDP2 gathers and reduces in buffers that are counted at a few moments of a step."""
     measured = TOOL["measure_sharded"](2)
-    assert [predicted(n, 2).total for n in range(len(TOOL["SHARDED_CASES"]))] == pytest.approx(measured, rel=0.10)
+    assert [predicted(n, 2).total for n in range(len(TOOL["SHARDED_CASES"]))] == pytest.approx(measured, rel=0.05)
 
 
 def test_each_part_of_the_table_weighs_in_some_measured_case():
