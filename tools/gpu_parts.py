@@ -42,6 +42,8 @@ RECIPES = {  # recipe, overrides, what the CPU takes in place of these, how far 
     "lora, bf16, varlen": (LORA, ["dtype=bf16", "attention=varlen"], (LORA, []), ROUGH),
     "lora, bf16, compiled": (LORA, ["dtype=bf16", "compile=true"], (LORA, []), ROUGH),
     "qlora, bf16": (QLORA, ["dtype=bf16"], (QLORA, []), ROUGH),
+    "qlora, int8": (QLORA, ["base_dtype=int8"], None, QUANTIZED),
+    "qlora, fp8": (QLORA, ["base_dtype=fp8"], None, QUANTIZED),
     "lora, cached": (LORA, ["reference=cached"], None, EXACT),
     "full, cached": (FULL, ["reference=cached"], None, EXACT),
     "lora, start": (LORA, ["reference=start"], None, EXACT),
