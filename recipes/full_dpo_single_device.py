@@ -14,8 +14,8 @@ from pairtune import config, console, dist, models
 from pairtune.config import keys
 from pairtune.folders import weights
 from pairtune.folders.export import export_checked, export_size, probe
-from pairtune.folders.opening import Execution, make_ready
-from pairtune.losses.calling import after_step, policy_scores, row_length, takes_unpaired, unchanged
+from pairtune.folders.opening import make_ready
+from pairtune.losses.calling import after_step, policy_scores, takes_unpaired, unchanged
 from pairtune.losses.published import advice_for
 from pairtune.losses.whole_step import WholeStep
 from pairtune.models.experts import with_router_loss
@@ -23,7 +23,7 @@ from pairtune.pairs.batch import lay_out
 from pairtune.pairs.steps import Steps, count_steps
 from pairtune.pairs.tokenize import read_train_and_held_out
 from pairtune.reference import Reference
-from pairtune.run import checkpoints, contract, dry_run, folder, metrics, optimizers, rehearsal, resuming
+from pairtune.run import checkpoints, choosing, contract, dry_run, folder, metrics, optimizers, rehearsal, resuming
 from pairtune.run.fingerprint import check_same, fingerprint
 from pairtune.run.samples import Samples
 from pairtune.run.state import TrainState
@@ -35,7 +35,7 @@ METHOD = "full"  # picks per_method.full out of a config
 DEFAULTS = {
     # Where it runs, what it keeps and tells: the same in every recipe
     "output_dir": f"runs/{METHOD}_dpo",  # the run folder: config, metrics, checkpoints, curves, samples, export
-    **keys.RUN,  # seed, device, dtype, eval_every_n_steps, save_every_n_steps, keep_best, export_best, resume, ...
+    **keys.RUN,  # seed, device, dtype, compile, eval_every_n_steps, save_every_n_steps, keep_best, resume, ...
     **keys.FILES,  # checkpointer.checkpoint_dir and .model_type; tokenizer
     # The model and how it is trained
     "model": {"_component_": config.REQUIRED},  # a torchtune builder
@@ -59,7 +59,7 @@ DEFAULTS = {
     "lr_scheduler": {"_component_": "pairtune.schedules.cosine", "warmup_ratio": 0.1},  # null: constant
     "clip_grad_norm": 1.0,  # null: no clipping
     "pairs_per_step": 64,  # the batch that a step learns from, over all devices
-    "batch_size": 4,  # pairs a device holds at a time; divides pairs_per_step and changes no result
+    "batch_size": "auto",  # pairs a device holds at a time, of the longest; divides pairs_per_step, changes no result
     "epochs": 1,  # 0.5: half of them, in steps rounded up
     "max_steps": None,  # ends the run early, and the schedule with it
 }
@@ -81,24 +81,24 @@ def main(cfg):
     model = models.full(cfg.model, dtype=cfg.dtype)
     if cfg.disable_dropout and models.disable_dropout(model):
         world.print("disable_dropout=true: the model's dropout has no effect\n")
-    execution = Execution(
-        cfg.max_length, tokenizer.vocab_size, cfg.attention, cfg.enable_activation_checkpointing, cfg.compile
-    )
-    make_ready(model, files.config, execution)
-    reference.build(cfg.model, files, tokenizer, execution)
+    make_ready(model, files.config, cfg.max_length, tokenizer.vocab_size)
+    reference.build(cfg.model, files, tokenizer, cfg.max_length)
 
     # 3. Preference pairs
     budget = cfg.max_length, cfg.max_prompt_length, takes_unpaired(loss_fn), cfg.max_completion_length
     train, held_out = read_train_and_held_out(cfg.dataset, cfg.eval_dataset, tokenizer, world, *budget)
-    # steps[n] is this process's part of step n + 1, over all epochs: micro-batches of at most batch_size pairs
-    steps = Steps(train, cfg.pairs_per_step, cfg.batch_size, world, seed=cfg.seed, shuffle=cfg.shuffle)
     total_steps = count_steps(len(train), cfg.pairs_per_step, cfg.epochs, cfg.max_steps)
+    # What says `auto` is chosen by the device's memory and the work to do; none of it changes a result
+    work = choosing.work([*train, *held_out], loss_fn, cfg.max_length, cfg.pairs_per_step, total_steps)
+    asked = {key: cfg[key] for key in choosing.KEYS}
+    how = choosing.choose_and_execute(asked, work, model, reference, cfg.optimizer, world)
+    cfg.update(how.keys)  # for config.yaml
+    # steps[n] is this process's part of step n + 1, over all epochs: micro-batches, each as much as fits
+    steps = Steps(train, cfg.pairs_per_step, how.batch_size, world, seed=cfg.seed, shuffle=cfg.shuffle, rows=how.rows)
     eval_every = steps.interval(cfg.eval_every_n_steps, cfg.eval_every_n_epochs)  # in steps
-    # None: the pairs of a batch lie in one row; with a dense mask: in rows of this length, padded
-    length = row_length(loss_fn, [*train, *held_out], cfg.max_length) if model.pairtune.dense_attention else None
 
     def batch_of(pairs):
-        return lay_out(pairs, length, score_end=cfg.score_end).to(world.device)
+        return lay_out(pairs, how.row_length, score_end=cfg.score_end).to(world.device)
 
     contract.check_pairs([*train, *held_out], tokenizer, score_end=cfg.score_end)
     contract.check_router(model, cfg.router_aux_loss_coef)
@@ -116,11 +116,11 @@ def main(cfg):
         world.print(f"advice: {line}")
 
     # 4. Weights; and with reference=cached, the values that no earlier run has kept
-    longest = dry_run.longest(train, cfg.batch_size * world.size)  # for section 7
-    reference.open_cache(model, [*steps.seen_in(total_steps), *longest, *held_out], score_end=cfg.score_end)
+    heaviest = steps.heaviest()  # for section 7: a micro-batch a process
+    reference.open_cache(model, [*steps.seen_in(total_steps), *sum(heaviest, []), *held_out], score_end=cfg.score_end)
 
     def fill_cache():
-        for pairs in reference.unanswered(cfg.batch_size):
+        for pairs in reference.unanswered(steps.share):
             reference.keep(batch_of(pairs))
 
     with reference.alone():  # the values of another model, if it is one: it leaves before the policy comes
@@ -181,10 +181,10 @@ def main(cfg):
         world.print(f"step {state.step}: held out {metrics.summary(results, 'eval/')}")
 
     # 7. Before the first step: the longest pairs go forward and backward, and policy and reference are compared
-    mine = longest[world.rank :: world.size]
+    mine = heaviest[world.rank]
     with dry_run.step(model, optimizer, loss_fn, mine, world) as trial:  # leaves no gradient and no trace
         saved.check_disk_space(state, total_steps - state.step, export_size(model, files, tokenizer))
-        losses = pair_losses(mine, over_whole_step(longest, [mine], "dry run"), trial.meter)
+        losses = pair_losses(mine, over_whole_step(sum(heaviest, []), [mine], "dry run"), trial.meter)
         losses.sum().backward()
         if not resumed:  # then the policy has moved already
             trial.check(losses, batch_of(mine), reference, dropout=not cfg.disable_dropout)
@@ -245,12 +245,12 @@ def main(cfg):
         if cfg.export_best:
             saved.load_best(state)
         samples.after(model)
-        trained = probe(model, batch_of((held_out or train)[: min(4, cfg.batch_size)]))  # the export has to give this
+        trained = probe(model, batch_of(steps.some(held_out or train)))  # the export has to give this
         gathered = models.gather_weights(model, world)
         if world.is_main:
             samples.show()
             metrics.plot_curves(log.path, run_dir / "curves.png")
-            told = export_checked(model, gathered, files, run_dir, cfg.model, execution, tokenizer, trained)
+            told = export_checked(model, gathered, files, run_dir, cfg.model, cfg.max_length, tokenizer, trained)
             print(f"\nrun folder {run_dir}, exported weights {told}")
 
 

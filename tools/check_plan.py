@@ -27,11 +27,12 @@ torchao_names.quiet()  # before torchao is imported
 from torchtune.rlhf.loss import DPOLoss  # noqa: E402
 
 from pairtune import dist, models  # noqa: E402
-from pairtune.cli import memory, plan  # noqa: E402
+from pairtune.cli import plan  # noqa: E402
 from pairtune.folders.check_model import windows  # noqa: E402
 from pairtune.models.logps import answer_logps  # noqa: E402
+from pairtune.pairs.batch import ROW_MULTIPLE  # noqa: E402
 from pairtune.reference.sources import frozen_model  # noqa: E402
-from pairtune.run import optimizers  # noqa: E402
+from pairtune.run import memory, optimizers  # noqa: E402
 
 MODEL = {
     "_component_": "torchtune.models.llama3.llama3", "vocab_size": 2000, "num_layers": 4, "num_heads": 4,
@@ -89,7 +90,7 @@ class Case:
 
     def batch(self):
         length = self.prompt + 2 * self.answer
-        row_length = -(-length // plan.ROW_MULTIPLE) * plan.ROW_MULTIPLE if self.attention == "mask" else None
+        row_length = -(-length // ROW_MULTIPLE) * ROW_MULTIPLE if self.attention == "mask" else None
         return memory.uniform_batch(self.batch_size, self.prompt, self.answer, row_length)
 
 
@@ -123,12 +124,11 @@ SHARDED_CASES = (
 
 def predict(case: Case, num_shards: int = 1) -> memory.StepMemory:
     """Returns what `tune plan` would say of this batch."""
-    setting = memory.Setting("cpu", num_shards, case.micro_batches)
+    how = models.Execution(case.attention, checkpointing=case.checkpointing)
+    setting = memory.Setting("cpu", num_shards, case.micro_batches, execution=how)
     policy, reference = plan.build(
         case.method, case.component, lora=case.lora, dtype=case.dtype, base_dtype=case.base_dtype,
-        max_length=case.prompt + case.answer, attention=case.attention,
-        checkpoint_activations=case.checkpointing, setting=setting, num_processes=num_shards,
-        reference=case.reference,
+        max_length=case.prompt + case.answer, setting=setting, num_processes=num_shards, reference=case.reference,
         base_config=case.base_config,
     )  # fmt: skip
     return memory.step_memory(policy, reference, case.batch(), OPTIMIZER | {"_component_": case.optimizer}, setting)

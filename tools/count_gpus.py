@@ -3,12 +3,14 @@
     python tools/count_gpus.py --check [llama3_8b ...]     # exits 1 and names the lines that are not true
     python tools/count_gpus.py --write [llama3_8b ...]     # all configs take about ten minutes
 
-Such a line is `full 8 (60.4), LoRA 1 (17.4), QLoRA 1 (8.3)`, for GPUs of 80 GB where it does not say otherwise. The
-GiB are counted; the number of GPUs is chosen by hand, and has to be one on which the recipe fits.
+Such a line is `full 8 (59.6), LoRA 1 (17.4), QLoRA 1 (8.3)`, for GPUs of 80 GB where it does not say otherwise. The
+GiB are counted at the least: one pair at a time where the config does not say more, and whole layers computed again in
+backward. The number of GPUs is chosen by hand, and has to be one on which the recipe fits.
 """
 
 import argparse
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -16,7 +18,9 @@ from tqdm import tqdm
 from pairtune import torchao_names
 from pairtune.cli import plan
 from pairtune.cli.recipe import read_recipe
+from pairtune.config.layers import load
 
+AT_LEAST = ("enable_activation_checkpointing=true", "attention=segments", "compile=false")
 CONFIGS = Path(__file__).parents[1] / "configs"
 LINE = re.compile(r"^# .*`tune plan` counts on each: .*$", re.MULTILINE)
 ENTRY = re.compile(r"(full|LoRA|QLoRA) (\d+)(?: with (\d+) GB)? \(([\d.]+)\)")
@@ -25,7 +29,11 @@ ENTRY = re.compile(r"(full|LoRA|QLoRA) (\d+)(?: with (\d+) GB)? \(([\d.]+)\)")
 def counted(path: Path, method: str, gpus: int, gpu_memory: float) -> plan.Plan:
     """Returns what the recipe of this method takes on so many GPUs of so many GB."""
     recipe = f"{method.lower()}_dpo_{'single_device' if gpus == 1 else 'distributed'}"
-    return plan.plan(plan.Run(recipe, (path,), gpus=gpus, gpu_memory=gpu_memory), read_recipe)
+    run = plan.Run(recipe, (path,), AT_LEAST, gpus=gpus, gpu_memory=gpu_memory)
+    _, defaults = read_recipe(recipe)
+    if load(method.lower(), defaults, [path], []).batch_size == "auto":
+        run = replace(run, overrides=(*AT_LEAST, "batch_size=1"))
+    return plan.plan(run, read_recipe)
 
 
 def true_line(path: Path, line: str) -> str:

@@ -112,10 +112,10 @@ def _step(component, windows, weights, attention, compiled, dtype, device) -> tu
     torch.compiler.reset()
     model = models.full(component, dtype=dtype)
     how = {"attention": attention, "windows": windows, "compile_layers": compiled}
-    models.prepare(model, max_length=256, **({**how, "attention": "auto"} if attention == "mask" and compiled else how))
+    models.prepare(model, max_length=256, **how)
     models.load(model, weights, world=World(torch.device(device)))
     batch_of = pairs()
-    dense = model.pairtune.dense_attention or attention in ROWS
+    dense = model.pairtune.takes_fixed_rows or attention in ROWS
     batch = lay_out(batch_of, longest_row(batch_of, ROWS.get(attention, 128)) if dense else None).to(device)
     values = torch.cat(answer_logps(model, batch))
     upstream = torch.randn(len(values), generator=torch.Generator().manual_seed(1)).to(values)

@@ -7,9 +7,7 @@ from pathlib import Path
 
 BACK_ENDS = {
     "flex, compiled": ("flex", True),
-    "varlen, compiled": ("varlen", True),
     "mask, compiled": ("mask", True),
-    "flex": ("flex", False),
     "varlen": ("varlen", False),
     "segments": ("segments", False),
     "mask": ("mask", False),
@@ -33,10 +31,10 @@ RECIPES = {  # recipe, overrides, what the CPU takes in place of these, how far 
     "full, distributed": ("full_dpo_distributed", [], (FULL, []), EXACT),
     "qlora, distributed": ("qlora_dpo_distributed", [], (QLORA, []), QUANTIZED),
     "full, distributed, offloaded": ("full_dpo_distributed", ["fsdp_cpu_offload=true"], (FULL, []), EXACT),
-    "lora, compiled": (LORA, ["compile=true"], (LORA, []), EXACT),
+    "lora, mask, compiled": (LORA, ["attention=mask", "compile=true"], (LORA, []), EXACT),
     "lora, mask": (LORA, ["attention=mask"], (LORA, []), EXACT),
     "lora, segments": (LORA, ["attention=segments"], (LORA, []), EXACT),
-    "lora, flex": (LORA, ["attention=flex"], (LORA, []), EXACT),
+    "lora, flex": (LORA, ["attention=flex", "compile=true"], (LORA, []), EXACT),
     "lora, checkpointing": (LORA, ["enable_activation_checkpointing=true"], (LORA, []), EXACT),
     "lora, bf16": (LORA, ["dtype=bf16"], (LORA, []), ROUGH),
     "lora, bf16, varlen": (LORA, ["dtype=bf16", "attention=varlen"], (LORA, []), ROUGH),
@@ -66,14 +64,17 @@ RESUMED = {
 # Steps at full size
 
 LONG, MIX = "512/128/128", "mix"
-FAST = ["batch_size=4", "compile=true", "enable_activation_checkpointing=false"]
+FAST = ["compile=true"]  # as it is by default in runs of more than a few steps; all else is chosen by default, too
+BITS_8_FULL = [*FAST, "reference=cached", "optimizer._component_=torchao.optim.AdamW8bit"]
 RUNS = {  # of speed, on configs/llama3_8b.yaml
     "lora live": ("lora_dpo_single_device", LONG, FAST),
     "lora cached": ("lora_dpo_single_device", LONG, [*FAST, "reference=cached"]),
-    "full cached": ("full_dpo_single_device", LONG, ["batch_size=4", "reference=cached"]),
-    "qlora live": ("qlora_dpo_single_device", LONG, ["batch_size=4"]),
-    "lora live, mix": ("lora_dpo_single_device", MIX, ["batch_size=2", *FAST[1:]]),  # the longest pairs have to fit
-    "lora live, eager": ("lora_dpo_single_device", LONG, ["batch_size=4"]),
+    "qlora live": ("qlora_dpo_single_device", LONG, FAST),
+    "lora live, mix": ("lora_dpo_single_device", MIX, FAST),
+    "full cached": ("full_dpo_single_device", LONG, [*FAST, "reference=cached"]),
+    "full cached, 8-bit AdamW": ("full_dpo_single_device", LONG, BITS_8_FULL),
+    "lora live, eager": ("lora_dpo_single_device", LONG, ["compile=false"]),
+    "qlora live, eager": ("qlora_dpo_single_device", LONG, ["compile=false"]),
 }
 
 PEERS = {  # LoRA, live, systems of bench.py

@@ -12,6 +12,7 @@ import gpu_parts as parts
 import random_work as work
 import torch
 from gpu_runs import ROOT, run
+from omegaconf import OmegaConf
 
 WARM_STEPS = 2  # left out where speed is measured
 
@@ -108,9 +109,14 @@ def plan(name: str, settings: dict) -> dict:
     """What `tune plan` counts of a speed run, in GiB."""
     from pairtune.cli.plan import Run, plan
     from pairtune.cli.recipe import read_recipe
+    from pairtune.run import choosing
 
     recipe, paths, overrides, _ = config_of(name, settings)
-    counted = plan(Run(recipe, tuple(paths), tuple(overrides)), read_recipe)
+    recorded = parts.run_dir(name, settings) / "config.yaml"  # what the run has chosen
+    if recorded.is_file():
+        chosen = OmegaConf.load(recorded)
+        overrides = [*overrides, *(f"{key}={chosen[key]}".lower() for key in choosing.KEYS)]
+    counted = plan(Run(recipe, tuple(paths), tuple(dict.fromkeys(overrides))), read_recipe)
     return {"counted_gib": counted.peak / 2**30, "note": f"{counted.peak / 2**30:.2f} GiB"}
 
 

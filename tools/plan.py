@@ -6,7 +6,7 @@
 Everything follows from the model's sizes, which torchtune's builder gives on the meta device, and from these formulas.
 With N GPUs, weights in bf16, gradients reduced in float32, activations checkpointed layer by layer:
 
-  GiB          as `tune plan` counts it (pairtune/cli/memory.py) at a step's fullest moment: weights, AdamW's state and
+  GiB          as `tune plan` counts it (pairtune/run/memory.py) at a step's fullest moment: weights, AdamW's state and
                full DPO's second model, sharded; gradients; weights on their way; activations and logits
   sent         a step: (N - 1) / N of what is gathered (a layer for forward, for backward and for the reference's
                forward, the root once, for each micro-batch; in full DPO the reference's root too) and of the float32
@@ -99,7 +99,8 @@ def reduced_bytes(s: Sizes, method: str) -> int:
 
 def memory_bytes(builder: str, method: str, shards: int, pairs: int, micro_batches: int = 1) -> dict[str, int]:
     """Returns bytes a GPU, by column of the table."""
-    from pairtune.cli import memory, plan
+    from pairtune.cli import plan
+    from pairtune.run import memory
 
     setting = memory.Setting("cuda", shards, micro_batches)
     policy, reference = plan.build(

@@ -13,26 +13,34 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from pairtune import models
-from pairtune.cli.memory import PARTS, Setting, StepMemory, pass_memory, step_memory, uniform_batch, worst_pair
 from pairtune.config.components import instantiate
 from pairtune.config.layers import load
 from pairtune.errors import UserError
-from pairtune.folders.opening import Execution, prepare
+from pairtune.folders.check_model import windows
 from pairtune.folders.weights import read_config
 from pairtune.losses.calling import needs
+from pairtune.pairs.batch import ROW_MULTIPLE
 from pairtune.pairs.rows import read_rows
 from pairtune.pairs.steps import count_steps
 from pairtune.reference.cache import BATCHES
 from pairtune.reference.sources import KNOWN, check_reference, frozen_model, has_second_model
-
-GIB = 2**30
-USABLE = 0.9  # of a GPU; the rest is left to CUDA, NCCL and what the allocator cannot use
-ROW_MULTIPLE = 128  # of a dense mask's row, as in batch.longest_row
+from pairtune.run import choosing
+from pairtune.run.choosing import GIB, USABLE, Chosen
+from pairtune.run.memory import (
+    PARTS,
+    Setting,
+    StepMemory,
+    pass_memory,
+    step_memory,
+    uniform_batch,
+    uniform_pair,
+    worst_pair,
+)
 
 ASSUMED = f"""\
 Counted, not measured: what tensors hold at the fullest moment of a step, in the worst case, a batch of pairs with a
-prompt of one token and two answers that fill max_length, or are of max_completion_length. Not counted: what compile
-changes, answers to samples.prompts, and what CUDA, NCCL and an allocator's gaps take: {1 - USABLE:.0%} of a GPU is
+prompt of one token and two answers that fill max_length, or are of max_completion_length. Not counted: answers to
+samples.prompts, and what CUDA, NCCL and an allocator's gaps take: {1 - USABLE:.0%} of a GPU is
 left to them."""
 
 
@@ -52,6 +60,7 @@ class Plan:
     """What a run takes; sizes in bytes. str() is a table."""
 
     run: Run
+    chosen: Chosen
     memory: StepMemory
     device: str
     dtype: str
@@ -95,6 +104,7 @@ class Plan:
             _line("a step", f"{self.pairs_per_step:,} pairs, at most {self.pairs_per_step * self.max_tokens:,} tokens"),
             _line("a device at a time", f"{self.batch_size:,} pairs; micro-batches a step: {self.micro_batches:,}"),
             _line("steps", self._steps()),
+            _line("computes with", " ".join(f"{k}={str(v).lower()}" for k, v in self.chosen.keys.items())),
             "",
             f"{unit} a device",
             *(_line(f"  {part}", amount(size), PARTS[part]) for part, size in self.memory.parts.items()),
@@ -173,8 +183,8 @@ def plan_config(cfg: DictConfig, method: str, run: Run) -> Plan:
     setting = Setting(
         device="cpu" if cfg.device == "cpu" else "cuda",
         num_shards=num_shards,
-        micro_batches=math.ceil(cfg.pairs_per_step / (cfg.batch_size * run.gpus)),
         cpu_offload=cfg.get("fsdp_cpu_offload", False),
+        processes=run.gpus,
     )
     loss_fn, reference = instantiate(cfg.loss), cfg.get("reference") or {"name": KNOWN[method][0]}
     check_reference(reference, loss_fn, method, dtype=cfg.dtype, has_adapter=cfg.get("adapter") is not None)
@@ -186,8 +196,6 @@ def plan_config(cfg: DictConfig, method: str, run: Run) -> Plan:
         dtype=cfg.dtype,
         base_dtype=cfg.get("base_dtype", "nf4"),
         max_length=cfg.max_length,
-        attention="mask" if cfg.compile else cfg.attention,
-        checkpoint_activations=cfg.enable_activation_checkpointing,
         dropout=not cfg.disable_dropout,
         setting=setting,
         num_processes=run.gpus,
@@ -195,15 +203,25 @@ def plan_config(cfg: DictConfig, method: str, run: Run) -> Plan:
     )
     prompt, answer = worst_pair(cfg.max_length, cfg.max_prompt_length, cfg.get("max_completion_length"))
     max_tokens = prompt + 2 * answer
-    row_length = math.ceil(max_tokens / ROW_MULTIPLE) * ROW_MULTIPLE if policy.pairtune.dense_attention else None
-    batch_size = min(cfg.batch_size, math.ceil(cfg.pairs_per_step / run.gpus))
-    batch, larger = (uniform_batch(n * batch_size, prompt, answer, row_length) for n in (1, BATCHES))
     live, passing = (None, second) if reference["name"] == "cached" else (second, None)
     num_parameters, num_trained = models.num_parameters(policy)
     num_rows = _num_rows(cfg.dataset)
+    num_steps = count_steps(num_rows, cfg.pairs_per_step, cfg.epochs, cfg.max_steps) if num_rows else cfg.max_steps
+    optimizer = OmegaConf.to_container(cfg.optimizer)
+    row_length = math.ceil(max_tokens / ROW_MULTIPLE) * ROW_MULTIPLE
+    work = choosing.Work(uniform_pair(prompt, answer), row_length, cfg.pairs_per_step, num_steps=num_steps)
+    memory = None if run.gpu_memory is None else round(run.gpu_memory * GIB)
+    asked = {key: cfg[key] for key in choosing.KEYS}
+    chosen = choosing.choose(asked, work, policy, live, optimizer, setting, memory)
+    batch_size = min(chosen.batch_size, math.ceil(cfg.pairs_per_step / run.gpus))
+    micro_batches = math.ceil(cfg.pairs_per_step / (batch_size * run.gpus))
+    setting = replace(setting, micro_batches=micro_batches, execution=chosen.execution)
+    times = 1 if chosen.is_packed else BATCHES
+    batch, larger = (uniform_batch(n * batch_size, prompt, answer, chosen.row_length) for n in (1, times))
     return Plan(
         run=run,
-        memory=step_memory(policy, live, batch, OmegaConf.to_container(cfg.optimizer), setting),
+        chosen=chosen,
+        memory=step_memory(policy, live, batch, optimizer, setting),
         reference_pass=pass_memory(passing, larger, setting) if passing else 0,
         device=setting.device,
         dtype=cfg.dtype,
@@ -211,10 +229,10 @@ def plan_config(cfg: DictConfig, method: str, run: Run) -> Plan:
         num_trained=num_trained,
         pairs_per_step=cfg.pairs_per_step,
         batch_size=batch_size,
-        micro_batches=setting.micro_batches,
+        micro_batches=micro_batches,
         max_tokens=max_tokens,
         num_rows=num_rows,
-        num_steps=count_steps(num_rows, cfg.pairs_per_step, cfg.epochs, cfg.max_steps) if num_rows else cfg.max_steps,
+        num_steps=num_steps,
         export=num_parameters * policy.tok_embeddings.weight.element_size(),  # NF4 weights are exported in full
         num_checkpoints=_num_checkpoints(cfg.get("keep_last_n", 0), cfg.get("keep_best")),
     )
@@ -228,8 +246,6 @@ def build(
     base_dtype: str = "nf4",
     max_length: int,
     lora: dict | None = None,
-    attention: str = "auto",
-    checkpoint_activations: bool = False,
     dropout: bool = False,
     setting: Setting,
     num_processes: int = 1,
@@ -251,12 +267,15 @@ def build(
         second = frozen_model(reference, method, component=component, dtype=dtype, world=processes)
     if not dropout:
         models.disable_dropout(policy)
-    execution = Execution(max_length, attention=attention, checkpoint_activations=checkpoint_activations)
-    prepare(policy, base_config or {}, execution)
+    _fit(policy, base_config or {}, max_length)
     if second is not None:
         folder = reference.get("checkpoint_dir")
-        prepare(second, _config_of(folder) if folder else base_config or {}, execution)
+        _fit(second, _config_of(folder) if folder else base_config or {}, max_length)
     return policy, second
+
+
+def _fit(model, base_config: dict, max_length: int) -> None:
+    models.fit(model, max_length=max_length, windows=windows(base_config, len(model.layers)))
 
 
 def _config_of(folder: str) -> dict:
@@ -391,15 +410,16 @@ def _knobs(run: Run, read_recipe: ReadRecipe) -> list[list[Change]]:
     method, defaults = read_recipe(run.recipe)
     cfg = load(method, defaults, list(run.config_paths), list(run.overrides))
     distributed, pairs = is_distributed(defaults), cfg.pairs_per_step
-    fewer = [n for n in range(cfg.batch_size - 1, 0, -1) if pairs % n == 0]
+    batch_size = pairs if cfg.batch_size == "auto" else cfg.batch_size
+    fewer = [] if cfg.batch_size == "auto" else [n for n in range(batch_size - 1, 0, -1) if pairs % n == 0]
     knobs = [[_override(f"batch_size={n}") for n in fewer]]
     reference = cfg.get("reference") or {"name": KNOWN[method][0]}
     if reference["name"] == "model":
         knobs.append([_override("reference=cached")])
-    if not cfg.enable_activation_checkpointing:
+    if cfg.enable_activation_checkpointing in (False, "selective"):
         knobs.append([_override("enable_activation_checkpointing=true")])
     if distributed:
-        if pairs % run.gpus == 0 and pairs // run.gpus > cfg.batch_size:
+        if pairs % run.gpus == 0 and pairs // run.gpus > batch_size:
             knobs.append([_override(f"batch_size={pairs // run.gpus}")])
         knobs.append([Change(f"--gpus {run.gpus * n}", gpus=run.gpus * n) for n in (2, 4, 8)])
         if not cfg.fsdp_cpu_offload:

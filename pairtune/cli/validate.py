@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from pairtune import config, models
 from pairtune.errors import UserError
 from pairtune.folders.check_model import positions
-from pairtune.folders.opening import Execution, make_ready
+from pairtune.folders.opening import make_ready
 from pairtune.folders.peft import read_adapter
 from pairtune.folders.weights import Weights, base_config, open_weights
 from pairtune.losses.calling import takes_unpaired
@@ -25,7 +25,7 @@ from pairtune.pairs.steps import count_steps
 from pairtune.pairs.tokenize import Report, Rows, read_rows, split_pairs, tokenize_pairs
 from pairtune.reference import Reference
 from pairtune.reference.sources import KNOWN, is_own
-from pairtune.run import contract, rehearsal
+from pairtune.run import choosing, contract, rehearsal
 from pairtune.tokenizer.hf import adapt
 
 QUESTION = [{"role": "user", "content": "Hello?"}]
@@ -90,7 +90,7 @@ class Validation:
             answers["adapter"] = ask("adapter", lambda: self._adapter(cfg), "checkpointer", "model", "lora", "adapter")
         reference = cfg.get("reference") or {"name": KNOWN[method][0]}
         if reference["name"] != KNOWN[method][0] or not is_own(reference, method, cfg.dtype):
-            about = (*files, "model", "dtype", "max_length", "attention", "compile", "reference", "adapter", "loss")
+            about = (*files, "model", "dtype", "max_length", "reference", "adapter", "loss")
             answers["reference"] = ask(f"{method} reference", lambda: self._reference(method, cfg, found.value), *about)
         for key in ("dataset", "eval_dataset"):
             if cfg[key].source:
@@ -138,7 +138,7 @@ class Validation:
             self._must_be_here(block.checkpoint_dir, "reference.checkpoint_dir")
         self._must_be_here(cfg.checkpointer.checkpoint_dir, "checkpointer.checkpoint_dir")
         files = open_weights(cfg.checkpointer, cfg.model)
-        reference.build(cfg.model, files, tokenizer, _execution(cfg, tokenizer))
+        reference.build(cfg.model, files, tokenizer, cfg.max_length)
         return f"{block.name}, {reference.num_parameters:,} parameters of its own", None
 
     def _pairs(self, key: str, cfg: DictConfig, tokenizer) -> tuple[str, Any]:
@@ -178,16 +178,12 @@ def _answer(question: Callable[[], tuple[str, Any]]) -> Answer:
     return Answer(f"ok: {text}" if text else "ok", value)
 
 
-def _execution(cfg: DictConfig, tokenizer) -> Execution:
-    vocab_size = tokenizer.vocab_size if tokenizer else 0
-    return Execution(cfg.max_length, vocab_size, cfg.attention, cfg.enable_activation_checkpointing, cfg.compile)
-
-
 def _model(method: str, cfg: DictConfig, tokenizer) -> tuple[str, Any]:
     model = models.policy(method, cfg.model, cfg.get("lora"), dtype=cfg.dtype)
     here = Path(cfg.checkpointer.checkpoint_dir).is_dir()
     known = base_config(cfg.checkpointer, cfg.model) if here else {}
-    make_ready(model, known, _execution(cfg, tokenizer))
+    make_ready(model, known, cfg.max_length, tokenizer.vocab_size if tokenizer else 0)
+    choosing.check(cfg.attention, cfg.compile, cfg.enable_activation_checkpointing)
     contract.check_router(model, cfg.get("router_aux_loss_coef", 0))
     compared = "as in config.json" if here else "not compared with config.json, which is not here"
     advice = positions(known, cfg.max_length) if known else []

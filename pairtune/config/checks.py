@@ -119,7 +119,7 @@ def _check_sizes(cfg: dict) -> None:
             f"would have no effect; nearest valid: max_completion_length={total - 1} or max_completion_length=null"
         )
     pairs, batch = cfg.get("pairs_per_step"), cfg.get("batch_size")
-    if pairs and batch and pairs % batch:
+    if pairs and isinstance(batch, int) and pairs % batch:
         divisor = min((d for d in range(1, pairs + 1) if pairs % d == 0), key=lambda d: (abs(d - batch), d))
         raise UserError(
             f"batch_size={batch}: must divide pairs_per_step={pairs}; nearest valid: batch_size={divisor} "

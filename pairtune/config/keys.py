@@ -21,6 +21,7 @@ from pairtune.config.rules import (
     of_kind,
     one_of,
     some_text,
+    switch_or,
 )
 
 IN_RECIPE = object()  # a default that stands in the recipe, as does its comment
@@ -57,6 +58,12 @@ class Key:
 
 # Rules that a single key has
 
+_COUNT = Rule(
+    lambda v: v == "auto" or isinstance(v, int) and not isinstance(v, bool) and v >= 1,
+    "auto, or a whole number, at least 1",
+    lambda v: 1 if isinstance(v, (int, float)) else "auto",
+    object,
+)
 _DEVICE = Rule(
     lambda v: v in ("auto", "cpu", "cuda") or v.startswith("cuda:") and v[5:].isdecimal(), "auto, cpu, cuda or cuda:N"
 )
@@ -97,15 +104,27 @@ _RUN = (
         "bf16, or fp32 for twice the memory; log-probabilities and losses are float32 either way",
         one_of("bf16", "fp32"),
     ),
-    Key("compile", False, "torch.compile a layer: faster steps, a minute or more before the first", resume="yes"),
+    Key(
+        "compile",
+        "auto",
+        "torch.compile layer by layer: true, false, or auto: on a GPU, where the run is worth the minute that it takes",
+        switch_or("auto"),
+        "yes",
+    ),
     Key(
         "attention",
         "auto",
-        "segments (a call a document) or mask (dense); auto: mask with compile, else segments",
-        one_of("auto", "segments", "mask"),
+        "flex (compiled), varlen (bf16 on a GPU), segments (a call a document), mask (dense), or auto",
+        one_of("auto", "flex", "varlen", "segments", "mask"),
         "yes",
     ),
-    Key("enable_activation_checkpointing", False, "less memory for about a third more time", resume="yes"),
+    Key(
+        "enable_activation_checkpointing",
+        "auto",
+        "computed again in backward: true, whole layers; selective, what is cheap; false, nothing; auto: what fits",
+        switch_or("selective", "auto"),
+        "yes",
+    ),
     Key(
         "save_every_n_steps",
         100,
@@ -263,7 +282,7 @@ _LEARNING = (
     Key("lr_scheduler.num_warmup_steps"),
     Key("clip_grad_norm", rule=above(0), nullable=True),
     Key("pairs_per_step", rule=from_to(1, 1_000_000)),
-    Key("batch_size", rule=at_least(1), resume="yes"),
+    Key("batch_size", rule=_COUNT, resume="yes"),
     Key("epochs", rule=_EPOCHS, resume="yes"),
     Key("max_steps", rule=at_least(1), resume="yes", nullable=True),
 )

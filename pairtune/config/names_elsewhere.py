@@ -61,7 +61,7 @@ ROWS = {
             "per_device_eval_batch_size eval_batch_size", "TRL, EasyDeL, dpo",
             f"{_LEAVE}: batch_size holds for evaluation, too",
         ),
-        _row("auto_find_batch_size", "TRL", f"{_LEAVE}: `tune plan` says which batch_size fits"),
+        _row("auto_find_batch_size", "TRL", "batch_size=auto"),
         _row("data_seed", "TRL", "seed={}"),
         _row("train_sampling_strategy", "TRL", "shuffle=true", sequential="shuffle=false"),
         _row("shuffle_train_dataset", "EasyDeL", "shuffle={}"),

@@ -35,6 +35,17 @@ def one_of(*choices: str) -> Rule:
     return Rule(lambda v: v in choices, "one of " + ", ".join(choices), lambda v: close_to(v, choices), str)
 
 
+def switch_or(*choices: str) -> Rule:
+    """true, false, or one of these words; the last one is what others are answered with."""
+    says = ", ".join(("true", "false", *choices[:-1])) + f" or {choices[-1]}"
+    meant = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+    def nearest_to(value: Any) -> Any:
+        return meant.get(str(value).lower(), choices[-1])
+
+    return Rule(lambda v: isinstance(v, bool) or v in choices, says, nearest_to, object)
+
+
 def at_least(bound: int | float, says: str = "") -> Rule:
     return Rule(lambda v: v >= bound, says or f"at least {bound}", lambda v: bound, type(bound))
 

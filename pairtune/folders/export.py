@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from torchtune.modules import TransformerDecoder
 from pairtune import models
 from pairtune.errors import UserError
 from pairtune.files import give_modes, read_object
-from pairtune.folders.opening import Execution, make_ready
+from pairtune.folders.opening import make_ready
 from pairtune.folders.peft_write import write_adapter
 from pairtune.folders.weights import ModelFolder, Weights, open_weights
 from pairtune.models.additions import additions
@@ -159,7 +159,7 @@ def check_export(
     component: dict,
     trained: Probe,
     *,
-    execution: Execution,
+    max_length: int,
     dtype: str,
     other_base: bool = False,
 ) -> str:
@@ -170,7 +170,7 @@ def check_export(
     Args:
         component: The config's `model` block.
         trained: Of the trained model.
-        execution: How that one computes.
+        max_length: Tokens of the longest conversation that it was trained on.
         other_base: It was merged into weights that training did not compute with: the difference is told only.
 
     Raises:
@@ -178,7 +178,7 @@ def check_export(
     """
     folder = open_weights({"checkpoint_dir": str(exported), "model_type": base.family.name})
     model = models.full(component, dtype=dtype)
-    make_ready(model, folder.config, replace(execution, checkpoint_activations=False, compile_layers=False))
+    make_ready(model, folder.config, max_length)
     with models.streamed(model, Weights(folder), trained.batch.tokens.device):
         again = torch.cat(answer_logps(model, trained.batch))
     lengths = torch.tensor(trained.batch.answer_lengths, device=again.device).clamp(min=1)
@@ -243,7 +243,7 @@ def export_checked(
     base: ModelFolder,
     run_dir: Path,
     component: dict,
-    execution: Execution,
+    max_length: int,
     tokenizer: HFTokenizer | TorchtuneTokenizer,
     trained: Probe,
     onto_original: bool = False,
@@ -265,5 +265,6 @@ def export_checked(
         lora=additions(model).lora,
         tokenizer=tokenizer,
     )
-    told = check_export(exported, base, component, trained, execution=execution, dtype=dtype, other_base=onto_original)
+    how = {"max_length": max_length, "dtype": dtype, "other_base": onto_original}
+    told = check_export(exported, base, component, trained, **how)
     return f"{exported}: {told}"

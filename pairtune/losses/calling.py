@@ -277,6 +277,13 @@ def _not_a_pair_loss(path: str, reason: str) -> UserError:
     )
 
 
+def loss_of(loss_fn: Callable, *logps: Tensor) -> float:
+    """Returns the loss of one pair from its log-probabilities alone, [1] each, in the order of a loss's arguments."""
+    inputs = example_inputs(loss_fn, 1)
+    with torch.no_grad(), unchanged(loss_fn):
+        return float(loss_fn(*(values.detach().cpu() for values in logps), **inputs)[0])
+
+
 def loss_at_start(loss_fn: Callable, *, has_chosen: bool = True, has_rejected: bool = True) -> float | None:
     """Returns the loss of a pair whose policy is the reference, or None if it depends on more than that.
 

@@ -13,13 +13,15 @@ from pairtune.models.adapters import (
     reference_of,
     sizes,
 )
-from pairtune.models.build import DTYPES, disable_dropout, dtype_of, full, lora, policy, prepare, qlora, without_numbers
+from pairtune.models.build import DTYPES, disable_dropout, dtype_of, full, lora, policy, qlora, without_numbers
+from pairtune.models.execution import Execution, execute, fit, plainly, prepare
 from pairtune.models.gather import gather_weights, merge_adapters, on_base, only_adapters
 from pairtune.models.load import check_weights, load, streamed
 from pairtune.models.shard import clip_gradients, forget_gathered, sync_gradients
 
 __all__ = [
     "DTYPES",
+    "Execution",
     "adapted_modules",
     "adapter_shapes",
     "check_weights",
@@ -27,6 +29,8 @@ __all__ = [
     "copied_parameters",
     "disable_dropout",
     "dtype_of",
+    "execute",
+    "fit",
     "forget_gathered",
     "frozen",
     "frozen_copy_of",
@@ -39,6 +43,7 @@ __all__ = [
     "on_base",
     "only_adapters",
     "plain_name",
+    "plainly",
     "policy",
     "prepare",
     "qlora",

@@ -16,7 +16,8 @@ class Additions:
         lora: Settings of its adapters as models.lora took them (rank, alpha, use_dora, use_rslora, modules); None
             without adapters.
         num_positions: Tokens of the longest conversation that it takes; model.max_seq_len is beyond any row of them.
-        dense_attention: It attends by dense masks, one shape a row length; else document by document.
+        back_end: How it attends, of attention.BACK_ENDS.
+        is_compiled: Whether its layers are.
         windows: How far each layer looks back, None for a layer without a sliding window; empty: no layer has one.
         mixtures: Its mixtures of experts, in the order of layers.
         batch: While a batch is scored: that one. Without it the model returns logits, as torchtune's.
@@ -25,11 +26,17 @@ class Additions:
 
     lora: dict | None = None
     num_positions: int | None = None
-    dense_attention: bool = False
+    back_end: str = "segments"
+    is_compiled: bool = False
     windows: list[int | None] = field(default_factory=list)
     mixtures: list[MixtureOfExperts] = field(default_factory=list)
     batch: PairBatch | None = None
     log_collision: Tensor | None = None
+
+    @property
+    def takes_fixed_rows(self) -> bool:
+        """Whether batches are to be laid out in rows of one length: kernels are made for a shape."""
+        return self.back_end in ("mask", "flex")
 
 
 def additions(model: nn.Module) -> Additions:

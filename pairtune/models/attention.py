@@ -1,67 +1,56 @@
-"""Attention over a PairBatch: a token sees its own document, the prefix and its own tail, nothing behind itself.
+"""Attention over a PairBatch: who sees whom is told by visibility.py, here it is computed, in one of four ways.
 
-Two back ends compute the same thing: `mask` gives torchtune's attention a dense boolean mask (simple, compilable, the
-one that defines the truth); `segments` calls scaled_dot_product_attention once a prefix with its first tail and once a
-further tail, so that nothing is computed between documents and the first call needs no mask at all.
+- mask: scaled_dot_product_attention with a dense boolean mask. Simple, compilable; the one that defines the truth.
+- segments: a call a prefix with its first tail, and one a further tail. Nothing is computed between documents, and the
+  first call needs no mask at all. The fastest on a CPU.
+- flex: FlexAttention, one call a layer, which blocks of 128 by 128 tokens that see nothing of each other take no time
+  in. A kernel of its own only in a layer that is compiled, the fastest on a GPU.
+- varlen: flash attention over sequences of any length, one call a layer. For GPUs without a compiler, in bf16.
 
-A layer may have a sliding window (Mistral, Phi 3, Qwen 2, Gemma 2): of what a token would see, it sees keys whose
-position is less than `window` before its own. Positions are a conversation's: a rejected tail follows its prefix.
-
-B rows, S row length, H heads, K head width.
+B rows, S row length, H heads of queries, G of keys and values, K head width.
 """
 
+import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 from torchtune.modules import MultiHeadAttention
 
 from pairtune.errors import UserError
+from pairtune.models import visibility
+from pairtune.models.visibility import Segments, Varlen
 from pairtune.pairs.batch import Document, PairBatch
 
+BACK_ENDS = ("segments", "mask", "flex", "varlen")
 
-@dataclass(frozen=True)
-class Segments:
-    """What the `segments` back end needs to know; torchtune's layers hand it through as their `mask`."""
+# Newer versions of torch ask whether fewer heads of keys than of queries are meant.
+_GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
-    rows: tuple[tuple[Document, ...], ...]
-    device: torch.device
-    masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)  # made when first asked for
-
-    def mask(self, queries: int, keys: int, window: int | None) -> Tensor:
-        """Returns [queries, keys] bool, True = attend, for the last `queries` of `keys` positions in a row."""
-        wanted = (queries, keys, window)
-        if wanted not in self.masks:
-            mask = torch.ones(queries, keys, dtype=torch.bool, device=self.device).tril(keys - queries)
-            self.masks[wanted] = mask.triu(keys - queries - window + 1) if window else mask
-        return self.masks[wanted]
+Told = dict[int | None, Tensor] | dict[int | None, BlockMask] | Segments | Varlen  # by visibility.py
 
 
-def dense_mask(batch: PairBatch, window: int | None = None) -> Tensor:
-    """Returns the [B, S, S] boolean mask (True = attend). Padding attends to padding, so no row is empty."""
-    document, segment, position = batch.document, batch.segment, batch.input_pos
-    same_document = document[:, :, None] == document[:, None, :]
-    visible = (segment[:, None, :] == 0) | (segment[:, :, None] == segment[:, None, :])
-    size = document.shape[1]
-    causal = torch.ones(size, size, dtype=torch.bool, device=document.device).tril()
-    mask = same_document & visible & causal
-    return mask & (position[:, :, None] - position[:, None, :] < window) if window else mask
-
-
-def dense_masks(batch: PairBatch, windows: Sequence[int | None]) -> dict[int | None, Tensor]:
-    """Returns a mask a window, and under None the one without; a window as long as a row leaves nothing out.
+def told(batch: PairBatch, back_end: str, windows: Sequence[int | None]) -> Told:
+    """Returns what the layers are to be given as their `mask`.
 
     Args:
+        back_end: One of BACK_ENDS.
         windows: Of the layers.
     """
-    return {window: dense_mask(batch, window) for window in {None, *windows} if (window or 0) < batch.tokens.shape[1]}
+    if back_end == "mask":
+        return visibility.dense_masks(batch, windows)
+    if back_end == "flex":
+        return visibility.block_masks(batch, windows)
+    return visibility.varlen(batch) if back_end == "varlen" else Segments(batch.rows, batch.tokens.device)
 
 
 def install(model: nn.Module, windows: Sequence[int | None] | None = None) -> None:
-    """Lets the model's attention layers take Segments or dense_masks as a mask.
+    """Lets the model's attention layers take as a mask what `told` returns.
 
     Args:
         windows: Each layer's, None for a layer without. None: no layer has one.
@@ -73,13 +62,53 @@ def install(model: nn.Module, windows: Sequence[int | None] | None = None) -> No
     for name, layer in model.named_modules():
         if isinstance(layer, MultiHeadAttention):
             layers.append(layer)
+            if type(layer) is MultiHeadAttention:
+                layer.__class__ = GroupedAttention
         elif hasattr(layer, "q_proj"):
             raise UserError(
                 f"model: attention of class {type(layer).__name__} ({name}) cannot see prefix and own tail only"
             )
     for layer, window in zip(layers, windows or [None] * len(layers), strict=True):
         call = layer._attention_call
-        layer._attention_call = replace(call if isinstance(call, Attention) else Attention(), window=window)
+        call = call if isinstance(call, Attention) else Attention()
+        layer._attention_call = replace(call, window=window)
+
+
+class GroupedAttention(MultiHeadAttention):
+    """torchtune's, with H heads of queries and G of keys and values, which it does not repeat H / G times.
+
+    Attributes:
+        normalises_first: Queries and keys are normalised before they are rotated, not after, which scales other
+            coordinates.
+    """
+
+    normalises_first = False
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._attention_call = Attention()  # torchtune's would take as many heads of keys as of queries
+
+    def forward(self, x: Tensor, y: Tensor, *, mask=None, input_pos: Tensor | None = None) -> Tensor:
+        """Returns [B, S, D]; x gives queries, y keys and values, both [B, S, D]: torchtune's layers pass the same."""
+        q = self._heads(self.q_proj(x), self.q_norm, input_pos)
+        k = self._heads(self.k_proj(y), self.k_norm, input_pos)
+        v = self.v_proj(y).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        if self.kv_cache is not None and self.cache_enabled:
+            k, v = self.kv_cache.update(k, v)
+        dropout_p = self.attn_dropout if self.training else 0.0
+        is_causal = self.kv_cache is None and mask is None and self.is_causal
+        output = self._attention_call(q, k, v, mask=mask, dropout_p=dropout_p, is_causal=is_causal)
+        return self.output_proj(output.transpose(1, 2).flatten(2))
+
+    def _heads(self, projected: Tensor, norm: nn.Module | None, input_pos: Tensor | None) -> Tensor:
+        """Returns [B, heads, S, K] of [B, S, heads * K], normalised and rotated."""
+        heads = projected.unflatten(-1, (-1, self.head_dim))
+        if norm is not None and self.normalises_first:
+            heads = norm(heads)
+        if self.pos_embeddings is not None:
+            heads = self.pos_embeddings(heads, input_pos=input_pos)
+        heads = heads.transpose(1, 2)
+        return heads if norm is None or self.normalises_first else norm(heads)
 
 
 @dataclass(frozen=True)
@@ -95,11 +124,11 @@ class Attention:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        mask: Tensor | dict[int | None, Tensor] | Segments | None,
+        mask: Tensor | Told | None,
         dropout_p: float,
         is_causal: bool,
     ) -> Tensor:
-        """Returns [B, H, S, K] for q, k, v of that shape.
+        """Returns [B, H, S, K] for q of that shape, and k and v [B, G, S, K] or, repeated, of that shape.
 
         Args:
             mask: Of a PairBatch, or torchtune's own [B, S, columns] as generation makes it, or none.
@@ -110,13 +139,39 @@ class Attention:
                 for b, row in enumerate(mask.rows)
             ]
             return rows[0] if len(rows) == 1 else torch.cat(rows)
-        if isinstance(mask, dict):
+        if isinstance(mask, Varlen):
+            return self._attend_varlen(q, k, v, mask)
+        has_window = isinstance(mask, dict)
+        if has_window:
             mask = mask.get(self.window, mask[None])
-        elif self.window and k.shape[2] > self.window:
+        if isinstance(mask, BlockMask):
+            return self._attend_blocks(q, k, v, mask)
+        if not has_window and self.window and k.shape[2] > self.window:
             mask = torch.ones(1, *q.shape[2:3] * 2, dtype=torch.bool, device=q.device).tril() if mask is None else mask
             mask = mask & _newest(mask, self.window)
         mask = None if mask is None else mask[:, None]
         return self._attend(q, k, v, dropout_p, mask=mask, is_causal=is_causal and mask is None)
+
+    def _attend_blocks(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+        softcap = self.softcap
+
+        def capped(score, b, h, i, j):
+            return softcap * torch.tanh(score / softcap)
+
+        how = {"score_mod": capped if softcap else None, "block_mask": mask, "scale": self.scale}
+        return flex_attention(q, k, v, **how, enable_gqa=q.shape[1] != k.shape[1])
+
+    def _attend_varlen(self, q: Tensor, k: Tensor, v: Tensor, of: Varlen) -> Tensor:
+        queries, keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+        keys, values = (_WithRepetitions.apply(x, of.token, of.own, of.again, of.repeated) for x in (keys, values))
+        window = self.window - 1 if self.window else -1
+        out = varlen_attn(
+            *(queries, keys, values, of.query_ends, of.key_ends, of.most_queries, of.most_keys),
+            scale=self.scale,
+            window_size=(window, 0),
+            **_GROUPED,
+        )
+        return out.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2)
 
     def _attend_row(self, q, k, v, documents: tuple[Document, ...], segments: Segments, dropout_p: float) -> Tensor:
         # One split a tensor: slicing document by document would make backward add up as many row-sized gradients.
@@ -147,15 +202,23 @@ class Attention:
         return self._attend(q, k[:, :, -keys:], v[:, :, -keys:], dropout_p, mask=mask)
 
     def _attend(self, q, k, v, dropout_p: float, *, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        group = q.shape[1] // k.shape[1]
+        if group > 1 and (self.softcap or not takes_groups(q.device.type, q.dtype, mask)):
+            k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
         if self.softcap is None:
             how = {"attn_mask": mask, "is_causal": is_causal, "dropout_p": dropout_p, "scale": self.scale}
-            return F.scaled_dot_product_attention(q, k, v, **how)
+            return F.scaled_dot_product_attention(q, k, v, **how, enable_gqa=q.shape[1] != k.shape[1])
         if is_causal:
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
         scale = self.scale or q.shape[-1] ** -0.5
         # Backward computes the scores again: kept, a layer's would take more memory than all else of it.
         how = {"use_reentrant": False, "preserve_rng_state": dropout_p > 0}
         return checkpoint(softcapped_attention, q, k, v, mask, scale, self.softcap, dropout_p, **how)
+
+
+def takes_groups(device: str, dtype: torch.dtype, mask: Tensor | None) -> bool:
+    """Returns whether torch has a fused kernel in which several heads of queries share one of keys and values."""
+    return device != "cuda" or (mask is None and dtype != torch.float32)
 
 
 def softcapped_attention(
@@ -171,6 +234,25 @@ def softcapped_attention(
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     return F.dropout(scores.softmax(-1).to(v.dtype), dropout_p) @ v
+
+
+class _WithRepetitions(torch.autograd.Function):
+    """Keys or values [T, G, K] of tokens, as the sequences of a Varlen have them: [keys, G, K].
+
+    Backward of plain indexing would sort the index and add up one by one. Here a token's gradient is its key's, and a
+    prefix's has that of its repetition added.
+    """
+
+    @staticmethod
+    def forward(ctx, of_tokens, token, own, again, repeated):
+        ctx.save_for_backward(own, again, repeated)
+        return of_tokens.index_select(0, token)
+
+    @staticmethod
+    def backward(ctx, grad):
+        own, again, repeated = ctx.saved_tensors
+        of_tokens = grad.index_select(0, own)
+        return of_tokens.index_add_(0, repeated, grad.index_select(0, again)), None, None, None, None
 
 
 def _newest(mask: Tensor, window: int) -> Tensor:

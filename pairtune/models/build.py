@@ -5,20 +5,20 @@ A model is built on the meta device, where size costs nothing and mistakes show,
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from omegaconf import OmegaConf
 from torch import nn
-from torchtune.modules import MultiHeadAttention, TransformerDecoder, TransformerSelfAttentionLayer
+from torchtune.modules import MultiHeadAttention, TransformerDecoder
 from torchtune.modules.peft import LoRALinear, get_adapter_params, set_trainable_params
-from torchtune.training import compile_model, set_activation_checkpointing, set_default_dtype
+from torchtune.training import set_default_dtype
 
 from pairtune.config.components import check_component, instantiate
 from pairtune.config.rules import LORA_LAYERS, OUR_LAYERS
 from pairtune.dist import World
 from pairtune.errors import UserError
-from pairtune.models import frozen_base, logps
+from pairtune.models import frozen_base
 from pairtune.models.adapters import add_frozen_copy
 from pairtune.models.additions import additions
 from pairtune.models.dora import DoRALinear
@@ -204,56 +204,6 @@ def _num_shards(world: World | None, base_dtype: str, what: str) -> int:
             "data_parallel_replicate_dim=1, and fsdp_cpu_offload=false in a run of one process"
         )
     return world.num_shards if world else 1
-
-
-def prepare(
-    model: TransformerDecoder,
-    *,
-    max_length: int,
-    vocab_size: int = 0,
-    attention: str = "auto",
-    windows: Sequence[int | None] | None = None,
-    checkpoint_activations: bool = False,
-    compile_layers: bool = False,
-) -> None:
-    """Makes the model return answers' log-probabilities (logps.answer_logps) and take rows longer than its positions.
-
-    Args:
-        max_length: Tokens of the longest conversation.
-        vocab_size: Token ids that the tokenizer can produce.
-        attention: segments, mask, or auto: mask with `compile_layers`, which wants few shapes, else segments.
-        windows: How far each layer looks back, from check_model.windows; None: no layer has a sliding window.
-        checkpoint_activations: Keep only each layer's input for backward and compute the rest again: less memory,
-            about a third more work.
-        compile_layers: torch.compile layer by layer, so that compile time does not grow with depth.
-
-    Raises:
-        UserError: The model has fewer positions or embeddings than that, or cannot attend that way.
-    """
-    if max_length > model.max_seq_len:
-        raise UserError(
-            f"max_length={max_length}: the model has {model.max_seq_len} positions; "
-            f"nearest valid: max_length={model.max_seq_len}"
-        )
-    if vocab_size > model.tok_embeddings.num_embeddings:
-        raise UserError(
-            f"tokenizer: has {vocab_size} token ids, the model embeds {model.tok_embeddings.num_embeddings}: "
-            "`tokenizer` and `model` do not belong together"
-        )
-    if compile_layers and attention == "segments":
-        raise UserError(
-            "attention=segments: compile=true would compile anew for each batch; nearest valid: attention=auto"
-        )
-    # A row holds several documents, each with positions of its own, all below max_length.
-    additions(model).num_positions, model.max_seq_len = model.max_seq_len, 2**31
-    logps.install(model, "mask" if attention == "mask" or compile_layers else "segments", windows)
-    if checkpoint_activations:
-        set_activation_checkpointing(model, auto_wrap_policy={TransformerSelfAttentionLayer})
-    if compile_layers:
-        # A layer is compiled for each kind of forward: with gradients and without, adapters on and off, the first
-        # layer's input, a few shapes. Beyond torch's limit of 8 it would not be compiled.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-        compile_model(model, verbose=False)
 
 
 def disable_dropout(model: nn.Module) -> bool:

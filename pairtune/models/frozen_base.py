@@ -4,10 +4,13 @@ NF4 is torchao's tensor (nf4.py). int8 and fp8 (e4m3) are numbers of 8 bits and 
 FSDP2 cuts as any other: the weight, int8 or the bits of fp8 as uint8, and `weight_scale` beside it.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.flop_counter import register_flop_formula
 from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune.modules.peft import LoRALinear
 
@@ -98,7 +101,11 @@ def product(x: Tensor, layer: nn.Module, dense: Tensor | None = None) -> Tensor:
     Args:
         dense: `values_of` the layer, where the caller needs them, too.
     """
-    return _Product.apply(x, layer.weight, getattr(layer, "weight_scale", None), shape_of(layer), dense)
+    weight, scale, shape = layer.weight, getattr(layer, "weight_scale", None), shape_of(layer)
+    if torch.compiler.is_compiling():
+        parts = nf4.parts(weight) if isinstance(weight, NF4Tensor) else [weight, scale]
+        return _one_product(x, parts, *shape)
+    return _Product.apply(x, weight, scale, shape, dense)
 
 
 class _Product(torch.autograd.Function):
@@ -111,6 +118,53 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         return grad @ values(*ctx.saved_tensors, ctx.shape).to(grad.dtype), None, None, None, None
+
+
+# In a compiled layer, forward and backward are one graph, in which a weight's values would be made once and kept: the
+# whole model in 16 bits. So the product is one operation there, and its backward another, closed to the compiler.
+
+
+def _values_of_parts(parts: list[Tensor], rows: int, columns: int) -> Tensor:
+    shape = torch.Size((rows, columns))
+    return values(*parts, shape) if len(parts) == 2 else nf4.dense_of(parts, shape)
+
+
+@torch.library.custom_op("pairtune::frozen_product", mutates_args=())
+def _one_product(x: Tensor, parts: list[Tensor], rows: int, columns: int) -> Tensor:
+    return F.linear(x, _values_of_parts(parts, rows, columns).to(x.dtype))
+
+
+@_one_product.register_fake
+def _(x: Tensor, parts: list[Tensor], rows: int, columns: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+@torch.library.custom_op("pairtune::frozen_product_backward", mutates_args=())
+def _one_backward(grad: Tensor, parts: list[Tensor], rows: int, columns: int) -> Tensor:
+    return grad @ _values_of_parts(parts, rows, columns).to(grad.dtype)
+
+
+@_one_backward.register_fake
+def _(grad: Tensor, parts: list[Tensor], rows: int, columns: int) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], columns)
+
+
+def _keep(ctx, inputs, output) -> None:
+    _, parts, *ctx.shape = inputs
+    ctx.save_for_backward(*parts)
+
+
+def _to_x(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _one_backward(grad, list(ctx.saved_tensors), *ctx.shape), [None] * len(ctx.saved_tensors), None, None
+
+
+_one_product.register_autograd(_to_x, setup_context=_keep)
+
+
+@register_flop_formula([torch.ops.pairtune.frozen_product, torch.ops.pairtune.frozen_product_backward])
+def _flops(x_shape, *_, out_shape=None, **__) -> int:
+    """Of the product, so that the compiler knows what it costs to make it twice."""
+    return 2 * math.prod(x_shape) * out_shape[-1]
 
 
 class FrozenLinear(nn.Linear):

@@ -30,12 +30,12 @@ def install(model: TransformerDecoder, back_end: str = "segments", windows: Sequ
     Without a batch (generation) it is torchtune's own and returns logits.
 
     Args:
-        back_end: segments or mask, see attention.py.
+        back_end: One of attention.BACK_ENDS.
         windows: Of the layers, as attention.install takes them.
     """
     attention.install(model, windows)
     kept = additions(model)
-    kept.windows, kept.dense_attention = list(windows or ()), back_end == "mask"
+    kept.windows, kept.back_end = list(windows or ()), back_end
     kept.mixtures = experts.mixtures_of(model)
     model.unembed = MethodType(_unembed, model)
 
@@ -94,10 +94,7 @@ def answer_scores(
 
 def _token_logps(model: TransformerDecoder, batch: PairBatch) -> Tensor:
     """Returns [N] float32."""
-    if model.pairtune.dense_attention:
-        mask = attention.dense_masks(batch, model.pairtune.windows)
-    else:
-        mask = attention.Segments(batch.rows, batch.tokens.device)
+    mask = attention.told(batch, model.pairtune.back_end, model.pairtune.windows)
     model.pairtune.batch = batch
     try:
         return model(batch.tokens, mask=mask, input_pos=batch.input_pos)

@@ -20,6 +20,7 @@ from torchao.dtypes.nf4tensor import NF4Tensor, SubclassTensorArgs, to_nf4
 BLOCK = 64  # values that share a scale
 SCALES = 256  # scales that are quantized together
 ROW = BLOCK * SCALES
+_PARTS = ("quantized_data", "nf4", "quantized_scalers", "quantization_factor", "scaler_mean")
 FUSED = {"cuda"} if has_triton_package() else set()  # devices where one compiled kernel makes a weight's values
 
 
@@ -82,13 +83,20 @@ def dense(weight: NF4Tensor, shape: torch.Size) -> Tensor:
     """Returns the values [out, in] that the 4 bits stand for: torchao's bit for bit, in a tenth of its time."""
     if torch.compiler.is_compiling():  # a layer that is compiled makes one kernel of torchao's steps
         return weight.get_original_weight().flatten()[: shape.numel()].view(shape)
-    factors = weight.quantization_factor
-    scales = (weight.quantized_scalers.view(len(factors), -1) / factors[:, None]).flatten().to(weight.dtype)
-    scales = scales + weight.scaler_mean  # [blocks]
-    data, table = weight.quantized_data, weight.nf4
-    make = _fused if weight.device.type in FUSED else _looked_up
-    values = make(data, table, scales)
-    return values[: shape.numel()].view(shape)
+    return dense_of(parts(weight), shape)
+
+
+def parts(weight: NF4Tensor) -> list[Tensor]:
+    """Returns the plain tensors that a weight is made of."""
+    return [getattr(weight, name) for name in _PARTS]
+
+
+def dense_of(parts: list[Tensor], shape: torch.Size) -> Tensor:
+    """Returns `dense` of a weight with these `parts`."""
+    data, table, scales, factors, mean = parts
+    scales = (scales.view(len(factors), -1) / factors[:, None]).flatten().to(table.dtype) + mean  # [blocks]
+    make = _fused if data.device.type in FUSED else _looked_up
+    return make(data, table, scales)[: shape.numel()].view(shape)
 
 
 def _looked_up(data: Tensor, table: Tensor, scales: Tensor) -> Tensor:

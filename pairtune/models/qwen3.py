@@ -1,20 +1,18 @@
-"""Qwen 3 (arXiv 2505.09388) from torchtune's modules: Qwen 2 with normalised queries and keys in place of biases.
-
-B batch size, S sequence length, D width, H heads, K head width.
-"""
+"""Qwen 3 (arXiv 2505.09388) from torchtune's modules: Qwen 2 with normalised queries and keys in place of biases."""
 
 from functools import partial
 
-from torch import Tensor, nn
+from torch import nn
 from torchtune.models.qwen2._positional_embeddings import Qwen2RotaryPositionalEmbeddings
 from torchtune.modules import (
     FeedForward,
-    MultiHeadAttention,
     RMSNorm,
     TiedLinear,
     TransformerDecoder,
     TransformerSelfAttentionLayer,
 )
+
+from pairtune.models.attention import GroupedAttention
 
 
 def qwen3(
@@ -79,30 +77,10 @@ def qwen3(
     )
 
 
-class Qwen3Attention(MultiHeadAttention):
-    """Normalises queries and keys before it rotates them; torchtune's does so after, which scales other coordinates."""
+class Qwen3Attention(GroupedAttention):
+    """Normalises queries and keys before it rotates them."""
 
-    def forward(self, x: Tensor, y: Tensor, *, mask: Tensor | None = None, input_pos: Tensor | None = None) -> Tensor:
-        """Returns [B, S, D]; x gives queries, y keys and values, both [B, S, D]: torchtune's layers pass the same."""
-        q, k, v = (
-            projection(z).unflatten(-1, (-1, self.head_dim))  # [B, S, H, K], fewer heads for keys and values
-            for projection, z in ((self.q_proj, x), (self.k_proj, y), (self.v_proj, y))
-        )
-        q = self.pos_embeddings(self.q_norm(q), input_pos=input_pos)
-        k = self.pos_embeddings(self.k_norm(k), input_pos=input_pos)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H, S, K]
-        if self.kv_cache is not None and self.cache_enabled:
-            k, v = self.kv_cache.update(k, v)
-        k, v = (z.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1) for z in (k, v))
-        output = self._attention_call(
-            q,
-            k,
-            v,
-            mask=mask,
-            dropout_p=self.attn_dropout if self.training else 0.0,
-            is_causal=self.kv_cache is None and mask is None and self.is_causal,
-        )
-        return self.output_proj(output.transpose(1, 2).flatten(2))
+    normalises_first = True
 
 
 # The sizes of Qwen's config.json files.

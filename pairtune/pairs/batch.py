@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+ROW_MULTIPLE = 128  # rows of one length are a multiple of this: FlexAttention's blocks, and tiles of matrix products
+
 
 class Document(NamedTuple):
     """Where a pair lies in its row: first position, prefix length, and one tail length an answer."""
@@ -57,8 +59,14 @@ class PairBatch:
 
     def to(self, device: torch.device) -> "PairBatch":
         """Returns the batch with every tensor on `device`."""
-        tensors = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **tensors)
+        return replace(self, **{k: to_device(v, device) for k, v in vars(self).items() if isinstance(v, Tensor)})
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Returns the tensor on `device`; a GPU goes on meanwhile, as it would not from memory that may be paged out."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def lay_out(pairs, row_length: int | None = None, *, score_end: bool = True) -> PairBatch:
@@ -135,7 +143,7 @@ def _lay_out_pair(pair) -> dict:
     }
 
 
-def longest_row(pairs, multiple: int = 128, *, mixed_within: int | None = None) -> int:
+def longest_row(pairs, multiple: int = ROW_MULTIPLE, *, mixed_within: int | None = None) -> int:
     """Returns the row length that each of these pairs fits in: the longest's, rounded up to a multiple.
 
     Rows of one length, several short pairs in one: few shapes for a compiler, little padding for a dense mask.
@@ -146,13 +154,18 @@ def longest_row(pairs, multiple: int = 128, *, mixed_within: int | None = None) 
     """
     prompts, longest = sorted(len(p.prompt) for p in pairs), 0
     for p in pairs:
-        prompt = len(p.prompt)
+        length = document_length(p)
         if mixed_within is not None:
             room = mixed_within - max(len(p.chosen), len(p.rejected))
-            prompt = max(prompt, prompts[bisect_right(prompts, room) - 1])
-        answers = len(p.chosen) + len(p.rejected) - _common_prefix_length(p.chosen, p.rejected)
-        longest = max(longest, prompt + answers)
+            length += max(0, prompts[bisect_right(prompts, room) - 1] - len(p.prompt))
+        longest = max(longest, length)
     return -(-longest // multiple) * multiple
+
+
+def document_length(pair) -> int:
+    """Returns the tokens that a pair takes in its row: what its two conversations share is there once."""
+    answers = len(pair.chosen) + len(pair.rejected) - _common_prefix_length(pair.chosen, pair.rejected)
+    return len(pair.prompt) + answers
 
 
 def _common_prefix_length(a: list[int], b: list[int]) -> int:

@@ -15,12 +15,10 @@ from pairtune import models
 from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.folders import peft
-from pairtune.folders.opening import Execution
 from pairtune.folders.weights import ModelFolder
 from pairtune.losses.calling import needs
 from pairtune.models.logps import answer_logps
 from pairtune.pairs.batch import PairBatch
-from pairtune.pairs.steps import share
 from pairtune.pairs.tokenize import Pair
 from pairtune.reference import cache
 from pairtune.reference.sources import (
@@ -87,14 +85,14 @@ class Reference:
 
     # Before any weight is read
 
-    def build(self, component: Mapping, files: ModelFolder, tokenizer, execution: Execution) -> None:
+    def build(self, component: Mapping, files: ModelFolder, tokenizer, max_length: int) -> None:
         """Builds a second model on the meta device, if there is one, and compares it with its folder.
 
         Args:
             component: The run's `model` block.
             files: The run's, from weights.open_weights.
             tokenizer: The run's, from tokenizer.adapt.
-            execution: As for the policy.
+            max_length: Tokens of the longest conversation.
 
         Raises:
             UserError: See sources.open_second_model.
@@ -110,7 +108,22 @@ class Reference:
                 tokenizer=tokenizer,
                 world=self._world,
             )
-            self._second.prepare(execution)
+            self._second.make_ready(max_length, tokenizer.vocab_size)
+
+    @property
+    def second(self) -> nn.Module | None:
+        """A second model; None without one, and with a cache, when its values are there."""
+        return self._second.model if self._second else None
+
+    @property
+    def computes(self) -> bool:
+        """Whether `logps` runs a model now, not a cache."""
+        return self._cache is None
+
+    @property
+    def second_stays(self) -> bool:
+        """Whether a second model is in memory while the policy is trained."""
+        return self._second is not None and self._block["name"] != "cached"
 
     @property
     def files(self) -> ModelFolder | None:
@@ -186,20 +199,21 @@ class Reference:
         self._live = self._second = None
         gc.collect()  # a model and the functions that it was given refer to each other
 
-    def unanswered(self, batch_size: int) -> Iterator[list[Pair]]:
+    def unanswered(self, share: Callable) -> Iterator[list[Pair]]:
         """Yields micro-batches, this process's, whose values the cache wants: lay each out and pass it to `keep`.
 
         A few that earlier runs have kept come first and are compared; then those that are missing, in larger batches,
         since there are no gradients. Nothing unless the reference is cached and can compute now.
+
+        Args:
+            share: The run's Steps.share.
         """
         if self._cache is None or self._live is None:
             return
-        rank, size = self._world.rank, self._world.size
         self._keep = self._cache.check
-        yield from share(self._cache.samples(NUM_COMPARED), batch_size, rank=rank, size=size)
+        yield from share(self._cache.samples(NUM_COMPARED))
         self._keep = self._cache.put
-        missing = share(self._cache.missing, cache.BATCHES * batch_size, rank=rank, size=size)
-        for pairs in self._world.progress(missing, "reference"):
+        for pairs in self._world.progress(share(self._cache.missing, cache.BATCHES), "reference"):
             self._world.beat("reference")
             yield pairs
         self._cache.complete()

@@ -18,7 +18,7 @@ from pairtune import models
 from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.folders.check_model import check_model
-from pairtune.folders.opening import Execution, make_ready
+from pairtune.folders.opening import make_ready
 from pairtune.folders.weights import ModelFolder, Weights, open_like
 from pairtune.losses.calling import needs
 from pairtune.tokenizer.hf import check_vocabulary
@@ -102,10 +102,10 @@ class FrozenModel:
     files: ModelFolder
     block: Mapping
 
-    def prepare(self, execution: Execution) -> None:
+    def make_ready(self, max_length: int, vocab_size: int = 0) -> None:
         """Makes it ready to compute, with the sliding windows of its own folder."""
         with _told_of(self.block):
-            make_ready(self.model, self.files.config, execution)
+            make_ready(self.model, self.files.config, max_length, vocab_size)
 
     def load(self, world: World) -> None:
         """Gives it its weights, sharded where the policy is."""

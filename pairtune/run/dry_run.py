@@ -17,9 +17,9 @@ from pairtune import models
 from pairtune.config.rules import one_line
 from pairtune.dist import World
 from pairtune.errors import UserError
-from pairtune.losses.calling import loss_at_start, needs, unchanged
+from pairtune.losses.calling import loss_at_start, loss_of, needs, unchanged
 from pairtune.models.logps import answer_logps
-from pairtune.pairs.batch import PairBatch
+from pairtune.pairs.batch import PairBatch, lay_out
 from pairtune.pairs.tokenize import Pair
 from pairtune.reference import Reference
 from pairtune.reference.cache import TOLERANCE
@@ -30,11 +30,6 @@ from pairtune.run.optimizers import forget_state, groups_of, make_state, parts
 EXACT = 1e-3  # nats: closer than this, policy and reference leave nothing to rounding
 LOSS_TOLERANCE = 0.01  # of losses and rewards that are exact but for rounding
 EDITED = "; in an edited copy of a recipe, look at what the loop passes to the loss and to meter.add_pairs"
-
-
-def longest(pairs: list[Pair], count: int) -> list[Pair]:
-    """Returns the `count` pairs with most tokens, longest first."""
-    return sorted(pairs, key=_length, reverse=True)[:count]
 
 
 def _length(pair: Pair) -> int:
@@ -137,11 +132,14 @@ class DryStep:
         _check_finite(grad_norm)
         is_start = reference.is_start and not dropout
         if is_start:
-            loop_asks, base_logps = reference.was_asked, reference.logps(batch)
-            exact = self._check_one_model(batch, base_logps)
-            if loop_asks and exact and self._passes_on(base_logps):
-                _check_rewards(means)
-                self._check_losses(losses)
+            loop_asks = reference.was_asked
+            policy, base = self._logps(batch), reference.logps(batch)
+            exact = self._check_one_model(policy, base, reference)
+            if self._model.pairtune.is_compiled:
+                policy = self._logps(batch, as_in_training=True)
+            if loop_asks and exact and self._passes_on(base):
+                self._check_rewards(means, policy, base)
+                self._check_losses(losses, policy, base)
             elif loop_asks and not exact:
                 self._world.print("policy and reference agree to rounding: that rewards start at zero is not checked\n")
             elif not loop_asks:
@@ -154,24 +152,44 @@ class DryStep:
                 f"{EDITED}"
             )
 
-    def _check_one_model(self, batch: PairBatch, base_logps: tuple[Tensor, Tensor]) -> bool:
-        """Compares log-probabilities of policy and reference; returns whether they leave nothing to rounding."""
+    def _logps(self, batch: PairBatch, *, as_in_training: bool = False) -> tuple[Tensor, Tensor]:
+        """Those of the policy; as the loop has them, where what is compiled rounds in another way with gradients."""
+        ld_alpha = needs(self._loss_fn).ld_alpha
+        if as_in_training:
+            return tuple(logps.detach() for logps in answer_logps(self._model, batch, ld_alpha))
         with models.frozen(self._model):
-            policy = answer_logps(self._model, batch, needs(self._loss_fn).ld_alpha)
-        dtype = next(self._model.norm.parameters()).dtype
-        absolute, relative = TOLERANCE[str(dtype)]
+            return answer_logps(self._model, batch, ld_alpha)
+
+    def _check_one_model(self, policy: tuple, base: tuple, reference: Reference) -> bool:
+        """Compares log-probabilities of policy and reference; returns whether they leave nothing to rounding.
+
+        Where layers are compiled, the two are also compared without a compiler, which would round them differently.
+        """
+        absolute, relative = TOLERANCE[str(next(self._model.norm.parameters()).dtype)]
+        furthest = self._compare(policy, base, absolute, relative)
+        if furthest > EXACT and self._model.pairtune.is_compiled and reference.computes:
+            some = lay_out(self._pairs[:1]).to(self._world.device)
+            with models.plainly(*filter(None, (self._model, reference.second))):
+                furthest = self._compare(self._logps(some), reference.logps(some), absolute, relative)
+        return furthest <= EXACT
+
+    def _compare(self, policy: tuple, reference: tuple, absolute: float, relative: float) -> float:
+        """Returns the largest difference, in nats, of all processes.
+
+        Raises:
+            UserError: One is larger than rounding makes it.
+        """
         differences = []
-        for name, ours, theirs in zip(("chosen", "rejected"), policy, base_logps, strict=True):
-            for pair, logp, base in zip(self._pairs, ours.tolist(), theirs.tolist(), strict=True):
+        for name, ours, theirs in zip(("chosen", "rejected"), policy, reference, strict=True):
+            for pair, logp, base in zip(self._pairs, ours.tolist(), theirs.tolist(), strict=False):
                 differences.append(abs(logp - base))
                 if not differences[-1] <= absolute + relative * abs(base):
                     raise UserError(
                         f"before the first update the policy gives the {name} answer of row {pair.row} a "
-                        f"log-probability of {logp:.3f}, the reference {base:.3f}. They must be one model, and "
-                        f"{str(dtype).removeprefix('torch.')} rounds by less: look at how they are built and loaded, "
-                        "and for dropout that is on"
+                        f"log-probability of {logp:.3f}, the reference {base:.3f}. They must be one model, and the "
+                        "dtype rounds by less: look at how they are built and loaded, and for dropout that is on"
                     )
-        return max(self._world.gather(differences), default=0.0) <= EXACT
+        return max(self._world.gather(differences), default=0.0)
 
     def _passes_on(self, ours: tuple[Tensor, Tensor]) -> bool:
         """Whether the loop calls the config's loss, if at all, with the reference's own values, not a user's."""
@@ -182,16 +200,32 @@ class DryStep:
         )
         return not self._world.max_number(int(not same))
 
-    def _check_losses(self, losses: Tensor) -> None:
+    def _check_losses(self, losses: Tensor, policy: tuple[Tensor, Tensor], base: tuple[Tensor, Tensor]) -> None:
         if not any(torch.equal(values, losses.detach()) for _, values in self._calls):
             return  # an edited loop: its loss is not the config's, and its value here is not known
-        for pair, loss in zip(self._pairs, losses.tolist(), strict=True):
+        for i, (pair, loss) in enumerate(zip(self._pairs, losses.tolist(), strict=True)):
             has = {"has_chosen": bool(pair.chosen), "has_rejected": bool(pair.rejected)}
             expected = loss_at_start(self._loss_fn, **has)
-            if expected is not None and not abs(loss - expected) <= LOSS_TOLERANCE * max(1.0, abs(expected)):
+            if expected is None:
+                continue
+            allowed = LOSS_TOLERANCE * max(1.0, abs(expected))
+            if not abs(loss - expected) <= allowed:
+                rounded = loss_of(self._loss_fn, *(logps[i : i + 1] for logps in (*policy, *base)))
+                allowed += 2 * abs(rounded - expected)
+            if not abs(loss - expected) <= allowed:
                 raise UserError(
                     f"before the first update the loss of row {pair.row} is {loss:.4f}; it must be {expected:.4f}, "
                     f"since the policy is the reference{EDITED}"
+                )
+
+    def _check_rewards(self, means: dict, policy: tuple[Tensor, Tensor], base: tuple[Tensor, Tensor]) -> None:
+        apart = max((float((p - b).abs().max()) for p, b in zip(policy, base, strict=True) if len(p)), default=0.0)
+        allowed = LOSS_TOLERANCE + max(self._world.gather([apart]))  # of nats, times beta, which is below 1
+        for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
+            if not abs(means.get(name, 0.0)) <= allowed:
+                raise UserError(
+                    f"before the first update the mean of {name} is {means[name]:+.4f}; it must be 0, since the policy "
+                    f"is the reference, as their log-probabilities show{EDITED}"
                 )
 
 
@@ -201,12 +235,3 @@ def _check_finite(grad_norm: float) -> None:
             f"before the first update the gradient's norm is {grad_norm}; weights that are not numbers, or a dtype "
             "that is too narrow: look at the checkpoint, and use dtype=fp32"
         )
-
-
-def _check_rewards(means: dict[str, float]) -> None:
-    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
-        if not abs(means.get(name, 0.0)) <= LOSS_TOLERANCE:
-            raise UserError(
-                f"before the first update the mean of {name} is {means[name]:+.4f}; it must be 0, since the policy is "
-                f"the reference, as their log-probabilities show{EDITED}"
-            )

@@ -4,6 +4,7 @@ A parameter has a state: a dict of tensors and numbers. Two kinds keep it elsewh
 optimizer a parameter, each of a copy in host memory; and what knows no shards, which is given plain ones: OnShards.
 """
 
+import inspect
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -55,9 +56,18 @@ def build(block: dict, parameters: Iterable[nn.Parameter], decay_norms_and_biase
         groups = [{"params": matrices}] * bool(matrices) + [{"params": flat, "weight_decay": 0.0}]
     if block["_component_"] == OFFLOADING:
         block = block | {"_component_": f"{__name__}.{AfterClipping.__name__}"}
+    if takes_fused(block) and all(p.device.type == "cuda" for p in parameters):
+        block = block | {"fused": True}
     if block["_component_"].startswith(PLAIN_TENSORS_ONLY) and any(isinstance(p, DTensor) for p in parameters):
         return OnShards(block, groups)
     return components.build(block, groups if len(groups) > 1 else parameters)
+
+
+def takes_fused(block: dict) -> bool:
+    """Whether it has a fused kernel, the fastest there is on a GPU, and the block does not say how it is to compute."""
+    if not block["_component_"].startswith("torch.optim.") or {"fused", "foreach", "differentiable"} & block.keys():
+        return False
+    return "fused" in inspect.signature(import_component("optimizer", block["_component_"])).parameters
 
 
 def _weight_decay(block: dict, device: torch.device) -> float:

@@ -600,8 +600,8 @@ TEXTS = [
 OPTIONS = [
     # key=value, what is said
     ('seed="1"', ["seed=1: must be a whole number, is text"]),
-    ('compile="true"', ["compile=true: must be true or false, is text"]),
-    ("compile=1", ["compile=1: must be true or false, is a whole number"]),
+    ('compile="true"', ["compile=true: must be true, false or auto; nearest valid: compile=true"]),
+    ("compile=1", ["compile=1: must be true, false or auto; nearest valid: compile=true"]),
     ('loss.beta="0.1"', ["loss.beta=0.1: must be a number, is text"]),
     ("epochs=true", ["epochs=true: must be a number"]),
     ("epochs=0", ["epochs=0: must be above 0", "epochs=1"]),
@@ -638,7 +638,7 @@ OPTIONS = [
     ("max_length=1", ["max_length=1: must be at least 2"]),
     ("max_length=512", ["max_prompt_length=512: must be below max_length=512"]),
     ("batch_size=5", ["batch_size=5: must divide pairs_per_step=64"]),
-    ("batch_size=0", ["batch_size=0: must be at least 1"]),
+    ("batch_size=0", ["batch_size=0: must be auto, or a whole number, at least 1; nearest valid: batch_size=1"]),
     ("pairs_per_step=1000000000007", ["pairs_per_step=1000000000007: must be"]),
     ("clip_grad_norm=.inf", ["clip_grad_norm=inf: must be a finite number", "clip_grad_norm=null"]),
     ("device=tpu", ["device=tpu: must be auto, cpu, cuda or cuda:N"]),

@@ -15,9 +15,10 @@ from torchao.dtypes.nf4tensor import to_nf4
 from torchtune.models.llama3 import lora_llama3
 
 from pairtune import dist
-from pairtune.cli import memory, plan
+from pairtune.cli import plan
 from pairtune.cli.commands import main
 from pairtune.cli.recipe import read_recipe
+from pairtune.run import memory
 
 TOOL = runpy.run_path(str(ROOT / "tools" / "check_plan.py"))
 RECIPES = [f"{method}_dpo_{devices}" for method in ("full", "lora", "qlora")
@@ -102,8 +103,8 @@ def test_no_way_to_fill_max_length_takes_more_than_the_batch_that_is_planned(met
 
 def test_a_fused_optimizer_allocates_nothing_and_foreach_a_tensor_for_each_weight(path):
     overrides = ("device=cuda", "max_length=16", "max_prompt_length=8", "batch_size=1", "pairs_per_step=1")
-    fused = planned(path, "full_dpo_single_device", *overrides, "optimizer.fused=true").memory
-    foreach = planned(path, "full_dpo_single_device", *overrides).memory
+    fused = planned(path, "full_dpo_single_device", *overrides).memory
+    foreach = planned(path, "full_dpo_single_device", *overrides, "optimizer.foreach=true").memory
     assert "optimizer scratch" not in fused.parts
     assert foreach.parts["optimizer scratch"] == pytest.approx(foreach.trained, rel=0.01)
 
@@ -325,7 +326,7 @@ def test_a_copy_of_a_recipe_is_planned_like_the_recipe(path, tmp_path, capsys):
         (["--gpus", "0"], "--gpus 0: must be above 0"),
         (["--gpus", "3", "data_parallel_replicate_dim=2"], "data_parallel_replicate_dim=2: must divide the 3"),
         (["--recipe", "qlora_dpo_distributed", "--gpus", "8", "data_parallel_replicate_dim=2"], "all processes or not"),
-        (["batch_size=0"], "batch_size=0: must be at least 1"),
+        (["batch_size=0"], "batch_size=0: must be auto, or a whole number, at least 1"),
         (["--recipe", "lora_dpo_single_device", "reference=model"], "would hold the base a second time"),
         (["--recipe", "qlora_dpo_distributed", "reference=modle"], "nearest valid: reference.name=model"),
     ],

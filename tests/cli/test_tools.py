@@ -79,7 +79,7 @@ def test_a_gpu_check_rehearsed_on_the_cpu_goes_on_after_a_case_whose_process_die
     assert re.fullmatch(r"its process died \(-9\); had logged pairs/s \[[\d.]+, [\d.]+, [\d.]+\]", failed[0][2])
     assert found["recipes", "lora, segments"]["losses"] == pytest.approx([0.693] * 10, abs=0.05)
     assert found["speed", "full cached"]["pairs_per_second"] > 0 < found["plan", "full cached"]["counted_gib"]
-    assert "| full cached: `full_dpo_single_device` `batch_size=4` `reference=cached` |" in done.stdout
+    assert "| full cached: `full_dpo_single_device` `compile=true` `reference=cached` |" in done.stdout
 
 
 def test_a_pairs_operations_are_those_that_a_step_counts():

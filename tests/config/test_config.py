@@ -257,7 +257,7 @@ def test_what_a_run_starts_from_is_not_passed_over(load):
         ("loss=torchtune.rlhf.loss.DPOLos", ["loss._component_", "DPOLos", "cannot be imported"]),
         ("pairs_per_step=many", ["pairs_per_step=many", "whole number", "is text"]),
         ("pairs_per_step=3.5", ["pairs_per_step=3.5", "whole number"]),
-        ("compile=1", ["compile=1", "true or false"]),
+        ("compile=1", ["compile=1", "true, false or auto"]),
         ("lora.alpha=big", ["lora.alpha=big", "a number"]),
         ("loss.beta=big", ["loss.beta=big", "a number"]),
         ("lora.modules=q_projj", ["lora.modules=[q_projj]", "a list"]),

@@ -43,10 +43,9 @@ def test_the_one_kernel_of_gpus_makes_the_same_bits(monkeypatch):
 
 def test_where_no_kernel_can_be_compiled_the_values_are_the_same_and_it_is_said(monkeypatch):
     monkeypatch.setattr(nf4, "FUSED", {"cpu"})
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
     values = torch.randn(192, 500, generator=torch.Generator().manual_seed(3))
     with (
-        torch._inductor.config.patch(force_disable_caches=True),
+        torch._inductor.config.patch({"force_disable_caches": True, "cpp.cxx": ("no-such-compiler",)}),
         pytest.warns(UserWarning, match="without a kernel of their own, more slowly: .*no-such-compiler"),
     ):
         found = nf4.dense(packed(values), values.shape)

@@ -124,7 +124,7 @@ def transformers_router_loss(peer, pairs):
 
 def scores(model, pairs):
     with torch.no_grad():
-        return torch.cat(answer_logps(model, lay_out(pairs, 256 if model.pairtune.dense_attention else None)))
+        return torch.cat(answer_logps(model, lay_out(pairs, 256 if model.pairtune.takes_fixed_rows else None)))
 
 
 def gradients_under_our_names(peer, config):

@@ -17,7 +17,7 @@ from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.folders.check_model import check_config, check_model, windows
 from pairtune.folders.families import FAMILIES as FAMILY
-from pairtune.models import attention, gemma2, generation, logps
+from pairtune.models import attention, gemma2, generation, logps, visibility
 from pairtune.pairs.batch import lay_out
 
 ONE = World(torch.device("cpu"))
@@ -170,8 +170,8 @@ def test_back_ends_agree_at_any_window(window):
 def test_a_window_that_no_conversation_fills_costs_no_mask():
     model, batch = our_model("mistral", their_model("mistral")), lay_out(long_pairs())
     logps.install(model, "segments", [400] * 4)
-    without = attention.dense_masks(batch, [])
-    assert attention.dense_masks(batch, [400]).keys() == without.keys()
+    without = visibility.dense_masks(batch, [])
+    assert visibility.dense_masks(batch, [400]).keys() == without.keys()
     with torch.no_grad():
         values = torch.cat(logps.answer_logps(model, batch))
         logps.install(model, "segments")

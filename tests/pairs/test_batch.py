@@ -8,7 +8,7 @@ import torch
 from helpers import random_pairs
 
 from pairtune.losses.calling import mismatched
-from pairtune.models.attention import dense_mask
+from pairtune.models.visibility import dense_mask
 from pairtune.pairs.batch import lay_out, longest_row
 from pairtune.pairs.tokenize import Pair
 

@@ -20,7 +20,6 @@ from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.folders import weights as checkpoint
 from pairtune.folders.export import Probe, check_export, probe
-from pairtune.folders.opening import Execution
 from pairtune.models.logps import answer_logps
 from pairtune.pairs.batch import lay_out
 
@@ -348,7 +347,7 @@ def test_an_export_that_is_not_the_trained_model_is_refused(work):
     pairs = random_pairs(3)
     weights = checkpoint.Weights(checkpoint.open_weights({"checkpoint_dir": str(exported), "model_type": "LLAMA3"}))
     models.load(model, weights, world=World(torch.device("cpu")))
-    trained, same = probe(model, lay_out(pairs)), {"dtype": "fp32", "execution": Execution(max_length=96)}
+    trained, same = probe(model, lay_out(pairs)), {"dtype": "fp32", "max_length": 96}
     assert "within 0 nats" in check_export(exported, files, component, trained, **same)
     one_token = [SimpleNamespace(prompt=pair.prompt, chosen=[2], rejected=[3]) for pair in pairs]
     close = probe(model, lay_out(one_token))

@@ -35,7 +35,6 @@ from pairtune.errors import UserError
 from pairtune.folders import peft as adapters
 from pairtune.folders import weights as checkpoint
 from pairtune.folders.export import export
-from pairtune.folders.opening import Execution
 from pairtune.models.logps import answer_logps
 from pairtune.pairs.batch import lay_out
 from pairtune.reference.sources import AdapterCopy, AdaptersOff, SecondModel, open_second_model
@@ -791,7 +790,7 @@ def second_model(files, component, *, method="lora", run_dtype="fp32", **referen
     second = open_second_model(
         reference, method, component=component, dtype=run_dtype, files=files, tokenizer=tokens_of(), world=ONE
     )
-    second.prepare(Execution(max_length=128))
+    second.make_ready(128)
     second.load(ONE)
     assert not any(p.requires_grad for p in second.model.parameters()) and not second.model.training
     return second.model

@@ -85,13 +85,6 @@ def test_a_model_without_trained_parameters_is_refused():
         contract.check_trained(model.requires_grad_(False), optimizer)
 
 
-def test_the_longest_pairs_are_those_with_most_tokens():
-    pairs = random_pairs(50)
-    lengths = sorted(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs)
-    found = [len(p.prompt) + len(p.chosen) + len(p.rejected) for p in dry_run.longest(pairs, 4)]
-    assert found == lengths[:-5:-1]
-
-
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adafactor, torch.optim.RMSprop])
 def test_a_rehearsal_leaves_no_trace_and_has_the_optimizers_state_meanwhile(kind):
     model = tiny_llama()

@@ -11,22 +11,26 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import flex_attention as flex
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchtune.modules import TransformerDecoder
 
 from pairtune import models
+from pairtune.dist import World
 from pairtune.errors import UserError
-from pairtune.models import logps, nf4
+from pairtune.models import attention, logps, nf4
+from pairtune.models.execution import SELECTIVE, Execution, checkpointed
 from pairtune.pairs.batch import PairBatch, lay_out
 from pairtune.run import optimizers
+from pairtune.run.compiled_memory import as_compiled
 
 aten = torch.ops.aten
 META = torch.device("meta")
@@ -56,6 +60,18 @@ class Setting:
     num_shards: int = 1  # devices that share a model's weights (FSDP2)
     micro_batches: int = 1  # a step
     cpu_offload: bool = False  # shards wait in host memory; weights are gathered even by one device
+    processes: int = 1  # that share out a step's pairs
+    execution: Execution | None = None  # None: as the model was told by models.execute
+
+    @classmethod
+    def of(cls, world: World) -> "Setting":
+        """A run's."""
+        return cls(
+            device=world.device.type,
+            num_shards=world.num_shards if world.shards else 1,
+            cpu_offload=world.cpu_offload,
+            processes=world.size,
+        )
 
     @property
     def shards(self) -> bool:
@@ -118,7 +134,13 @@ def step_memory(
             _fill_rope(model)
             ledger.own(model.buffers(), part)  # not sharded
     sharding = _Sharding(policy, reference, setting, ledger)
-    with _kernels_of(setting.device), ledger, sharding.of_gradients():
+    batch = batch.to(META)
+    with (
+        _kernels_of(setting.device),
+        _executing(setting.execution, batch, policy, reference),
+        ledger,
+        sharding.of_gradients(),
+    ):
         if setting.micro_batches > 1:  # the last one holds most: it finds the gradients of those before it
             sharding.accumulate()
         _forward_backward(policy, reference, batch, sharding)
@@ -150,9 +172,10 @@ def pass_memory(reference: TransformerDecoder, batch: PairBatch, setting: Settin
     _fill_rope(reference)
     ledger.own(reference.buffers(), "reference")
     sharding = _Sharding(reference, None, setting, ledger)
-    with _kernels_of(setting.device), ledger, torch.no_grad():
+    batch = batch.to(META)
+    with _kernels_of(setting.device), _executing(setting.execution, batch, reference), ledger, torch.no_grad():
         sharding.forward()
-        logps.answer_logps(reference, batch.to(META))
+        logps.answer_logps(reference, batch)
     return round(sum(ledger.peak.values()))
 
 
@@ -175,8 +198,12 @@ def worst_batch(batch_size: int, max_length: int, row_length: int | None = None)
 
 def uniform_batch(batch_size: int, prompt: int, answer: int, row_length: int | None = None) -> PairBatch:
     """Returns a batch of pairs of equal lengths, in tokens; the answers have no beginning in common."""
-    pair = SimpleNamespace(prompt=[0] * prompt, chosen=[1] * answer, rejected=[2] * answer)
-    return lay_out([pair] * batch_size, row_length)
+    return lay_out([uniform_pair(prompt, answer)] * batch_size, row_length)
+
+
+def uniform_pair(prompt: int, answer: int) -> SimpleNamespace:
+    """Returns a pair of these lengths, in tokens."""
+    return SimpleNamespace(prompt=[0] * prompt, chosen=[1] * answer, rejected=[2] * answer)
 
 
 def num_bytes(tensors: Iterable[Tensor]) -> int:
@@ -199,7 +226,6 @@ def _plain(tensor: Tensor) -> list[Tensor]:
 
 
 def _forward_backward(policy, reference, batch: PairBatch, sharding: "_Sharding") -> None:
-    batch = batch.to(META)
     sharding.forward()
     chosen, rejected = logps.answer_logps(policy, batch)
     sharding.reference_forward()
@@ -240,6 +266,8 @@ def _make_optimizer(block: dict, trained: list[nn.Parameter], setting: Setting) 
         arguments["_component_"], copies = arguments.pop("optimizer_class", "torch.optim.AdamW"), True
         arguments = {k: v for k, v in arguments.items() if k not in ("offload_gradients", "minimal_size")}
     on_gpu = setting.device == "cuda"
+    if fused is None and foreach is None and on_gpu and not setting.cpu_offload:
+        fused = optimizers.takes_fused(block)
     if ".Paged" in path:  # managed memory, which a GPU shares with its host
         arguments["_component_"] = path.replace(".Paged", ".")
     try:
@@ -447,16 +475,33 @@ def _block_bytes(model: TransformerDecoder) -> tuple[float, int]:
 
 
 @contextmanager
+def _executing(how: Execution | None, batch: PairBatch, *models: TransformerDecoder | None):
+    """While it lasts, the models' layers hold what they hold when they compute so."""
+    with ExitStack() as stack:
+        for model in filter(None, models if how else ()):
+            stack.callback(setattr, model.pairtune, "back_end", model.pairtune.back_end)
+            model.pairtune.back_end = how.attention
+            if how.compile:
+                stack.enter_context(as_compiled(model, batch, selective=how.checkpointing == SELECTIVE))
+            if how.checkpointing is True:
+                stack.enter_context(checkpointed(model))
+        yield
+
+
+@contextmanager
 def _kernels_of(device: str):
     """Treats meta tensors as this device's: attention, norm and NF4 kernels, its number of logits at a time.
 
     torch would take its general kernels for them, which keep all attention weights.
     """
-    attention, rms_norm = F.scaled_dot_product_attention, F.rms_norm
+    sdpa, rms_norm, validate = F.scaled_dot_product_attention, F.rms_norm, flex._validate_device
 
-    def attend(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):  # which takes no memory
+    def attend(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        if enable_gqa and not attention.takes_groups(device, q.dtype, attn_mask):
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         if dropout_p and device == "cpu":  # no fused kernel there
-            return attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal)
+            how = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "enable_gqa": enable_gqa}
+            return sdpa(q, k, v, **how)
         return _fused_attention(device, q, k, v, attn_mask, is_causal)
 
     def norm(x, normalized_shape, weight=None, eps=None):
@@ -464,7 +509,7 @@ def _kernels_of(device: str):
             return _FusedNorm.apply(x, weight)
         return rms_norm(x, normalized_shape, weight, eps)
 
-    F.scaled_dot_product_attention, F.rms_norm = attend, norm
+    F.scaled_dot_product_attention, F.rms_norm, flex._validate_device = attend, norm, lambda *_: None
     logps.CHUNK_LOGITS["meta"] = logps.CHUNK_LOGITS[device]
     if device == "cuda":
         nf4.FUSED.add("meta")
@@ -473,7 +518,7 @@ def _kernels_of(device: str):
             warnings.simplefilter("ignore")  # that bf16 norms are not fused: counted as such
             yield
     finally:
-        F.scaled_dot_product_attention, F.rms_norm = attention, rms_norm
+        F.scaled_dot_product_attention, F.rms_norm, flex._validate_device = sdpa, rms_norm, validate
         del logps.CHUNK_LOGITS["meta"]
         nf4.FUSED.discard("meta")
 

@@ -1,0 +1,263 @@
+"""What a config leaves to `auto`: attention, compiler, what backward computes again, and how many pairs at a time.
+
+None of them changes a result. They are chosen by what memory.py counts for this device, for the fastest step that fits,
+the same in every process.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torchtune.modules import MultiHeadAttention
+
+from pairtune import models
+from pairtune.config.components import plain
+from pairtune.dist import World
+from pairtune.losses.calling import row_length
+from pairtune.models import execution
+from pairtune.models.dora import DoRALinear
+from pairtune.models.execution import SELECTIVE, Execution
+from pairtune.models.experts import mixtures_of
+from pairtune.models.frozen_base import is_held
+from pairtune.pairs import packing
+from pairtune.pairs.batch import ROW_MULTIPLE, document_length, lay_out
+from pairtune.reference import Reference
+from pairtune.run.memory import Setting, step_memory
+
+GIB = 2**30
+USABLE = 0.9  # of a GPU; the rest is left to CUDA, NCCL and what the allocator cannot use
+KEYS = ("attention", "compile", "enable_activation_checkpointing", "batch_size")
+
+# Tokens that matrix products take at a time: with fewer than ENOUGH of them they are slower, with more than PLENTY no
+# faster (docs/performance.md).
+ENOUGH, PLENTY = 4096, 8192
+# FLOPs of a run that are worth a minute of compiling: about two minutes of an H100 without.
+WORTH_COMPILING = 2e16
+ON_A_CPU = 4  # pairs at a time, where memory does not limit them
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a device has to do.
+
+    Attributes:
+        longest: The pair with most tokens.
+        row_length: A multiple of 128 tokens that the longest pair fits in, see losses.calling.row_length.
+        lengths: Tokens of each pair, in any order; empty: all are as long as the longest.
+        pairs_per_step: Over all devices.
+        num_steps: None: not known.
+    """
+
+    longest: Any
+    row_length: int
+    pairs_per_step: int
+    lengths: Sequence[int] = ()
+    num_steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """How a run computes.
+
+    Attributes:
+        execution: For models.execute.
+        batch_size: Pairs at a time, of the longest.
+        row_length: Of batch.lay_out: None, a row is as long as its pairs.
+        is_packed: Whether a micro-batch is a row of this length, with as many pairs as it takes.
+        reason: A sentence.
+    """
+
+    execution: Execution
+    batch_size: int
+    row_length: int | None
+    is_packed: bool
+    reason: str = ""
+
+    @property
+    def rows(self) -> int | None:
+        """Of pairs.steps.share."""
+        return self.row_length if self.is_packed else None
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        """The values of KEYS."""
+        how = self.execution
+        return dict(zip(KEYS, (how.attention, how.compile, how.checkpointing, self.batch_size), strict=True))
+
+
+def check(attention: str, compiled: bool | str, checkpointing: bool | str) -> None:
+    """Refuses what models.execute would, where it is not left to auto.
+
+    Raises:
+        UserError: See models.execution.check.
+    """
+    if compiled != "auto":
+        execution.check(attention, compiled, checkpointing)
+
+
+def choose(
+    asked: dict[str, Any],
+    work: Work,
+    policy: nn.Module,
+    second: nn.Module | None,
+    optimizer: dict,
+    setting: Setting,
+    memory: int | None,
+) -> Chosen:
+    """Returns what was asked for, with a value in the place of each `auto`.
+
+    Args:
+        asked: By KEYS.
+        policy, second: On the meta device, from models.fit.
+        optimizer: The config's block.
+        setting: The devices.
+        memory: Bytes of each; None: not known, as on a CPU.
+
+    Raises:
+        UserError: Two of the values do not go together.
+    """
+    compiled, on_gpu = asked["compile"], setting.device == "cuda"
+    if compiled == "auto":
+        compiled = on_gpu and asked["attention"] not in ("segments", "varlen") and _is_worth_compiling(policy, work)
+    how = Execution(_attention(asked["attention"], compiled, on_gpu, policy), compiled)
+    fixed, level = asked["batch_size"], asked["enable_activation_checkpointing"]
+    execution.check(how.attention, how.compile, level)
+    if not on_gpu or memory is None:
+        level = on_gpu if level == "auto" else level
+        return _of(replace(how, checkpointing=level), work, fixed if fixed != "auto" else ON_A_CPU, setting)
+    trial = _Trial(work, policy, second, optimizer, setting, USABLE * memory)
+    levels = (False, *[SELECTIVE] * how.compile, True) if level == "auto" else (level,)
+    for level in levels:
+        how = replace(how, checkpointing=level)
+        rows = trial.most_rows(how) if fixed == "auto" else fixed
+        if trial.fits(how, rows) if fixed != "auto" else rows and rows * work.row_length >= trial.enough:
+            break
+    return _of(how, work, max(1, rows), setting, trial)
+
+
+def _is_worth_compiling(policy: nn.Module, work: Work) -> bool:
+    # How many tokens an expert gets changes with every batch; a compiled DoRA layer would keep its base's values.
+    if mixtures_of(policy) or any(isinstance(m, DoRALinear) and is_held(m.weight) for m in policy.modules()):
+        return False
+    if work.num_steps is None:
+        return True
+    tokens = work.num_steps * work.pairs_per_step * _mean(work)
+    return 6 * models.num_parameters(policy)[0] * tokens > WORTH_COMPILING
+
+
+def _mean(work: Work) -> float:
+    return sum(work.lengths) / len(work.lengths) if work.lengths else work.row_length
+
+
+def _attention(asked: str, compiled: bool, on_gpu: bool, policy: nn.Module) -> str:
+    if asked != "auto":
+        return asked
+    layers = [m for m in policy.modules() if isinstance(m, MultiHeadAttention)]
+    if compiled:
+        has_kernel = all(layer.head_dim >= 16 and not layer.attn_dropout for layer in layers)
+        return "flex" if on_gpu and has_kernel else "mask"
+    plain = all(m._attention_call.softcap is None and m.head_dim <= 256 and not m.attn_dropout for m in layers)
+    return "varlen" if on_gpu and plain and models.dtype_of(policy) == "bf16" else "segments"
+
+
+def _of(how: Execution, work: Work, batch_size: int, setting: Setting, trial: "_Trial | None" = None) -> Chosen:
+    per_device = -(-work.pairs_per_step // setting.processes)
+    if how.attention == "flex":
+        length = _least_padding(min(batch_size, per_device) * work.row_length, work, setting.processes)
+        batch_size = length // work.row_length
+        return Chosen(how, batch_size, length, True, trial.told(how, batch_size, length) if trial else "")
+    batch_size = next(n for n in range(min(batch_size, per_device), 0, -1) if work.pairs_per_step % n == 0)
+    length = work.row_length if how.attention == "mask" else None
+    return Chosen(how, batch_size, length, False, trial.told(how, batch_size, None) if trial else "")
+
+
+def _least_padding(most: int, work: Work, processes: int) -> int:
+    """Returns the length of rows, at most `most`, by which steps are padded least: whole steps fill whole rows."""
+    if not work.lengths:
+        return most
+    size = work.pairs_per_step
+    steps = [work.lengths[i : i + size] for i in range(0, min(len(work.lengths), 32 * size), size)]
+    shortest = max(work.row_length, most // 2)
+    candidates = range(-(-shortest // ROW_MULTIPLE) * ROW_MULTIPLE, most + 1, ROW_MULTIPLE * max(1, most // 4096))
+
+    def computed(length: int) -> int:  # a row costs some time besides its tokens', as much as a few of them
+        rows = sum(len(packing.pack(step, length, processes)) for step in steps)
+        return rows * (length + ROW_MULTIPLE)
+
+    return min([*candidates, most], key=computed)
+
+
+class _Trial:
+    """What steps with more or fewer pairs take of a device's memory."""
+
+    def __init__(self, work: Work, policy, second, optimizer: dict, setting: Setting, memory: float):
+        self._work, self._models, self._optimizer = work, (policy, second), optimizer
+        self._setting, self._memory = setting, memory
+        tokens = _mean(work) * work.pairs_per_step / setting.processes  # of a step
+        self.enough = min(ENOUGH, tokens)
+        self._most = max(1, min(PLENTY // work.row_length, -(-int(tokens) // work.row_length)))
+        self._known: dict[tuple[Execution, int, int | None], int] = {}
+
+    def bytes(self, how: Execution, pairs: int, length: int | None = None) -> int:
+        """Of a step with so many of the longest pairs at a time, in rows of this length, where rows have one."""
+        length = length or {"flex": pairs * self._work.row_length, "mask": self._work.row_length}.get(how.attention)
+        if (how, pairs, length) not in self._known:
+            batch = lay_out([self._work.longest] * pairs, length)
+            times = -(-self._work.pairs_per_step // (pairs * self._setting.processes))
+            setting = replace(self._setting, execution=how, micro_batches=times)
+            self._known[how, pairs, length] = step_memory(*self._models, batch, self._optimizer, setting).total
+        return self._known[how, pairs, length]
+
+    def fits(self, how: Execution, pairs: int) -> bool:
+        return self.bytes(how, pairs) <= self._memory
+
+    def most_rows(self, how: Execution) -> int:
+        """Returns the most pairs that fit and are of use; 0 if not even one fits."""
+        if self._most == 1 or not self.fits(how, 1):
+            return int(self.fits(how, 1))
+        one, two = self.bytes(how, 1), self.bytes(how, 2)
+        pairs = min(self._most, 1 + int((self._memory - one) / max(1, two - one)))
+        while pairs > 1 and not self.fits(how, pairs):
+            pairs -= 1
+        return pairs
+
+    def told(self, how: Execution, pairs: int, length: int | None) -> str:
+        rows = f" in rows of {length:,} tokens" if length else ""
+        takes = f"{self.bytes(how, pairs, length) / GIB:.1f} of {self._memory / USABLE / GIB:.1f} GiB"
+        return (
+            f"{takes}{rows}" if self.fits(how, pairs) else f"{takes}, more than fits: `tune plan` says what to change"
+        )
+
+
+def work(pairs: list, loss_fn: Callable, max_length: int, pairs_per_step: int, num_steps: int) -> Work:
+    """Returns what a run has to do.
+
+    Args:
+        pairs: All that it looks at.
+        loss_fn, max_length: As for losses.calling.row_length.
+    """
+    longest, length = max(pairs, key=document_length), row_length(loss_fn, pairs, max_length)
+    return Work(longest, length, pairs_per_step, [document_length(pair) for pair in pairs], num_steps)
+
+
+def choose_and_execute(
+    asked: dict[str, Any], work: Work, policy: nn.Module, reference: Reference, optimizer: dict, world: World
+) -> Chosen:
+    """Returns what `choose` does for this run's device, says it, and makes the models compute so.
+
+    Raises:
+        UserError: As `choose`.
+    """
+    setting, memory = Setting.of(world), None
+    if setting.device == "cuda":
+        memory = torch.cuda.get_device_properties(world.device).total_memory
+    beside = reference.second if reference.second_stays else None
+    chosen = world.agree(choose(asked, work, policy, beside, plain(optimizer), setting, memory))
+    for model in filter(None, (policy, reference.second)):
+        models.execute(model, chosen.execution)
+    if "auto" in asked.values() and memory is not None:
+        values = " ".join(f"{key}={str(value).lower()}" for key, value in chosen.keys.items())
+        world.print(f"auto: {values}: {chosen.reason}\n")
+    return chosen
