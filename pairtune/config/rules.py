@@ -41,7 +41,8 @@ def switch_or(*choices: str) -> Rule:
     meant = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
     def nearest_to(value: Any) -> Any:
-        return meant.get(str(value).lower(), choices[-1])
+        text = str(value).lower()
+        return meant.get(text, close_to(text, choices) or choices[-1])
 
     return Rule(lambda v: isinstance(v, bool) or v in choices, says, nearest_to, object)
 

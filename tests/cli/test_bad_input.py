@@ -601,6 +601,10 @@ OPTIONS = [
     # key=value, what is said
     ('seed="1"', ["seed=1: must be a whole number, is text"]),
     ('compile="true"', ["compile=true: must be true, false or auto; nearest valid: compile=true"]),
+    (
+        "enable_activation_checkpointing=selectiv",
+        ["selective or auto; nearest valid: enable_activation_checkpointing=selective"],
+    ),
     ("compile=1", ["compile=1: must be true, false or auto; nearest valid: compile=true"]),
     ('loss.beta="0.1"', ["loss.beta=0.1: must be a number, is text"]),
     ("epochs=true", ["epochs=true: must be a number"]),
