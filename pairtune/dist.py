@@ -3,6 +3,8 @@
 PyTorch's own engine does the work: torchrun starts the processes, torch.distributed connects them, FSDP2 shards.
 """
 
+import atexit
+import gc
 import os
 import signal
 import sys
@@ -180,6 +182,9 @@ def connect(world: World, replicate: int = 1, timeout_s: float = 600.0) -> World
     )
     shape, names = ((size,), ("shard",)) if replicate == 1 else ((replicate, size // replicate), ("replicate", "shard"))
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    # What is in a circle with the world goes while Python still runs: a back end's thread that asks for the
+    # interpreter as it shuts down aborts the process.
+    atexit.register(gc.collect)
     return World(device, rank, size, mesh, watchdog=Watchdog(rank, size, timeout_s))
 
 
