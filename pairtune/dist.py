@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -28,6 +29,8 @@ from pairtune.errors import UserError
 
 # What asks a run to stop: a scheduler, a person, a terminal or a connection that has gone.
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_runs = count()  # of these processes, in one try
+TRY = "PAIRTUNE_TRY"  # environment: how often the processes have started again, see run/starting_again.py
 
 
 @dataclass(frozen=True)
@@ -173,11 +176,14 @@ def connect(world: World, replicate: int = 1, timeout_s: float = 600.0) -> World
             f"data_parallel_replicate_dim={replicate}: must divide the {size} processes; "
             f"nearest valid: data_parallel_replicate_dim={nearest}"
         )
+    # The watchdog speaks first; the back end's own timeout is for a process whose watchdog cannot.
+    timeout = timedelta(seconds=2 * timeout_s + 60)
     torch_dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        # The watchdog speaks first; the back end's own timeout is for a process whose watchdog cannot.
-        timeout=timedelta(seconds=2 * timeout_s + 60),
-        **({} if "RANK" in os.environ else {"store": torch_dist.HashStore(), "rank": 0, "world_size": 1}),
+        timeout=timeout,
+        store=_store(rank, size, timeout),
+        rank=rank,
+        world_size=size,
         **({"device_id": device} if device.type == "cuda" else {}),
     )
     shape, names = ((size,), ("shard",)) if replicate == 1 else ((replicate, size // replicate), ("replicate", "shard"))
@@ -186,6 +192,14 @@ def connect(world: World, replicate: int = 1, timeout_s: float = 600.0) -> World
     # interpreter as it shuts down aborts the process.
     atexit.register(gc.collect)
     return World(device, rank, size, mesh, watchdog=Watchdog(rank, size, timeout_s))
+
+
+def _store(rank: int, size: int, timeout: timedelta) -> torch_dist.Store:
+    """Returns where processes find each other, which torchrun names; each of their runs and tries has its own keys."""
+    if "RANK" not in os.environ:
+        return torch_dist.HashStore()
+    store, *_ = next(torch_dist.rendezvous("env://", rank, size, timeout=timeout))
+    return torch_dist.PrefixStore(f"try {os.environ.get(TRY, '0')}, run {next(_runs)}", store)
 
 
 def stop(world: World) -> None:

@@ -139,7 +139,6 @@ def main(cfg):
     if resumed:
         state.load(resumed, run_dir, best_metric=cfg.keep_best)
     saved = checkpoints.Checkpoints(run_dir, world, cfg.keep_last_n, cfg.keep_best, cfg.on_save_failure)
-    log = metrics.RunLog(run_dir, world, cfg.metric_logger, cfg, step=state.step, evaluated=state.evaluated)
     world.print(f"{models.sizes(model)}, {cfg.dtype} on {world}; {total_steps:,} steps of {cfg.pairs_per_step} pairs\n")
 
     # 6. Signals; the losses of a few pairs, and of all held-out ones
@@ -182,12 +181,13 @@ def main(cfg):
 
     # 7. Before the first step: the longest pairs go forward and backward, and policy and reference are compared
     mine = heaviest[world.rank]
-    with dry_run.step(model, optimizer, loss_fn, mine, world) as trial:  # leaves no gradient and no trace
+    with dry_run.step(model, optimizer, loss_fn, mine, world, how) as trial:  # leaves no gradient and no trace
         saved.check_disk_space(state, total_steps - state.step, export_size(model, files, tokenizer))
         losses = pair_losses(mine, over_whole_step(sum(heaviest, []), [mine], "dry run"), trial.meter)
         losses.sum().backward()
         if not resumed:  # then the policy has moved already
             trial.check(losses, batch_of(mine), reference, dropout=not cfg.disable_dropout)
+    log = metrics.RunLog(run_dir, world, cfg.metric_logger, cfg, step=state.step, evaluated=state.evaluated)
     samples = Samples(run_dir / "samples.jsonl", tokenizer, world, cfg.samples, held_out or train, seed=cfg.seed)
     samples.before(model, resumed=resumed is not None)
 

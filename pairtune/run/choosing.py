@@ -4,6 +4,7 @@ None of them changes a result. They are chosen by what memory.py counts for this
 the same in every process.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,7 @@ from torchtune.modules import MultiHeadAttention
 from pairtune import models
 from pairtune.config.components import plain
 from pairtune.dist import World
+from pairtune.errors import UserError
 from pairtune.losses.calling import row_length
 from pairtune.models import execution
 from pairtune.models.dora import DoRALinear
@@ -24,6 +26,7 @@ from pairtune.models.frozen_base import is_held
 from pairtune.pairs import packing
 from pairtune.pairs.batch import ROW_MULTIPLE, document_length, lay_out
 from pairtune.reference import Reference
+from pairtune.run import starting_again
 from pairtune.run.memory import Setting, step_memory
 
 GIB = 2**30
@@ -67,6 +70,7 @@ class Chosen:
         row_length: Of batch.lay_out: None, a row is as long as its pairs.
         is_packed: Whether a micro-batch is a row of this length, with as many pairs as it takes.
         reason: A sentence.
+        has_smaller: Whether `auto` leaves a choice that holds less.
     """
 
     execution: Execution
@@ -74,6 +78,7 @@ class Chosen:
     row_length: int | None
     is_packed: bool
     reason: str = ""
+    has_smaller: bool = False
 
     @property
     def rows(self) -> int | None:
@@ -85,6 +90,17 @@ class Chosen:
         """The values of KEYS."""
         how = self.execution
         return dict(zip(KEYS, (how.attention, how.compile, how.checkpointing, self.batch_size), strict=True))
+
+    @property
+    def told(self) -> str:
+        """As on a command line."""
+        return " ".join(f"{key}={str(value).lower()}" for key, value in self.keys.items())
+
+    @property
+    def note(self) -> dict[str, Any]:
+        """What `choose` needs of this choice when it has run out of memory."""
+        how = self.execution.checkpointing
+        return {"checkpointing": how, "pairs": self.batch_size, "row": self.row_length, "told": self.told}
 
 
 def check(attention: str, compiled: bool | str, checkpointing: bool | str) -> None:
@@ -105,6 +121,7 @@ def choose(
     optimizer: dict,
     setting: Setting,
     memory: int | None,
+    ran_out: dict[str, Any] | None = None,
 ) -> Chosen:
     """Returns what was asked for, with a value in the place of each `auto`.
 
@@ -114,9 +131,10 @@ def choose(
         optimizer: The config's block.
         setting: The devices.
         memory: Bytes of each; None: not known, as on a CPU.
+        ran_out: A choice that did not fit, as Chosen.note, and its `way_out`: one that holds less is wanted.
 
     Raises:
-        UserError: Two of the values do not go together.
+        UserError: Two of the values do not go together; nothing holds less than what ran out of memory.
     """
     compiled, on_gpu = asked["compile"], setting.device == "cuda"
     if compiled == "auto":
@@ -124,17 +142,45 @@ def choose(
     how = Execution(_attention(asked["attention"], compiled, on_gpu, policy), compiled)
     fixed, level = asked["batch_size"], asked["enable_activation_checkpointing"]
     execution.check(how.attention, how.compile, level)
-    if not on_gpu or memory is None:
-        level = on_gpu if level == "auto" else level
-        return _of(replace(how, checkpointing=level), work, fixed if fixed != "auto" else ON_A_CPU, setting)
-    trial = _Trial(work, policy, second, optimizer, setting, USABLE * memory)
     levels = (False, *[SELECTIVE] * how.compile, True) if level == "auto" else (level,)
-    for level in levels:
+    trial = _Trial(work, policy, second, optimizer, setting, memory)
+    if ran_out:
+        how, rows = _smaller(ran_out, how, levels, fixed, trial)
+    elif not on_gpu or memory is None:
+        how = replace(how, checkpointing=on_gpu if level == "auto" else level)
+        rows, trial = ON_A_CPU if fixed == "auto" else fixed, None
+    else:
+        for level in levels:
+            how = replace(how, checkpointing=level)
+            rows = trial.most_rows(how) if fixed == "auto" else fixed
+            if trial.fits(how, rows) if fixed != "auto" else rows and trial.is_enough(rows):
+                break
+    chosen = _of(how, work, max(1, rows), setting, trial)
+    has_smaller = fixed == "auto" and chosen.batch_size > 1 or how.checkpointing != levels[-1]
+    reason = f"{chosen.reason}; {ran_out['told']} ran out of memory" if ran_out else chosen.reason
+    return replace(chosen, has_smaller=has_smaller, reason=reason)
+
+
+def _smaller(
+    ran_out: dict[str, Any], how: Execution, levels: Sequence[bool | str], fixed: int | str, trial: "_Trial"
+) -> tuple[Execution, int]:
+    """Returns the next smaller choice, and its pairs at a time.
+
+    Half as many pairs, as long as matrix products have enough tokens; then more is computed again in backward.
+    """
+    at, pairs = ran_out["checkpointing"], ran_out["pairs"]
+    trial.must_be_below(replace(how, checkpointing=at), pairs, ran_out["row"])
+    for level in levels[levels.index(at) :]:
         how = replace(how, checkpointing=level)
-        rows = trial.most_rows(how) if fixed == "auto" else fixed
-        if trial.fits(how, rows) if fixed != "auto" else rows and rows * work.row_length >= trial.enough:
-            break
-    return _of(how, work, max(1, rows), setting, trial)
+        if fixed != "auto":
+            if level != at and trial.fits(how, fixed):
+                return how, fixed
+            continue
+        most = trial.most_rows(how)
+        rows = min(most, pairs // 2) if level == at else most
+        if rows and (level == levels[-1] or trial.is_enough(rows)):
+            return how, rows
+    raise UserError(ran_out["way_out"])
 
 
 def _is_worth_compiling(policy: nn.Module, work: Work) -> bool:
@@ -192,12 +238,15 @@ def _least_padding(most: int, work: Work, processes: int) -> int:
 class _Trial:
     """What steps with more or fewer pairs take of a device's memory."""
 
-    def __init__(self, work: Work, policy, second, optimizer: dict, setting: Setting, memory: float):
+    def __init__(self, work: Work, policy, second, optimizer: dict, setting: Setting, memory: int | None):
         self._work, self._models, self._optimizer = work, (policy, second), optimizer
-        self._setting, self._memory = setting, memory
+        self._setting, self._total = setting, memory
+        self._memory = USABLE * memory if memory else math.inf
         tokens = _mean(work) * work.pairs_per_step / setting.processes  # of a step
-        self.enough = min(ENOUGH, tokens)
-        self._most = max(1, min(PLENTY // work.row_length, -(-int(tokens) // work.row_length)))
+        on_cpu = setting.device == "cpu"
+        self._enough = 0 if on_cpu else min(ENOUGH, tokens)
+        plenty = ON_A_CPU if on_cpu else PLENTY // work.row_length
+        self._most = max(1, min(plenty, -(-int(tokens) // work.row_length)))
         self._known: dict[tuple[Execution, int, int | None], int] = {}
 
     def bytes(self, how: Execution, pairs: int, length: int | None = None) -> int:
@@ -213,6 +262,14 @@ class _Trial:
     def fits(self, how: Execution, pairs: int) -> bool:
         return self.bytes(how, pairs) <= self._memory
 
+    def is_enough(self, pairs: int) -> bool:
+        """Whether so many of the longest pairs keep matrix products busy."""
+        return pairs * self._work.row_length >= self._enough
+
+    def must_be_below(self, how: Execution, pairs: int, length: int | None) -> None:
+        """Lets nothing fit any more that holds as much as this."""
+        self._memory = min(self._memory, self.bytes(how, pairs, length) - 1)
+
     def most_rows(self, how: Execution) -> int:
         """Returns the most pairs that fit and are of use; 0 if not even one fits."""
         if self._most == 1 or not self.fits(how, 1):
@@ -225,10 +282,11 @@ class _Trial:
 
     def told(self, how: Execution, pairs: int, length: int | None) -> str:
         rows = f" in rows of {length:,} tokens" if length else ""
-        takes = f"{self.bytes(how, pairs, length) / GIB:.1f} of {self._memory / USABLE / GIB:.1f} GiB"
-        return (
-            f"{takes}{rows}" if self.fits(how, pairs) else f"{takes}, more than fits: `tune plan` says what to change"
-        )
+        takes = f"{self.bytes(how, pairs, length) / GIB:.1f}"
+        if self._total:
+            takes += f" of {self._total / GIB:.1f}"
+        fits = not self._total or self.bytes(how, pairs) <= USABLE * self._total
+        return f"{takes} GiB{rows}" if fits else f"{takes} GiB, more than fits: `tune plan` says what to change"
 
 
 def work(pairs: list, loss_fn: Callable, max_length: int, pairs_per_step: int, num_steps: int) -> Work:
@@ -250,14 +308,13 @@ def choose_and_execute(
     Raises:
         UserError: As `choose`.
     """
-    setting, memory = Setting.of(world), None
+    setting, memory, ran_out = Setting.of(world), None, starting_again.take_note()
     if setting.device == "cuda":
         memory = torch.cuda.get_device_properties(world.device).total_memory
     beside = reference.second if reference.second_stays else None
-    chosen = world.agree(choose(asked, work, policy, beside, plain(optimizer), setting, memory))
+    chosen = world.agree(choose(asked, work, policy, beside, plain(optimizer), setting, memory, ran_out))
     for model in filter(None, (policy, reference.second)):
         models.execute(model, chosen.execution)
-    if "auto" in asked.values() and memory is not None:
-        values = " ".join(f"{key}={str(value).lower()}" for key, value in chosen.keys.items())
-        world.print(f"auto: {values}: {chosen.reason}\n")
+    if "auto" in asked.values() and chosen.reason:
+        world.print(f"auto: {chosen.told}: {chosen.reason}\n")
     return chosen

@@ -23,6 +23,8 @@ from pairtune.pairs.batch import PairBatch, lay_out
 from pairtune.pairs.tokenize import Pair
 from pairtune.reference import Reference
 from pairtune.reference.cache import TOLERANCE
+from pairtune.run import starting_again
+from pairtune.run.choosing import Chosen
 from pairtune.run.metrics import Meter
 from pairtune.run.optimizer_state import OptimizerState
 from pairtune.run.optimizers import forget_state, groups_of, make_state, parts
@@ -38,14 +40,21 @@ def _length(pair: Pair) -> int:
 
 @contextmanager
 def step(
-    model: nn.Module, optimizer: Optimizer, loss_fn: Callable, pairs: list[Pair], world: World
+    model: nn.Module,
+    optimizer: Optimizer,
+    loss_fn: Callable,
+    pairs: list[Pair],
+    world: World,
+    how: Chosen | None = None,
 ) -> Iterator["DryStep"]:
     """Around a forward and backward that update nothing: optimizer, loss, gradients and generators are as before.
 
-    The optimizer's state is there meanwhile, as it is in every later step, so that memory is, too.
+    The optimizer's state is there meanwhile, as it is in every later step, so that memory is, too. Where they run out
+    of it, and `auto` has a smaller choice, the run is started again with that: see starting_again.py.
 
     Args:
         pairs: This process's.
+        how: What the run computes with.
 
     Raises:
         UserError: Out of memory; the pairs' rows and lengths are named.
@@ -57,16 +66,12 @@ def step(
         with torch.random.fork_rng(devices=generators), unchanged(loss_fn):
             if made:
                 _make_state(model, optimizer, world)
-            yield dry_step
+            with _starting_again(how, pairs, world):
+                yield dry_step
     except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not _is_out_of_memory(error):
             raise
-        lengths = ", ".join(f"{_length(p):,}" for p in pairs)
-        raise UserError(
-            f"out of memory with the longest pairs (rows {', '.join(str(p.row) for p in pairs)}; tokens {lengths}). "
-            f"Lower batch_size (it changes no result), set enable_activation_checkpointing=true, lower max_length, or "
-            f"use a lora_ or qlora_ recipe; `tune plan` computes what fits. {str(error).splitlines()[0]}"
-        ) from None
+        raise UserError(_way_out(pairs, error)) from None
     finally:
         dry_step.end()
         optimizer.zero_grad()
@@ -74,6 +79,38 @@ def step(
             forget_state(optimizer)
         for group, before in zip(optimizer.param_groups, groups, strict=True):
             group.update(before)  # some optimizers count steps there
+
+
+@contextmanager
+def _starting_again(how: Chosen | None, pairs: list[Pair], world: World) -> Iterator[None]:
+    """Around what a smaller choice takes less memory for."""
+    if how is None or not how.has_smaller or not starting_again.is_possible():
+        yield
+        return
+    with starting_again.rehearsal(world) as together:
+        try:
+            yield
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error) or together.is_over():
+                raise
+            print(f"{_ran_out(pairs)} at {how.told}: starting again with less", flush=True)
+            together.start_again(how.note | {"way_out": _way_out(pairs, error)})
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _ran_out(pairs: list[Pair]) -> str:
+    rows, lengths = ", ".join(str(p.row) for p in pairs), ", ".join(f"{_length(p):,}" for p in pairs)
+    return f"out of memory with the longest pairs (rows {rows}; tokens {lengths})"
+
+
+def _way_out(pairs: list[Pair], error: RuntimeError) -> str:
+    return (
+        f"{_ran_out(pairs)}. Lower batch_size (it changes no result), set enable_activation_checkpointing=true, lower "
+        f"max_length, or use a lora_ or qlora_ recipe; `tune plan` computes what fits. {str(error).splitlines()[0]}"
+    )
 
 
 def _make_state(model: nn.Module, optimizer: Optimizer, world: World) -> None:

@@ -6,6 +6,7 @@ and the next run works: a folder is moved whole, and a new one is marked before 
 """
 
 import fcntl
+import json
 import os
 import shutil
 import time
@@ -20,6 +21,7 @@ from pairtune.errors import UserError
 from pairtune.run import places
 from pairtune.run.places import ANOTHER, EXPORT, LOCK, MARK
 
+AGAIN = "PAIRTUNE_FOLDERS"  # environment: what a try before this one has claimed, see starting_again.py
 _claims: "weakref.WeakValueDictionary[tuple[int, int], Claim]" = weakref.WeakValueDictionary()  # of this process
 
 
@@ -35,6 +37,7 @@ def claim(run_dir: Path, reads: Sequence[tuple[str, Path]] = ()) -> "Claim":
         UserError: No run may write there, or another one does.
     """
     place = places.look(run_dir)
+    again = str(place.real) in json.loads(os.environ.pop(AGAIN, "[]"))
     for _ in range(100):  # whoever had the folder before may take it away meanwhile
         made = _make(place.real, run_dir)
         try:
@@ -48,14 +51,19 @@ def claim(run_dir: Path, reads: Sequence[tuple[str, Path]] = ()) -> "Claim":
         if held is not None and held.is_open:  # by this process: a second run in a notebook, after the first
             os.close(file)
             held.hand_over()
-            return Claim(run_dir, place.real, held.file, held.made, reads)
+            return Claim(run_dir, place.real, held.file, held.made, reads, again=again)
         if not _lock_patiently(file):
             os.close(file)
             raise _busy(run_dir)
         if _is_there(place.real / LOCK, file):
-            return Claim(run_dir, place.real, file, made, reads)
+            return Claim(run_dir, place.real, file, made, reads, again=again)
         os.close(file)
     raise UserError(f"output_dir={run_dir}: another run takes it away again and again; {ANOTHER}")
+
+
+def held() -> dict[str, str]:
+    """Returns what tells the process that replaces this one that these folders are its own: for its environment."""
+    return {AGAIN: json.dumps([str(claim.real) for claim in _claims.values() if claim.is_open])}
 
 
 def check_free(place: places.Place) -> None:
@@ -80,15 +88,25 @@ def _busy(run_dir: Path) -> UserError:
 class Claim:
     """This process's hold on a run folder."""
 
-    def __init__(self, run_dir: Path, real: Path, file: int, made: list[Path], reads: Sequence[tuple[str, Path]] = ()):
+    def __init__(
+        self,
+        run_dir: Path,
+        real: Path,
+        file: int,
+        made: list[Path],
+        reads: Sequence[tuple[str, Path]] = (),
+        *,
+        again: bool = False,
+    ):
         """
         Args:
             real: The folder's path without links.
             file: Its lock, open and locked.
             made: Folders that were made for it, the innermost first.
+            again: What is there, this run itself has written, in a try that ran out of memory.
         """
-        self._run_dir, self._real, self.file, self.made = run_dir, real, file, made
-        self._reads = reads
+        self._run_dir, self.real, self.file, self.made = run_dir, real, file, made
+        self._reads, self._again = reads, again
         self._end = weakref.finalize(self, _let_go, file, real, made, os.getpid())  # also when the process ends
         _claims[_identity(file)] = self
 
@@ -126,46 +144,46 @@ class Claim:
         place = places.look(self._run_dir)
         try:
             if place.is_run:
-                _clean(self._real)
+                _clean(self.real)
             if places.moves(place) and not continues:
                 self._move_aside()
             os.pwrite(self.file, MARK, 0)
-            console.keep(self._real / console.FILE)
+            console.keep(self.real / console.FILE)
             for name in ("metrics.jsonl", "samples.jsonl") if resumed and not continues else ():
                 source = resumed.parent.parent / name
                 if source.exists():
-                    shutil.copyfile(source, self._real / name)
+                    shutil.copyfile(source, self.real / name)
         except OSError as error:
             raise places.unwritable(self._run_dir, error) from None
 
     def _continues(self, resumed: Path | None) -> bool:
-        return resumed is not None and resumed.resolve().parent.parent == self._real
+        return self._again or resumed is not None and resumed.resolve().parent.parent == self.real
 
     def _move_aside(self) -> None:
         """The folder goes whole, with the lock; whoever makes the next one of its name first, has it."""
         for number in count(1):
-            kept = self._real.with_name(f"{self._real.name}.{number}")
+            kept = self.real.with_name(f"{self.real.name}.{number}")
             if os.path.lexists(kept):
                 continue
             try:
-                self._real.rename(kept)
+                self.real.rename(kept)
                 break
             except OSError:
                 if not os.path.lexists(kept):  # else somebody has made it this very moment
                     raise
         taken = f"output_dir={self._run_dir}: another run took the name; the earlier run is now {kept}; {ANOTHER}"
         try:
-            self._real.mkdir()
-            new = os.open(self._real / LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            self.real.mkdir()
+            new = os.open(self.real / LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         except (FileExistsError, FileNotFoundError):
             raise UserError(taken) from None
-        if not _lock_patiently(new) or not _is_there(self._real / LOCK, new):
+        if not _lock_patiently(new) or not _is_there(self.real / LOCK, new):
             os.close(new)
             raise UserError(taken)
         self.hand_over()
         os.close(self.file)
         self.file, self.made = new, []
-        self._end = weakref.finalize(self, _let_go, new, self._real, self.made, os.getpid())
+        self._end = weakref.finalize(self, _let_go, new, self.real, self.made, os.getpid())
         _claims[_identity(new)] = self
         print(f"{self._run_dir} held an earlier run, which is now {kept}\n")
 
