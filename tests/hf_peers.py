@@ -14,9 +14,9 @@ from pairtune import models
 from pairtune.dist import World
 from pairtune.folders import peft as adapters
 from pairtune.folders import weights as checkpoint
-from pairtune.folders.check_model import check_model, windows
+from pairtune.folders.check_model import windows
 from pairtune.folders.export import export
-from pairtune.folders.families import FAMILIES
+from pairtune.folders.opening import check_model
 from pairtune.models.logps import answer_logps
 from pairtune.pairs.batch import lay_out
 from pairtune.run.metrics import read_log
@@ -65,9 +65,10 @@ def peer_logps(peer, pairs):
     return get_batch_log_probs(peer(tokens).logits, labels)
 
 
-def open_folder(folder, model_type):
-    component = "torchtune.training.FullModelHFCheckpointer"
-    return checkpoint.open_weights({"_component_": component, "checkpoint_dir": str(folder), "model_type": model_type})
+def open_folder(folder, model_type, component=None):
+    checkpointer = "torchtune.training.FullModelHFCheckpointer"
+    block = {"_component_": checkpointer, "checkpoint_dir": str(folder), "model_type": model_type}
+    return checkpoint.open_weights(block, component)
 
 
 def load_ours(files, component, *, lora=None, adapter=None, **options):
@@ -105,7 +106,7 @@ def check_logps_and_gradients(peer, model, files):
     torch.testing.assert_close(values, expected, rtol=1e-5, atol=0)
     wanted = {}
     for name, parameter in peer.named_parameters():
-        wanted |= FAMILIES[files.family.name].to_ours(name, parameter.grad, files.config)
+        wanted |= files.family.to_ours(name, parameter.grad, files.config)
     gradients = {models.plain_name(name): p.grad for name, p in model.named_parameters()}
     assert gradients.keys() == wanted.keys()
     largest = max(gradient.norm() for gradient in wanted.values())

@@ -16,7 +16,7 @@ from pairtune import models
 from pairtune.config.components import instantiate
 from pairtune.config.layers import load
 from pairtune.errors import UserError
-from pairtune.folders.check_model import windows
+from pairtune.folders.opening import windows_of
 from pairtune.folders.weights import read_config
 from pairtune.losses.calling import needs
 from pairtune.pairs.batch import ROW_MULTIPLE
@@ -199,7 +199,7 @@ def plan_config(cfg: DictConfig, method: str, run: Run) -> Plan:
         dropout=not cfg.disable_dropout,
         setting=setting,
         num_processes=run.gpus,
-        base_config=_config_of(cfg.checkpointer.checkpoint_dir),
+        base_config=_config_of(cfg.checkpointer.checkpoint_dir, cfg.model),
     )
     prompt, answer = worst_pair(cfg.max_length, cfg.max_prompt_length, cfg.get("max_completion_length"))
     max_tokens = prompt + 2 * answer
@@ -269,18 +269,18 @@ def build(
         models.disable_dropout(policy)
     _fit(policy, base_config or {}, max_length)
     if second is not None:
-        folder = reference.get("checkpoint_dir")
-        _fit(second, _config_of(folder) if folder else base_config or {}, max_length)
+        folder, builder = reference.get("checkpoint_dir"), reference.get("model") or component
+        _fit(second, _config_of(folder, builder) if folder else base_config or {}, max_length)
     return policy, second
 
 
 def _fit(model, base_config: dict, max_length: int) -> None:
-    models.fit(model, max_length=max_length, windows=windows(base_config, len(model.layers)))
+    models.fit(model, max_length=max_length, windows=windows_of(model, base_config))
 
 
-def _config_of(folder: str) -> dict:
+def _config_of(folder: str, component: Mapping) -> dict:
     """Returns a folder's config.json; empty where it is not here."""
-    return read_config(folder) if (Path(folder) / "config.json").is_file() else {}
+    return read_config(folder, component) if (Path(folder) / "config.json").is_file() else {}
 
 
 def _num_shards(gpus: int, copies: int) -> int:

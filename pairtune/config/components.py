@@ -37,7 +37,10 @@ FOUND = ("checkpointer.checkpoint_files",)  # the component needs them; where a 
 HOMES = {"optimizer": "torch.optim", "lr_scheduler": "pairtune.schedules", "loss": "torchtune.rlhf.loss"}
 
 # What the components of a key are, and those of no other.
-CLASSES = {"model": "torchtune.modules.transformer.TransformerDecoder", "optimizer": "torch.optim.optimizer.Optimizer"}
+CLASSES = {
+    "model": ("torchtune.modules.transformer.TransformerDecoder", "pairtune.models.bridge.decoder.BridgedDecoder"),
+    "optimizer": ("torch.optim.optimizer.Optimizer",),
+}
 
 
 def check_components(cfg: dict, *, by_source: bool = False) -> None:
@@ -216,8 +219,8 @@ def _without_first(key: str, parameters: dict[str, inspect.Parameter]) -> dict[s
 def _check_made(key: str, path: str, classes: list[str]) -> None:
     """What a component makes, as far as its class or annotation tells, is what its key is for."""
     name = key.rpartition(".")[2]  # model, also of reference.model
-    for its_key, kind in CLASSES.items():
-        if (kind in classes) != (name == its_key):
+    for its_key, kinds in CLASSES.items():
+        if bool({*kinds} & {*classes}) != (name == its_key):
             made = classes[0].rpartition(".")[2]
             what = f"makes a {made}, which is for {its_key}" if name != its_key else f"makes no {its_key}"
             raise UserError(f"{key}._component_={path}: {what}{_meant(key, path)}")

@@ -18,6 +18,7 @@ METHODS = {  # of what a component makes
     "lr_scheduler": ("step", "state_dict"),
 }
 OURS = {"tokenizer": "pairtune.tokenizer.hf.HFTokenizer"}  # and what needs none of them
+BRIDGE = "pairtune.models.bridge.causal_lm"  # the builder of whatever torchtune lacks
 PACKAGES = {  # what a logger of torchtune's imports when it is made
     f"torchtune.training.metric_logging.{logger}": package
     for logger, package in (
@@ -78,7 +79,7 @@ def lacks(key: str, made: Any) -> list[str]:
 
 
 def check_installed(cfg: dict) -> None:
-    """Refuses a logger whose package is not installed: it would be told when the weights are read.
+    """Refuses a logger or a model whose package is not installed: it would be told when the weights are read.
 
     Raises:
         UserError: With the package to install.
@@ -90,6 +91,11 @@ def check_installed(cfg: dict) -> None:
         raise UserError(
             f"metric_logger._component_={path}: needs the package {package}, which is not installed: "
             f"pip install {package}, or metric_logger=none"
+        )
+    model = cfg.get("model")
+    if is_component(model) and model["_component_"] == BRIDGE and find_spec("transformers") is None:
+        raise UserError(
+            f"model._component_={BRIDGE}: needs transformers, which is not installed: pip install 'pairtune[models]'"
         )
 
 

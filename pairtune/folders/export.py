@@ -176,7 +176,7 @@ def check_export(
     Raises:
         UserError: It is not the trained model.
     """
-    folder = open_weights({"checkpoint_dir": str(exported), "model_type": base.family.name})
+    folder = open_weights({"checkpoint_dir": str(exported), "model_type": base.family.name}, component)
     model = models.full(component, dtype=dtype)
     make_ready(model, folder.config, max_length)
     with models.streamed(model, Weights(folder), trained.batch.tokens.device):

@@ -5,10 +5,14 @@ from collections.abc import Mapping
 from torchtune.modules import TransformerDecoder
 
 from pairtune import models
-from pairtune.folders.check_model import check_model, windows
+from pairtune.folders import check_model as torchtunes
+from pairtune.models.bridge import BridgedDecoder
+from pairtune.models.bridge.build import check_same
 
 
-def make_ready(model: TransformerDecoder, base_config: Mapping, max_length: int, vocab_size: int = 0) -> None:
+def make_ready(
+    model: TransformerDecoder | BridgedDecoder, base_config: Mapping, max_length: int, vocab_size: int = 0
+) -> None:
     """Makes a built model compute answers' log-probabilities, and compares it with its folder's config.json.
 
     Args:
@@ -19,6 +23,20 @@ def make_ready(model: TransformerDecoder, base_config: Mapping, max_length: int,
     Raises:
         UserError: The model is not the one of the folder, or cannot compute that way.
     """
-    models.fit(model, max_length=max_length, vocab_size=vocab_size, windows=windows(base_config, len(model.layers)))
+    models.fit(model, max_length=max_length, vocab_size=vocab_size, windows=windows_of(model, base_config))
     if base_config:
         check_model(model, base_config)
+
+
+def windows_of(model: TransformerDecoder | BridgedDecoder, config: Mapping) -> list[int | None] | None:
+    """Returns how far each layer looks back, as models.fit takes it; None for transformers' models, which know it."""
+    return None if isinstance(model, BridgedDecoder) else torchtunes.windows(config, len(model.layers))
+
+
+def check_model(model: TransformerDecoder | BridgedDecoder, config: Mapping) -> None:
+    """Compares a built model with a folder's config.json.
+
+    Raises:
+        UserError: They differ.
+    """
+    (check_same if isinstance(model, BridgedDecoder) else torchtunes.check_model)(model, config)

@@ -18,12 +18,15 @@ from pairtune.config.rules import nearest, one_line
 from pairtune.errors import UserError, listed
 from pairtune.files import read_json
 from pairtune.folders import checkpointers
+from pairtune.folders.bridged import BridgedFamily, is_bridged
 from pairtune.folders.check_model import check_config, check_model_type, model_type_of, positions
 from pairtune.folders.config_json import setting
 from pairtune.folders.families import FAMILIES, Family
 from pairtune.folders.layout import INDEX_FILES, find_weights, read_index
 from pairtune.folders.made_config import check_params, make_config, read_params
 from pairtune.folders.tensors import read_shard
+from pairtune.models.bridge import build as bridge
+from pairtune.models.bridge.files import Plan, Source
 from pairtune.models.build import DTYPES
 
 
@@ -42,7 +45,7 @@ class ModelFolder:
     path: Path
     weight_files: tuple[Path, ...]
     config: dict
-    family: Family
+    family: Family | BridgedFamily
     reader: str | None = None
 
     def shards(self) -> Iterator[tuple[Path, dict[str, Tensor]]]:
@@ -53,7 +56,27 @@ class ModelFolder:
             else:
                 yield path, read_shard(path, ignored=self.family.ignored)
 
-    def to_ours(self, name: str, value: Tensor) -> dict[str, Tensor]:
+    def plan(self, tensors: Mapping[str, Tensor]) -> Plan:
+        """Returns where our weights come from in its files.
+
+        Args:
+            tensors: What they hold, on the meta device.
+        """
+        if isinstance(self.family, BridgedFamily):
+            return self.family.plan(tensors)
+        sources, strange = {}, {}
+        for key, value in tensors.items():
+            try:
+                found = self._to_ours(key, value)
+            except (KeyError, RuntimeError) as error:
+                strange[key] = one_line(error.args[0])
+                continue
+            for name in found:
+                source = Source((key,), lambda values, k=key, n=name: self._to_ours(k, values[0])[n])
+                sources.setdefault(name, []).append(source)
+        return Plan(sources, strange)
+
+    def _to_ours(self, name: str, value: Tensor) -> dict[str, Tensor]:
         """Returns what one of its files' tensors is here, as Family.to_ours; torchtune's classes renamed theirs."""
         if not self.reader:
             return self.family.to_ours(name, value, self.config)
@@ -85,6 +108,8 @@ def open_weights(checkpointer: Mapping, component: Mapping | None = None) -> Mod
     block = OmegaConf.to_container(checkpointer, resolve=True) if OmegaConf.is_config(checkpointer) else checkpointer
     folder, model_type = Path(block["checkpoint_dir"]), block["model_type"]
     reader = checkpointers.reader_of(block.get("_component_"))
+    if is_bridged(component):
+        return _open_bridged(folder, model_type, reader, _file_names(block.get("checkpoint_files")), component)
     if model_type not in FAMILIES:
         raise UserError(
             f"checkpointer.model_type={model_type}: must be one of {', '.join(FAMILIES)}{nearest(model_type, FAMILIES)}"
@@ -92,6 +117,16 @@ def open_weights(checkpointer: Mapping, component: Mapping | None = None) -> Mod
     names, family = _file_names(block.get("checkpoint_files")), FAMILIES[model_type]
     if reader:
         names = [checkpointers.find_file(reader, folder, names, model_type)]
+    files = _find(folder, names)
+    if reader and not (folder / "config.json").is_file():
+        return ModelFolder(folder, files, _known_by(component, family, files[0]), family, reader)
+    config = read_config(str(folder))
+    check_model_type(model_type, config)
+    return ModelFolder(folder, files, config, family, reader)
+
+
+def _find(folder: Path, names: list[str]) -> tuple[Path, ...]:
+    """Returns the files of a folder's weights: those of these names, or all."""
     names = names or find_weights(str(folder))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
@@ -99,12 +134,25 @@ def open_weights(checkpointer: Mapping, component: Mapping | None = None) -> Mod
             f"checkpointer.checkpoint_files: {folder} has no {', '.join(missing)}; leave checkpoint_files out, and the "
             "files are found"
         )
-    files = tuple(folder / name for name in names)
-    if reader and not (folder / "config.json").is_file():
-        return ModelFolder(folder, files, _known_by(component, family, files[0]), family, reader)
-    config = read_config(str(folder))
-    check_model_type(model_type, config)
-    return ModelFolder(folder, files, config, family, reader)
+    return tuple(folder / name for name in names)
+
+
+def _open_bridged(
+    folder: Path, model_type: str, reader: str | None, names: list[str], component: Mapping
+) -> ModelFolder:
+    """Returns the folder of a model that transformers computes: in Hugging Face layout, by config.json's name."""
+    if reader:
+        raise UserError(
+            f"checkpointer._component_: {reader} reads torchtune's families, and `model` is transformers'; take the "
+            "same model in Hugging Face layout, with torchtune.training.FullModelHFCheckpointer"
+        )
+    files, config, family = _find(folder, names), read_config(str(folder), component), BridgedFamily(component)
+    if model_type.upper() not in (family.name, "AUTO"):
+        raise UserError(
+            f"checkpointer.model_type={model_type}: the folder's config.json says model_type={config['model_type']}; "
+            f"nearest valid: checkpointer.model_type={family.name}"
+        )
+    return ModelFolder(folder, files, config, family)
 
 
 def _known_by(component: Mapping | None, family: Family, file: Path) -> dict:
@@ -126,7 +174,7 @@ def base_config(checkpointer: Mapping, component: Mapping) -> dict:
     """
     folder = checkpointer["checkpoint_dir"]
     if checkpointers.reader_of(checkpointer["_component_"]) is None:
-        return read_config(folder)
+        return read_config(folder, component)
     return open_weights(checkpointer, component).config
 
 
@@ -140,25 +188,35 @@ def _file_names(files) -> list[str]:
         raise UserError(f"checkpointer.checkpoint_files: {error}") from None
 
 
-def open_like(files: ModelFolder, checkpoint_dir: str) -> ModelFolder:
+def open_like(files: ModelFolder, checkpoint_dir: str, component: Mapping) -> ModelFolder:
     """Returns another model's folder, whose config.json says what family it is of.
 
     Args:
         files: Of the run; its name of the family, such as LLAMA2, is kept where it is one.
+        component: The other model's builder.
 
     Raises:
         UserError: As open_weights.
     """
     find_weights(checkpoint_dir)
+    if is_bridged(component):
+        return open_weights({"checkpoint_dir": checkpoint_dir, "model_type": "AUTO"}, component)
     model_type = model_type_of(read_config(checkpoint_dir), like=files.family.name)
     return open_weights({"checkpoint_dir": checkpoint_dir, "model_type": model_type})
 
 
-def read_config(checkpoint_dir: str) -> dict:
-    """Returns the folder's config.json; what is read of it is of its kind (check_model.check_config)."""
+def read_config(checkpoint_dir: str, component: Mapping | None = None) -> dict:
+    """Returns the folder's config.json; what is read of it is of its kind (check_model.check_config).
+
+    Args:
+        component: The config's `model` block, where transformers may be what computes it.
+    """
     path = Path(checkpoint_dir) / "config.json"
     content = read_json(path)
-    check_config(content, path)
+    if is_bridged(component):
+        bridge.read_config(checkpoint_dir)
+    else:
+        check_config(content, path)
     return content
 
 
@@ -187,20 +245,15 @@ class Weights(Mapping):
             self._files |= dict.fromkeys(shard, path)
         if folder.reader is None:
             _check_index(folder, self._files)
-        self.empty: dict[str, Tensor] = {}
-        self._sources: dict[str, list[str]] = {}  # their names of each; two where a tied output layer is stored, too
         self._finite: set[str] = set()
-        strange = []
-        for key, value in self._tensors.items():
-            try:
-                converted = folder.to_ours(key, value.to("meta"))
-            except (KeyError, RuntimeError) as error:
-                strange.append(f"{key} {list(value.shape)} in {self._files[key].name}: {one_line(error.args[0])}")
-                continue
-            for name, empty in converted.items():
-                self.empty.setdefault(name, empty)
-                self._sources.setdefault(name, []).append(key)
-        if strange:
+        empty = {key: value.to("meta") for key, value in self._tensors.items()}
+        plan = folder.plan(empty)
+        self._sources = plan.sources  # two of a weight where a tied output layer is stored, too
+        self.empty = {name: _make(sources[0], empty) for name, sources in plan.sources.items()}
+        if plan.strange:
+            strange = [
+                f"{key} {list(empty[key].shape)} in {self._files[key].name}: {why}" for key, why in plan.strange.items()
+            ]
             raise UserError(
                 f"{folder.path}: {len(strange)} tensors are no weights of checkpointer.model_type="
                 f"{folder.family.name}, or not of the sizes in config.json; name the architecture that they are of, or "
@@ -208,18 +261,22 @@ class Weights(Mapping):
             )
 
     def __getitem__(self, name: str) -> Tensor:
-        key, *twins = self._sources[name]
-        value = self._read(key, name)
+        source, *twins = self._sources[name]
+        value = self._read(source)
         for twin in twins:
-            if not torch.equal(value, self._read(twin, name).to(value.dtype)):
+            if not torch.equal(value, self._read(twin).to(value.dtype)):
+                key, other = source.keys[0], twin.keys[0]
                 raise UserError(
-                    f"{self._files[twin]}: {twin} and {key} differ, and are one weight as config.json has it "
+                    f"{self._files[other]}: {other} and {key} differ, and are one weight as config.json has it "
                     "(tie_word_embeddings): remove the wrong one, or, if both were trained, set tie_word_embeddings to "
                     "false there and choose a builder with an output layer of its own"
                 )
         return value
 
-    def _read(self, key: str, name: str) -> Tensor:
+    def _read(self, source: Source) -> Tensor:
+        return source.make([self._checked(key) for key in source.keys])
+
+    def _checked(self, key: str) -> Tensor:
         value = self._tensors[key]
         # The sum of finite numbers may overflow: only then is every number looked at, which takes several passes.
         if key not in self._finite and not value.sum(dtype=torch.float32).isfinite() and not value.isfinite().all():
@@ -228,17 +285,22 @@ class Weights(Mapping):
                 "it had diverged; download it again, or take an earlier checkpoint"
             )
         self._finite.add(key)  # a fused tensor is asked for once a part
-        return self._folder.to_ours(key, value)[name]
+        return value
 
     def name_of(self, name: str) -> str:
         """Returns what one of our weights is called in a folder of this family, or in these files."""
-        return self._sources[name][0] if name in self._sources else self._folder.name_of(name) or "nothing"
+        found = self._sources.get(name)
+        return found[0].keys[0] if found else self._folder.name_of(name) or "nothing"
 
     def __iter__(self):
         return iter(self._sources)
 
     def __len__(self) -> int:
         return len(self._sources)
+
+
+def _make(source: Source, tensors: Mapping[str, Tensor]) -> Tensor:
+    return source.make([tensors[key] for key in source.keys])
 
 
 def advice(folder: ModelFolder, dtype: str, max_length: int) -> list[str]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchtune.modules.peft import LoRALinear, disable_adapter, get_adapter_params
 
 from pairtune.models import frozen_base
@@ -34,9 +34,17 @@ def own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield plain_name(name), parameter
 
 
+def own_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yields the buffers that a model's files hold beside its parameters: none of torchtune's has any."""
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{plain_name(path)}.{name}", buffer
+
+
 def own_shapes(model: nn.Module) -> dict[str, torch.Size]:
-    """Returns the shapes of own_parameters: of weights in fewer bits, those that they stand for."""
-    shapes = {name: parameter.shape for name, parameter in own_parameters(model)}
+    """Returns the shapes of own_parameters: of weights in fewer bits, those that they stand for; and of own_buffers."""
+    shapes = {name: tensor.shape for own in (own_parameters, own_buffers) for name, tensor in own(model)}
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, LoRALinear, DoRALinear)) and f"{plain_name(name)}.weight" in shapes:
             shapes[f"{plain_name(name)}.weight"] = frozen_base.shape_of(module)

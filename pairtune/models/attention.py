@@ -118,6 +118,7 @@ class Attention:
     window: int | None = None
     softcap: float | None = None  # Gemma 2: scores s become softcap * tanh(s / softcap) before the mask
     scale: float | None = None  # of scores; None: K ** -0.5
+    sinks: Tensor | None = None  # gpt-oss: [H], a score beside those of keys, which takes its share and gives no value
 
     def __call__(
         self,
@@ -159,7 +160,11 @@ class Attention:
             return softcap * torch.tanh(score / softcap)
 
         how = {"score_mod": capped if softcap else None, "block_mask": mask, "scale": self.scale}
-        return flex_attention(q, k, v, **how, enable_gqa=q.shape[1] != k.shape[1])
+        how["enable_gqa"] = q.shape[1] != k.shape[1]
+        if self.sinks is None:
+            return flex_attention(q, k, v, **how)
+        out, log_sum = flex_attention(q, k, v, **how, return_lse=True)
+        return out * torch.sigmoid(log_sum - self.sinks[:, None])[..., None].to(out.dtype)
 
     def _attend_varlen(self, q: Tensor, k: Tensor, v: Tensor, of: Varlen) -> Tensor:
         queries, keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
@@ -203,9 +208,10 @@ class Attention:
 
     def _attend(self, q, k, v, dropout_p: float, *, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         group = q.shape[1] // k.shape[1]
-        if group > 1 and (self.softcap or not takes_groups(q.device.type, q.dtype, mask)):
+        is_written_out = self.softcap is not None or self.sinks is not None
+        if group > 1 and (is_written_out or not takes_groups(q.device.type, q.dtype, mask)):
             k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-        if self.softcap is None:
+        if not is_written_out:
             how = {"attn_mask": mask, "is_causal": is_causal, "dropout_p": dropout_p, "scale": self.scale}
             return F.scaled_dot_product_attention(q, k, v, **how, enable_gqa=q.shape[1] != k.shape[1])
         if is_causal:
@@ -213,7 +219,7 @@ class Attention:
         scale = self.scale or q.shape[-1] ** -0.5
         # Backward computes the scores again: kept, a layer's would take more memory than all else of it.
         how = {"use_reentrant": False, "preserve_rng_state": dropout_p > 0}
-        return checkpoint(softcapped_attention, q, k, v, mask, scale, self.softcap, dropout_p, **how)
+        return checkpoint(written_out, q, k, v, mask, scale, self.softcap, dropout_p, self.sinks, **how)
 
 
 def takes_groups(device: str, dtype: torch.dtype, mask: Tensor | None) -> bool:
@@ -221,19 +227,35 @@ def takes_groups(device: str, dtype: torch.dtype, mask: Tensor | None) -> bool:
     return device != "cuda" or (mask is None and dtype != torch.float32)
 
 
-def softcapped_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float, dropout_p: float = 0.0
+def written_out(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Returns softmax(softcap * tanh(scale * q k^T / softcap)) v, where `mask` is True, [B, H, queries, K].
 
-    No fused kernel caps scores. They are as many as queries times keys, in float32.
+    No fused kernel caps scores, or has a sink among them. They are as many as queries times keys, in float32.
+
+    Args:
+        softcap: None: scores are not capped.
+        sinks: [H], scores that take their share of the softmax and give nothing.
     """
     scores = q @ k.mT
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    scores = softcap * torch.tanh(scores * (scale / softcap))
+    scores = scores * scale if softcap is None else softcap * torch.tanh(scores * (scale / softcap))
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    return F.dropout(scores.softmax(-1).to(v.dtype), dropout_p) @ v
+    if sinks is None:
+        weights = scores.softmax(-1)
+    else:
+        beside = sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:-1], 1)
+        weights = torch.cat([scores, beside], dim=-1).softmax(-1)[..., :-1]
+    return F.dropout(weights.to(v.dtype), dropout_p) @ v
 
 
 class _WithRepetitions(torch.autograd.Function):

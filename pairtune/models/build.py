@@ -21,10 +21,12 @@ from pairtune.errors import UserError
 from pairtune.models import frozen_base
 from pairtune.models.adapters import add_frozen_copy
 from pairtune.models.additions import additions
+from pairtune.models.bridge import roles
+from pairtune.models.bridge.decoder import BridgedDecoder
 from pairtune.models.dora import DoRALinear
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-UNQUANTIZED = ("output", "mlp.router")  # layers that QLoRA keeps as they are: the last word, and who has it
+UNQUANTIZED = {"output", "mlp.router"}  # layers that QLoRA keeps as they are: the last word, and who has it
 
 
 def full(component: dict, *, dtype: str, quantize: bool = False, world: World | None = None) -> TransformerDecoder:
@@ -43,9 +45,10 @@ def full(component: dict, *, dtype: str, quantize: bool = False, world: World | 
     model = _build(component, dtype)
     if quantize:
         num_shards = _num_shards(world, "nf4", "reference.quantize=true")
+        parts = _parts_of(model)
 
         def make(name: str, in_dim: int, out_dim: int, biased: bool) -> nn.Module | None:
-            if _stays_whole(name):
+            if UNQUANTIZED & parts[name]:
                 return None
             return frozen_base.hold(frozen_base.FrozenLinear(in_dim, out_dim, biased), "nf4", num_shards)
 
@@ -86,13 +89,13 @@ def lora(
         UserError: An argument or a layer that there is not in the model, or processes that cannot share a base in NF4.
     """
     _check_base(component["_component_"])
-    model = _build(component, dtype)
+    model, scaled = _build(component, dtype), alpha * math.sqrt(rank) if use_rslora else alpha
     num_shards = _num_shards(world, base_dtype, "QLoRA") if quantize_base else 1
-    adapted = _layers_of(modules, model)
-    scaled = alpha * math.sqrt(rank) if use_rslora else alpha
+    parts = _parts_of(model)
+    adapted = _layers_of(modules, model, parts)
 
     def make(name: str, in_dim: int, out_dim: int, biased: bool) -> nn.Module | None:
-        packed = quantize_base and not _stays_whole(name)
+        packed = quantize_base and not UNQUANTIZED & parts[name]
         if name in adapted:
             kind = DoRALinear if use_dora else frozen_base.FrozenLoRALinear if packed else LoRALinear
             layer = kind(in_dim, out_dim, rank, scaled, dropout, use_bias=biased)
@@ -150,8 +153,11 @@ def policy(
     return lora(component, **settings, quantize_base=method == "qlora", base_dtype=base_dtype)
 
 
-def _stays_whole(name: str) -> bool:
-    return without_numbers(name) in UNQUANTIZED
+def _parts_of(model: nn.Module) -> dict[str, set[str]]:
+    """Returns, by the name of each linear layer, what it computes, in the words of rules.LORA_LAYERS."""
+    if isinstance(model, BridgedDecoder):
+        return roles.parts_of(model)
+    return {name: {without_numbers(name)} for name, m in model.named_modules() if type(m) is nn.Linear}
 
 
 def _replace_linear(
@@ -165,19 +171,24 @@ def _replace_linear(
                 model.set_submodule(name, layer)
 
 
-def _layers_of(modules: list[str], model: TransformerDecoder) -> set[str]:
+def _layers_of(modules: list[str], model: nn.Module, parts: dict[str, set[str]]) -> set[str]:
     """Returns the full names of the linear layers that lora.modules means."""
-    linear = {name: without_numbers(name) for name, m in model.named_modules() if type(m) is nn.Linear}
-    found = {}
+    is_tied = isinstance(model, BridgedDecoder) and model.is_tied
+    found, all_parts = {}, set().union(*parts.values())
     for module in modules:
-        found[module] = {name for name, plain in linear.items() if plain in LORA_LAYERS[module]}
-        if found[module]:
-            continue
-        if module in ("output", "lm_head"):
+        wanted = set(LORA_LAYERS[module])
+        found[module] = {name for name, of_layer in parts.items() if wanted & of_layer}
+        if isinstance(model, BridgedDecoder) and module == "all-linear":
+            found[module] = {name for name, of_layer in parts.items() if not UNQUANTIZED & of_layer}
+        if wanted == {"output"} and (is_tied or not found[module]):
             raise UserError(f"lora.modules: {module}: the output layer is the embedding (tied), which has no adapter")
-        there = [known for known in OUR_LAYERS if set(LORA_LAYERS[known]) & set(linear.values())]
-        raise UserError(f"lora.modules: {module}: this model has no such layer; it has {', '.join(there)}")
-    return set().union(*found.values())
+        if not found[module]:
+            there = [known for known in OUR_LAYERS if set(LORA_LAYERS[known]) & all_parts]
+            raise UserError(f"lora.modules: {module}: this model has no such layer; it has {', '.join(there)}")
+    adapted = set().union(*found.values())
+    if isinstance(model, BridgedDecoder):
+        roles.check_whole(modules, {name: parts[name] for name in adapted})
+    return adapted
 
 
 def without_numbers(layer: str) -> str:
@@ -208,7 +219,7 @@ def _num_shards(world: World | None, base_dtype: str, what: str) -> int:
 
 def disable_dropout(model: nn.Module) -> bool:
     """Sets every dropout probability to zero; returns whether any was above."""
-    found = False
+    found = isinstance(model, BridgedDecoder) and model.disable_dropout()
     for module in model.modules():
         for name in ("p", "attn_dropout"):
             if isinstance(module, (nn.Dropout, MultiHeadAttention)) and getattr(module, name, 0.0) > 0.0:
@@ -219,5 +230,5 @@ def disable_dropout(model: nn.Module) -> bool:
 
 def dtype_of(model: TransformerDecoder) -> str:
     """Returns the name, bf16 or fp32, of the dtype that a model was built with."""
-    dtype = next(model.norm.parameters()).dtype
+    dtype = model.tok_embeddings.weight.dtype
     return next(name for name, known in DTYPES.items() if known == dtype)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
 from torchtune.training import compile_model, set_activation_checkpointing
@@ -16,6 +17,7 @@ from torchtune.training import compile_model, set_activation_checkpointing
 from pairtune.errors import UserError
 from pairtune.models import logps
 from pairtune.models.additions import additions
+from pairtune.models.bridge.decoder import BridgedDecoder
 
 SELECTIVE = "selective"
 # Of what a compiled layer would keep if it computed nothing twice: half of it costs a tenth more time.
@@ -75,14 +77,18 @@ def execute(model: TransformerDecoder, how: Execution) -> None:
     check(how.attention, how.compile, how.checkpointing)
     additions(model).back_end = how.attention
     if how.checkpointing is True:
-        set_activation_checkpointing(model, {TransformerSelfAttentionLayer})
+        set_activation_checkpointing(model, {type(layer) for layer in layers_of(model)})
     additions(model).is_compiled = how.compile
     if how.compile:
         # A layer is compiled for each kind of forward: with gradients and without, adapters on and off, the first
         # layer's input, a few shapes. Beyond torch's limit of 8 it would not be compiled.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         torch._functorch.config.activation_memory_budget = SELECTIVE_BUDGET if how.checkpointing == SELECTIVE else 1.0
-        compile_model(model, verbose=False)
+        if isinstance(model, BridgedDecoder):
+            for layer in model.layers:
+                layer.compile()
+        else:
+            compile_model(model, verbose=False)
 
 
 @contextmanager
@@ -145,10 +151,17 @@ def prepare(
     execute(model, Execution(attention, compile_layers, checkpoint_activations))
 
 
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """Returns a decoder's layers, without what wraps them."""
+    if isinstance(model, BridgedDecoder):
+        return [getattr(layer, "_checkpoint_wrapped_module", layer) for layer in model.layers]
+    return [m for m in model.modules() if isinstance(m, TransformerSelfAttentionLayer)]
+
+
 @contextmanager
 def checkpointed(model: TransformerDecoder) -> Iterator[None]:
     """While it lasts, backward computes the model's layers again."""
-    layers = [m for m in model.modules() if isinstance(m, TransformerSelfAttentionLayer)]
+    layers = layers_of(model)
     kept = [layer.__dict__.get("forward") for layer in layers]
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

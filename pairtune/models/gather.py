@@ -11,7 +11,14 @@ from torchao.dtypes.nf4tensor import NF4Tensor
 
 from pairtune.dist import World
 from pairtune.models import frozen_base
-from pairtune.models.adapters import adapted_modules, adapter_shapes, own_parameters, own_shapes, plain_name
+from pairtune.models.adapters import (
+    adapted_modules,
+    adapter_shapes,
+    own_buffers,
+    own_parameters,
+    own_shapes,
+    plain_name,
+)
 from pairtune.models.build import DTYPES
 from pairtune.models.dora import DoRALinear, row_norms
 
@@ -41,6 +48,8 @@ def _whole_parameters(model: nn.Module, wanted: Collection[str] | None = None) -
             continue
         scale = scales.get(f"{name}_scale")
         yield name, frozen_base.values(_whole(parameter), None if scale is None else _whole(scale), shapes[name])
+    if wanted is None:
+        yield from own_buffers(model)
 
 
 def _whole(parameter: nn.Parameter) -> Tensor:

@@ -12,6 +12,7 @@ from pairtune.dist import World
 from pairtune.errors import UserError, listed
 from pairtune.models import frozen_base
 from pairtune.models.adapters import adapter_shapes, fill_frozen_copy, frozen, own_shapes, plain_name
+from pairtune.models.bridge.decoder import BridgedDecoder
 from pairtune.models.dora import DoRALinear
 from pairtune.models.shard import shard
 
@@ -50,6 +51,7 @@ def load(
             _fill(module, names[id(module)], state_dict, home, world.device)
             if isinstance(module, (LoRALinear, DoRALinear)) and module.lora_a.weight.is_meta:
                 _fill_adapter(module, names[id(module)], adapter, home)
+        _finish(model, block, world.device)
         if world.shards:
             shard(block, world, is_root=block is model)
 
@@ -71,6 +73,7 @@ def streamed(model: TransformerDecoder, weights: Mapping[str, Tensor], device: t
     def fill(block: nn.Module, *_) -> None:
         for module in block.modules():
             _fill(module, names[id(module)], weights, device, device)
+        _finish(model, block, device)
 
     def empty(block: nn.Module, *_) -> None:
         for module in block.modules():
@@ -83,6 +86,7 @@ def streamed(model: TransformerDecoder, weights: Mapping[str, Tensor], device: t
     for module in model.modules():
         if id(module) not in in_layers:
             _fill(module, names[id(module)], weights, device, device)
+    _finish(model, model, device)
     try:
         with frozen(model):
             yield model
@@ -129,10 +133,22 @@ def _fill(module: nn.Module, name: str, state_dict: Mapping[str, Tensor], home: 
             frozen_base.fill(module, value)
         else:
             setattr(module, leaf, nn.Parameter(value, requires_grad=parameter.requires_grad))
+    for leaf, buffer in list(module.named_buffers(recurse=False)):
+        if buffer.is_meta and leaf not in module._non_persistent_buffers_set:
+            setattr(module, leaf, state_dict[f"{name}.{leaf}"].to(device=device, dtype=buffer.dtype, copy=True))
     # A rope of Llama 3.1 and later leaves its buffers out on the meta device. They stay on the device when offloading.
     if hasattr(module, "rope_init") and all(buffer.is_meta for buffer in module.buffers()):
         with device:
             module.rope_init()
+
+
+def _finish(model: nn.Module, block: nn.Module, device: torch.device) -> None:
+    """Gives a block of transformers' what no file holds: buffers, and weights that are one with others."""
+    if isinstance(model, BridgedDecoder):
+        for module in block.modules():
+            model.fill_buffers(module, device)
+        if block is model:
+            model.retie()
 
 
 @torch.no_grad()

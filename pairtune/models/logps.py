@@ -18,25 +18,33 @@ from torchtune.modules import TiedLinear, TransformerDecoder
 
 from pairtune.models import attention, experts
 from pairtune.models.additions import additions
+from pairtune.models.bridge.decoder import BridgedDecoder
 from pairtune.pairs.batch import PairBatch
 
 CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**27}  # logits that exist at a time: 16 MiB (near a CPU's cache), 512 MiB
 KEEP_LOGITS_BYTES = 2**30  # a trainable head keeps its logits for backward up to this size, and recomputes above
 
 
-def install(model: TransformerDecoder, back_end: str = "segments", windows: Sequence[int | None] | None = None) -> None:
+def install(
+    model: TransformerDecoder | BridgedDecoder,
+    back_end: str = "segments",
+    windows: Sequence[int | None] | None = None,
+) -> None:
     """Gives this decoder an `unembed` that returns token log-probabilities [N] while a batch is being scored.
 
     Without a batch (generation) it is torchtune's own and returns logits.
 
     Args:
         back_end: One of attention.BACK_ENDS.
-        windows: Of the layers, as attention.install takes them.
+        windows: Of the layers, as attention.install takes them; transformers' models know their own.
     """
-    attention.install(model, windows)
     kept = additions(model)
-    kept.windows, kept.back_end = list(windows or ()), back_end
-    kept.mixtures = experts.mixtures_of(model)
+    kept.back_end = back_end
+    if isinstance(model, BridgedDecoder):
+        model.unembed = MethodType(_score, model)
+        return
+    attention.install(model, windows)
+    kept.windows, kept.mixtures = list(windows or ()), experts.mixtures_of(model)
     model.unembed = MethodType(_unembed, model)
 
 
@@ -94,7 +102,9 @@ def answer_scores(
 
 def _token_logps(model: TransformerDecoder, batch: PairBatch) -> Tensor:
     """Returns [N] float32."""
-    mask = attention.told(batch, model.pairtune.back_end, model.pairtune.windows)
+    mask = None
+    if not isinstance(model, BridgedDecoder):
+        mask = attention.told(batch, model.pairtune.back_end, model.pairtune.windows)
     model.pairtune.batch = batch
     try:
         return model(batch.tokens, mask=mask, input_pos=batch.input_pos)
@@ -116,14 +126,20 @@ def _sums(token_logps: Tensor, batch: PairBatch, ld_alpha: float = 1.0) -> Tenso
 
 
 def _unembed(model: TransformerDecoder, hidden: Tensor) -> Tensor:
-    batch, log_collision = model.pairtune.batch, model.pairtune.log_collision
+    batch = model.pairtune.batch
     if batch is None:
         return TransformerDecoder.unembed(model, hidden)
-    hidden = model.norm(hidden.flatten(0, 1)[batch.source])  # [N, D]: normalises each position for itself
+    # [N, D]: normalises each position for itself
+    return _score(model, model.norm(hidden.flatten(0, 1)[batch.source]))
+
+
+def _score(model: TransformerDecoder | BridgedDecoder, hidden: Tensor) -> Tensor:
+    """Returns log-probabilities [N] from the scored positions' hidden states [N, D], normalised and scaled."""
+    batch, log_collision = model.pairtune.batch, model.pairtune.log_collision
+    softcap = getattr(model if isinstance(model, BridgedDecoder) else model.output, "softcap", None)
     weight = _plain_weight(model.output)
     if weight is None:
-        return _checkpointed_token_logps(hidden, batch.target, model.output, log_collision)
-    softcap = getattr(model.output, "softcap", None)
+        return _checkpointed_token_logps(hidden, batch.target, model.output, softcap, log_collision)
     return token_logps(hidden, weight, batch.target, softcap=softcap, log_collision=log_collision)
 
 
@@ -272,11 +288,15 @@ def _grad_logits(logits, target, lse, grad_logps, softcap) -> Tensor:
     return grad_logits if softcap is None else grad_logits.mul_(_slope(logits, softcap))
 
 
-def _checkpointed_token_logps(hidden: Tensor, target: Tensor, output, log_collision: Tensor | None) -> Tensor:
+def _checkpointed_token_logps(
+    hidden: Tensor, target: Tensor, output, softcap: float | None, log_collision: Tensor | None
+) -> Tensor:
     """The same for any output layer, by autograd; backward computes each chunk's logits again."""
 
     def chunk(c, h, t):
-        return _chunk_logps(_capped(output(h), None), t, c)[0]
+        logits = output(h)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return _chunk_logps(logits if softcap is None else softcap * torch.tanh(logits / softcap), t, c)[0]
 
     with torch.no_grad():
         vocabulary = output(hidden[:1]).shape[-1]

@@ -17,8 +17,7 @@ from torchtune.modules import TransformerDecoder
 from pairtune import models
 from pairtune.dist import World
 from pairtune.errors import UserError
-from pairtune.folders.check_model import check_model
-from pairtune.folders.opening import make_ready
+from pairtune.folders.opening import check_model, make_ready
 from pairtune.folders.weights import ModelFolder, Weights, open_like
 from pairtune.losses.calling import needs
 from pairtune.tokenizer.hf import check_vocabulary
@@ -162,7 +161,7 @@ def open_second_model(
     folder = reference.get("checkpoint_dir")
     if folder:
         with _told_of(reference):
-            files = open_like(files, folder)
+            files = open_like(files, folder, reference.get("model") or component)
             check_model(model, files.config)
             check_vocabulary(tokenizer, Path(folder))
             whole = models.full(reference.get("model") or component, dtype=dtype)  # NF4 changes no name or shape

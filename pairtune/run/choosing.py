@@ -19,6 +19,7 @@ from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.losses.calling import row_length
 from pairtune.models import execution
+from pairtune.models.bridge import BridgedDecoder
 from pairtune.models.dora import DoRALinear
 from pairtune.models.execution import SELECTIVE, Execution
 from pairtune.models.experts import mixtures_of
@@ -185,6 +186,8 @@ def _smaller(
 
 def _is_worth_compiling(policy: nn.Module, work: Work) -> bool:
     # How many tokens an expert gets changes with every batch; a compiled DoRA layer would keep its base's values.
+    if isinstance(policy, BridgedDecoder):
+        return False
     if mixtures_of(policy) or any(isinstance(m, DoRALinear) and is_held(m.weight) for m in policy.modules()):
         return False
     if work.num_steps is None:
@@ -200,6 +203,8 @@ def _mean(work: Work) -> float:
 def _attention(asked: str, compiled: bool, on_gpu: bool, policy: nn.Module) -> str:
     if asked != "auto":
         return asked
+    if isinstance(policy, BridgedDecoder):
+        return "mask" if compiled else "segments"
     layers = [m for m in policy.modules() if isinstance(m, MultiHeadAttention)]
     if compiled:
         has_kernel = all(layer.head_dim >= 16 and not layer.attn_dropout for layer in layers)

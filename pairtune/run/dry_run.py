@@ -202,7 +202,7 @@ class DryStep:
 
         Where layers are compiled, the two are also compared without a compiler, which would round them differently.
         """
-        absolute, relative = TOLERANCE[str(next(self._model.norm.parameters()).dtype)]
+        absolute, relative = TOLERANCE[str(models.DTYPES[models.dtype_of(self._model)])]
         furthest = self._compare(policy, base, absolute, relative)
         if furthest > EXACT and self._model.pairtune.is_compiled and reference.computes:
             some = lay_out(self._pairs[:1]).to(self._world.device)

@@ -1,0 +1,133 @@
+"""A model of transformers, built from a folder's config.json on whatever device is the default one."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from pairtune.config.rules import one_line, show
+from pairtune.errors import UserError
+from pairtune.files import read_object
+from pairtune.models.bridge.decoder import BridgedDecoder
+
+# Of which a prompt that both answers share was compared with each conversation alone: tests/models/test_bridge.py.
+TRIED = (
+    *("llama", "qwen3", "gemma2", "gemma3_text", "olmo2", "olmo3", "smollm3", "granite", "glm4", "phi3", "cohere"),
+    "starcoder2",
+)
+# What a config.json may say without another model being meant: where it came from, and how it was stored.
+BESIDE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "auto_map", "architectures", "use_cache")
+
+
+def causal_lm(path: str) -> BridgedDecoder:
+    """Returns the causal language model that transformers has for a folder's config.json, without weights.
+
+    Classes of transformers only: code that lies in the folder (auto_map) is never run.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        UserError: transformers is not installed, or too old; it has no causal language model of this model_type, or
+            does not take what config.json says; the weights are quantized; it is none of TRIED.
+    """
+    transformers = import_transformers()
+    config = read_config(path)
+    if config.model_type not in TRIED:
+        raise UserError(
+            f"{Path(path) / 'config.json'}: model_type={config.model_type}: whether its answers may share a prompt has "
+            f"not been compared with transformers yet; those of {', '.join(TRIED)} may"
+        )
+    try:
+        lm = transformers.AutoModelForCausalLM.from_config(
+            config, attn_implementation="pairtune", trust_remote_code=False, dtype=torch.get_default_dtype()
+        )
+    except Exception as error:
+        raise UserError(
+            f"{Path(path) / 'config.json'}: transformers {transformers.__version__} cannot make its "
+            f"{type(config).__name__.removesuffix('Config')}: {one_line(error)}; see whether a newer version does"
+        ) from error
+    return BridgedDecoder(lm)
+
+
+def import_transformers() -> ModuleType:
+    """Returns transformers, with our attention registered there.
+
+    Raises:
+        UserError: It is not installed, or an old one.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError(
+            "model: this architecture is computed by transformers, which is not installed: pip install "
+            "'pairtune[models]'"
+        ) from error
+    if int(transformers.__version__.partition(".")[0]) < 5:
+        raise UserError(
+            f"model: this architecture is computed by transformers 5 or later, and {transformers.__version__} is "
+            "installed: pip install -U 'pairtune[models]'"
+        )
+    from pairtune.models.bridge import visible
+
+    visible.register()
+    return transformers
+
+
+def read_config(path: str):
+    """Returns transformers' configuration of a folder, its defaults filled in; see `causal_lm`."""
+    file = Path(path).expanduser() / "config.json"
+    return parse(read_object(file), str(file))
+
+
+def parse(content: Mapping, where: str = "config.json"):
+    """Returns transformers' configuration of what a config.json says.
+
+    Args:
+        where: The file, for messages.
+
+    Raises:
+        UserError: See `causal_lm`.
+    """
+    import_transformers()
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind = content.get("model_type")
+    if kind not in CONFIG_MAPPING or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        code = "; the folder brings code of its own (auto_map), which is never run" if content.get("auto_map") else ""
+        raise UserError(
+            f"{where}: model_type={show(kind)}: transformers has no causal language model of this type{code}; see "
+            "whether a newer transformers has one, or take another model"
+        )
+    if content.get("quantization_config"):
+        raise UserError(
+            f"{where}: quantization_config={show(content['quantization_config'])}: the weights are quantized, which "
+            "training cannot undo; take the model that they were made from, with a qlora_ recipe if memory is short"
+        )
+    try:
+        return CONFIG_MAPPING[kind].from_dict({key: value for key, value in content.items() if key != "auto_map"})
+    except Exception as error:
+        raise UserError(f"{where}: {one_line(error)}; download the file again, or correct it") from error
+
+
+def check_same(model: BridgedDecoder, content: Mapping) -> None:
+    """Compares what a model was built from with the config.json of the folder that its weights are in.
+
+    Raises:
+        UserError: A setting differs that is more than where the model came from.
+    """
+    built, there = model.lm.config.to_dict(), parse(content).to_dict()
+    ids = {key for key in {**built, **there} if key.endswith("_token_id")}  # the tokenizer's
+    keys = [key for key in {**built, **there} if key not in (*BESIDE, *ids) and key[0] != "_"]
+    different = [
+        f"{key} is {show(built.get(key))} in `model` and {show(there.get(key))} in config.json"
+        for key in keys
+        if built.get(key) != there.get(key)
+    ]
+    if different:
+        raise UserError(
+            f"model: {'; '.join(different)}. `model` and `checkpointer.checkpoint_dir` do not belong together: name "
+            "the same folder as model.path"
+        )

@@ -1,0 +1,129 @@
+"""How a folder names and stores what a model of transformers holds, by transformers' own conversions.
+
+Most families have one tensor in a file for each of a model's, under its name. Some rename them, and mixtures of experts
+stack what a file has one by one. What is said here works on the meta device; values are converted when asked for.
+"""
+
+import copy
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pairtune.config.rules import one_line
+from pairtune.models.bridge.decoder import BridgedDecoder
+
+PREFIX = "lm."  # of the decoder's names before transformers'
+IGNORED = (r"(^|\.)rotary_emb\.inv_freq$", r"(^|\.)position_ids$")  # which older folders keep among the weights
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one of a model's tensors comes from.
+
+    Attributes:
+        keys: Tensors of the folder.
+        make: Returns it from their values, in this order.
+    """
+
+    keys: tuple[str, ...]
+    make: Callable[[list[Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where all of a model's tensors come from.
+
+    Attributes:
+        sources: By the decoder's names; several where a folder has one twice, as a tied output layer.
+        strange: Tensors of the folder that the model has no place for, and why.
+    """
+
+    sources: dict[str, list[Source]]
+    strange: dict[str, str]
+
+
+class Files:
+    """The conversions of one model, which are told by the first folder that it is asked about, as an export needs."""
+
+    def __init__(self, model: BridgedDecoder):
+        """
+        Args:
+            model: On the meta device.
+        """
+        self._lm = model.lm
+        self._shapes = {name: tensor.shape for name, tensor in model.lm.state_dict().items()}
+        self._first = _first_names(model)
+
+    def plan(self, tensors: Mapping[str, Tensor]) -> Plan:
+        """Returns where the model's tensors come from in a folder.
+
+        Args:
+            tensors: The folder's, on the meta device.
+        """
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
+
+        conversions = get_model_conversion_mapping(self._lm)
+        converters = [c for c in conversions if isinstance(c, WeightConverter)]
+        renamings = [c for c in conversions if not isinstance(c, WeightConverter)]
+        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        patterns = [*IGNORED, *(self._lm._keys_to_ignore_on_load_unexpected or ())]
+        ignored = re.compile("|".join(f"({pattern})" for pattern in patterns))
+        prefix, strange = self._lm.base_model_prefix, {}
+        collected: dict[str, list[tuple[str, str | None]]] = {}  # a name in the model: keys, and their converter
+        for key in sorted(tensors, key=dot_natural_key):
+            name, pattern = rename_source_key(key, renamings, converters, prefix, self._shapes)
+            if name not in self._shapes and key in self._shapes:
+                name, pattern = key, None
+            if name in self._shapes:
+                collected.setdefault(name, []).append((key, pattern))
+            elif not ignored.search(key):
+                strange[key] = "no weight of this model"
+        self._lm._weight_conversions = conversions  # and which of them were used, for `to_theirs`
+        sources: dict[str, list[Source]] = {}
+        for name, found in collected.items():
+            groups = [[one] for one in found] if found[0][1] is None else [found]
+            for group in groups:
+                converter = None if group[0][1] is None else by_pattern[group[0][1]]
+                try:
+                    made = self._targets(name, group, converter, tensors)
+                except Exception as error:
+                    strange |= dict.fromkeys((key for key, _ in group), one_line(error))
+                    continue
+                for target, source in made.items():
+                    sources.setdefault(PREFIX + self._first.get(target, target), []).append(source)
+        return Plan(sources, strange)
+
+    def _targets(self, name: str, group: list, converter, tensors: Mapping[str, Tensor]) -> dict[str, Source]:
+        keys = tuple(key for key, _ in group)
+        if converter is None:
+            return {name: Source(keys, lambda values: values[0])}
+        lm, patterns = self._lm, [pattern for _, pattern in group]
+
+        def convert(values: list[Tensor]) -> dict[str, Tensor]:
+            one = copy.deepcopy(converter)
+            for key, pattern, value in zip(keys, patterns, values, strict=True):
+                one.add_tensor(name, key, pattern, value)
+            made = one.convert(name, model=lm, config=lm.config)
+            return {target: v[0] if isinstance(v, list) else v for target, v in made.items()}
+
+        targets = convert([tensors[key] for key in keys])
+        return {target: Source(keys, lambda values, t=target: convert(values)[t]) for target in targets}
+
+    def to_theirs(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns a model's tensors, under the decoder's names, as a folder has them."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        found = {name.removeprefix(PREFIX): value for name, value in weights.items()}
+        return {name: v.contiguous() for name, v in revert_weight_conversion(self._lm, found).items()}
+
+
+def _first_names(model: BridgedDecoder) -> dict[str, str]:
+    """Returns, of tensors that a model has under several names, each other name with the first one."""
+    by_tensor: dict[int, str] = {}
+    first = {}
+    for name, parameter in model.lm.named_parameters(remove_duplicate=False):
+        first[name] = by_tensor.setdefault(id(parameter), name)
+    return {name: other for name, other in first.items() if name != other}

@@ -1,0 +1,189 @@
+"""transformers' own models train here as transformers and PEFT compute them."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import hf_peers
+import pytest
+import torch
+from helpers import random_pairs, run_recipe
+from safetensors.torch import load_file
+
+from pairtune.config.uses import check_installed
+from pairtune.errors import UserError
+
+# Matrices have a multiple of 16,384 weights or not; windows are shorter than a conversation, so that they bite.
+SIZES = {
+    "vocab_size": 320, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64,
+    "intermediate_size": 96, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+BOTH = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+DENSE = {
+    "Llama": {},
+    "Qwen3": {"head_dim": 16},
+    "Gemma2": {"head_dim": 16, "sliding_window": 8, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0,
+               "query_pre_attn_scalar": 12},
+    "Gemma3Text": {"head_dim": 16, **BOTH},
+    "Olmo2": {},
+    "Olmo3": BOTH,
+    "SmolLM3": {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]},
+    "Granite": {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5},
+    "Glm4": {"head_dim": 16},
+    "Phi3": {"sliding_window": 8},
+    "Cohere": {"logit_scale": 0.25},
+    "Starcoder2": {},
+}  # fmt: skip
+
+
+def component(folder):
+    return {"_component_": "pairtune.models.bridge.causal_lm", "path": str(folder)}
+
+
+@pytest.fixture(scope="module", params=DENSE)
+def base(request, tmp_path_factory):
+    """A model's folder as transformers wrote it, opened, and transformers' model."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp(request.param)
+    config = getattr(transformers, f"{request.param}Config")(**SIZES | DENSE[request.param])
+    peer = hf_peers.save_peer(folder / "base", config)
+    lora = {"rank": 4, "alpha": 8.0, "modules": ["all-linear"]}
+    hf_peers.write_config(folder, component(folder / "base"), "AUTO", lora=lora)
+    return hf_peers.open_folder(folder / "base", "AUTO", component(folder / "base")), peer
+
+
+def test_log_probabilities_and_gradients_are_those_of_transformers(base):
+    files, peer = base
+    model = hf_peers.load_ours(files, component(files.path))
+    hf_peers.check_logps_and_gradients(peer, model, files)
+    pairs = random_pairs(4)
+    shared = hf_peers.our_logps(model, pairs)
+    model.pairtune.back_end = "mask"  # the one that defines the truth
+    torch.testing.assert_close(hf_peers.our_logps(model, pairs), shared, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_what_a_run_exports_is_what_it_measured(base, method):
+    hf_peers.check_run(base[0].path.parent, method)
+
+
+BUILDERS = {
+    "Llama": ("LLAMA3", "torchtune.models.llama3.llama3", {"rope_base": 10_000, "norm_eps": 1e-6}),
+    "Qwen3": ("QWEN3", "pairtune.models.qwen3.qwen3", {"rope_base": 10_000, "head_dim": 16}),
+    "Gemma2": (
+        "GEMMA2", "pairtune.models.gemma2.gemma2",
+        {"head_dim": 16, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0, "query_pre_attn_scalar": 12},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_ten_steps_are_those_of_torchtunes_builder(name, tmp_path):
+    """From one adapter: the two draw fresh ones in another order."""
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    peer = hf_peers.save_peer(tmp_path / "base", getattr(transformers, f"{name}Config")(**SIZES | DENSE[name]))
+    start = get_peft_model(peer, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    start.save_pretrained(tmp_path / "start")
+    model_type, builder, sizes = BUILDERS[name]
+    ours = {"vocab_size": 320, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 64}
+    torchtunes = {"_component_": builder, "intermediate_dim": 96, "max_seq_len": 128} | ours | sizes
+    lora = {"rank": 4, "alpha": 8.0, "modules": ["all-linear"]}
+    logs = []
+    for kind, model in ((model_type, torchtunes), ("AUTO", component(tmp_path / "base"))):
+        hf_peers.write_config(tmp_path, model, kind, lora=lora, adapter=str(tmp_path / "start"), reference="start")
+        overrides = [f"output_dir={tmp_path / kind}", "epochs=5", "log_every_n_steps=1", "lr_scheduler=null"]
+        logs.append(run_recipe("lora_dpo_single_device", *overrides, config_paths=[tmp_path / "config.yaml"]))
+    assert len([row for row in logs[0] if "loss" in row]) == 10
+    for one, other in zip(*logs, strict=True):
+        for key in ("loss", "grad_norm", "logps/chosen", "logps/rejected", "eval/loss", "eval/logps/chosen"):
+            if key in one:
+                torch.testing.assert_close(other[key], one[key], rtol=1e-5, atol=1e-6, msg=f"{key} {one} {other}")
+
+
+def test_a_run_goes_on_bit_for_bit(tmp_path):
+    from transformers import SmolLM3Config
+
+    hf_peers.save_peer(tmp_path / "base", SmolLM3Config(**SIZES))
+    hf_peers.write_config(tmp_path, component(tmp_path / "base"), "SMOLLM3")
+    run, how = tmp_path / "run", ("save_every_n_steps=1", "keep_last_n=2", "resume=auto")
+    run_recipe("full_dpo_single_device", *how, config_paths=[tmp_path / "config.yaml"])
+    straight = load_file(run / "export" / "model.safetensors")
+    shutil.rmtree(run / "export")
+    shutil.rmtree(run / "checkpoints" / "step_2")
+    run_recipe("full_dpo_single_device", *how, config_paths=[tmp_path / "config.yaml"])
+    again = load_file(run / "export" / "model.safetensors")
+    assert again.keys() == straight.keys() and all(torch.equal(again[name], straight[name]) for name in straight)
+
+
+WRONG = {
+    "an unknown architecture": ({"model_type": "sphinx"}, "model_type=sphinx: transformers has no causal language"),
+    "code in the folder": (
+        {"model_type": "sphinx", "auto_map": {"AutoModelForCausalLM": "sphinx.Sphinx"}}, "auto_map.*never run",
+    ),
+    "an encoder": ({"model_type": "t5"}, "model_type=t5: transformers has no causal language"),
+    "quantized weights": ({"quantization_config": {"quant_method": "gptq"}}, "the weights are quantized"),
+    "a value of the wrong kind": ({"num_attention_heads": "four"}, "config.json: .*num_attention_heads"),
+    "an unknown activation": ({"hidden_act": "sillu"}, "config.json: transformers .* cannot make its SmolLM3.*sillu"),
+    "another width": ({"intermediate_size": 112}, r"weights do not fit.*\[96, 64\] in the checkpoint, \[112, 64\]"),
+    "a layer too few": (
+        {"num_hidden_layers": 1, "layer_types": ["full_attention"], "no_rope_layers": [1]},
+        r"9 tensors are no weights.*model.layers.1.*no weight of this model",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "said"), WRONG.values(), ids=WRONG)
+def test_a_folder_that_cannot_be_trained_is_refused_in_a_sentence(change, said, tmp_path):
+    from transformers import SmolLM3Config
+
+    hf_peers.save_peer(tmp_path, SmolLM3Config(**SIZES))
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=f"(?s){said}"):
+        files = hf_peers.open_folder(tmp_path, "AUTO", component(tmp_path))
+        hf_peers.load_ours(files, component(tmp_path))
+
+
+def test_a_folder_of_other_settings_than_the_models_is_refused(tmp_path):
+    """Of the same shapes: their weights would load, and compute something else."""
+    from transformers import LlamaConfig
+
+    hf_peers.save_peer(tmp_path / "one", LlamaConfig(**SIZES))
+    hf_peers.save_peer(tmp_path / "other", LlamaConfig(**SIZES, rms_norm_eps=1e-3))
+    files = hf_peers.open_folder(tmp_path / "one", "LLAMA", component(tmp_path / "one"))
+    with pytest.raises(UserError, match="rms_norm_eps is 0.001 in `model` and 1e-06 in config.json"):
+        hf_peers.load_ours(files, component(tmp_path / "other"))
+
+
+def test_lora_modules_of_a_fused_layer_are_named_together(tmp_path):
+    from transformers import Phi3Config
+
+    hf_peers.save_peer(tmp_path, Phi3Config(**SIZES))
+    files = hf_peers.open_folder(tmp_path, "PHI3", component(tmp_path))
+    lora = {"rank": 4, "alpha": 8.0}
+    with pytest.raises(UserError, match="qkv_proj computes what k_proj, v_proj would"):
+        hf_peers.load_ours(files, component(tmp_path), lora=lora | {"modules": ["q_proj"]})
+    model = hf_peers.load_ours(files, component(tmp_path), lora=lora | {"modules": ["q_proj", "k_proj", "v_proj"]})
+    adapted = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "lora_a")}
+    assert adapted == {"qkv_proj"}
+
+
+def test_without_the_extra_the_model_is_refused_and_the_extra_named(monkeypatch):
+    cfg = {"model": component("/nowhere")}
+    check_installed(cfg)
+    monkeypatch.setattr("pairtune.config.uses.find_spec", lambda name: None if name == "transformers" else object())
+    with pytest.raises(UserError, match=r"pip install 'pairtune\[models\]'"):
+        check_installed(cfg)
+
+
+def test_torchtunes_models_do_without_transformers():
+    code = """
+import sys
+import pairtune.models, pairtune.folders.weights, pairtune.cli.plan
+assert "transformers" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
