@@ -17,6 +17,7 @@ import tokenizers
 from pairtune.errors import UserError
 from pairtune.files import read_object
 from pairtune.tokenizer.files import model_stop_ids, read_backend, special_tokens
+from pairtune.tokenizer.pieces import Encoded, PieceEncoder
 from pairtune.tokenizer.special_text import SpecialText
 from pairtune.tokenizer.template import ChatTemplate, Refusal, choose_template, plain_text
 
@@ -74,6 +75,7 @@ class HFTokenizer:
         self.date, self.folder = date, folder
         self._template = None if template is None else ChatTemplate(template, special, date)
         self._backend, self._add_bos = backend, add_bos
+        self._pieces = PieceEncoder(backend)
         added = backend.get_added_tokens_decoder().items()
         control = {i for i, token in added if token.special or token.content in SENTENCEPIECE_CONTROL}
         control |= self.end_ids | ({self.bos_id} - {None})
@@ -122,11 +124,11 @@ class HFTokenizer:
     def _marked(self, text: str) -> str:
         return self._special_text.mark(text) if self.special_tokens_in_text == "text" else text
 
-    def _encode(self, marked: str, text: str) -> tokenizers.Encoding:
+    def _encode(self, marked: str, text: str) -> tokenizers.Encoding | Encoded:
         """Returns the tokens of a text, and their places in it with its marks, if it has any."""
         try:
             if marked == text:
-                return self._backend.encode(text, add_special_tokens=False)
+                return self._pieces.encode(text)
             return self._special_text.encode(marked, text)
         except UserError:
             raise

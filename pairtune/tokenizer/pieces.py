@@ -1,0 +1,95 @@
+"""A text's tokens by its pieces: what stands between special tokens is encoded once, and remembered for a while.
+
+A pair's two conversations and its prompt begin alike, and a library that cuts a text at special tokens before all else
+encodes what lies between them without a look at the rest. So a piece gives the same tokens wherever it stands, but in
+vocabularies that `PieceEncoder` knows of: there it leaves the text whole.
+"""
+
+import json
+import re
+from collections import OrderedDict
+from typing import NamedTuple
+
+import tokenizers
+
+REMEMBERED = 64  # pieces: those of a few conversations
+# What looks at a word alone. Metaspace may look at where a text begins, see _is_local.
+PRE_TOKENIZERS = (
+    *("ByteLevel", "Split", "Digits", "Punctuation", "Whitespace", "WhitespaceSplit", "Metaspace", "BertPreTokenizer"),
+    *("CharDelimiterSplit", "UnicodeScripts"),
+)
+
+
+class Encoded(NamedTuple):
+    """Tokens, and for each the characters [start, stop) of the text that it stands for."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
+class PieceEncoder:
+    """Encodes texts as a backend does without the tokens that it adds at their ends.
+
+    Args:
+        backend: Is not changed, and must not be.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer):
+        self._backend = backend
+        added = backend.get_added_tokens_decoder()
+        self._ids = {token.content: i for i, token in added.items()}
+        # As the library finds them: the first, and of those that begin there the longest.
+        longest_first = sorted(self._ids, key=len, reverse=True)
+        self._cut = re.compile("|".join(map(re.escape, longest_first))) if added and _is_local(backend) else None
+        self._known: OrderedDict[str, Encoded] = OrderedDict()
+
+    def encode(self, text: str) -> tokenizers.Encoding | Encoded:
+        """Returns the text's tokens and their offsets."""
+        if self._cut is None:
+            return self._backend.encode(text, add_special_tokens=False)
+        ids, offsets, start = [], [], 0
+        for found in self._cut.finditer(text):
+            self._add(text[start : found.start()], start, ids, offsets)
+            ids.append(self._ids[found[0]])
+            offsets.append(found.span())
+            start = found.end()
+        self._add(text[start:], start, ids, offsets)
+        return Encoded(ids, offsets)
+
+    def _add(self, piece: str, start: int, ids: list[int], offsets: list[tuple[int, int]]) -> None:
+        if not piece:
+            return
+        known = self._known.get(piece)
+        if known is None:
+            encoding = self._backend.encode(piece, add_special_tokens=False)
+            known = self._known[piece] = Encoded(encoding.ids, encoding.offsets)
+            if len(self._known) > REMEMBERED:
+                self._known.popitem(last=False)
+        else:
+            self._known.move_to_end(piece)
+        ids += known.ids
+        offsets += [(a + start, b + start) for a, b in known.offsets] if start else known.offsets
+
+
+def _is_local(backend: tokenizers.Tokenizer) -> bool:
+    """Says whether a piece between added tokens gives the same tokens alone as within its text."""
+    if backend.truncation or backend.padding or backend.encode_special_tokens:
+        return False
+    if getattr(backend.model, "dropout", None):  # another cut each time
+        return False
+    added = backend.get_added_tokens_decoder().values()
+    if any(token.lstrip or token.rstrip or token.single_word for token in added):
+        return False
+    normalized = {token.normalized for token in added}  # these are looked for in the text that normalizing has left
+    if len(normalized) > 1 or (True in normalized and backend.normalizer is not None):
+        return False
+    return backend.pre_tokenizer is None or _looks_at_words(backend.pre_tokenizer)
+
+
+def _looks_at_words(pre_tokenizer) -> bool:
+    try:
+        state = json.loads(pre_tokenizer.__getstate__())
+    except Exception:  # one written in Python has none
+        return False
+    steps = state["pretokenizers"] if state["type"] == "Sequence" else [state]
+    return all(step["type"] in PRE_TOKENIZERS and step.get("prepend_scheme") != "first" for step in steps)
