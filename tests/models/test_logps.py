@@ -9,6 +9,7 @@ import torch
 from helpers import ROOT, padded_logps, random_pairs, tiny_llama
 from torch.profiler import ProfilerActivity, profile, record_function
 from torchtune.models.llama3 import lora_llama3
+from torchtune.modules.peft import LoRALinear
 
 from pairtune import models
 from pairtune.models import logps
@@ -230,6 +231,28 @@ def test_no_logits_are_kept_behind_a_frozen_head():
     with LargestVocabularyTensor(997, model.parameters()) as saved:
         padded_logps(model, pairs)
     assert saved.largest > 0  # the gauge sees what torchtune's way keeps
+
+
+@pytest.mark.parametrize("keep_bytes", [0, 2**20])
+def test_a_trained_head_keeps_no_logits_beyond_its_budget(keep_bytes):
+    hidden, weight = torch.randn(70, 16, requires_grad=True), torch.randn(997, 16, requires_grad=True)
+    target = torch.randint(997, (70,))
+    with LargestVocabularyTensor(997, [weight]) as saved:
+        values = logps.token_logps(hidden, weight, target, chunk_size=8, keep_bytes=keep_bytes)
+    assert saved.largest == (8 * 997 if keep_bytes else 0)  # a chunk's, of which there are as many as the budget takes
+    with LargestVocabularyTensor(997, [weight]) as saved:
+        expected = (hidden @ weight.T).log_softmax(-1)[torch.arange(70), target]
+    assert saved.largest == 70 * 997
+    torch.testing.assert_close(values, expected)
+
+
+def test_adapters_on_the_output_keep_no_logits(monkeypatch):
+    monkeypatch.setitem(logps.CHUNK_LOGITS, "cpu", 8 * 997)
+    output = LoRALinear(16, 997, rank=2, alpha=4.0)
+    hidden, target = torch.randn(70, 16, requires_grad=True), torch.randint(997, (70,))
+    with LargestVocabularyTensor(997, output.parameters()) as saved:
+        logps._checkpointed_token_logps(hidden, target, output, None).sum().backward()
+    assert saved.largest <= 8 * 997  # of the chunk that backward computes again
 
 
 def test_generation_still_gets_logits():
