@@ -251,7 +251,7 @@ def test_adapters_on_the_output_keep_no_logits(monkeypatch):
     output = LoRALinear(16, 997, rank=2, alpha=4.0)
     hidden, target = torch.randn(70, 16, requires_grad=True), torch.randint(997, (70,))
     with LargestVocabularyTensor(997, output.parameters()) as saved:
-        logps._checkpointed_token_logps(hidden, target, output, None).sum().backward()
+        logps._checkpointed_token_logps(hidden, target, output, None, None).sum().backward()
     assert saved.largest <= 8 * 997  # of the chunk that backward computes again
 
 
