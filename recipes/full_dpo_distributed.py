@@ -40,7 +40,7 @@ DEFAULTS = {
     **keys.DISTRIBUTED,  # data_parallel_replicate_dim, fsdp_cpu_offload, collective_timeout_s; distributed only
     **keys.FILES,  # checkpointer.checkpoint_dir and .model_type; tokenizer
     # The model and how it is trained
-    "model": {"_component_": config.REQUIRED},  # a torchtune builder
+    "model": {"_component_": "auto"},  # what the folder's config.json says; or a base builder, of torchtune's or yours
     # model: what the run starts from, or that of checkpoint_dir; cached: the same, computed once; none: zeros;
     # sync: what the run starts from, moved toward the policy
     "reference": {"name": "model", **keys.REFERENCE},

@@ -40,7 +40,7 @@ DEFAULTS = {
     **keys.DISTRIBUTED,  # data_parallel_replicate_dim, fsdp_cpu_offload, collective_timeout_s; distributed only
     **keys.FILES,  # checkpointer.checkpoint_dir and .model_type; tokenizer
     # The model and how it is trained
-    "model": {"_component_": config.REQUIRED},  # a torchtune builder, the base one: adapters are added here
+    "model": {"_component_": "auto"},  # what the folder's config.json says; or a base builder, of torchtune's or yours
     "lora": {
         "rank": 8,  # width of the adapters: their memory and capacity
         "alpha": 16.0,  # their output is scaled by alpha / rank

@@ -6,10 +6,11 @@ from pairtune import config
 from pairtune.cli.find import find, is_torchtunes, names, own
 from pairtune.cli.recipe import does_as_ours, parses_defaults, top_level
 from pairtune.config import keys
+from pairtune.config.architectures import read_config
+from pairtune.config.layout import check_folder, find_adapter, find_weights
 from pairtune.config.names_elsewhere import check_dashes
-from pairtune.config.uses import check_installed
+from pairtune.config.uses import check_installed, is_bridged
 from pairtune.errors import UserError
-from pairtune.folders.layout import check_folder, find_adapter, find_weights
 from pairtune.pairs.sources import check_source
 from pairtune.run.folder import check_free
 from pairtune.run.places import CHECKPOINTS, check, is_saved_config, look
@@ -37,9 +38,12 @@ def read_words(recipe: Path, words: list[str]) -> tuple[list[Path], list[str]]:
             overrides.append(word)
         else:
             raise UserError(f"{word}: neither key=value nor ~key; a config is given as --config {word}")
-    if not configs or "" in configs:
+    if "" in configs or not (configs or (overrides and parses_defaults(recipe))):
         known = "`tune ls` lists them" if is_torchtunes(recipe) else f"known: {', '.join(own('config'))}"
-        raise UserError(f"{recipe.stem}: --config CONFIG must say which weights and data; {known}; or a YAML of yours")
+        without = "" if is_torchtunes(recipe) else "; or checkpointer.checkpoint_dir=FOLDER dataset.source=PAIRS"
+        raise UserError(
+            f"{recipe.stem}: --config CONFIG must say which weights and data; {known}; or a YAML of yours{without}"
+        )
     if is_torchtunes(recipe) and len(configs) > 1:
         raise UserError(f"--config {configs[1]}: a recipe of torchtune's takes one config")
     paths = [find("config", name) for name in configs]
@@ -89,6 +93,8 @@ def _check_places(cfg: dict) -> None:
     checkpointer, tokenizer = cfg["checkpointer"], cfg["tokenizer"]
     if checkpointer["_component_"].endswith("HFCheckpointer") and not checkpointer.get("checkpoint_files"):
         find_weights(checkpointer["checkpoint_dir"])
+        if not is_bridged(cfg["model"]):
+            read_config(checkpointer["checkpoint_dir"])
     else:
         check_folder(checkpointer["checkpoint_dir"])
     if tokenizer["_component_"].endswith(".hf_tokenizer") and isinstance(tokenizer.get("path"), str):
@@ -97,6 +103,8 @@ def _check_places(cfg: dict) -> None:
         find_adapter(cfg["adapter"])
     if cfg["reference"].get("checkpoint_dir"):
         find_weights(cfg["reference"]["checkpoint_dir"], key="reference.checkpoint_dir")
+        if not is_bridged(cfg["reference"].get("model") or cfg["model"]):
+            read_config(cfg["reference"]["checkpoint_dir"], key="reference.checkpoint_dir")
     for key in ("dataset", "eval_dataset"):
         if cfg[key]["source"]:
             check_source(cfg[key]["source"], key)

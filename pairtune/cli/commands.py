@@ -134,12 +134,12 @@ def cat(argv: list[str]) -> int:
 
 
 def validate(argv: list[str]) -> int:
-    """Check a config with its model's files and its pairs, for every recipe of ours or the one named.
+    """Check a config with its model's files and its pairs, or a model's folder alone, for every recipe or one.
 
     Loads no weights. What is not on this machine is not checked, and named. Status 1 if anything is refused.
     """
     parser = parser_of(validate)
-    parser.add_argument("config", metavar="CONFIG")
+    parser.add_argument("config", metavar="CONFIG", help="a config, or a model's folder")
     parser.add_argument("overrides", metavar="key=value", nargs="*")
     parser.add_argument("--config", dest="more", action="append", default=[], metavar="FILE", help=LAID_ON_TOP)
     parser.add_argument("--recipe", help="check for this one only")
@@ -147,18 +147,24 @@ def validate(argv: list[str]) -> int:
     parser.add_argument("--torchtune", action="store_true", help="the config is for a recipe of torchtune's")
     _check_keys(argv, parser)
     args = parser.parse_intermixed_args(argv)
-    paths = [find("config", config) for config in (args.config, *args.more)]
-    if args.torchtune or (is_torchtunes(paths[0]) and not args.recipe):
+    from pairtune.cli import alone
+
+    folder = alone.folder_of(args.config)
+    paths = [find("config", config) for config in (*([] if folder else [args.config]), *args.more)]
+    if not folder and (args.torchtune or (is_torchtunes(paths[0]) and not args.recipe)):
         if args.more:
             raise UserError(f"--config {args.more[0]}: a recipe of torchtune's takes one config")
         return _validate_torchtunes(paths[0], args.overrides)
     from pairtune.cli.recipe import read_recipe
 
-    recipes = {name: read_recipe(name) for name in ([args.recipe] if args.recipe else own("recipe"))}
+    read = alone.without_pairs if folder else read_recipe
+    recipes = {name: read(name) for name in ([args.recipe] if args.recipe else own("recipe"))}
     from pairtune.cli.validate import Validation, alike, table
 
-    may_be_absent = all(path in own("config").values() for path in paths)  # ours name files that not every machine has
-    validation = Validation(paths, args.overrides, None if args.all else 100, may_be_absent)
+    # Ours name files that not every machine has
+    may_be_absent = not folder and all(path in own("config").values() for path in paths)
+    overrides = (alone.overrides_of(folder) if folder else []) + args.overrides
+    validation = Validation(paths, overrides, None if args.all else 100, may_be_absent)
     answers = {name: validation.check(*recipe) for name, recipe in recipes.items()}
     for names in alike(answers):
         print(table(names, answers[names[0]]))
@@ -168,10 +174,11 @@ def validate(argv: list[str]) -> int:
 def plan(argv: list[str]) -> int:
     """Tell what a run takes: memory, steps, disk; and whether it fits. Loads nothing. Status 1 if it does not fit.
 
-    Without --recipe: lora_dpo_distributed on several GPUs, else lora_dpo_single_device.
+    Without --recipe: lora_dpo_distributed on several GPUs, else lora_dpo_single_device; of a model's folder in the
+    place of a config, every method's, a line each.
     """
     parser = parser_of(plan)
-    parser.add_argument("config", metavar="CONFIG")
+    parser.add_argument("config", metavar="CONFIG", help="a config, or a model's folder")
     parser.add_argument("overrides", metavar="key=value", nargs="*")
     parser.add_argument("--config", dest="more", action="append", default=[], metavar="FILE", help=LAID_ON_TOP)
     parser.add_argument("--recipe", help="a name of `tune ls`, or a file")
@@ -183,22 +190,33 @@ def plan(argv: list[str]) -> int:
         if value is not None and value <= 0:
             raise UserError(f"{option} {value}: must be above 0")
     from pairtune import config
+    from pairtune.cli import alone
     from pairtune.cli.recipe import read_recipe
 
     recipe = args.recipe or f"lora_dpo_{'distributed' if (args.gpus or 1) > 1 else 'single_device'}"
-    paths = [find("config", path) for path in (args.config, *args.more)]
-    config.check(*read_recipe(recipe), paths, args.overrides)
+    folder = alone.folder_of(args.config)
+    read = alone.without_pairs if folder else read_recipe
+    paths = [find("config", path) for path in (*([] if folder else [args.config]), *args.more)]
+    overrides = (alone.overrides_of(folder) if folder else []) + args.overrides
+    config.check(*read(recipe), paths, overrides)
     from pairtune.cli import plan as plans  # and torch
 
-    run = plans.Run(recipe, tuple(paths), tuple(args.overrides))
-    run = plans.on_devices(run, read_recipe, gpus=args.gpus, gpu_memory=args.gpu_memory)
-    planned = plans.plan(run, read_recipe)
-    for note in config.notes(*read_recipe(recipe), paths, args.overrides):
+    def run_of(recipe: str):
+        run = plans.Run(recipe, tuple(paths), tuple(overrides))
+        return plans.on_devices(run, read, gpus=args.gpus, gpu_memory=args.gpu_memory)
+
+    if folder and not args.recipe:
+        text, fits = alone.plan_all(folder, lambda name: plans.plan(run_of(name), read), gpus=args.gpus)
+        print(text)
+        return 0 if fits else 1
+    run = run_of(recipe)
+    planned = plans.plan(run, read)
+    for note in config.notes(*read(recipe), paths, overrides):
         print(f"config: {note}")
     print(planned)
     if planned.fits is not False:
         return 0
-    print(plans.advice(plans.smallest_change(run, read_recipe)))
+    print(plans.advice(plans.smallest_change(run, read)))
     return 1
 
 

@@ -7,52 +7,49 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pairtune.cli.find import own
+from pairtune.config.auto import choose_for
 from pairtune.errors import UserError
 
 
 def next_command(source, folder: Path, read: Callable[[str], dict | None]) -> str:
     """Returns the command that trains what a Source brought to `folder`, in words that begin with what it is.
 
-    The one in the comments of the config that downloads this id, else that of the config whose model config.json is
-    nearest to; for an adapter, that of its base model. `read` returns a JSON file of the repository, None if it lacks
-    it.
+    The one in the comments of the config that downloads this id; else one without a config, by which config.json
+    decides what is built; for an adapter, that of its base model. `read` returns a JSON file of the repository, None if
+    it lacks it.
     """
     recipe = next((f"recipes/{name}" for name in own("recipe") if re.match("lora.*single", name)), "RECIPE")
-    unnamed = [recipe, "--config", "CONFIG"]
     if source.repo_type == "dataset":
-        return f"Train on it:\n{_tune_run(unnamed, [f'dataset.source={folder}'])}"
+        line = _tune_run([recipe], ["checkpointer.checkpoint_dir=MODEL", f"dataset.source={folder}"])
+        return f"Train on it, MODEL being a folder:\n{line}"
     home, examples = [f"checkpointer.checkpoint_dir={folder}"], _examples()
     if known := _example_of(source.repo_id, examples):
         return f"Train it:\n{_tune_run(known, home)}"
     config = read("config.json")
     if config is None and (adapter := read("adapter_config.json")) is not None:
-        return _adapter_command(adapter, folder, examples, unnamed)
-    unknown = f"Train it, with a CONFIG of yours (none here names it):\n{_tune_run(unnamed, home)}"
+        return _adapter_command(adapter, folder, examples, recipe)
+    line = _tune_run([recipe], [*home, "dataset.source=PAIRS"])
     if config is None:
-        return unknown
-    from pairtune.hub import fitting
-
+        return f"Train it:\n{line}"
     try:
-        fit = fitting.nearest(config, {name: own("config")[name] for name in examples})
+        choose_for(config, folder / "config.json")
     except UserError as error:
-        return f"{unknown}\nNo config here fits: {error}"
-    line = _tune_run(examples[fit.config].run, home)
-    if not fit.different:
-        return f"Train it, with a config of its architecture and sizes:\n{line}"
-    changed = " \\\n    ".join([line, *fit.overrides])
-    return f"Train it, with the nearest config and what it needs set ({'; '.join(fit.different)}):\n{changed}"
+        return f"It cannot be trained: {error}"
+    return f"Train it; what builds it is in its config.json:\n{line}"
 
 
-def _adapter_command(adapter: dict, folder: Path, examples: dict[str, "Example"], unnamed: list[str]) -> str:
+def _adapter_command(adapter: dict, folder: Path, examples: dict[str, "Example"], recipe: str) -> str:
     """The same for an adapter, from its adapter_config.json: its base model's recipe, if that trains adapters."""
-    base = str(adapter.get("base_model_name_or_path") or "a model that it does not name")
+    named = adapter.get("base_model_name_or_path")
+    base = str(named or "a model that it does not name")
     known = _example_of(base, examples)
-    recipe, *rest = known or unnamed
+    recipe, *rest = known or [recipe, "checkpointer.checkpoint_dir=MODEL", "dataset.source=PAIRS"]
     theirs = {"rank": "r", "alpha": "lora_alpha", "use_dora": "use_dora", "use_rslora": "use_rslora"}
     shape = {f"lora.{ours}": adapter.get(name) for ours, name in theirs.items()}
     numbers = [f"{key}={str(n).lower()}" for key, n in shape.items() if n and isinstance(n, (bool, int, float))]
     line = _tune_run([recipe.replace("/full_", "/lora_"), *rest], [f"adapter={folder}", "reference=start", *numbers])
-    whose = f"`tune download {shlex.quote(base)}` fetches it" if known else "which CONFIG, of yours, must be for"
+    whose = f"`tune download {shlex.quote(base)}` fetches it" if named else "MODEL is its folder"
+    whose += ", to MODEL" if named and not known else ""
     return f"Train on from this adapter of {base} ({whose}):\n{line}"
 
 

@@ -64,6 +64,7 @@ class Plan:
     memory: StepMemory
     device: str
     dtype: str
+    model: str  # what builds it
     num_parameters: int
     num_trained: int
     pairs_per_step: int
@@ -98,7 +99,7 @@ class Plan:
             return f"{size / size_of_unit:10,.2f}"
 
         lines = [
-            f"{self.run.recipe} on {self._devices()}",
+            f"{self.run.recipe} on {self.devices()}",
             "",
             _line("parameters", f"{self.num_parameters:,}, {self.num_trained:,} trained, {self.dtype}"),
             _line("a step", f"{self.pairs_per_step:,} pairs, at most {self.pairs_per_step * self.max_tokens:,} tokens"),
@@ -128,7 +129,12 @@ class Plan:
         """Returns how much of a device's memory it takes, in words."""
         return f"{self.peak / GIB:.2f} of {self.run.gpu_memory:.4g} GiB a device"
 
-    def _devices(self) -> str:
+    def size(self) -> str:
+        """Returns how much a device holds at its fullest, with the unit."""
+        return f"{self.peak / GIB:,.2f} GiB" if self.peak >= GIB else f"{self.peak / GIB * 1024:,.2f} MiB"
+
+    def devices(self) -> str:
+        """Returns what it runs on, in words."""
         kind = "GPU" if self.device == "cuda" else "CPU"
         memory = f" of {self.run.gpu_memory:.4g} GiB" if self.run.gpu_memory else ""
         return f"{self.run.gpus} {kind}{'s' * (self.run.gpus > 1)}{memory}"
@@ -225,6 +231,7 @@ def plan_config(cfg: DictConfig, method: str, run: Run) -> Plan:
         reference_pass=pass_memory(passing, larger, setting) if passing else 0,
         device=setting.device,
         dtype=cfg.dtype,
+        model=cfg.model._component_,
         num_parameters=num_parameters,
         num_trained=num_trained,
         pairs_per_step=cfg.pairs_per_step,
@@ -291,7 +298,7 @@ def _num_shards(gpus: int, copies: int) -> int:
 
 def _num_rows(dataset: DictConfig) -> int | None:
     """Rows to train on, of a data set that is here."""
-    if not Path(dataset.source).expanduser().exists():
+    if not dataset.source or not Path(dataset.source).expanduser().exists():
         return None
     rows = read_rows(
         dataset.source,

@@ -96,6 +96,8 @@ class Validation:
             if cfg[key].source:
                 budget = ("max_length", "max_prompt_length", "max_completion_length")
                 answers[key] = ask(key, lambda key=key: self._pairs(key, cfg, found.value), key, *files, *budget)
+            elif key == "dataset":  # of a folder alone
+                answers[key] = Answer("not checked: no pairs are named; dataset.source=... names them")
         answers["steps"] = _answer(lambda: _steps(cfg, answers["dataset"].value))
         return answers
 

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from pairtune.config import keys, names_elsewhere
-from pairtune.config.rules import REQUIRED, fits, kind_words, show, wrong_kind
+from pairtune.config.rules import AUTO, REQUIRED, fits, kind_words, show, wrong_kind
 from pairtune.errors import UserError, nearest
 
 
@@ -32,7 +32,7 @@ def is_component(node: Any) -> bool:
 def component_path(key: str, default: dict | None = None) -> str:
     """Returns the default's path, or an example."""
     path = (default or {}).get("_component_")
-    return keys.example(key) if path in (None, REQUIRED) else path
+    return keys.example(key) if path in (None, REQUIRED, AUTO) else path
 
 
 def _check_block(name: str, block: Any, default: dict | None) -> None:

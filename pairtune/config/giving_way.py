@@ -9,7 +9,7 @@ from typing import Any
 from pairtune.config import keys
 from pairtune.config.checks import holds_component, is_component
 from pairtune.config.merging import REMOVED, Layer
-from pairtune.config.rules import show
+from pairtune.config.rules import AUTO, show
 from pairtune.errors import UserError
 
 
@@ -158,7 +158,7 @@ def _carried(cfg: dict, defaults: dict, layers: list[Layer]) -> list[str]:
             }
         for name, (place, before) in meant.items():
             is_last = place == layers[-1].place  # on one command line the order is free
-            if before not in (None, block["_component_"]) and not is_last and block.get(name) is not None:
+            if before not in (None, AUTO, block["_component_"]) and not is_last and block.get(name) is not None:
                 short, now = before.rpartition(".")[2], block["_component_"].rpartition(".")[2]
                 told.append(f"{key}.{name}={show(block[name])} ({place}, there for {short}) is now {now}'s")
     return told

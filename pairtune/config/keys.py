@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pairtune.config.rules import (
+    AUTO,
     HIGHER_IS_BETTER,
     LORA_LAYERS,
     REQUIRED,
@@ -79,8 +80,8 @@ CHECKPOINTERS = (
     "pairtune.folders.HFCheckpointer",  # the first, for torchtune's recipes, too
 )
 _CHECKPOINTER = Rule(
-    lambda v: v in CHECKPOINTERS,
-    f"one of {', '.join(CHECKPOINTERS)}: folders of Hugging Face, Meta and torchtune are read",
+    lambda v: v in (AUTO, *CHECKPOINTERS),
+    f"one of {', '.join((AUTO, *CHECKPOINTERS))}: folders of Hugging Face, Meta and torchtune are read",
 )
 _MODULES = Rule(
     lambda v: v and all(m in tuple(LORA_LAYERS) for m in v),
@@ -229,8 +230,9 @@ _FILES = (
     Key("checkpointer", example="torchtune.training.FullModelHFCheckpointer"),
     Key(
         "checkpointer._component_",
-        "torchtune.training.FullModelHFCheckpointer",
-        "or FullModelMetaCheckpointer, FullModelTorchTuneCheckpointer",
+        AUTO,
+        "torchtune.training.FullModelHFCheckpointer or FullModelMetaCheckpointer by the folder's files; or "
+        "FullModelTorchTuneCheckpointer",
         _CHECKPOINTER,
     ),
     Key(
@@ -240,7 +242,12 @@ _FILES = (
         of_kind(str),
         "by result",
     ),
-    Key("checkpointer.model_type", REQUIRED, "LLAMA2, LLAMA3, MISTRAL, GEMMA, QWEN2, ...", of_kind(str)),
+    Key(
+        "checkpointer.model_type",
+        AUTO,
+        "LLAMA2, LLAMA3, MISTRAL, GEMMA, QWEN2, ...: as the folder's config.json says, or the builder",
+        of_kind(str),
+    ),
     Key("tokenizer", resume="by result", example="pairtune.tokenizer.hf_tokenizer"),
     Key("tokenizer._component_", "pairtune.tokenizer.hf_tokenizer", "reads tokenizer.json and the chat template"),
     Key("tokenizer.path", "${checkpointer.checkpoint_dir}", "a folder that has them"),

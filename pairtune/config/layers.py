@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pairtune import console
-from pairtune.config import keys
+from pairtune.config import auto, keys
 from pairtune.config.checks import check_together, check_values, is_component
 from pairtune.config.components import check_components, without_defaults_of_another
 from pairtune.config.from_torchtune import translate
@@ -96,14 +96,14 @@ def _checked(
     merged, given = _stack(method, layers, overrides, defaults)
     check_values(_without_references(merged), defaults)  # a wrong value is told at its own key, not where it is used
     _check_required(merged)
-    cfg = _resolve(merged)
+    cfg, found = auto.settle(_resolve(merged))
     cfg, left_out = without_defaults_of_another(cfg, defaults, by_source=by_source)
     cfg, gave_way = give_way(cfg, defaults, given)
     check_values(cfg, defaults)
     check_components(cfg, by_source=by_source)
     check_together(cfg)
     _check_other_methods(method, layers, defaults)
-    return cfg, [*said_twice(given), *left_out, *gave_way]
+    return cfg, [*said_twice(given), *found, *left_out, *gave_way]
 
 
 def save(cfg: DictConfig, path: Path, recipe: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pairtune.errors import UserError, close_to, nearest
 
 REQUIRED = "???"  # OmegaConf's mark for a value that a config must give
+AUTO = "auto"  # a value that the model's folder tells, see auto.py
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ This finds mistakes, not malice: a config names code that a run imports and call
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -71,6 +71,16 @@ def made_by(component: Callable) -> type | None:
         return type(None)
     made = annotations.get("return")
     return made if inspect.isclass(made) else None
+
+
+def is_bridged(component: Mapping | None) -> bool:
+    """Returns whether the config's `model` block is built by transformers."""
+    return component is not None and component["_component_"] == BRIDGE
+
+
+def has_bridge() -> bool:
+    """Returns whether what transformers builds can be trained: the extra is installed."""
+    return find_spec("transformers") is not None
 
 
 def lacks(key: str, made: Any) -> list[str]:

@@ -10,7 +10,6 @@ from functools import cached_property
 from torch import Tensor, nn
 
 from pairtune import models
-from pairtune.config.uses import BRIDGE
 from pairtune.folders.families import Module, Part
 from pairtune.models.bridge.files import PREFIX, Files, Plan
 
@@ -83,11 +82,6 @@ class BridgedFamily:
     def to_theirs(self, weights: Mapping[str, Tensor], config: dict) -> dict[str, Tensor]:
         """Returns whole weights of a model as its folder had them."""
         return self._files.to_theirs(weights)
-
-
-def is_bridged(component: Mapping | None) -> bool:
-    """Returns whether the config's `model` block is built by transformers."""
-    return component is not None and component["_component_"] == BRIDGE
 
 
 def _without_numbers(name: str) -> str:

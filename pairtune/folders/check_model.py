@@ -3,109 +3,18 @@
 Weights of equal shapes load into the wrong architecture without a word, and train: loss starts at ln 2 all the same.
 """
 
-import math
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
-from torchtune.modules import TransformerDecoder
+from torchtune.modules import MultiHeadAttention, TiedLinear, TransformerDecoder
 
-from pairtune.config.rules import fits, kind_words, show
+from pairtune.config.architectures import WINDOWED, config_types, of_config_type
+from pairtune.config.config_json import config_key, describe_config, rope_of, setting
+from pairtune.config.rules import show
 from pairtune.errors import UserError
-from pairtune.folders.config_json import LLAMA3_ROPE, ONLY, SETTINGS, config_key, setting
-from pairtune.folders.families import FAMILIES, config_types, of_config_type
+from pairtune.folders.families import FAMILIES
 from pairtune.models.additions import additions
-
-WINDOWED = ("mistral", "mixtral", "phi3", "qwen2", "qwen3", "gemma2")  # layers may have a sliding window
-MAY_BE_ZERO = ("max_window_layers",)
-ROPE_BLOCKS = ("rope_scaling", "rope_parameters")  # of transformers 4 and 5
-# How positions may be scaled: what torchtune computes, with these settings of it.
-ROPE_TYPES = {"llama": ("default", "llama3")}
-
-
-def check_config(config, path: Path) -> None:
-    """Checks the kinds of what is read of a config.json.
-
-    Raises:
-        UserError: It is no object, lacks a key, has one of the wrong kind, is of a quantized model, or of a variant
-            that no builder computes.
-    """
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: must hold keys and values, holds {show(config)}")
-    for name, known in SETTINGS.items():
-        key = config_key(name, config)
-        if config.get(key) is not None:
-            check_kind(path, key, config[key], known.kind)
-        elif known.needed:
-            raise UserError(f"{path}: {key}: is missing; download the file again, or set it as the model's authors say")
-    _check_rope(path, config)
-    if config.get("quantization_config"):
-        raise UserError(
-            f"{path}: quantization_config={show(config['quantization_config'])}: the weights are quantized, which "
-            "training cannot undo; take the model that they were made from, with a qlora_ recipe if memory is short"
-        )
-    for key, values in ONLY.get(config["model_type"], {}).items():
-        if config.get(key) not in (None, *values):
-            raise UserError(
-                f"{path}: {key}={show(config[key])}: must be {' or '.join(map(show, values))}; models of "
-                f"model_type={config['model_type']} that compute something else are not available"
-            )
-
-
-def check_kind(path: Path, key: str, value, kind: type) -> None:
-    """Checks one value that a file says of a model.
-
-    Raises:
-        UserError: It is not of this kind, or a number that is not above 0 and finite.
-    """
-    if not fits(value, kind):
-        raise UserError(f"{path}: {key}={value!r}: must be {kind_words(kind)}")
-    if kind in (int, float) and not 0 < value < math.inf and not (value == 0 and key in MAY_BE_ZERO):
-        raise UserError(f"{path}: {key}={value}: must be above 0 and finite")
-
-
-def _check_rope(path: Path, config: dict) -> None:
-    blocks = {block: config[block] for block in ROPE_BLOCKS if config.get(block)}
-    if len(blocks) == 2 and blocks["rope_scaling"] != blocks["rope_parameters"]:
-        raise UserError(
-            f"{path}: rope_scaling and rope_parameters differ, and are two names of one thing; remove the one that is "
-            "not as the model's authors say"
-        )
-    for block, rope in blocks.items():
-        for key in ("factor", "rope_theta", "partial_rotary_factor"):
-            if rope.get(key) is not None:
-                check_kind(path, f"{block}.{key}", rope[key], float)
-        _check_kind_of_rope(path, block, config)
-        if _kind_of_rope(rope) == "llama3":
-            _check_llama3(path, block, rope)
-
-
-def _kind_of_rope(rope: dict) -> str | None:
-    """Returns how a block scales positions; None where it does not say."""
-    return rope.get("rope_type") or rope.get("type")
-
-
-def _check_kind_of_rope(path: Path, block: str, config: dict) -> None:
-    rope, known = config[block], ROPE_TYPES.get(config["model_type"], ("default",))
-    kind, factor = _kind_of_rope(rope), rope.get("factor")
-    if kind in known or (kind is None and factor in (None, 1)):
-        return
-    if kind in ("linear", "dynamic") and factor == 1:  # others have more settings, which count at any factor
-        return
-    name = "rope_type" if rope.get("rope_type") or kind is None else "type"
-    raise UserError(
-        f"{path}: {block}.{name}={show(kind)}: must be {' or '.join(known)}; models of model_type="
-        f"{config['model_type']} whose positions are scaled in another way are not available"
-    )
-
-
-def _check_llama3(path: Path, block: str, rope: dict) -> None:
-    different = [f"{block}.{key}={show(rope.get(key))}" for key, v in LLAMA3_ROPE.items() if rope.get(key) != v]
-    if different:
-        wanted = ", ".join(f"{key} {value}" for key, value in LLAMA3_ROPE.items())
-        raise UserError(
-            f"{path}: {different[0]}: must be {wanted}; models whose positions are scaled in another way are not "
-            "available"
-        )
+from pairtune.models.experts import MixtureOfExperts
+from pairtune.models.frozen_base import shape_of
 
 
 def check_model_type(model_type: str, config: dict) -> None:
@@ -219,13 +128,15 @@ def _check_lora_modules(modules: Sequence[str], config: dict) -> None:
 
 
 def _place(name: str, config: dict) -> str:
-    said = config.get(config_key(name, config)) is not None or name in _rope(config) or name.startswith("rope_scaling")
+    said = (
+        config.get(config_key(name, config)) is not None or name in rope_of(config) or name.startswith("rope_scaling")
+    )
     return "in config.json" if said else "by default, which config.json leaves it to"
 
 
 def positions(config: dict, max_length: int) -> list[str]:
     """Returns a sentence where conversations may be longer than a config.json says that its model was made for."""
-    most, rope = setting(config, "max_position_embeddings"), _rope(config)
+    most, rope = setting(config, "max_position_embeddings"), rope_of(config)
     factor = rope.get("factor") or 1.0
     if not most or "model_type" not in config:
         return []
@@ -240,28 +151,59 @@ def positions(config: dict, max_length: int) -> list[str]:
     ]
 
 
+# What a built model is
+
+
 def describe(model: TransformerDecoder) -> dict:
     """Returns what a model is, by names of settings; without those that have no meaning for it."""
-    found = {name: known.of_model(model) for name, known in SETTINGS.items() if known.of_model}
+    found = {name: of_model(model) for name, of_model in OF_MODEL.items()}
     return {name: value for name, value in found.items() if value is not None}
 
 
-def describe_config(config: dict) -> dict:
-    """Returns the same from a config.json of transformers 4 or 5; None for sizes that it does not say."""
-    said = {name: setting(config, name) for name, known in SETTINGS.items() if known.of_model}
-    said |= {key: value for key, value in _rope(config).items() if key in said and value is not None}
-    heads, width, rope = said["num_attention_heads"], said["hidden_size"], _rope(config)
-    if _kind_of_rope(rope) not in (None, "default"):
-        said["rope_scaling.factor"] = rope.get("factor") or 1.0
-    said["num_key_value_heads"] = said["num_key_value_heads"] or heads
-    said["head_dim"] = said["head_dim"] or width // heads
-    if config.get("model_type") == "gpt2":
-        said["intermediate_size"] = said["intermediate_size"] or 4 * width
-    for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
-        said[cap] = said[cap] or 0.0
-    is_float = {name for name, known in SETTINGS.items() if known.kind is float}
-    return {name: float(v) if name in is_float and v is not None else v for name, v in said.items()}
+def _attention(model: TransformerDecoder) -> MultiHeadAttention:
+    return model.layers[0].attn
 
 
-def _rope(config: dict) -> dict:
-    return next((config[block] for block in ROPE_BLOCKS if config.get(block)), {})
+def _width_of_mlp(model: TransformerDecoder) -> int:
+    mlp = model.layers[0].mlp
+    return shape_of((mlp.experts[0] if isinstance(mlp, MixtureOfExperts) else mlp).w1)[0]
+
+
+def _query_scalar(model: TransformerDecoder) -> float | None:
+    scale = getattr(_attention(model)._attention_call, "scale", None)
+    return round(scale**-2, 6) if scale else None
+
+
+def _rotary(read: Callable[[MultiHeadAttention], float]) -> Callable[[TransformerDecoder], float | None]:
+    """Returns a reader of attention for models that may have no rotary embeddings."""
+    return lambda model: None if _attention(model).pos_embeddings is None else float(read(_attention(model)))
+
+
+def _mixture(read: Callable[[MixtureOfExperts], int]) -> Callable[[TransformerDecoder], int | None]:
+    """Returns a reader of a mixture of experts for models that may have none."""
+    return lambda model: read(model.layers[0].mlp) if isinstance(model.layers[0].mlp, MixtureOfExperts) else None
+
+
+OF_MODEL = {  # what a setting is in a built model; None where that has no such thing
+    "hidden_size": lambda m: m.tok_embeddings.embedding_dim,
+    "num_hidden_layers": lambda m: len(m.layers),
+    "num_attention_heads": lambda m: _attention(m).num_heads,
+    "num_key_value_heads": lambda m: _attention(m).num_kv_heads,
+    "head_dim": lambda m: _attention(m).head_dim,
+    "vocab_size": lambda m: m.tok_embeddings.num_embeddings,
+    "intermediate_size": _width_of_mlp,
+    "max_position_embeddings": lambda m: (
+        m.pos_embeddings.num_embeddings if hasattr(m, "pos_embeddings") else None  # where they are learned
+    ),
+    "rms_norm_eps": lambda m: getattr(m.norm, "eps", None),
+    "rope_theta": _rotary(lambda attention: attention.pos_embeddings.base),
+    "rope_scaling.factor": _rotary(lambda attention: getattr(attention.pos_embeddings, "scale_factor", 1)),
+    "partial_rotary_factor": _rotary(lambda attention: attention.pos_embeddings.dim / attention.head_dim),
+    "tie_word_embeddings": lambda m: isinstance(m.output, TiedLinear),
+    "use_parallel_residual": lambda m: getattr(m.layers[0], "use_parallel_residual", False),
+    "attn_logit_softcapping": lambda m: float(getattr(_attention(m)._attention_call, "softcap", None) or 0),
+    "final_logit_softcapping": lambda m: float(getattr(m.output, "softcap", None) or 0),
+    "query_pre_attn_scalar": _query_scalar,
+    "num_local_experts": _mixture(lambda mlp: len(mlp.experts)),
+    "num_experts_per_tok": _mixture(lambda mlp: mlp.experts_per_token),
+}

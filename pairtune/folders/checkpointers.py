@@ -12,10 +12,10 @@ from torch import Tensor
 from torchtune.training import FullModelMetaCheckpointer, FullModelTorchTuneCheckpointer
 from torchtune.training.checkpointing._utils import ModelType, safe_torch_load
 
+from pairtune.config.layout import check_folder
 from pairtune.config.rules import one_line
 from pairtune.errors import UserError
 from pairtune.files import check_there
-from pairtune.folders.layout import check_folder
 from pairtune.folders.tensors import check_tensors
 
 META, TORCHTUNE = "FullModelMetaCheckpointer", "FullModelTorchTuneCheckpointer"

@@ -5,15 +5,15 @@ what order. Ours are torchtune's names.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from pairtune.config.config_json import setting
 from pairtune.config.rules import LORA_LAYERS, OUR_LAYERS
-from pairtune.folders.config_json import setting
 
 
 @dataclass(frozen=True)
@@ -104,14 +104,12 @@ class Family:
 
     Attributes:
         name: The model_type.
-        config_types: What config.json calls it.
         ignored: Endings of their tensors that hold nothing trained.
         prefix: Of all other layers; a folder that was saved without an output layer lacks it.
         other_names: Gives what is in a tensor of a folder under the names of `modules`, where some name it otherwise.
     """
 
     name: str
-    config_types: tuple[str, ...]
     modules: tuple[Module, ...]
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
     prefix: str = "model."
@@ -349,28 +347,18 @@ def _unstack_experts(name: str, value: Tensor) -> dict[str, Tensor]:
 FAMILIES = {
     family.name: family
     for family in (
-        Family("LLAMA2", ("llama",), LLAMA),
-        Family("LLAMA3", ("llama",), LLAMA),
-        Family("LLAMA3_2", ("llama",), LLAMA),
-        Family("MISTRAL", ("mistral",), LLAMA),
-        Family("MIXTRAL", ("mixtral",), MIXTRAL, other_names=_unstack_experts),
-        Family("GEMMA", ("gemma",), LLAMA),
-        Family("GEMMA2", ("gemma2",), (*_attention(rotary=True), *MLP, *GEMMA2_NORMS, *ENDS)),
-        Family("QWEN2", ("qwen2",), QWEN2),
-        Family("QWEN3", ("qwen3",), QWEN3),
-        Family("PHI3_MINI", ("phi3",), PHI),
-        Family("PHI4", ("phi3",), PHI),
-        Family("GPT2", ("gpt2",), GPT2, GPT2_BUFFERS, prefix="transformer."),
-        Family("GPT_NEOX", ("gpt_neox",), GPT_NEOX, GPT_NEOX_BUFFERS, prefix="gpt_neox."),
+        Family("LLAMA2", LLAMA),
+        Family("LLAMA3", LLAMA),
+        Family("LLAMA3_2", LLAMA),
+        Family("MISTRAL", LLAMA),
+        Family("MIXTRAL", MIXTRAL, other_names=_unstack_experts),
+        Family("GEMMA", LLAMA),
+        Family("GEMMA2", (*_attention(rotary=True), *MLP, *GEMMA2_NORMS, *ENDS)),
+        Family("QWEN2", QWEN2),
+        Family("QWEN3", QWEN3),
+        Family("PHI3_MINI", PHI),
+        Family("PHI4", PHI),
+        Family("GPT2", GPT2, GPT2_BUFFERS, prefix="transformer."),
+        Family("GPT_NEOX", GPT_NEOX, GPT_NEOX_BUFFERS, prefix="gpt_neox."),
     )
 }
-
-
-def of_config_type(config_type: str) -> list[str]:
-    """Returns the families that a config.json of this model_type may be of."""
-    return [name for name, family in FAMILIES.items() if config_type in family.config_types]
-
-
-def config_types() -> Iterable[str]:
-    """Returns every model_type of a config.json that is known."""
-    return dict.fromkeys(kind for family in FAMILIES.values() for kind in family.config_types)

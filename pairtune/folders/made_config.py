@@ -4,21 +4,13 @@ from pathlib import Path
 
 from torchtune.modules import TransformerDecoder
 
+from pairtune.config.architectures import ARCHITECTURES, check_kind
+from pairtune.config.config_json import LLAMA3_ROPE, OF_FEW, SETTINGS, config_key
 from pairtune.config.rules import show
 from pairtune.errors import UserError
 from pairtune.files import read_object
-from pairtune.folders.check_model import check_kind, describe, refuse_differences
-from pairtune.folders.config_json import LLAMA3_ROPE, OF_FEW, ONLY, SETTINGS, config_key
+from pairtune.folders.check_model import describe, refuse_differences
 
-# What computes it in transformers, by config.json's model_type: of the families that torchtune has.
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "gemma": "GemmaForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "phi3": "Phi3ForCausalLM",
-}
 # What Meta's files call the settings that they have; Mistral's have the last three, too.
 PARAMS = {
     "hidden_size": "dim",
@@ -46,7 +38,7 @@ def make_config(model: TransformerDecoder, model_type: str, params: dict | None 
     Raises:
         UserError: The architecture has a setting that this builder's models lack: they are no models of it.
     """
-    config, built = {"architectures": [ARCHITECTURES[model_type]], "model_type": model_type}, describe(model)
+    config, built = {"architectures": [ARCHITECTURES[model_type].causal], "model_type": model_type}, describe(model)
     if lacking := [name for name in OF_FEW if model_type in SETTINGS[name].defaults and name not in built]:
         raise UserError(
             f"model: has no {', '.join(lacking)}, which belongs to model_type={model_type}; take pairtune's builder of "
@@ -58,7 +50,7 @@ def make_config(model: TransformerDecoder, model_type: str, params: dict | None 
             config[config_key(name, config)] = value or None if SETTINGS[name].null else value  # null: no cap
     if "query_pre_attn_scalar" in config:  # transformers takes whole numbers only
         config["query_pre_attn_scalar"] = round(config["query_pre_attn_scalar"])
-    config |= {key: values[0] for key, values in ONLY.get(model_type, {}).items()}
+    config |= {key: values[0] for key, values in ARCHITECTURES[model_type].only.items()}
     config["max_position_embeddings"] = model.max_seq_len
     if factor != 1.0:
         scaling = {key: float(value) for key, value in LLAMA3_ROPE.items() if key.endswith("_factor")}

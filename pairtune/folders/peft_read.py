@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from pairtune import models
+from pairtune.config.layout import BASE_FILE, find_adapter, read_record
 from pairtune.errors import UserError
 from pairtune.folders.digests import digest_samples
-from pairtune.folders.layout import BASE_FILE, find_adapter, read_record
 from pairtune.folders.peft_config import MERGE, check_kind, check_layers, check_settings, read_config, scale_of
 from pairtune.folders.tensors import read_shard
 from pairtune.folders.weights import ModelFolder, Weights

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pairtune.config.layout import BASE_FILE, REPO_ID_FILE, read_record
 from pairtune.folders.digests import digest_samples
 from pairtune.folders.families import Family, Module
-from pairtune.folders.layout import BASE_FILE, REPO_ID_FILE, read_record
 from pairtune.folders.weights import ModelFolder, Weights
 
 EXPERTS_README = """\

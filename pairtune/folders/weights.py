@@ -14,15 +14,18 @@ from torch import Tensor
 from torchtune.training.checkpointing._utils import FormattedCheckpointFiles
 
 from pairtune import models
-from pairtune.config.rules import nearest, one_line
-from pairtune.errors import UserError, listed
+from pairtune.config import architectures
+from pairtune.config.architectures import config_type_of
+from pairtune.config.config_json import setting
+from pairtune.config.layout import INDEX_FILES, find_weights, read_index
+from pairtune.config.rules import one_line
+from pairtune.config.uses import is_bridged
+from pairtune.errors import UserError, listed, nearest
 from pairtune.files import read_json
 from pairtune.folders import checkpointers
-from pairtune.folders.bridged import BridgedFamily, is_bridged
-from pairtune.folders.check_model import check_config, check_model_type, model_type_of, positions
-from pairtune.folders.config_json import setting
+from pairtune.folders.bridged import BridgedFamily
+from pairtune.folders.check_model import check_model_type, model_type_of, positions
 from pairtune.folders.families import FAMILIES, Family
-from pairtune.folders.layout import INDEX_FILES, find_weights, read_index
 from pairtune.folders.made_config import check_params, make_config, read_params
 from pairtune.folders.tensors import read_shard
 from pairtune.models.bridge import build as bridge
@@ -163,7 +166,7 @@ def _known_by(component: Mapping | None, family: Family, file: Path) -> dict:
     params = read_params(path) if path.is_file() else None
     if params:
         check_params(model, params, path)
-    return make_config(model, family.config_types[0], params)
+    return make_config(model, config_type_of(family.name), params)
 
 
 def base_config(checkpointer: Mapping, component: Mapping) -> dict:
@@ -206,18 +209,15 @@ def open_like(files: ModelFolder, checkpoint_dir: str, component: Mapping) -> Mo
 
 
 def read_config(checkpoint_dir: str, component: Mapping | None = None) -> dict:
-    """Returns the folder's config.json; what is read of it is of its kind (check_model.check_config).
+    """Returns the folder's config.json; what is read of it is of its kind (config/architectures.py).
 
     Args:
         component: The config's `model` block, where transformers may be what computes it.
     """
-    path = Path(checkpoint_dir) / "config.json"
-    content = read_json(path)
-    if is_bridged(component):
-        bridge.read_config(checkpoint_dir)
-    else:
-        check_config(content, path)
-    return content
+    if not is_bridged(component):
+        return architectures.read_config(checkpoint_dir)
+    bridge.read_config(checkpoint_dir)
+    return read_json(Path(checkpoint_dir) / "config.json")
 
 
 class Weights(Mapping):

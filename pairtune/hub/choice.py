@@ -2,7 +2,7 @@
 
 from fnmatch import fnmatch
 
-from pairtune.folders.layout import ADAPTER_FILES, MODEL_FILES
+from pairtune.config.layout import ADAPTER_FILES, MODEL_FILES
 
 OTHER_FRAMEWORKS = ("*.msgpack", "*.h5", "*.ot", "*.tflite", "*.onnx", "*.onnx_data", "*.gguf", "*.mlmodel")
 # Weights a second time, where safetensors exist. Not all of original/: Llama 3's tokenizer.model is only there.

@@ -18,10 +18,10 @@ from pathlib import Path
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import WeakFileLock
 
+from pairtune.config.layout import INDEX_FILES, REPO_ID_FILE
 from pairtune.console import Progress
 from pairtune.errors import UserError
 from pairtune.files import parse_object, read_object, write_text
-from pairtune.folders.layout import INDEX_FILES, REPO_ID_FILE
 from pairtune.hub.http import UNREACHABLE, File, explained, get, no_space
 from pairtune.hub.plan import Plan, in_the_way, show_size, size_of
 from pairtune.hub.record import ANOTHER, BOOKKEEPING, note, write_record

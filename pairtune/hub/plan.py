@@ -8,9 +8,9 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import filter_repo_objects
 
+from pairtune.config.layout import ADAPTER_FILES, MODEL_FILES, REPO_ID_FILE
 from pairtune.errors import UserError
 from pairtune.files import read_object
-from pairtune.folders.layout import ADAPTER_FILES, MODEL_FILES, REPO_ID_FILE
 from pairtune.hub.choice import unread
 from pairtune.hub.http import BUSY, UNREACHABLE, File, Source, Unreachable, explained, first_line, list_files, patiently
 from pairtune.hub.record import ANOTHER, BOOKKEEPING, Record, is_inside, read_record

@@ -46,7 +46,7 @@ def gemma2(
 
     Args:
         query_pre_attn_scalar: Scores are divided by its square root.
-        attn_logit_softcapping: Scores s become c * tanh(s / c); null: they stay as they are.
+        attn_logit_softcapping: Scores s become c * tanh(s / c); null or 0: they stay as they are.
         final_logit_softcapping: The same for the output's logits.
     """
 
@@ -65,7 +65,7 @@ def gemma2(
             max_seq_len=max_seq_len,
             attn_dropout=attn_dropout,
         )
-        layer._attention_call = Attention(softcap=attn_logit_softcapping, scale=query_pre_attn_scalar**-0.5)
+        layer._attention_call = Attention(softcap=attn_logit_softcapping or None, scale=query_pre_attn_scalar**-0.5)
         return layer
 
     rope = RotaryPositionalEmbeddings(dim=head_dim, max_seq_len=max_seq_len, base=rope_base)
@@ -79,7 +79,7 @@ def gemma2(
         num_heads=num_heads,
         head_dim=head_dim,
         norm=norm(),
-        output=CappedTiedLinear(embeddings, final_logit_softcapping),
+        output=CappedTiedLinear(embeddings, final_logit_softcapping or None),
     )
 
 

@@ -38,9 +38,16 @@ def folder(tmp_path_factory):
     (folder / "site").mkdir()
     (folder / "site" / "sitecustomize.py").write_text(SITECUSTOMIZE)
     (folder / "pairs.jsonl").write_text("{}\n")
-    for name in ("model", "no_config", "no_weights", "lacks_a_shard", "no_tokenizer"):
+    model = {"model_type": "llama", "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96}
+    model |= {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128}
+    others = {
+        "olmo": model | {"model_type": "olmo2"},
+        "vision": {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}},
+        "broken": model | {"hidden_size": "64"},
+    }
+    for name in ("model", "no_config", "no_weights", "lacks_a_shard", "no_tokenizer", *others):
         (folder / name).mkdir()
-        (folder / name / "config.json").write_text("{}")
+        (folder / name / "config.json").write_text(json.dumps(others.get(name, model)))
         (folder / name / "tokenizer.json").write_text("{}")
         (folder / name / "model.safetensors").write_text("")
     (folder / "no_config" / "config.json").unlink()
@@ -98,6 +105,13 @@ MISTAKES = {
     "no config.json": (["checkpointer.checkpoint_dir=no_config"], "holds no config.json"),
     "no weights": (["checkpointer.checkpoint_dir=no_weights"], "holds no weights"),
     "a shard is missing": (["checkpointer.checkpoint_dir=lacks_a_shard"], "1 of them are missing: 1.safetensors"),
+    "an architecture without a builder": (["checkpointer.checkpoint_dir=olmo"], "olmo/config.json: model_type=olmo2: "),
+    "a vision shell": (["checkpointer.checkpoint_dir=vision", "model=auto"], "text_config's gemma3_text"),
+    "a broken config.json": (["checkpointer.checkpoint_dir=broken"], "hidden_size='64': must be a whole number"),
+    "a reference of another kind": (
+        ["reference=model", "reference.checkpoint_dir=olmo"],
+        "olmo/config.json: model_type=olmo2: ",
+    ),
     "no tokenizer": (["tokenizer.path=no_tokenizer"], "tokenizer.path: the folder no_tokenizer has no tokenizer.json"),
     "no adapter": (["adapter=sft"], "adapter=sft: no such folder"),
     "no reference": (
@@ -128,6 +142,11 @@ def test_a_mistake_in_a_run_is_one_sentence_before_torch_is_imported(folder, wor
         (["run", "full_dpo_distributed", "--config", "my", "lora.rank=4"], "this recipe has no lora"),
         (["run", "my_copy.py", "--config", "my", "sead=1"], "unknown key sead; nearest: seed"),
         (["run", "my_copy.py", "--config", "my", "dataset.source=a.jsonl"], "there is no such file"),
+        (["run", "lora_dpo_single_device"], "or checkpointer.checkpoint_dir=FOLDER dataset.source=PAIRS"),
+        (["run", "lora_dpo_single_device", "checkpointer.checkpoint_dir=model"], "dataset.source: has no default"),
+        (["run", "lora_dpo_single_device", "dataset=pairs.jsonl"], "checkpointer.checkpoint_dir: has no default"),
+        (["plan", "olmo"], "olmo/config.json: model_type=olmo2: torchtune has no builder for it"),
+        (["plan", "site"], "site: holds no config.json"),
         (["plan", "my", "sead=1"], "unknown key sead; nearest: seed"),
         (["plan", "my", "--recipe", "nothing"], "nothing: no such recipe"),
         (["validate", "your"], "your: no such config"),
@@ -151,8 +170,9 @@ def test_what_only_prints_imports_nothing_of_it(folder, words):
 
 def test_a_run_without_mistakes_goes_on_to_import_torch(folder):
     """So a recipe starts, and the tests above test something."""
-    result = start(folder, "run", "lora_dpo_single_device", "--config", "my.yaml")
-    assert (result.returncode, result.stderr) == (99, "imported: torch")
+    for words in (["--config", "my.yaml"], ["checkpointer=./model", "dataset=pairs.jsonl"]):
+        result = start(folder, "run", "lora_dpo_single_device", *words)
+        assert (result.returncode, result.stderr) == (99, "imported: torch")
 
 
 def test_a_recipe_that_does_something_of_its_own_may_do_without_the_files_that_its_config_names(folder):

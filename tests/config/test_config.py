@@ -307,7 +307,7 @@ def test_what_a_run_starts_from_is_not_passed_over(load):
         ("lora.dropout=1.0", ["lora.dropout=1.0", "below 1", "e.g. lora.dropout=0.0"]),
         ("optimizer.lr=-1", ["optimizer.lr=-1", "e.g. optimizer.lr=5e-06"]),
         ("~tokenizer.path", ["tokenizer.path", "llama3_tokenizer needs it", "set tokenizer.path="]),
-        ("~checkpointer.model_type", ["checkpointer.model_type", "needs it"]),
+        ("~checkpointer.checkpoint_dir", ["checkpointer.checkpoint_dir: has no default"]),
         ("tokenizer=torchtune.models.qwen2.qwen2_tokenizer", ["tokenizer.path", "qwen2_tokenizer needs it"]),
         ("lr_scheduler=torchtune.training.get_cosine_schedule_with_warmup", ["num_warmup_steps", "needs it"]),
         (
@@ -320,7 +320,7 @@ def test_what_a_run_starts_from_is_not_passed_over(load):
         ("samples.prompts=[1,2]", ["samples.prompts=[1,2]", "a list of text, numbers in quotes"]),
         (
             "checkpointer._component_=torchtune.training.DistributedCheckpointer",
-            ["one of torchtune.training.FullModelHFCheckpointer, torchtune.training.FullModelMetaCheckpointer"],
+            ["one of auto, torchtune.training.FullModelHFCheckpointer, torchtune.training.FullModelMetaCheckpointer"],
         ),
         ("checkpointer.checkpoint_dir=123", ["checkpointer.checkpoint_dir=123", "text", "checkpoint_dir='\"123\"'"]),
         ("lr_scheduler=cosine", ["lr_scheduler._component_=cosine", "nearest: lr_scheduler=pairtune.schedules.cosine"]),

@@ -3,9 +3,9 @@
 import pytest
 import transformers
 
-from pairtune.folders.check_model import describe_config, positions
-from pairtune.folders.config_json import SETTINGS, config_key, setting
-from pairtune.folders.families import config_types
+from pairtune.config.architectures import config_types
+from pairtune.config.config_json import SETTINGS, config_key, describe_config, setting
+from pairtune.folders.check_model import positions
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 320}
 # transformers keeps these elsewhere or not at all; windows are tested by test_windows.py.

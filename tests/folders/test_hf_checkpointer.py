@@ -181,5 +181,5 @@ def test_what_does_not_belong_together_is_refused_as_in_our_recipes(work):
 
 
 def test_names_of_files_need_no_torch():
-    code = "import sys; import pairtune.folders.layout; assert 'torch' not in sys.modules"
+    code = "import sys; import pairtune.config.layout; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

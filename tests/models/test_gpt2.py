@@ -11,9 +11,10 @@ from helpers import ROOT, SHARED, random_pairs
 from safetensors.torch import load_file, save_file
 
 from pairtune import models
+from pairtune.config.architectures import check_config
 from pairtune.errors import UserError
 from pairtune.folders import weights as checkpoint
-from pairtune.folders.check_model import check_config, check_model
+from pairtune.folders.check_model import check_model
 from pairtune.models import generation, gpt2
 from pairtune.models.logps import answer_logps
 from pairtune.pairs.batch import lay_out

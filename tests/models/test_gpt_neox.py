@@ -9,9 +9,10 @@ from helpers import random_pairs
 from safetensors.torch import load_file, save_file
 
 from pairtune import models
+from pairtune.config.architectures import check_config
 from pairtune.errors import UserError
 from pairtune.folders import weights as checkpoint
-from pairtune.folders.check_model import check_config, check_model
+from pairtune.folders.check_model import check_model
 from pairtune.models import generation
 
 SIZES = {"vocab_size": 320, "num_layers": 2, "num_heads": 4, "embed_dim": 128, "max_seq_len": 128}

@@ -13,9 +13,10 @@ import windows_worker
 from helpers import ENVIRONMENT, NF4_SIZES, random_pairs, run_config, run_recipe, save_llama, save_pairs, tiny_llama
 
 from pairtune import models
+from pairtune.config.architectures import check_config
 from pairtune.dist import World
 from pairtune.errors import UserError
-from pairtune.folders.check_model import check_config, check_model, windows
+from pairtune.folders.check_model import check_model, windows
 from pairtune.folders.families import FAMILIES as FAMILY
 from pairtune.models import attention, gemma2, generation, logps, visibility
 from pairtune.pairs.batch import lay_out

@@ -26,6 +26,40 @@ def check_folder(checkpoint_dir: str, *, key: str = "checkpointer.checkpoint_dir
         raise UserError(f"{key}={checkpoint_dir}: no such folder; {way_out}")
 
 
+def find_config(checkpoint_dir: str, *, key: str = "checkpointer.checkpoint_dir") -> Path:
+    """Returns the config.json of a model's folder.
+
+    Args:
+        key: The config's name for `checkpoint_dir`, for messages.
+
+    Raises:
+        UserError: No such folder, or none in it; with what the folder is instead, if that can be told.
+    """
+    check_folder(checkpoint_dir, key=key)
+    folder = Path(checkpoint_dir)
+    if not (folder / "config.json").is_file():
+        what = _other_kind(folder, key)
+        raise UserError(f"{key}={checkpoint_dir}: holds no config.json: it is not a model in Hugging Face layout{what}")
+    return folder / "config.json"
+
+
+def _other_kind(folder: Path, key: str) -> str:
+    if (folder / "adapter_config.json").is_file():
+        return f"; it is an adapter: name its base model's folder here, and adapter={folder} reference=start"
+    if (folder / META_FILE).is_file():
+        return f"; {META_FILE} is for checkpointer._component_=torchtune.training.FullModelMetaCheckpointer"
+    if _has_gguf(folder):
+        return "; it holds GGUF files, which are llama.cpp's: download the model's own repository"
+    if not any(folder.iterdir()):
+        return f"; it is empty: `tune download REPO_ID --output-dir {folder}` fetches a model"
+    below = sorted(file.parent for pattern in ("*", "snapshots/*") for file in folder.glob(f"{pattern}/config.json"))
+    return f"; nearest valid: {key}={below[0]}" if below else ""
+
+
+def _has_gguf(folder: Path) -> bool:
+    return any(folder.glob("*.gguf"))
+
+
 def find_weights(checkpoint_dir: str, *, key: str = "checkpointer.checkpoint_dir") -> list[str]:
     """Returns the names of a model's weight files, all of which exist.
 
@@ -35,12 +69,7 @@ def find_weights(checkpoint_dir: str, *, key: str = "checkpointer.checkpoint_dir
     Raises:
         UserError: No such folder, no weights or no config.json in it, or a shard that its index names is missing.
     """
-    check_folder(checkpoint_dir, key=key)
-    folder, key = Path(checkpoint_dir), f"{key}={checkpoint_dir}"
-    if not (folder / "config.json").is_file():
-        of_meta = f"; {META_FILE} is for checkpointer._component_=torchtune.training.FullModelMetaCheckpointer"
-        hint = of_meta if (folder / META_FILE).is_file() else ""
-        raise UserError(f"{key}: holds no config.json: it is not a model in Hugging Face layout{hint}")
+    folder, key = find_config(checkpoint_dir, key=key).parent, f"{key}={checkpoint_dir}"
     for name in MODEL_FILES:
         if not (folder / name).is_file():
             continue
@@ -54,7 +83,8 @@ def find_weights(checkpoint_dir: str, *, key: str = "checkpointer.checkpoint_dir
                 "download the folder again"
             )
         return shards
-    raise UserError(f"{key}: holds no weights; looked for {', '.join(MODEL_FILES)}")
+    others = "; it holds GGUF files, which are llama.cpp's: download the model's own repository" * _has_gguf(folder)
+    raise UserError(f"{key}: holds no weights; looked for {', '.join(MODEL_FILES)}{others}")
 
 
 def find_adapter(folder: str | Path, *, key: str = "adapter") -> Path:
