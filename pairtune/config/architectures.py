@@ -331,12 +331,15 @@ def check_length(config: Mapping, max_length: int) -> None:
     Raises:
         UserError: As said, with the longest one that is computed in one way.
     """
-    rope = rope_of(config)
-    kind, most = kind_of_rope(rope), config.get("max_position_embeddings")
-    if kind in ("longrope", "su"):
-        most = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings") or most
-    if kind in ("dynamic", "longrope", "su") and isinstance(most, int) and max_length > most:
-        raise UserError(
-            f"max_length={max_length}: rope_type={kind} counts positions in another way in rows above {most} tokens, "
-            f"which pairs of several lengths share; nearest valid: max_length={most}"
-        )
+    whole = rope_of(config)
+    for rope in (whole, *(block for block in whole.values() if isinstance(block, dict))):  # or one a kind of layer
+        kind, most = kind_of_rope(rope), [config.get("max_position_embeddings")]
+        if kind in ("longrope", "su"):
+            most = [owner.get("original_max_position_embeddings") for owner in (config, rope)]
+            most += [4096] if config.get("model_type") in ("phi3", "phimoe") else []  # of transformers' class
+        most = min((n for n in most if isinstance(n, int)), default=None)
+        if kind in ("dynamic", "longrope", "su") and most and max_length > most:
+            raise UserError(
+                f"max_length={max_length}: rope_type={kind} counts positions in another way in rows above {most} "
+                f"tokens, and pairs of several lengths share a row; nearest valid: max_length={most}"
+            )
