@@ -20,6 +20,7 @@ from pairtune.folders.opening import windows_of
 from pairtune.folders.weights import read_config
 from pairtune.losses.calling import needs
 from pairtune.pairs.batch import ROW_MULTIPLE
+from pairtune.pairs.columns import as_plain
 from pairtune.pairs.rows import read_rows
 from pairtune.pairs.steps import count_steps
 from pairtune.reference.cache import BATCHES
@@ -306,7 +307,7 @@ def _num_rows(dataset: DictConfig) -> int | None:
         name=dataset.name,
         revision=dataset.revision,
         limit=dataset.limit,
-        columns=dict(dataset.columns),
+        columns=as_plain(dataset.columns),
     )
     return len(rows) - round((dataset.val_fraction or 0) * len(rows))
 

@@ -5,7 +5,6 @@ The answers are those of the functions that recipes call, on the meta device: no
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,12 @@ from pairtune.folders.opening import make_ready
 from pairtune.folders.peft import read_adapter
 from pairtune.folders.weights import Weights, base_config, open_weights
 from pairtune.losses.calling import takes_unpaired
-from pairtune.pairs.formats import detect_format
-from pairtune.pairs.report import said_of_text
+from pairtune.pairs.columns import as_plain
+from pairtune.pairs.recognise import recognise
+from pairtune.pairs.report import said_of_template, said_of_text
 from pairtune.pairs.sources import looks_like_path
 from pairtune.pairs.steps import count_steps
-from pairtune.pairs.tokenize import Report, Rows, read_rows, split_pairs, tokenize_pairs
+from pairtune.pairs.tokenize import Report, read_rows, split_pairs, tokenize_pairs
 from pairtune.reference import Reference
 from pairtune.reference.sources import KNOWN, is_own
 from pairtune.run import choosing, contract, rehearsal
@@ -149,25 +149,24 @@ class Validation:
             raise NotHere(f"{source.source} is a data set of the Hugging Face Hub")
         self._must_be_here(source.source, f"{key}.source")
         where = {name: source[name] for name in ("split", "name", "revision", "limit")}
-        rows = read_rows(source.source, **where, columns=dict(source.columns), key=key)
+        rows = read_rows(source.source, **where, columns=as_plain(source.columns), key=key)
         if tokenizer is None:
-            form = detect_format(rows.column_names, list(islice(rows, 10)), source=rows.source, key=key)
+            form, _ = recognise(rows, key)
             return f"{len(rows):,} rows, {form.name}; not tokenized, for want of a tokenizer", len(rows)
-        first = rows
-        if self.num_rows is not None:
-            part = list(islice(rows, self.num_rows))
-            first = Rows(part, source=rows.source, numbers=rows.numbers[: len(part)], key=key)
+        first = rows if self.num_rows is None else rows.first(self.num_rows)
         pairs, report = tokenize_pairs(
             first, tokenizer, max_length=cfg.max_length, max_prompt_length=cfg.max_prompt_length,
             max_completion_length=cfg.get("max_completion_length"),
-            overlong=source.overlong, unpaired=takes_unpaired(config.instantiate(cfg.loss)),
+            overlong=source.overlong, on_bad_row=source.on_bad_row, rejected=source.rejected,
+            unpaired=takes_unpaired(config.instantiate(cfg.loss)),
             progress=False, key=key,
         )  # fmt: skip
         num_pairs = len(pairs) if len(first) == len(rows) else len(rows)
         if source.get("val_fraction"):
             train, _ = split_pairs(range(num_pairs), source.val_fraction)
             num_pairs = len(train)
-        return "; ".join([_told(report, len(rows)), *said_of_text(report, tokenizer)]), num_pairs
+        said = [*report.columns(), *said_of_template(report), *said_of_text(report, tokenizer)]
+        return "; ".join([_told(report, len(rows)), *said]), num_pairs
 
 
 def _answer(question: Callable[[], tuple[str, Any]]) -> Answer:

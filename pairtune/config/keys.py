@@ -361,7 +361,9 @@ _ROWS = (
     Key("revision", None, "which commit, branch or tag of it", of_kind(str)),
     Key("split", "train", "slices work: train[:90%]"),
     Key("limit", None, "the first N rows only", at_least(1)),
-    Key("columns", {}, "ours: theirs, where a column has another name; null leaves an optional one out"),
+    Key("columns", {}, "ours: theirs, where a column has another name; null leaves one out; choice: docs/data.md"),
+    Key("on_bad_row", "drop", "a broken row: drop, if at most one in twenty is, or error", one_of("drop", "error")),
+    Key("rejected", "all", "of several worse answers: all, the best or the worst", one_of("all", "best", "worst")),
     Key(
         "overlong",
         "drop",

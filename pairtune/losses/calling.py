@@ -130,7 +130,8 @@ def mismatched(pairs: list, max_length: int) -> list:
         fitting = (o for o in others if max(len(o.chosen), len(o.rejected)) <= room and o.prompt != pair.prompt)
         other = next(fitting, None)
         if other is not None:
-            found.append(replace(pair, chosen=other.chosen, rejected=other.rejected))
+            answers = ("chosen", "rejected", "chosen_unscored", "rejected_unscored")
+            found.append(replace(pair, **{name: getattr(other, name) for name in answers if hasattr(other, name)}))
     return found
 
 
@@ -219,7 +220,8 @@ def num_answers(pairs: list) -> int:
 
 def mean_chosen_length(pairs: list, *, score_end: bool = True) -> float:
     """Returns scored chosen tokens / pairs."""
-    return sum(max(0, len(pair.chosen) - (not score_end)) for pair in pairs) / max(1, len(pairs))
+    unscored = sum(stop - start for pair in pairs for start, stop in getattr(pair, "chosen_unscored", ()))
+    return (sum(max(0, len(pair.chosen) - (not score_end)) for pair in pairs) - unscored) / max(1, len(pairs))
 
 
 def example_inputs(

@@ -74,7 +74,8 @@ def lay_out(pairs, row_length: int | None = None, *, score_end: bool = True) -> 
 
     Args:
         pairs: Objects with `prompt`, `chosen` and `rejected`, lists of token ids; of these the prompt is not empty,
-            nor are both answers. No pair at all is a batch of padding, for a process that has nothing to add but has
+            nor are both answers. `chosen_unscored` and `rejected_unscored`, if they have them, are spans of answers
+            that are read only. No pair at all is a batch of padding, for a process that has nothing to add but has
             to run along.
         row_length: Tokens a row, for kernels that are compiled for a shape. None: as long as it needs to be.
         score_end: Whether an answer's last token, its end, is scored. Llama 3 leaves it out of both answers, since one
@@ -102,14 +103,16 @@ def lay_out(pairs, row_length: int | None = None, *, score_end: bool = True) -> 
         rows.append(tuple(documents))
     nothing = [torch.zeros(0, dtype=torch.long)]
     chosen_then_rejected = [(i, answer) for answer in ("chosen", "rejected") for i in range(len(pieces))]
-    scored = slice(None) if score_end else slice(-1)
-    targets = [torch.tensor(getattr(pairs[i], answer)[scored], dtype=torch.long) for i, answer in chosen_then_rejected]
+    scored = {key: _scored(pairs[key[0]], key[1], score_end) for key in chosen_then_rejected}
+    targets = [torch.tensor(getattr(pairs[i], a), dtype=torch.long)[scored[i, a]] for i, a in chosen_then_rejected]
     answer_lengths = tuple(map(len, targets))
     has_chosen, has_rejected = (torch.tensor([bool(getattr(p, a)) for p in pairs]) for a in ("chosen", "rejected"))
     return PairBatch(
         **columns,
         document=document,
-        source=torch.cat(nothing + [first[i] + pieces[i][answer][scored] for i, answer in chosen_then_rejected]),
+        source=torch.cat(
+            nothing + [first[i] + pieces[i][answer][scored[i, answer]] for i, answer in chosen_then_rejected]
+        ),
         target=torch.cat(nothing + targets),
         sequence=torch.repeat_interleave(torch.arange(2 * len(pieces)), torch.tensor(answer_lengths, dtype=torch.long)),
         answer_lengths=answer_lengths,
@@ -121,6 +124,15 @@ def lay_out(pairs, row_length: int | None = None, *, score_end: bool = True) -> 
         rows=tuple(rows),
         pairs=pairs,
     )
+
+
+def _scored(pair, answer: str, score_end: bool) -> slice | Tensor:
+    """Returns which of an answer's tokens are scored: all, or all but its end and what is not the assistant's."""
+    length, spans = len(getattr(pair, answer)), getattr(pair, f"{answer}_unscored", ())
+    last = length if score_end else length - 1
+    if not spans:
+        return slice(None) if score_end else slice(-1)
+    return torch.tensor([i for i in range(last) if not any(start <= i < stop for start, stop in spans)])
 
 
 def _lay_out_pair(pair) -> dict:

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from pairtune.errors import UserError
 from pairtune.tokenizer.template import plain_text
 
 REFUSED = "refused by the chat template"
+MOST_BROKEN = 0.05  # of all rows
 
 
 @dataclass
@@ -18,6 +20,9 @@ class Report:
     num_rows: int
     num_kept: int = 0
     dropped: dict[str, list[int]] = field(default_factory=dict)  # reason to rows
+    broken: dict[int, str] = field(default_factory=dict)  # rows that are broken, and in a sentence how
+    unused: list[str] = field(default_factory=list)  # columns that nobody reads
+    beside: list[str] = field(default_factory=list)  # columns that are read beside those of the form
     trimmed: list[int] = field(default_factory=list)  # rows whose prompt was cut
     unordered: list[int] = field(default_factory=list)  # rows whose prompt does not go system, user, assistant, user
     ends_taken_off: list[int] = field(default_factory=list)  # rows with an answer that was written with an end token
@@ -27,12 +32,47 @@ class Report:
     unknown: list[int] = field(default_factory=list)  # rows with a token that stands for what the vocabulary lacks
     num_unknown: int = 0  # such tokens
     turns: list[int] = field(default_factory=list)  # rows whose prompt is more than a question
+    thoughts: list[int] = field(default_factory=list)  # rows whose answers hold thoughts beside their text
+    several_turns: list[int] = field(default_factory=list)  # rows whose answers hold what tools return
+    respaced: list[int] = field(default_factory=list)  # rows whose answers the template writes with other white space
+    served_apart: list[int] = field(default_factory=list)  # rows whose conversation does not begin as it is served
+    opened: list[int] = field(default_factory=list)  # rows whose answers the template begins with words of its own
+    left_out: list[int] = field(default_factory=list)  # rows of whose prompt the template leaves something out
+    examples: dict[str, str] = field(default_factory=dict)  # of the last three, what is written, or whose it is
     # Tokens of every row that was tokenized, before limits: what max_length would have to be
     lengths: dict[str, list[int]] = field(default_factory=lambda: {"prompt": [], "chosen": [], "rejected": []})
     notes: list[str] = field(default_factory=list)
     num_desirable: int | None = None  # of unpaired rows
     num_held_out: int | None = None
     num_overlap: int | None = None  # held-out pairs whose prompt and chosen answer are in the training part, too
+
+    def drop(self, reason: str, row: int, *, broken: str = "") -> None:
+        """Enters a row that is dropped; of a broken one, the sentence that says so."""
+        rows = self.dropped.setdefault(reason, [])
+        if row not in rows[-1:]:
+            rows.append(row)
+        if broken:
+            self.broken.setdefault(row, broken)
+
+    def check(self, key: str) -> None:
+        """Refuses rows of which more than one in twenty are broken, or none makes a pair.
+
+        Raises:
+            UserError: With the first of each kind that is broken, and the table.
+        """
+        if len(self.broken) <= MOST_BROKEN * self.num_rows:
+            if not self.num_kept:
+                raise UserError(f"{key}: there is nothing left of {self.source}.\n{self}")
+            return
+        reasons = [rows[0] for rows in self.dropped.values() if rows[0] in self.broken]
+        sentences = "\n".join(dict.fromkeys(self.broken[row] for row in reasons))
+        percent, numbers = 100 * len(self.broken) / self.num_rows, ", ".join(map(str, list(self.broken)[:10]))
+        numbers += ", ..." if len(self.broken) > 10 else ""
+        told = f"{len(self.broken):,} rows of {self.num_rows:,} are broken, {percent:.1f} %: row {numbers}"
+        raise UserError(
+            f"{sentences}\n{key}: {told}. Up to {100 * MOST_BROKEN:.0f} % are dropped ({key}.on_bad_row=drop), more "
+            f"are a mistake.\n{self}"
+        )
 
     def with_split(self, train: list, held_out: list) -> "Report":
         """Returns the report with two lines more: the held-out pairs, and how many of them training sees."""
@@ -43,28 +83,48 @@ class Report:
         if self.num_desirable is not None:
             lines.append(self._line("of these, desirable", self.num_desirable))
             lines.append(self._line("of these, undesirable", self.num_kept - self.num_desirable))
-        if self.trimmed:
-            lines.append(self._line("of these, prompt trimmed", len(self.trimmed), self.trimmed))
-        if self.unordered:
-            lines.append(self._line("of these, roles out of order", len(self.unordered), self.unordered))
-        if self.ends_taken_off:
-            lines.append(self._line("end token's text taken off", len(self.ends_taken_off), self.ends_taken_off))
-        if self.special:
-            lines.append(self._line(f"special tokens, as {self.special_as}", len(self.special), self.special))
-        if self.unknown:
-            lines.append(self._line("with unknown tokens", len(self.unknown), self.unknown))
+        lines += self._counted(
+            {
+                "of these, prompt trimmed": self.trimmed,
+                "of these, roles out of order": self.unordered,
+                "end token's text taken off": self.ends_taken_off,
+                f"special tokens, as {self.special_as}": self.special,
+                "with unknown tokens": self.unknown,
+                "with reasoning_content": self.thoughts,
+                "tools' results, not scored": self.several_turns,
+            }
+        )
         for reason, rows in sorted(self.dropped.items(), key=lambda item: -len(item[1])):
             lines.append(self._line(f"dropped: {reason}", len(rows), rows))
-        if self.merges:
-            lines.append(self._line("boundary merges", len(self.merges), self.merges))
+        lines += self._counted(
+            {
+                "white space as the template's": self.respaced,
+                "prompt not written whole": self.left_out,
+                "served with another prompt": self.served_apart,
+                "begun by the template": self.opened,
+                "boundary merges": self.merges,
+            }
+        )
         if self.num_held_out is not None:
             lines.append(self._line("held out", self.num_held_out))
             lines.append(self._line("of these, also in training", self.num_overlap))
         if self.lengths["prompt"]:
             lines.append(f"{'tokens, before limits':32} {'median':>8} {'95 %':>8} {'max':>8}")
             lines += [self._lengths_line(name, lengths) for name, lengths in self._all_lengths().items()]
-        lines += [f"format: {self.format}", self.style, *self.notes]
+        lines += [f"format: {self.format}", *self.columns(), self.style, *self.notes]
         return "\n".join(lines)
+
+    def columns(self) -> list[str]:
+        """Returns sentences about the columns that are read beside those of the form, and those that are not."""
+        said = []
+        if self.beside:
+            said.append(f"columns read beside these: {', '.join(self.beside)}")
+        if self.unused:
+            said.append(f"columns not used: {', '.join(self.unused)}")
+        return said
+
+    def _counted(self, facts: dict[str, list[int]]) -> list[str]:
+        return [self._line(title, len(rows), rows) for title, rows in facts.items() if rows]
 
     def _line(self, title: str, count: int, rows: Sequence[int] = ()) -> str:
         examples = ", ".join(map(str, rows[:3])) + (", ..." if len(rows) > 3 else "")
@@ -95,7 +155,7 @@ def count_overlap(train: list, held_out: list) -> int:
 
 
 def notes_of(report: Report, tokenizer, max_length: int, max_prompt_length: int | None) -> list[str]:
-    notes = said_of_text(report, tokenizer)
+    notes = [*said_of_template(report), *said_of_text(report, tokenizer)]
     if max_prompt_length == max_length:
         notes.append(f"max_prompt_length = max_length = {max_length}: a prompt that long leaves no room to answer")
     if "strftime_now" in (tokenizer.chat_template or ""):
@@ -108,6 +168,24 @@ def notes_of(report: Report, tokenizer, max_length: int, max_prompt_length: int 
     if tokenizer.chat_template and any(reason.startswith(REFUSED) for reason in report.dropped):
         notes.append("rows refused: tokenizer.chat_template=FILE.jinja, or =plain, gives a template that takes them")
     return notes
+
+
+def said_of_template(report: Report) -> list[str]:
+    """Returns a sentence about each thing that the chat template does with a conversation of its own accord."""
+    said, examples = [], report.examples
+    if report.served_apart:
+        said.append(
+            f"a served prompt goes on with {examples['served_apart']}: {len(report.served_apart):,} rows are trained "
+            "behind another prompt than the template serves"
+        )
+    if report.opened:
+        said.append(
+            f"the template writes {examples['opened']!r} before {len(report.opened):,} rows' answers, which is trained "
+            "with them, unless its generation prompt has it: tokenizer.template_arguments"
+        )
+    if report.left_out:
+        said.append(f"the template does not write all that the prompt's {examples['left_out']} says")
+    return said
 
 
 def said_of_text(report: Report, tokenizer) -> list[str]:

@@ -9,12 +9,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 
 from pairtune import console
 from pairtune.dist import World
 from pairtune.errors import UserError
-from pairtune.pairs.formats import Example, Format, Skip, detect_format
+from pairtune.pairs.already_rendered import AlreadyRendered
+from pairtune.pairs.columns import as_plain
+from pairtune.pairs.conversation import Written, write
+from pairtune.pairs.example import Answer, BadRow, Example, Skip
+from pairtune.pairs.formats import Format, doubtful
+from pairtune.pairs.limits import Limits
+from pairtune.pairs.messages import strings_in, text_of, thoughts_of
+from pairtune.pairs.ranked import check_worse
+from pairtune.pairs.recognise import recognise
 from pairtune.pairs.report import REFUSED, Report, count_overlap, notes_of
 from pairtune.pairs.rows import Rows, read_rows
 from pairtune.tokenizer.hf import adapt, common_prefix
@@ -32,7 +39,6 @@ __all__ = [
     "tokenize_pairs",
 ]
 
-CHARACTERS_A_TOKEN = 256  # no tokenizer known has a longer token
 # Initials of a prompt's roles, as most templates and models know them: system, user, assistant, tools' results.
 USUAL_ORDER = re.compile(r"s*u(at*u|at+)*")
 
@@ -46,67 +52,16 @@ class Pair:
         chosen, rejected: Continue the prompt and end in exactly one end token. An unpaired row's desirable answer is
             chosen, its undesirable one rejected.
         row: Index of its row in the source, from 0.
+        chosen_unscored, rejected_unscored: Spans [start, stop) of these answers that are not the assistant's, such as
+            what tools return: read, and neither scored nor learned.
     """
 
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
     row: int
-
-
-@dataclass(frozen=True)
-class _Limits:
-    max_length: int
-    max_prompt_length: int | None
-    max_completion_length: int | None
-    overlong: str
-    key: str
-
-    def __post_init__(self):
-        if self.overlong not in ("drop", "trim_prompt", "error"):
-            raise UserError(f"{self.key}.overlong={self.overlong!r}: must be drop, trim_prompt or error.")
-        if self.max_length < 2:
-            raise UserError(f"max_length={self.max_length}: must be at least 2, a token of prompt and one of answer.")
-        if self.max_prompt_length is not None and not 0 < self.max_prompt_length <= self.max_length:
-            raise UserError(
-                f"max_prompt_length={self.max_prompt_length}: must be at least 1 and at most max_length="
-                f"{self.max_length}, which counts prompt and answer together. Lower it, or raise max_length."
-            )
-
-    def check_texts(self, prompt: int, answer: int) -> None:
-        """Raises Skip or UserError for so many characters that tokenizing, which takes gigabytes, is for nothing."""
-        most = CHARACTERS_A_TOKEN * self.max_length
-        if answer <= most and (prompt <= most or self.overlong == "trim_prompt"):
-            return
-        if self.overlong == "error":
-            raise UserError(
-                f"a prompt of {prompt:,} characters and an answer of {answer:,} do not fit max_length="
-                f"{self.max_length}. Set {self.key}.overlong to drop, or remove the row."
-            )
-        raise Skip("too long")
-
-    def fit(self, prompt: list[int], answer_length: int, *, bos_id: int | None) -> list[int]:
-        """Returns the prompt, cut from the left if the policy says so. Raises Skip or UserError if it does not fit."""
-        if self.max_completion_length is not None and answer_length > self.max_completion_length:
-            if self.overlong == "error":
-                raise UserError(
-                    f"an answer of {answer_length} tokens does not fit max_completion_length="
-                    f"{self.max_completion_length}. Raise it, or set {self.key}.overlong to drop."
-                )
-            raise Skip("answer too long")
-        room = min(self.max_prompt_length or self.max_length, self.max_length - answer_length)
-        if len(prompt) <= room:
-            return prompt
-        if self.overlong == "error":
-            raise UserError(
-                f"a prompt of {len(prompt)} tokens and an answer of {answer_length} do not fit max_length="
-                f"{self.max_length}, max_prompt_length={self.max_prompt_length}. Raise them, or set "
-                f"{self.key}.overlong to drop or trim_prompt."
-            )
-        bos = prompt[:1] if prompt[0] == bos_id else []
-        if self.overlong == "drop" or room <= len(bos):  # one token of the question must remain
-            raise Skip("too long")
-        return bos + prompt[len(prompt) - room + len(bos) :]
+    chosen_unscored: tuple[tuple[int, int], ...] = ()
+    rejected_unscored: tuple[tuple[int, int], ...] = ()
 
 
 def read_pairs(
@@ -128,9 +83,10 @@ def read_pairs(
         key: The block's name, for messages.
     """
     where = {name: block[name] for name in ("split", "name", "revision", "limit")}
-    rows = read_rows(block["source"], **where, columns=dict(block["columns"]), key=key)
+    rows = read_rows(block["source"], **where, columns=as_plain(block["columns"]), key=key)
     limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "overlong": block["overlong"]}
-    limits["max_completion_length"] = max_completion_length
+    limits |= {"max_completion_length": max_completion_length, "on_bad_row": block["on_bad_row"]}
+    limits["rejected"] = block["rejected"]
     return tokenize_pairs(rows, tokenizer, **limits, unpaired=unpaired, progress=progress, beat=beat, key=key)
 
 
@@ -183,7 +139,9 @@ def tokenize_pairs(
     max_prompt_length: int | None = None,
     max_completion_length: int | None = None,
     overlong: str = "drop",
-    columns: dict[str, str | None] | None = None,
+    on_bad_row: str = "drop",
+    rejected: str = "all",
+    columns: dict | None = None,
     unpaired: bool = False,
     progress: bool = True,
     beat: Callable[[str], None] | None = None,
@@ -193,9 +151,7 @@ def tokenize_pairs(
 
     Each of the two conversations is rendered once, whole. The prompt is what they share with each other and with the
     prompt rendered alone, generation prompt included: a token that spans the prompt's end belongs to the answers.
-    Dropped are rows whose prompts differ, end with an answer, or are empty; with an empty answer, identical answers or
-    tool calls; too long; or refused by the chat template. From an answer that ends in an end token's text, that text is
-    taken off; a special token's text elsewhere stays, as the tokenizer's special_tokens_in_text says.
+    An end token's text is taken off an answer's end.
 
     Args:
         rows: From `read_rows`, or a list of dicts.
@@ -204,60 +160,88 @@ def tokenize_pairs(
         max_prompt_length, max_completion_length: Of the prompt, and of the longer answer; None leaves it to max_length.
         overlong: What becomes of a pair over one of them: drop, trim_prompt (from the left, BOS stays) or error.
             Answers are never cut.
+        on_bad_row: Broken, or an answer that the template cuts: drop, if at most one in twenty rows is, or error.
+        rejected: Of several worse answers, which make a pair: all, the best or the worst.
         columns: Our names to theirs, for rows that `read_rows` has not renamed.
         unpaired: The loss takes rows of one answer and a label, too: needs(loss_fn).takes_unpaired.
         beat: Called with a word before each row, as dist.World.beat: a long data set is no standstill.
         key: Where the config describes the rows, for messages.
 
     Raises:
-        UserError: A row is broken (source, row and column are named), its format is unknown or not one that the loss
-            takes, or nothing is left.
+        UserError: Too many rows are broken (source, row and column are named), of an unknown format or of none that the
+            loss takes, part of a question may be in a column that is not read, or nothing is left.
     """
-    limits = _Limits(max_length, max_prompt_length, max_completion_length, overlong, key)
+    limits = Limits(max_length, max_prompt_length, max_completion_length, overlong, key)
+    _check_policies(on_bad_row, rejected, key)
+    tokenizer, (form, rows) = adapt(tokenizer), _format_of(_as_rows(rows, columns, key), key, unpaired=unpaired)
+    report, pairs = _report_of(rows, form, tokenizer), []
+    rendered = AlreadyRendered(tokenizer)
+    asked = {"worse": rejected, "doubtful": doubtful(report.unused), "key": key}
+    for index, row in enumerate(console.progress(rows, "tokenizing", shown=progress and len(rows) >= 500)):
+        if beat:
+            beat("tokenizing")
+        with _told(report, rows, index, on_bad_row):
+            for example in form.read(row, **asked):
+                with _told(report, rows, index, on_bad_row):
+                    rendered.look(example, rows.numbers[index])
+                    pairs.append(_tokenize(example, rows.numbers[index], tokenizer, limits=limits, report=report))
+    report.num_kept = len(pairs)
+    report.num_desirable = None if form.is_paired else sum(bool(pair.chosen) for pair in pairs)
+    report.notes = notes_of(report, tokenizer, max_length, max_prompt_length)
+    rendered.check(rows.source, len(rows))
+    report.check(key)
+    return pairs, report
+
+
+def _as_rows(rows: Sequence[dict], columns: dict | None, key: str) -> Rows:
     if columns or not isinstance(rows, Rows):
         source, numbers = getattr(rows, "source", "rows"), getattr(rows, "numbers", None)
         rows = Rows(rows, source=source, columns=columns, numbers=numbers, key=key)
     if not len(rows):
         raise UserError(f"{key}: {rows.source} has no rows in this split.")
-    tokenizer = adapt(tokenizer)
-    form = _format_of(rows, key, unpaired=unpaired)
-    special = tokenizer.special_tokens_in_text
-    report, pairs = Report(rows.source, form.name, tokenizer.style, len(rows), special_as=special), []
-    told = console.progress(rows, "tokenizing", shown=progress and len(rows) >= 500)
-    for number, row in zip(rows.numbers, told, strict=True):
-        if beat:
-            beat("tokenizing")
-        with _told(report, number):
-            pairs.append(_tokenize(form.read(row), number, tokenizer, limits=limits, report=report))
-    report.num_kept = len(pairs)
-    report.num_desirable = None if form.is_paired else sum(bool(pair.chosen) for pair in pairs)
-    report.notes = notes_of(report, tokenizer, max_length, max_prompt_length)
-    if not pairs:
-        raise UserError(f"{key}: there is nothing left of {rows.source}.\n{report}")
-    return pairs, report
+    return rows
 
 
-def _format_of(rows: Rows, key: str, *, unpaired: bool) -> Format:
-    form = detect_format(rows.column_names, list(islice(rows, 10)), source=rows.source, key=key)
+def _check_policies(on_bad_row: str, rejected: str, key: str) -> None:
+    if on_bad_row not in ("drop", "error"):
+        raise UserError(f"{key}.on_bad_row={on_bad_row!r}: must be drop or error.")
+    check_worse(rejected, key)
+
+
+def _format_of(rows: Rows, key: str, *, unpaired: bool) -> tuple[Format, Rows]:
+    form, rows = recognise(rows, key)
     if not (form.is_paired or unpaired):
         raise UserError(
             f"{key}: {rows.source} holds answers with a label ({', '.join(form.columns)}), and this loss compares the "
             "two answers of a pair; loss=kto takes each answer for itself"
         )
-    return form
+    return form, rows
+
+
+def _report_of(rows: Rows, form: Format, tokenizer) -> Report:
+    report = Report(rows.source, form.name, tokenizer.style, len(rows), special_as=tokenizer.special_tokens_in_text)
+    report.unused = form.unused(rows.column_names)
+    report.beside = form.read_beside(rows.column_names)
+    return report
 
 
 @contextmanager
-def _told(report: Report, number: int) -> Iterator[None]:
+def _told(report: Report, rows: Rows, index: int, on_bad_row: str) -> Iterator[None]:
     """Enters what a row is dropped for in the report, and says of an error which row it is of."""
+    number = rows.numbers[index]
     try:
         yield
     except Skip as skip:
-        report.dropped.setdefault(str(skip), []).append(number)
+        report.drop(str(skip), number)
     except Refusal as refusal:
-        report.dropped.setdefault(f"{REFUSED}: {refusal.reason}", []).append(number)
+        report.drop(f"{REFUSED}: {refusal.reason}", number)
+    except BadRow as bad:
+        message = f"{rows.place(index)}: {bad}"
+        if on_bad_row == "error":
+            raise UserError(message) from bad
+        report.drop(bad.reason, number, broken=message)
     except UserError as error:
-        raise UserError(f"{report.source}, row {number} (from 0): {error}") from error
+        raise UserError(f"{rows.place(index)}: {error}") from error
 
 
 def split_pairs(pairs: list[Pair], val_fraction: float) -> tuple[list[Pair], list[Pair]]:
@@ -278,46 +262,77 @@ def split_pairs(pairs: list[Pair], val_fraction: float) -> tuple[list[Pair], lis
     return train, held_out
 
 
-def _tokenize(example: Example, number: int, tokenizer, *, limits: _Limits, report: Report) -> Pair:
+def _tokenize(example: Example, number: int, tokenizer, *, limits: Limits, report: Report) -> Pair:
     whole, example = example, _without_end_texts(example, tokenizer.end_texts)
-    texts = [text for text in (example.chosen, example.rejected) if text is not None]
-    if not all(text.strip() for text in texts):
+    if any(_is_empty(turns) for turns in example.answers):
         raise Skip("empty answer")
     _check_prompt(example.prompt)
-    limits.check_texts(sum(len(message["content"]) for message in example.prompt), max(map(len, texts)))
-    asked, *conversations = _sequences(example, tokenizer)
-    if len(conversations) == 2 and conversations[0] == conversations[1]:  # also texts that a template makes alike
+    limits.check_texts(_characters(example.prompt), max(map(_characters, example.answers)))
+    written = write(example, tokenizer)
+    if len(written.wholes) == 2 and written.wholes[0] == written.wholes[1]:  # also texts that a template makes alike
         raise Skip("identical answers")
-    prompt = common_prefix(asked, *conversations)
-    answers = [conversation[len(prompt) :] for conversation in conversations]
+    prompt = common_prefix(written.asked, *written.wholes)
+    answers = [conversation[len(prompt) :] for conversation in written.wholes]
+    unscored = [tuple((a - len(prompt), b - len(prompt)) for a, b in spans) for spans in written.unscored]
     _check_ends(prompt, answers, tokenizer)
-    chosen = [] if example.chosen is None else answers[0]
-    rejected = [] if example.rejected is None else answers[-1]
+    chosen, chosen_unscored = ([], ()) if example.chosen is None else (answers[0], unscored[0])
+    rejected, rejected_unscored = ([], ()) if example.rejected is None else (answers[-1], unscored[-1])
     for name, tokens in zip(report.lengths, (prompt, chosen, rejected), strict=True):
         report.lengths[name].append(len(tokens))
     fitted = limits.fit(prompt, max(len(chosen), len(rejected)), bos_id=tokenizer.bos_id)
-    if unknown := [*prompt, *chosen, *rejected].count(tokenizer.unknown_id):
+    pair = Pair(fitted, chosen, rejected, number, chosen_unscored, rejected_unscored)
+    _tell(report, whole, example, prompt, written, pair, tokenizer)
+    return pair
+
+
+def _tell(report: Report, whole: Example, example: Example, prompt, written: Written, pair: Pair, tokenizer) -> None:
+    """Enters in the report what is worth knowing about a pair that is kept.
+
+    Args:
+        whole: The example before end tokens' texts were taken off.
+        prompt: Its tokens before they were trimmed.
+    """
+    if unknown := [*prompt, *pair.chosen, *pair.rejected].count(tokenizer.unknown_id):
         report.num_unknown += unknown
-        report.unknown.append(number)
-    if len(example.prompt) > 1:
-        report.turns.append(number)
-    if len(fitted) < len(prompt):
-        report.trimmed.append(number)
-    if not USUAL_ORDER.fullmatch("".join(message["role"][0] for message in example.prompt)):
-        report.unordered.append(number)
-    if example != whole:
-        report.ends_taken_off.append(number)
-    if any(map(tokenizer.holds_special, [*(message["content"] for message in example.prompt), *texts])):
-        report.special.append(number)
-    if len(prompt) < len(asked):
-        report.merges.append(number)
-    return Pair(fitted, chosen, rejected, number)
+    texts = list(
+        strings_in([[turn.get("content", "") for turn in turns] for turns in (example.prompt, *example.answers)])
+    )
+    facts = {
+        "unknown": unknown > 0,
+        "turns": len(example.prompt) > 1,
+        "trimmed": len(pair.prompt) < len(prompt),
+        "unordered": not USUAL_ORDER.fullmatch("".join(message["role"][0] for message in example.prompt)),
+        "ends_taken_off": example != whole,
+        "special": any(map(tokenizer.holds_special, texts)),
+        "merges": len(prompt) < len(written.asked) and not written.served_apart,
+        "served_apart": bool(written.served_apart),
+        "opened": bool(written.opened),
+        "respaced": written.respaced,
+        "left_out": bool(written.left_out),
+        "thoughts": any(thoughts_of(turn) for turns in example.answers for turn in turns),
+        "several_turns": any(pair.chosen_unscored + pair.rejected_unscored),
+    }
+    for name, holds in facts.items():
+        if holds:
+            getattr(report, name).append(pair.row)
+    report.examples |= {
+        name: text for name in ("served_apart", "opened", "left_out") if (text := getattr(written, name))
+    }
+
+
+def _characters(turns: list[dict]) -> int:
+    return sum(map(len, strings_in([[value for key, value in turn.items() if key != "role"] for turn in turns])))
+
+
+def _is_empty(turns: list[dict]) -> bool:
+    """Says whether an answer's last turn says nothing: no text, no call."""
+    return not (text_of(turns[-1]).strip() or turns[-1].get("tool_calls"))
 
 
 def _check_prompt(messages: list[dict]) -> None:
     if messages[-1]["role"] == "assistant":
         raise Skip("the prompt ends with an answer")
-    if messages[-1]["role"] != "tool" and not messages[-1]["content"].strip():  # a tool may have nothing to say
+    if messages[-1]["role"] != "tool" and not text_of(messages[-1]).strip():  # a tool may have nothing to say
         raise Skip("empty prompt")
 
 
@@ -326,21 +341,13 @@ def _without_end_texts(example: Example, end_texts: list[str]) -> Example:
     ends = "|".join(map(re.escape, end_texts))
     pattern = re.compile(rf"(?:(?:{ends})\s*)+\Z")
 
-    def take_off(text: str | None) -> str | None:
-        return text and pattern.sub("", text)
+    def take_off(answer: Answer | None) -> Answer | None:
+        if isinstance(answer, list) and isinstance(answer[-1]["content"], str):
+            return [*answer[:-1], {**answer[-1], "content": pattern.sub("", answer[-1]["content"])}]
+        return pattern.sub("", answer) if isinstance(answer, str) else answer
 
     written = example.written and (example.written[0], *map(take_off, example.written[1:]))
     return replace(example, chosen=take_off(example.chosen), rejected=take_off(example.rejected), written=written)
-
-
-def _sequences(example: Example, tokenizer) -> list[list[int]]:
-    """Returns the tokens of the prompt alone, and of each whole conversation: chosen, rejected, as far as there are."""
-    if tokenizer.is_plain and example.written:
-        prompt, *answers = example.written
-        return [tokenizer.render_text(prompt, text) for text in (None, *(text for text in answers if text is not None))]
-    asked = tokenizer.render(example.prompt, add_generation_prompt=True)
-    texts = [text for text in (example.chosen, example.rejected) if text is not None]
-    return [asked, *(tokenizer.render([*example.prompt, {"role": "assistant", "content": text}]) for text in texts)]
 
 
 def _check_ends(prompt: list[int], answers: list[list[int]], tokenizer) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from datetime import date as Date
 from inspect import signature
 from pathlib import Path
+from typing import NamedTuple
 
 import tokenizers
 
@@ -19,7 +20,7 @@ from pairtune.files import read_object
 from pairtune.tokenizer.files import model_stop_ids, read_backend, special_tokens
 from pairtune.tokenizer.pieces import Encoded, PieceEncoder
 from pairtune.tokenizer.special_text import SpecialText
-from pairtune.tokenizer.template import ChatTemplate, Refusal, choose_template, plain_text
+from pairtune.tokenizer.template import ChatTemplate, Refusal, check_texts, choose_template, joined, plain_text
 
 # Special tokens that end a turn in one family of models or another; a folder names only some of them as its eos.
 END_OF_TURN = (
@@ -28,6 +29,13 @@ END_OF_TURN = (
 )
 SENTENCEPIECE_CONTROL = ("<s>", "</s>", "<bos>", "<eos>")  # special tokens, though Phi 3's folder says not of </s>
 POLICIES = ("text", "control")  # what a special token's text in a message becomes
+
+
+class Rendered(NamedTuple):
+    """A conversation's tokens, and its text as a template wrote it; None where no template did."""
+
+    tokens: list[int]
+    text: str | None
 
 
 class HFTokenizer:
@@ -59,6 +67,7 @@ class HFTokenizer:
         style: str,
         special_tokens_in_text: str = "text",
         date: Date | None = None,
+        arguments: dict | None = None,
         folder: Path | None = None,
     ):
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
@@ -73,7 +82,7 @@ class HFTokenizer:
         self.end_texts = [text for text in map(backend.id_to_token, sorted(self.end_ids)) if text]
         self.chat_template, self.style, self.is_plain = template, style, template is None
         self.date, self.folder = date, folder
-        self._template = None if template is None else ChatTemplate(template, special, date)
+        self._template = None if template is None else ChatTemplate(template, special, date, arguments)
         self._backend, self._add_bos = backend, add_bos
         self._pieces = PieceEncoder(backend)
         added = backend.get_added_tokens_decoder().items()
@@ -90,29 +99,61 @@ class HFTokenizer:
         """Says whether a special token is written in the text."""
         return self._special_text.is_in(text)
 
+    def special_texts_in(self, text: str) -> list[str]:
+        """Returns the special tokens that are written in a text, without those that begin or end one."""
+        ends = {self._backend.id_to_token(i) for i in self.end_ids | {self.bos_id} if i is not None}
+        return [token for token in self._special_text.found_in(text) if token not in ends]
+
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """Returns the tokens' text."""
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
-    def render(self, messages: list[dict], *, add_generation_prompt: bool = False) -> list[int]:
+    def render(
+        self,
+        messages: list[dict],
+        *,
+        add_generation_prompt: bool = False,
+        tools: list | None = None,
+        arguments: Mapping | None = None,
+    ) -> list[int]:
         """Returns the tokens of a conversation, `[{"role", "content"}, ...]`, with BOS exactly as the template has it.
 
         Behind a last assistant message stands exactly one end token: the template's first one, or eos where it writes
         none; what the template writes after it is cut. With `add_generation_prompt` nothing is cut or added.
+
+        Args:
+            tools, arguments: What the template is given besides: descriptions of tools, and such as enable_thinking.
         """
+        return self.rendered(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools, arguments=arguments
+        ).tokens
+
+    def rendered(
+        self,
+        messages: list[dict],
+        *,
+        add_generation_prompt: bool = False,
+        tools: list | None = None,
+        arguments: Mapping | None = None,
+    ) -> "Rendered":
+        """Returns what `render` does, and the text that the template has written."""
         if self.is_plain:
-            return self.render_text(*plain_text(messages, add_generation_prompt=add_generation_prompt))
-        options = {"add_generation_prompt": add_generation_prompt}
+            check_texts([], "plain text", tools)
+            prompt, answer = plain_text(messages, add_generation_prompt=add_generation_prompt)
+            return Rendered(self.render_text(prompt, answer), None)
+        options = {"add_generation_prompt": add_generation_prompt, "tools": tools, "arguments": arguments}
         text = self._template.render(messages, **options)
-        marked = [{**message, "content": self._marked(message["content"])} for message in messages]
-        marked_text = text if marked == messages else self._template.render(marked, **options)
+        marked, marked_tools = self._marked_in(messages), self._marked_in(tools)
+        marked_options = {**options, "tools": marked_tools}
+        alike = marked == messages and marked_tools == tools
+        marked_text = text if alike else self._template.render(marked, **marked_options)
         encoding = self._encode(marked_text, text)
         if add_generation_prompt or messages[-1]["role"] != "assistant":
-            return encoding.ids
-        answer_stop = len(marked_text) - self._template.tail_length(marked, marked_text)
+            return Rendered(encoding.ids, text)
+        answer_stop = len(marked_text) - self._template.tail_length(marked, marked_text, **marked_options)
         # An end token written in the answer is content: only tokens behind it are looked at.
         tail_start = bisect_right([stop for _, stop in encoding.offsets], answer_stop)
-        return _end_once(encoding.ids, tail_start, self)
+        return Rendered(_end_once(encoding.ids, tail_start, self), text)
 
     def render_text(self, prompt: str, answer: str | None = None) -> list[int]:
         """Returns the tokens of prompt + answer as one text: BOS if the tokenizer adds it, eos after an answer."""
@@ -123,6 +164,14 @@ class HFTokenizer:
 
     def _marked(self, text: str) -> str:
         return self._special_text.mark(text) if self.special_tokens_in_text == "text" else text
+
+    def _marked_in(self, value):
+        """Returns messages or tools whose texts are marked, all but roles."""
+        if isinstance(value, str):
+            return self._marked(value)
+        if isinstance(value, dict):
+            return {key: item if key == "role" else self._marked_in(item) for key, item in value.items()}
+        return [self._marked_in(item) for item in value] if isinstance(value, list) else value
 
     def _encode(self, marked: str, text: str) -> tokenizers.Encoding | Encoded:
         """Returns the tokens of a text, and their places in it with its marks, if it has any."""
@@ -181,6 +230,10 @@ class TorchtuneTokenizer:
         """Returns the text's tokens; none is added."""
         return self._tokenizer.encode(text, add_bos=False, add_eos=False)
 
+    def special_texts_in(self, text: str) -> list[str]:
+        """Returns none: what is written before a text is not known here as text."""
+        return []
+
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """Returns the tokens' text; SentencePiece tokenizers never write special tokens."""
         flags = {"skip_special_tokens": skip_special_tokens, "truncate_at_eos": False}
@@ -191,13 +244,26 @@ class TorchtuneTokenizer:
         """Says whether a special token is written in the text."""
         return self._special_text.search(text) is not None
 
-    def render(self, messages: list[dict], *, add_generation_prompt: bool = False) -> list[int]:
+    def rendered(self, messages: list[dict], **options) -> Rendered:
+        """Returns what `render` does, and no text."""
+        return Rendered(self.render(messages, **options), None)
+
+    def render(
+        self,
+        messages: list[dict],
+        *,
+        add_generation_prompt: bool = False,
+        tools: list | None = None,
+        arguments: Mapping | None = None,
+    ) -> list[int]:
         """Returns the tokens of a conversation; ends as HFTokenizer.render's do.
 
         Raises:
-            Refusal: The template refuses the conversation, or torchtune's tokenizer, such as Qwen 2's, would make a
-                special token of a message's text.
+            Refusal: The template refuses the conversation, there is more than text (tools, thoughts, arguments), or
+                torchtune's tokenizer, such as Qwen 2's, would make a special token of a message's text.
         """
+        check_texts(messages, self.style, tools)
+        messages = [{"role": message["role"], "content": joined(message["content"])} for message in messages]
         for name in self._recognised:
             if any(name in message["content"] for message in messages):
                 reason = f"{self.style} would make a token of the text {name}"
@@ -234,7 +300,11 @@ class TorchtuneTokenizer:
 
 
 def hf_tokenizer(
-    path: str, chat_template: str | None = None, special_tokens_in_text: str = "text", date: str | None = None
+    path: str,
+    chat_template: str | None = None,
+    special_tokens_in_text: str = "text",
+    date: str | None = None,
+    template_arguments: dict | None = None,
 ) -> HFTokenizer:
     """Returns the tokenizer of a Hugging Face model folder: of tokenizer.json, or of vocab.json and merges.txt.
 
@@ -245,6 +315,8 @@ def hf_tokenizer(
             ordinary characters. "control": the token, as in transformers and for texts that are rendered already.
         date: YYYY-MM-DD, today for a template that asks (strftime_now). None: nothing tells it the day; Llama 3.2's
             then writes its own, 26 Jul 2024, and one that has none is refused when it is used.
+        template_arguments: What the chat template is given besides, such as {"enable_thinking": False}. A row's own
+            chat_template_kwargs come before these.
 
     Raises:
         UserError: The folder or a file is missing or broken, no eos is named, or an argument is none of these.
@@ -274,6 +346,7 @@ def hf_tokenizer(
             style=style,
             special_tokens_in_text=special_tokens_in_text,
             date=None if date is None else _date(date, template),
+            arguments=_arguments(template_arguments, template),
             folder=folder,
         )
     except UserError as error:
@@ -374,6 +447,13 @@ def _date(text: str, template: str | None) -> Date:
         return Date.fromisoformat(text)
     except ValueError:
         raise UserError(f"date={text}: must be a day as YYYY-MM-DD, such as 2025-01-31") from None
+
+
+def _arguments(given: dict | None, template: str | None) -> dict:
+    for name in given or {}:
+        if not re.search(rf"\b{re.escape(str(name))}\b", template or ""):
+            raise UserError(f"template_arguments.{name}: the chat template knows no such argument; leave it out")
+    return dict(given or {})
 
 
 def _adds_bos(backend: tokenizers.Tokenizer, special: dict[str, str]) -> bool:

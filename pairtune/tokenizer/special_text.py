@@ -35,6 +35,10 @@ class SpecialText:
         """Says whether the text holds a special token's."""
         return self._anywhere.search(text) is not None
 
+    def found_in(self, text: str) -> list[str]:
+        """Returns the special tokens' texts that the text holds, each once."""
+        return list(dict.fromkeys(self._anywhere.findall(text)))
+
     def mark(self, text: str) -> str:
         """Returns the text with a mark behind the first character of every special token's text."""
         return self._each_start.sub(rf"\1{NOT_SPECIAL}", text) if self.is_in(text) else text

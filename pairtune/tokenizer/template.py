@@ -1,12 +1,16 @@
 """Conversations to text: a model folder's Jinja template rendered as transformers renders it, or plain text.
 
-A conversation is a list of messages, `{"role", "content"}`. What becomes of the text is in hf.py.
+A conversation is a list of messages, `{"role", "content"}`, with tool calls, thoughts and the like where it has some.
+What becomes of the text is in hf.py.
 """
 
 import json
 import shutil
+from collections.abc import Mapping
 from datetime import date, datetime, time
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from jinja2.ext import Extension
@@ -16,6 +20,7 @@ from pairtune.files import read_object
 from pairtune.tokenizer.sandbox import Sandbox
 
 ANSWER_END = "\ue000"  # private use: stands behind an answer to find what a template writes after it
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # as transformers: the first is what templates read
 SPEAKER = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "tool": "\n\nTool: ", "system": "\n\n"}
 
 
@@ -33,10 +38,13 @@ class ChatTemplate:
     Args:
         day: What strftime_now tells. None: there is no strftime_now, and a template such as Llama 3.2's writes a day
             of its own.
+        arguments: What else the template is given, such as enable_thinking; a special token's name overrules it.
     """
 
-    def __init__(self, source: str, special: dict[str, str], day: date | None = None):
-        self.source, self._special = source, special
+    def __init__(
+        self, source: str, special: dict[str, str], day: date | None = None, arguments: dict[str, Any] | None = None
+    ):
+        self.source, self._values = source, {**special, "documents": None, **(arguments or {})}
         self._environment = environment = Sandbox(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"]
         )
@@ -50,17 +58,29 @@ class ChatTemplate:
         except (SyntaxError, RecursionError) as error:  # of the Python that it becomes: nested too deep
             raise UserError(f"The chat template is not valid Jinja: {error}") from error
 
-    def render(self, messages: list[dict], *, add_generation_prompt: bool = False) -> str:
+    def render(
+        self,
+        messages: list[dict],
+        *,
+        add_generation_prompt: bool = False,
+        tools: list | None = None,
+        arguments: Mapping | None = None,
+    ) -> str:
         """Returns the conversation's text.
+
+        Args:
+            tools: Descriptions of what may be called.
+            arguments: What this conversation gives to the template, beside and before the template's own.
 
         Raises:
             Refusal: The template refuses the conversation: many know no system role, or want roles to alternate.
             UserError: It needs a day and has none, counts for ever, or writes without end.
         """
-        values = {**self._special, "messages": messages, "tools": None, "documents": None}
-        self._environment.budget.begin(sum(len(message["content"]) for message in messages))
+        given = {"messages": self._as_read(messages), "tools": tools, "add_generation_prompt": add_generation_prompt}
+        values = {**self._values, **(arguments or {}), **given}
+        self._environment.budget.begin(_characters([messages, tools]))
         try:
-            return self._template.render(**values, add_generation_prompt=add_generation_prompt)
+            return self._template.render(**values)
         except UserError:
             raise
         except Exception as error:  # what a template may raise: its own refusals, and all that Python raises
@@ -76,23 +96,83 @@ class ChatTemplate:
                 str(error),
             ) from error
 
-    def tail_length(self, messages: list[dict], text: str) -> int:
-        """Returns how many characters of `text`, the rendered messages, stand behind the last message's content.
+    def tail_length(self, messages: list[dict], text: str, **options) -> int:
+        """Returns how many characters of `text`, the rendered messages, stand behind what the last message says.
 
-        The content is marked, not searched for: it may be trimmed, or be as short as 'e'.
+        What it says last, its content or the last tool that it calls, is marked, not searched for: it may be trimmed,
+        or be as short as 'e'.
+
+        Args:
+            options: As for `render`.
         """
-        marked = {**messages[-1], "content": messages[-1]["content"] + ANSWER_END}
-        _, mark, tail = self.render([*messages[:-1], marked]).rpartition(ANSWER_END)
+        marked = self.render([*messages[:-1], _marked_at_end(messages[-1])], **options)
+        _, mark, tail = marked.rpartition(ANSWER_END)
         if not mark or not text.endswith(tail):
-            raise UserError("The chat template does not write the last assistant message as it is; give another one.")
+            what = "tool calls" if messages[-1].get("tool_calls") else "the last assistant message as it is"
+            raise Refusal(f"The chat template does not write {what}; give another one.", f"it does not write {what}")
         return len(tail)
+
+    def _as_read(self, messages: list[dict]) -> list[dict]:
+        """Returns messages as transformers hands them over: thoughts under each of their names, and nothing that is
+        null. Text parts are handed over to a template that reads them; for another they are joined."""
+        if all(message.keys() == {"role", "content"} and isinstance(message["content"], str) for message in messages):
+            return messages
+        read = []
+        for message in messages:
+            message = {key: value for key, value in message.items() if value is not None}
+            thoughts = next((message[key] for key in THOUGHTS if key in message), None)
+            if thoughts is not None:
+                message = {"thinking": thoughts, **message, "reasoning_content": thoughts}
+            if isinstance(message.get("content"), list) and not self._reads_parts:
+                message["content"] = "".join(part["text"] for part in message["content"])
+            read.append(message)
+        return read
+
+    @cached_property
+    def _reads_parts(self) -> bool:
+        """Whether the template writes a content of two text parts as text, and not as Python prints a list."""
+        parts = [{"type": "text", "text": "first words, "}, {"type": "text", "text": "last words"}]
+        values = {**self._values, "tools": None, "add_generation_prompt": False}
+        self._environment.budget.begin(100)
+        try:
+            text = self._template.render(**values, messages=[{"role": "user", "content": parts}])
+        except Exception:  # boundary: as in render; it reads none
+            return False
+        return "first words" in text and "last words" in text and "'type'" not in text and '"type"' not in text
+
+
+def _marked_at_end(message: dict) -> dict:
+    calls, content = message.get("tool_calls"), message.get("content")
+    if calls:
+        function = calls[-1].get("function")
+        named = function if isinstance(function, dict) else calls[-1]
+        marked = {**named, "name": f"{named.get('name', '')}{ANSWER_END}"}
+        last = {**calls[-1], "function": marked} if isinstance(function, dict) else marked
+        return {**message, "tool_calls": [*calls[:-1], last]}
+    if isinstance(content, list) and content:
+        return {**message, "content": [*content[:-1], {**content[-1], "text": content[-1]["text"] + ANSWER_END}]}
+    return {**message, "content": (content or "") + ANSWER_END}
+
+
+def _characters(value) -> int:
+    """Returns how many characters there are in the texts of a value."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_characters, value.keys())) + sum(map(_characters, value.values()))
+    return sum(map(_characters, value)) if isinstance(value, list | tuple) else 0
 
 
 def plain_text(messages: list[dict], *, add_generation_prompt: bool = False) -> tuple[str, str | None]:
     """Returns prompt and answer as text, the answer None where the last message is no assistant's.
 
     A question and its answer are joined by a newline; more than a question is written as an HH transcript.
+
+    Raises:
+        Refusal: There is more than text: tool calls, or thoughts.
     """
+    check_texts(messages, "plain text")
+    messages = [{**message, "content": joined(message["content"])} for message in messages]
     answer = None
     if messages[-1]["role"] == "assistant" and not add_generation_prompt:
         *messages, last = messages
@@ -104,6 +184,23 @@ def plain_text(messages: list[dict], *, add_generation_prompt: bool = False) -> 
     if messages and messages[0]["role"] == "system":
         prompt = prompt.removeprefix(SPEAKER["system"])
     return prompt + ("\n\nAssistant:" if opened else ""), answer if answer is None else f" {answer}"
+
+
+def joined(content: str | list[dict]) -> str:
+    """Returns a content as one text."""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def check_texts(messages: list[dict], style: str, tools: list | None = None) -> None:
+    """Raises Refusal where a conversation is more than roles and texts."""
+    if tools:
+        raise Refusal(f"{style} has no place for tool descriptions. Give a chat template that writes them.",
+                      f"{style} has no place for tool descriptions")  # fmt: skip
+    for message in messages:
+        more = [key for key in message if key in ("tool_calls", *THOUGHTS)]
+        if more:
+            reason = f"{style} has no place for {more[0].replace('_', ' ')}"
+            raise Refusal(f"{reason}. Give a chat template that writes them.", reason)
 
 
 def choose_template(folder: Path, config: dict, wanted: str | None) -> tuple[str | None, str]:

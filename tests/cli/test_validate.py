@@ -250,6 +250,8 @@ def test_the_first_hundred_rows_are_read_and_all_when_asked(work, validate):
     (work / "pairs.jsonl").write_text("\n".join(lines))
     assert validate("my.yaml", "--recipe", LORA)[0] == 0
     status, tables = validate("my.yaml", "--recipe", LORA, "--all")
+    assert status == 0 and "1 dropped (column 'chosen' holds int; row 140)" in tables[LORA]["dataset"]
+    status, tables = validate("my.yaml", "--recipe", LORA, "--all", "dataset.on_bad_row=error")
     assert status == 1 and "row 140 (from 0): column 'chosen' holds int" in tables[LORA]["dataset"]
 
 

@@ -15,7 +15,9 @@ from test_tokenizer import CHATML, GEMMA, LLAMA_2, LLAMA_3, SHARED, byte_level_b
 from tokenizers import models
 
 from pairtune.errors import UserError
-from pairtune.pairs.formats import FORMATS, Example, detect_format
+from pairtune.pairs.example import Example
+from pairtune.pairs.formats import FORMATS, detect_format
+from pairtune.pairs.recognise import recognise
 from pairtune.pairs.tokenize import Pair, Rows, count_overlap, read_rows, split_pairs, tokenize_pairs
 from pairtune.tokenizer.hf import hf_tokenizer
 
@@ -394,6 +396,15 @@ EXAMPLES = {
         {"instruction": "Q", "chosen": "B", "rejected": "W", "history": [], "system": "", "tools": "[]"},
         ([USER], "B", "W"),
     ),
+    "several rejected answers": ({"prompt": "Q", "chosen": "B", "rejected": ["W"]}, ([USER], "B", "W")),
+    "several rejected answers, of messages": (
+        {"prompt": MULTI, "chosen": [BETTER], "rejected": [[WORSE]]},
+        (MULTI, "B", "W"),
+    ),
+    "conversation and a rejected response": (
+        {"messages": [*MULTI, BETTER], "rejected_response": "W"},
+        (MULTI, "B", "W"),
+    ),
     "unpaired": ({"prompt": "Q", "completion": "B", "label": True}, ([USER], "B", None)),
     "unpaired, undesirable": ({"prompt": "Q", "completion": "W", "label": False}, ([USER], None, "W")),
     "unpaired, a number": ({"prompt": "Q", "completion": "W", "label": 0}, ([USER], None, "W")),
@@ -422,14 +433,15 @@ EXAMPLES = {
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_every_format_is_recognised_and_read(name):
     row, (prompt, chosen, rejected) = EXAMPLES[name]
-    form = detect_format(list(row), [row])
+    form, rows = recognise(Rows([row]), "dataset")
     assert form.name == name.partition(", ")[0]
-    example = form.read(row)
+    (example,) = form.read(rows[0])
     assert (example.prompt, example.chosen, example.rejected) == (prompt, chosen, rejected)
 
 
 def test_every_format_has_an_example_here():
-    assert {name.partition(", ")[0] for name in EXAMPLES} == {form.name for form in FORMATS}
+    of_forms_py = {form.name for form in FORMATS if "answers" in form.columns or "message_tree_id" in form.columns}
+    assert {name.partition(", ")[0] for name in EXAMPLES} == {form.name for form in FORMATS} - of_forms_py
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -674,6 +686,8 @@ def test_a_doubled_bos_is_refused(tmp_path):
 KEPT = CONVERSATIONS
 CALL = [USER, {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}]
 
+TOOL = {"role": "tool", "content": "12"}
+
 
 @pytest.mark.parametrize(
     ("row", "reason"),
@@ -686,7 +700,7 @@ CALL = [USER, {"role": "assistant", "content": None, "tool_calls": [{"function":
         ({"chosen": [USER, {**BETTER, "content": "B" * 99}], "rejected": [USER, WORSE]}, "too long"),
         ({"chosen": [USER, {**BETTER, "content": "</s>"}], "rejected": [USER, WORSE]}, "empty answer"),
         ({"chosen": [USER, {**BETTER, "content": "W</s>"}], "rejected": [USER, WORSE]}, "identical answers"),
-        ({"chosen": [*CALL, BETTER], "rejected": [*CALL, WORSE]}, "tool calls"),
+        ({"chosen": [*CALL, TOOL, BETTER], "rejected": [*CALL, TOOL, WORSE]}, "tool calls"),
         ({"chosen": [USER, BETTER], "rejected": CALL}, "tool calls"),
         ({"chosen": [USER, BETTER], "rejected": [USER, {**WORSE, "function_call": {"name": "f"}}]}, "tool calls"),
         ({**CONVERSATIONS, "tools": '[{"name": "f"}]'}, "tool descriptions"),
@@ -960,7 +974,12 @@ def test_hh_transcripts_in_plain_text_are_reproduced_byte_by_byte(plain):
 @needs_shared
 def test_hh_transcripts_alternate_for_templates_that_want_it():
     form = next(form for form in FORMATS if form.name == "HH transcripts")
-    read = [form.read(row) for i, row in enumerate(read_rows(str(HH))) if i not in {1254, 1688, 1950, 1952, 2036}]
+    read = [
+        example
+        for i, row in enumerate(read_rows(str(HH)))
+        if i not in {1254, 1688, 1950, 1952, 2036}
+        for example in form.read(row)
+    ]
     for example in read:
         roles = [message["role"] for message in example.prompt]
         assert roles == (["user", "assistant"] * len(roles))[: len(roles)] and roles[-1] == "user"
@@ -979,7 +998,7 @@ def test_llama_factorys_conversations_keep_their_turns_and_system_messages():
     source = PREFERENCE / "llamafactory/dpo_en_demo.json"
     raw, rows = json.loads(source.read_text()), read_rows(str(source))
     form = detect_format(rows.column_names, [rows[0]])
-    examples = [form.read(row) for row in rows]
+    examples = [example for row in rows for example in form.read(row)]
     assert form.name == "ShareGPT" and max(len(example.prompt) for example in examples) == 13
     role = {"human": "user", "gpt": "assistant", "system": "system"}
     assert examples == [
@@ -1006,7 +1025,7 @@ def test_real_pairs_are_whole_conversations_with_torchtunes_llama3_tokenizer(sou
     header = [theirs.start_header_id, *theirs.encode("assistant", False, False), theirs.end_header_id]
     header += theirs.encode("\n\n", False, False)
     for pair in pairs:
-        example = form.read(rows[pair.row])
+        (example,) = form.read(rows[pair.row])
         assert pair.prompt[-len(header) :] == header and pair.prompt.count(theirs.bos_id) == 1
         for answer, ids in ((example.chosen, pair.chosen), (example.rejected, pair.rejected)):
             messages = [*example.prompt, {"role": "assistant", "content": answer}]

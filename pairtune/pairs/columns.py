@@ -1,0 +1,128 @@
+"""Our names for the columns of rows: what `dataset.columns` says, applied to a row. layouts.py says what it may say."""
+
+import difflib
+from collections.abc import Sequence
+
+from omegaconf import OmegaConf
+
+from pairtune.errors import UserError
+from pairtune.pairs.cells import read_literal, read_messages
+
+MANY = ("answers", "scores", "ranks", "choice")  # which may be made of several columns
+
+
+def as_plain(columns) -> dict:
+    """Returns a config's `columns` as a dict of names, lists and dicts."""
+    return OmegaConf.to_container(columns, resolve=True) if OmegaConf.is_config(columns) else dict(columns or {})
+
+
+class Renaming:
+    """Gives rows our column names.
+
+    Args:
+        columns: Ours to theirs; None leaves a column out.
+        found: The columns that rows have.
+    """
+
+    def __init__(self, columns: dict, found: Sequence[str]):
+        self.columns = columns
+        self._theirs = {ours: _paths(theirs) for ours, theirs in columns.items() if theirs is not None}
+        paths = [path for theirs in self._theirs.values() for path in _listed(theirs)]
+        self.taken = {*columns, *(head for path in paths for head in _heads(path, found))}
+        self.names = [*self._theirs, *(name for name in found if name not in self.taken)]
+
+    def __call__(self, row: dict) -> dict:
+        if not self.taken:
+            return row
+        ours = {
+            ours: [look_up(row, path) for path in paths] if isinstance(paths, list) else look_up(row, paths)
+            for ours, paths in self._theirs.items()
+        }
+        return ours | {name: value for name, value in row.items() if name not in self.taken}
+
+
+def unpacked(row: dict) -> dict:
+    """Returns the row with messages in place of the text that they were written as: JSON, or as Python prints them."""
+    found = {}
+    for name, cell in row.items():
+        if isinstance(cell, str):
+            try:
+                messages = read_messages(cell)
+            except ValueError:  # stays text, which no list of messages is
+                continue
+            if messages is not None:
+                found[name] = messages
+    return row | found if found else row
+
+
+def look_up(row: dict, path: str):
+    """Returns what a dotted name means in a row, None where it means nothing. A star is every entry of a list."""
+    if path in row:
+        return row[path]
+    if path.endswith("*") and "." not in path:
+        return [value for name, value in row.items() if name.startswith(path[:-1])]
+    return _walk(row, path.split("."))
+
+
+def _walk(value, steps: list[str]):
+    for i, step in enumerate(steps):
+        value = read_literal(value) if isinstance(value, str) else value
+        if step == "*":
+            return [_walk(entry, steps[i + 1 :]) for entry in value] if isinstance(value, list) else None
+        if isinstance(value, dict):
+            value = value.get(step)
+        elif isinstance(value, list) and step.removeprefix("-").isdigit() and -len(value) <= int(step) < len(value):
+            value = value[int(step)]
+        else:
+            return None
+    return value
+
+
+def check_columns(columns: dict, found: Sequence[str], ours: Sequence[str], source: str, key: str) -> None:
+    """Refuses names that are not ours, and columns that the rows do not have.
+
+    Raises:
+        UserError: With the nearest that there is.
+    """
+    for name, theirs in columns.items():
+        if name not in ours and not (theirs is None and name in found):
+            known = ", ".join(ours)
+            raise UserError(f"{key}.columns.{name}: no column of ours. {_nearest(name, ours)} Known: {known}.")
+        if isinstance(theirs, list) and name not in MANY or isinstance(theirs, dict) and name != "choice":
+            raise _no_such(f"{key}.columns.{name}={theirs}", theirs, found, source)
+        for path in _listed(_paths(name if theirs is None else theirs)):
+            if not isinstance(path, str) or not set(_heads(path, found)) <= set(found):
+                raise _no_such(f"{key}.columns.{name}={theirs if theirs is not None else name}", path, found, source)
+
+
+def _no_such(setting: str, path, found: Sequence[str], source: str) -> UserError:
+    word = path.partition(".")[0] if isinstance(path, str) else path
+    return UserError(
+        f"{setting}: {source} has no such column. {_nearest(word, found)} Columns found: {', '.join(found)}."
+    )
+
+
+def _paths(theirs):
+    """Returns the name or names of a column, of a choice with its values those of the choice."""
+    if isinstance(theirs, dict):
+        names = [str(name) for name in theirs]
+        return names[0] if len(names) == 1 else names
+    return theirs
+
+
+def _listed(paths) -> list:
+    return paths if isinstance(paths, list) else [paths]
+
+
+def _heads(path, found: Sequence[str]) -> list:
+    """Returns the columns that a dotted name begins in: one, or with a star at its end all that begin so."""
+    if path in found or not isinstance(path, str):
+        return [path]
+    if path.endswith("*") and "." not in path:
+        return [name for name in found if name.startswith(path[:-1])] or [path]
+    return [path.partition(".")[0]]
+
+
+def _nearest(word, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(str(word), known, n=3, cutoff=0.5)
+    return f"Did you mean {' or '.join(near)}?" if near else "No name is near it."

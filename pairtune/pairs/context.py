@@ -1,0 +1,130 @@
+"""What a row holds beside its question and answers: what comes before the question, tools, arguments of the template;
+and columns that may be part of the question, which nobody may leave out in silence."""
+
+from dataclasses import replace
+
+from pairtune.errors import UserError
+from pairtune.pairs.cells import is_empty, kind_of, read_literal, shown
+from pairtune.pairs.example import BadRow, Example
+from pairtune.pairs.messages import read_message, strings_in, text_of
+from pairtune.pairs.readers import system, user
+
+TEXT = "text|transcript"
+# Columns that any form may have: system message, earlier turns, a text before the question and one behind it
+CONTEXT = {"system": TEXT, "history": "pairs|messages", "context": TEXT, "input": TEXT}
+OTHER_NAMES = {"system_prompt": "system", "system_message": "system"}
+TOOLS = ("tools", "functions")
+ARGUMENTS = "chat_template_kwargs"
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+# Which may be part of the question, and do not say how: told, unless the prompt holds what they hold
+_OF_A_QUESTION = ("query", "question", "instruction", "passage", "passages", "document", "documents", "background")
+_OF_A_QUESTION += ("knowledge", "persona", "conversation", "conversations", "messages", "dialogue", "dialog", "turns")
+DOUBTFUL = (*_MEDIA, *_OF_A_QUESTION)
+
+
+def in_context(example: Example, row: dict, columns: set[str]) -> Example:
+    """Returns the example with what these columns of its row hold: see CONTEXT.
+
+    A system message that the prompt brings already, and a text that it holds, are not written twice.
+    """
+    row = {column: row[column] for column in columns if not is_empty(row.get(column))}
+    example = _with_texts(example, row)
+    context, prompt = system(row), example.prompt
+    if prompt[:1] == context:
+        prompt = prompt[1:]
+    history = row.get("history", [])
+    if kind_of(history) == "messages":
+        context += [read_message(raw) for raw in history]
+    else:
+        for question, answer in history:
+            context += [*user(question), {"role": "assistant", "content": answer}]
+    return replace(example, prompt=context + prompt, written=None) if context else example
+
+
+def _with_texts(example: Example, row: dict) -> Example:
+    """Returns the example with `context` before its last question, and `input` behind it."""
+    if not (row.keys() & {"context", "input"}) or not example.prompt or example.prompt[-1]["role"] != "user":
+        return example
+    last = example.prompt[-1]
+    asked = text_of(last)
+    parts = [row.get("context", ""), asked, row.get("input", "")]
+    before, behind = ("" if part in asked else part for part in (parts[0], parts[2]))
+    text = (f"{before}\n\n" if before else "") + asked + (f"\n{behind}" if behind else "")
+    if text == asked:
+        return example
+    written = example.written
+    written = (text, *written[1:]) if written and written[0] == asked else None
+    return replace(example, prompt=[*example.prompt[:-1], {**last, "content": text}], written=written)
+
+
+def tools_of(row: dict) -> list | None:
+    """Returns a row's tools as templates take them: as they are; bare functions as OpenAI's API wraps them."""
+    for name in TOOLS:
+        cell = row.get(name)
+        if is_empty(cell):
+            continue
+        tools = read_literal(cell) if isinstance(cell, str) else cell
+        tools = [tools] if isinstance(tools, dict) else tools
+        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+            raise BadRow(
+                f"column {name!r} holds {shown(cell)}, expected a list of tools. Mend or remove the row.",
+                f"column {name!r} is no list of tools",
+            )
+        bare = name == "functions"
+        return [{"type": "function", "function": tool} if bare and "function" not in tool else tool for tool in tools]
+    return None
+
+
+def arguments_of(row: dict) -> dict | None:
+    """Returns what a row gives to its chat template, such as {"enable_thinking": False}."""
+    cell = row.get(ARGUMENTS)
+    if is_empty(cell):
+        return None
+    arguments = read_literal(cell) if isinstance(cell, str) else cell
+    if not isinstance(arguments, dict):
+        raise BadRow(
+            f"column {ARGUMENTS!r} holds {shown(cell)}, expected an object. Mend or remove the row.",
+            f"column {ARGUMENTS!r} is no object",
+        )
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def check_doubtful(example: Example, row: dict, columns: list[str], key: str) -> None:
+    """Refuses a row of which part of the question may be in a column that nobody reads.
+
+    Args:
+        columns: Those of DOUBTFUL that are not used.
+        key: Where the config describes the rows.
+
+    Raises:
+        BadRow: It has images, or the like.
+        UserError: A text beside the prompt, which the prompt does not hold. `columns` says what to do with it.
+    """
+    asked = None
+    for name in columns:
+        cell = row.get(name)
+        if is_empty(cell):
+            continue
+        if name in _MEDIA:
+            raise BadRow(
+                f"column {name!r} holds {kind_of(cell)}: rows with {name} are not read, pairs are text. "
+                f"Remove the row, or leave the column out: {key}.columns={{{name}: null}}.",
+                f"column {name!r}: pairs are text",
+            )
+        asked = " ".join(text for m in example.prompt for text in strings_in(m)) if asked is None else asked
+        if not _is_in(cell, asked):
+            raise UserError(
+                f"column {name!r} holds {shown(cell)}, which the prompt does not hold, and may be part of the "
+                f"question. Say what it is: {key}.columns={{input: {name}}} writes it behind the prompt, "
+                f"{{context: {name}}} before it, {{{name}: null}} leaves it out."
+            )
+
+
+def _is_in(cell, asked: str) -> bool:
+    """Says whether a prompt holds what a cell says, an assistant's turns aside."""
+    if kind_of(cell) == "messages":
+        turns = [message for message in cell if (message.get("role") or message.get("from")) in ("user", "human")]
+        return all(text.strip() in asked for turn in turns for text in [turn.get("content") or turn.get("value") or ""])
+    if isinstance(cell, str):
+        return cell.strip() in asked
+    return not any(text.strip() not in asked for text in strings_in(cell))

@@ -1,0 +1,132 @@
+"""Rows of a folder, file by file, and of the Hugging Face Hub: by split."""
+
+import csv
+import os
+import tempfile
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate, chain
+from pathlib import Path
+
+import datasets
+from huggingface_hub import utils as hub_utils
+
+from pairtune.errors import UserError
+from pairtune.pairs.files import check_names, read_file
+from pairtune.pairs.sources import FILE_TYPES
+
+
+class Shards(Sequence):
+    """Rows of several files, one file behind the other, each row as its own file has it.
+
+    Args:
+        parts: Of each file, its path, its rows, and the number that the first of these has in the file.
+    """
+
+    def __init__(self, parts: list[tuple[Path, Sequence, int]]):
+        self.parts = parts
+        self._stops = list(accumulate(len(rows) for _, rows, _ in parts))
+        names = (getattr(rows, "column_names", None) or chain.from_iterable(rows) for _, rows, _ in parts)
+        self.column_names = list(dict.fromkeys(chain.from_iterable(names)))
+
+    def __len__(self) -> int:
+        return self._stops[-1] if self._stops else 0
+
+    def __getitem__(self, index: int) -> dict:
+        part, number = self._find(range(len(self))[index])
+        return self.parts[part][1][number]
+
+    def __iter__(self) -> Iterator[dict]:
+        return chain.from_iterable(rows for _, rows, _ in self.parts)
+
+    def select(self, indices: range) -> "Shards":
+        """Returns the rows from a first to a last one."""
+        parts, start = [], 0
+        for (file, rows, first), stop in zip(self.parts, self._stops, strict=True):
+            low, high = max(indices.start, start) - start, min(indices.stop, stop) - start
+            if low < high:
+                part = rows[low:high] if isinstance(rows, list) else rows.select(range(low, high))
+                parts.append((file, part, first + low))
+            start = stop
+        return Shards(parts)
+
+    def place(self, index: int) -> str:
+        """Returns a row's file, and its number there."""
+        part, number = self._find(index)
+        file, _, first = self.parts[part]
+        return f"{file}, row {first + number} (from 0)"
+
+    def _find(self, index: int) -> tuple[int, int]:
+        part = bisect_right(self._stops, index)
+        return part, index - (self._stops[part - 1] if part else 0)
+
+
+def read_folder(path: Path, name: str | None, key: str) -> dict[str, Sequence]:
+    """Returns a folder's rows by split, as `datasets` finds its files and splits.
+
+    Raises:
+        UserError: There are none, or a file cannot be read.
+    """
+    for file in path.rglob("*.csv"):  # pandas would rename the second column
+        try:
+            with file.open(newline="", encoding="utf-8-sig", errors="replace") as text:
+                check_names(next(csv.reader(text), []), f"{file}, line 1")
+        except (OSError, csv.Error) as error:
+            raise UserError(f"{key}.source={path}: {file} cannot be read: {error}. Mend it, or take it out.") from error
+    try:
+        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            data = datasets.load_from_disk(str(path))
+            return data if isinstance(data, dict) else {"train": data}
+        with tempfile.TemporaryDirectory() as cache, _without_bars():  # the usual cache would keep every version
+            builder = datasets.load_dataset_builder(str(path), name, cache_dir=cache)
+            found = {
+                split: [Path(file) for file in files] for split, files in (builder.config.data_files or {}).items()
+            }
+            if not found or not all(_is_read(file) for files in found.values() for file in files):
+                return datasets.load_dataset(str(path), name, cache_dir=cache, keep_in_memory=True)
+    except Exception as error:  # boundary: builders raise whatever their readers raise
+        raise UserError(
+            f"{key}.source={path}: the folder cannot be read as a dataset: {_cause(error)}. "
+            f"It should hold {', '.join(FILE_TYPES)} files of one form; or name one file."
+        ) from error
+    return {str(split): Shards([(file, read_file(file, key), 0) for file in files]) for split, files in found.items()}
+
+
+def _is_read(file: Path) -> bool:
+    return Path(file.name.removesuffix(".gz")).suffix in FILE_TYPES and not file.name.endswith(".parquet.gz")
+
+
+def read_hub(source: str, name: str | None, revision: str | None, key: str) -> dict[str, datasets.Dataset]:
+    """Returns the rows of a data set of the Hub by split, from its cache on this disk if they are there."""
+    if os.environ.get("RANK", "0") == "0":  # one process speaks
+        print(f"{key}.source={source}: read from the Hugging Face Hub, or from its cache on this disk", flush=True)
+    try:
+        with _without_bars():
+            return datasets.load_dataset(source, name, revision=revision)
+    except Exception as error:  # boundary: errors of network, permission and builders have no common type
+        raise UserError(
+            f"{key}.source={source}, name={name}, revision={revision}: not on this disk, and the Hugging Face Hub "
+            f"does not give it: {_cause(error)}\n"
+            "Check the spelling of id and name on huggingface.co/datasets. If the dataset is gated, accept its terms "
+            "there and run `hf auth login`. Without network, download it elsewhere and give its folder."
+        ) from error
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keeps datasets from drawing a bar for each split and file, in each process; the table tells what was read."""
+    shown = {datasets: datasets.is_progress_bar_enabled(), hub_utils: not hub_utils.are_progress_bars_disabled()}
+    for module in shown:
+        module.disable_progress_bars()
+    try:
+        yield
+    finally:
+        for module, were_shown in shown.items():
+            if were_shown:
+                module.enable_progress_bars()
+
+
+def _cause(error: Exception) -> str:
+    root = error.__cause__ or error
+    return f"{type(root).__name__}: {(str(root).strip() or repr(root)).splitlines()[0]}"

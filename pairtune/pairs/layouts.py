@@ -1,0 +1,196 @@
+"""Columns of data sets that are published under names of their own, as `dataset.columns` would describe them; and the
+guess at such a line for a file that nobody knows.
+
+A description maps our columns to theirs: a name, a dotted one (`input.messages`, `answers.0.text`), one with a star
+for each entry of a list (`completions.*.response`), a list of names, and for `choice` a column with the values that
+stand for each answer, in their order.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from pairtune.pairs.cells import kind_of
+from pairtune.pairs.ranked import TIE_WORDS, Choice, as_word
+
+QUESTIONS = ("prompt", "question", "instruction", "query", "input", "context", "post", "text")
+CHOICES = ("choice", "label", "labels", "winner", "preference", "preferred", "better", "vote", "votes", "verdict")
+CHOICES += ("best", "selected", "better_response_id", "human_preference")
+_VOTES = re.compile(r"(annotator|rater|judge|vote|label)_?\d+")
+_STEM_AND_SUFFIX = re.compile(r"(.*?)[_ ]?(\d+|[A-Za-z]|first|second|left|right)")
+_FEW = 4  # values that a column of choices may have, ties included
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A published data set's columns. It is recognised by having all of `needs`."""
+
+    name: str
+    needs: tuple[str, ...]
+    columns: dict
+
+
+def _two(first: str, second: str) -> list[str]:
+    return [first, second]
+
+
+LAYOUTS = (
+    Layout(
+        "OpenAI's preferences",
+        ("input", "preferred_output", "non_preferred_output"),
+        {"prompt": "input.messages", "tools": "input.tools", "chosen": "preferred_output",
+         "rejected": "non_preferred_output"},
+    ),
+    Layout(
+        "UltraFeedback, rated completions",
+        ("instruction", "completions"),
+        {"prompt": "instruction", "answers": "completions.*.response", "scores": "completions.*.overall_score"},
+    ),
+    Layout(
+        "NeMo's ranked completions",
+        ("context", "completions"),
+        {"prompt": "context", "answers": "completions.*.completion", "ranks": "completions.*.rank"},
+    ),
+    Layout("NeMo-Aligner's", ("prompt", "chosen_response", "rejected_response"),
+           {"prompt": "prompt", "chosen": "chosen_response", "rejected": "rejected_response"}),
+    Layout(
+        "HelpSteer's preferences",
+        ("context", "response1", "response2", "overall_preference"),
+        {"prompt": "context", "answers": _two("response1", "response2"), "preference": "overall_preference"},
+    ),
+    Layout("Nectar's ranked answers", ("prompt", "answers"),
+           {"prompt": "prompt", "answers": "answers.*.answer", "ranks": "answers.*.rank"}),
+    Layout("Stack Exchange's rated answers", ("question", "answers"),
+           {"prompt": "question", "answers": "answers.*.text", "scores": "answers.*.pm_score"}),
+    Layout(
+        "SHP",
+        ("history", "human_ref_A", "human_ref_B", "labels"),
+        {"prompt": "history", "answers": _two("human_ref_A", "human_ref_B"), "choice": {"labels": [1, 0]}},
+    ),
+    Layout(
+        "PandaLM",
+        ("instruction", "input", "response1", "response2", "annotator1"),
+        {"prompt": "instruction", "input": "input", "answers": _two("response1", "response2"),
+         "choice": {"annotator*": [1, 2]}},
+    ),
+    Layout(
+        "Arena's battles",
+        ("prompt", "response_a", "response_b", "winner_model_a", "winner_model_b"),
+        {"prompt": "prompt", "answers": _two("response_a", "response_b"),
+         "scores": _two("winner_model_a", "winner_model_b")},
+    ),
+    Layout("Arena's conversations", ("conversation_a", "conversation_b", "winner"),
+           {"answers": _two("conversation_a", "conversation_b"), "choice": {"winner": ["model_a", "model_b"]}}),
+    Layout(
+        "WebGPT",
+        ("question", "answer_0", "answer_1", "score_0", "score_1"),
+        {"prompt": "question.full_text", "answers": _two("answer_0", "answer_1"), "scores": _two("score_0", "score_1")},
+    ),
+    Layout("a question with answers", ("question", "chosen", "rejected"), {"prompt": "question"}),
+    Layout("a query with answers", ("query", "chosen", "rejected"), {"prompt": "query"}),
+    Layout("an input with answers", ("input", "chosen", "rejected"), {"prompt": "input"}),
+)  # fmt: skip
+
+
+def known_layouts(column_names: Iterable[str]) -> list[Layout]:
+    """Returns the published layouts that have no other columns than these."""
+    names = set(column_names)
+    return [layout for layout in LAYOUTS if names.issuperset(layout.needs)]
+
+
+def guess(rows: Sequence[dict], values_of: Callable[[str], Iterable]) -> tuple[dict, bool]:
+    """Returns a description of rows with a question, two answers and which is better; and whether it is sure.
+
+    Sure is what the columns' names and values say by themselves: output_1 and output_2, and a label of 1 or 2. What is
+    not found is left out.
+
+    Args:
+        rows: The first ones.
+        values_of: Returns a column's cells, of all rows.
+    """
+    kinds = {name: kind_of(value) for name, value in _fullest(rows).items()}
+    answers = _two_answers(kinds)
+    if answers is None:
+        return {}, False
+    described: dict = {"answers": list(answers)}
+    texts = [name for name in kinds if kinds[name] in ("text", "transcript", "messages") and name not in answers]
+    question = next((name for name in QUESTIONS if name in texts), None)
+    whole = all(kinds[name] == "messages" for name in answers)
+    if question and not (whole and question not in ("prompt", "question")):
+        described = {"prompt": question} | described
+    if question == "instruction" and "input" in kinds:
+        described["input"] = "input"
+    others = [name for name in kinds if name not in (*answers, question)]
+    by_name = [name for name in (*CHOICES, *others) if name in others]
+    for column in dict.fromkeys(by_name):
+        values = values_in(values_of(column))
+        if values is None:
+            continue
+        names = names_of(answers, values)
+        if names:
+            return described | {"choice": column}, bool(question or whole) and column in CHOICES
+        if column in CHOICES or column == others[-1]:
+            return described | {"choice": {column: sorted(values - set(TIE_WORDS))[:2]}}, False
+    return described, False
+
+
+def names_of(answers: Sequence[str], values: set[str]) -> Choice | None:
+    """Returns what stands for each answer where a choice's values name the answers: by column or by its suffix.
+
+    Suffixes 0 and 1 are taken by their number, as are 1 and 2, where 0 is a tie if 1 and 2 are both there.
+    """
+    columns = [name.lower() for name in answers]
+    suffixes = _suffixes(answers)
+    if suffixes is None:
+        return None
+    names = [
+        (column, suffix, f"model_{suffix}", f"response_{suffix}")
+        for column, suffix in zip(columns, suffixes, strict=True)
+    ]
+    ties = TIE_WORDS
+    if suffixes == ("1", "2") and {"1", "2"} <= values:
+        ties = (*TIE_WORDS, "0")
+    known = {word for words in names for word in words}
+    if not values & known or values - known - set(ties):
+        return None
+    return Choice(tuple(names), ties)
+
+
+def _suffixes(answers: Sequence[str]) -> tuple[str, ...] | None:
+    found = [_STEM_AND_SUFFIX.fullmatch(name) for name in answers]
+    if not all(found) or len({match[1] for match in found}) > 1:
+        return None
+    return tuple(match[2].lower() for match in found)
+
+
+def _two_answers(kinds: dict[str, str]) -> tuple[str, str] | None:
+    """Returns two columns of texts or conversations whose names differ in their suffix alone."""
+    answers = [name for name, kind in kinds.items() if kind in ("text", "messages", "message")]
+    orders = (("1", "2"), ("0", "1"), ("a", "b"), ("first", "second"), ("left", "right"))
+    for first, second in combinations(answers, 2):
+        if kinds[first] == kinds[second]:
+            for pair in ((first, second), (second, first)):
+                if _suffixes(pair) in orders and not _VOTES.fullmatch(first):
+                    return pair
+    return None
+
+
+def values_in(cells: Iterable) -> set[str] | None:
+    """Returns the words that a column holds; None where they are many, or no words."""
+    found: set[str] = set()
+    for cell in cells:
+        if not isinstance(cell, str | int | float | bool | None):
+            return None
+        found.add(as_word(cell))
+        if len(found) > _FEW:
+            return None
+    return found
+
+
+def _fullest(rows: Sequence[dict]) -> dict:
+    """Returns the columns with the first value that is not null."""
+    filled: dict = {}
+    for row in rows:
+        filled |= {name: value for name, value in row.items() if filled.get(name) is None}
+    return filled

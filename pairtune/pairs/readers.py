@@ -1,0 +1,183 @@
+"""Rows of two answers, or of one and a label, to Examples: a function for each form of row. Which of them reads a row
+is formats.py's to say; rows of several answers are read in ranked.py."""
+
+import re
+
+from pairtune.pairs.cells import shown
+from pairtune.pairs.example import Answer, BadRow, Example, Skip
+from pairtune.pairs.messages import is_text_alone, read_message
+
+
+def user(text: str) -> list[dict]:
+    """Returns a prompt that is one question."""
+    return [{"role": "user", "content": text}]
+
+
+def system(row: dict) -> list[dict]:
+    """Returns the row's system message, if it has one."""
+    return [{"role": "system", "content": row["system"]}] if row.get("system") else []
+
+
+def as_answer(turns: list[dict]) -> Answer:
+    """Returns an answer's turns as text, if that is all that they are."""
+    return turns[0]["content"] if len(turns) == 1 and is_text_alone(turns[0]) else turns
+
+
+def is_answer(turns: list[dict]) -> bool:
+    """Says whether turns are an assistant's, with what tools return between them."""
+    roles = "".join(turn["role"][0] for turn in turns)
+    return re.fullmatch(r"a(t+a)*", roles) is not None
+
+
+def answer_of(cell, column: str, prompt: list[dict], context: list[dict]) -> Answer:
+    """Returns the answer of a text, a message, or messages that may repeat the prompt.
+
+    Args:
+        context: The row's system message, which may be repeated, too.
+    """
+    if isinstance(cell, str):
+        return cell
+    turns = [read_message(raw) for raw in (cell if isinstance(cell, list) else [cell])]
+    for repeated in (prompt, context + prompt):
+        if turns[: len(repeated)] == repeated:
+            turns = turns[len(repeated) :]
+            break
+    if not is_answer(turns):
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise BadRow(
+            f"column {column!r} continues the prompt with ({roles}), expected one assistant message, or several with "
+            "what tools return between them. Mend or remove the row.",
+            f"column {column!r} continues the prompt with ({roles})",
+        )
+    return as_answer(turns)
+
+
+def from_texts(row: dict) -> Example:
+    prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
+    return Example(user(prompt), chosen, rejected, (prompt, chosen, rejected))
+
+
+def from_instruction(row: dict) -> Example:
+    return Example(instruction(row), row["chosen"], row["rejected"])
+
+
+def instruction(row: dict) -> list[dict]:
+    return user("\n".join(part for part in (row["instruction"], row.get("input")) if part))
+
+
+def from_prompt_messages(row: dict, column: str = "prompt") -> Example:
+    prompt = [read_message(raw) for raw in row[column]]
+    return Example(prompt, *(answer_of(row[name], name, prompt, system(row)) for name in ("chosen", "rejected")))
+
+
+def from_sharegpt(row: dict) -> Example:
+    return from_prompt_messages(row, "conversations")
+
+
+def from_conversations(row: dict) -> Example:
+    chosen, rejected = ([read_message(raw) for raw in row[name]] for name in ("chosen", "rejected"))
+    return split(chosen, rejected, row)
+
+
+def split(chosen: list[dict], rejected: list[dict], row: dict) -> Example:
+    """Returns two whole conversations as what they share and how each goes on from there."""
+    if any(turns[-1]["role"] != "assistant" for turns in (chosen, rejected)):
+        raise Skip("no answer at the end")
+    most = min(len(chosen), len(rejected)) - 1
+    shared = next((i for i in range(most) if chosen[i] != rejected[i]), most)
+    while shared and not (chosen[shared]["role"] == rejected[shared]["role"] == "assistant"):
+        shared -= 1
+    prompt, answers = chosen[:shared], (chosen[shared:], rejected[shared:])
+    if not all(map(is_answer, answers)):
+        raise Skip("prompts differ")
+    if not prompt and not row.get("prompt"):
+        raise BadRow(
+            "columns 'chosen' and 'rejected' hold an answer only, and there is no column 'prompt'. "
+            "Add it, or remove the row.",
+            "columns 'chosen' and 'rejected' hold an answer only",
+        )
+    return Example(prompt or user(row["prompt"]), *map(as_answer, answers))
+
+
+def from_transcripts(row: dict) -> Example:
+    (prompt, chosen), (other_prompt, rejected) = (_last_turn(row[name]) for name in ("chosen", "rejected"))
+    if prompt != other_prompt:
+        raise Skip("prompts differ")
+    return Example(transcript_turns(prompt), chosen.strip(), rejected.strip(), (prompt, chosen, rejected))
+
+
+def from_transcript_prompt(row: dict) -> Example:
+    prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
+    written = (prompt, chosen, rejected) if prompt.rstrip().endswith("\n\nAssistant:") else None
+    return Example(transcript_turns(prompt), chosen.strip(), rejected.strip(), written)
+
+
+def labelled(row: dict, prompt: list[dict], answer: Answer, written: tuple[str, str] | None = None) -> Example:
+    """Returns an unpaired row's example: its answer stands where its label puts it."""
+    if _is_true(row["label"]):
+        return Example(prompt, answer, None, written and (*written, None))
+    return Example(prompt, None, answer, written and (written[0], None, written[1]))
+
+
+def _is_true(label) -> bool:
+    """Returns whether the answer is desirable."""
+    known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+    if str(label).strip().lower() not in known:
+        raise BadRow(
+            f"column 'label' holds {shown(label)}, expected true or false (or 1 or 0). Mend or remove the row.",
+            "column 'label' holds neither true nor false",
+        )
+    return known[str(label).strip().lower()]
+
+
+def from_completion(row: dict) -> Example:
+    return labelled(row, user(row["prompt"]), row["completion"], (row["prompt"], row["completion"]))
+
+
+def from_transcript_completion(row: dict) -> Example:
+    prompt, answer = row["prompt"], row["completion"]
+    written = (prompt, answer) if prompt.rstrip().endswith("\n\nAssistant:") else None
+    return labelled(row, transcript_turns(prompt), answer.strip(), written)
+
+
+def from_messages_completion(row: dict) -> Example:
+    prompt = [read_message(raw) for raw in row["prompt"]]
+    return labelled(row, prompt, answer_of(row["completion"], "completion", prompt, system(row)))
+
+
+def from_labelled_conversation(row: dict, column: str = "messages") -> Example:
+    *prompt, answer = (read_message(raw) for raw in row[column])
+    if answer["role"] != "assistant":
+        raise Skip("no answer at the end")
+    if not prompt:
+        raise Skip("empty prompt")
+    return labelled(row, prompt, as_answer([answer]))
+
+
+def from_labelled_sharegpt(row: dict) -> Example:
+    return from_labelled_conversation(row, "conversations")
+
+
+def from_labelled_instruction(row: dict) -> Example:
+    return labelled(row, instruction(row), row["output"])
+
+
+def _last_turn(transcript: str) -> tuple[str, str]:
+    """Returns the text up to and with the last "Assistant:", and the text after it."""
+    before, opening, answer = transcript.rpartition("\n\nAssistant:")
+    if "\n\nHuman:" in answer or not opening:
+        raise Skip("no answer at the end")
+    return before + opening, answer
+
+
+def transcript_turns(transcript: str) -> list[dict]:
+    """Returns a prompt's messages, stripped. Neighbours of one speaker are joined: many templates want alternation."""
+    _, *pieces = re.split(r"\n\n(Human|Assistant):", transcript.rstrip().removesuffix("\n\nAssistant:"))
+    messages = []
+    for speaker, text in zip(pieces[::2], pieces[1::2], strict=True):
+        role = "user" if speaker == "Human" else "assistant"
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] += "\n\n" + text.strip()
+        else:
+            messages.append({"role": role, "content": text.strip()})
+    return messages

@@ -1,0 +1,76 @@
+"""Which form the rows of a source have: one that is known by its columns' names, a published layout of other names, or
+a question with two answers whose names say themselves which is better."""
+
+import json
+from dataclasses import replace
+from functools import partial
+
+from pairtune.errors import UserError
+from pairtune.pairs.formats import Format, detect_format, fitting_format
+from pairtune.pairs.layouts import guess, known_layouts, names_of, values_in
+from pairtune.pairs.ranked import TIE_WORDS, Choice, as_word, from_choice
+from pairtune.pairs.rows import Rows
+
+FIRST = 10  # rows that are looked at
+
+
+def recognise(rows: Rows, key: str) -> tuple[Format, Rows]:
+    """Returns the form of rows, and the rows under our names of columns.
+
+    Raises:
+        UserError: It is unknown. The message shows the columns found, and the line that would describe them.
+    """
+    form = fitting_format(list(rows.first(FIRST)))
+    if form and form.example is not from_choice:
+        return form, rows
+    if form is None and not rows.columns:
+        for layout in known_layouts(rows.found):
+            renamed = rows.under(layout.columns)
+            form = fitting_format(list(renamed.first(FIRST)))
+            if form:
+                return replace(_with_choice(form, renamed, key), name=layout.name), renamed
+    described, is_sure = {}, False
+    if form is None:
+        described, is_sure = guess(list(rows.first(FIRST)), rows.cells)
+        renamed = rows.under({**rows.columns, **described}) if described else rows
+        form = fitting_format(list(renamed.first(FIRST))) if is_sure else None
+    else:
+        renamed = rows
+    if form:
+        return _with_choice(form, renamed, key), renamed
+    line = f"{key}.columns={_written(described)}" if described else ""
+    return detect_format(rows.column_names, list(rows.first(FIRST)), source=rows.source, key=key, line=line), rows
+
+
+def _with_choice(form: Format, rows: Rows, key: str) -> Format:
+    """Returns a form of answers and a choice that knows what the choice's values mean."""
+    if form.example is not from_choice:
+        return form
+    answers, said = rows.columns.get("answers", []), rows.columns.get("choice", "choice")
+    if isinstance(said, dict):
+        (column, values), *others = said.items()
+        if others or not isinstance(values, list) or len(values) < 2:
+            raise UserError(
+                f"{key}.columns.choice={_written(said)}: must be a column and the values that stand for the answers, "
+                "in their order, such as {winner: [a, b]}."
+            )
+        words = tuple((as_word(value),) for value in values)
+        ties = tuple(word for word in (*TIE_WORDS, "0") if (word,) not in words)
+        return replace(form, example=partial(from_choice, choice=Choice(words, ties)))
+    found: set[str] = set()
+    for column in [said] if isinstance(said, str) else said:
+        found |= values_in(rows.cells(column)) or set()
+    choice = names_of(answers if isinstance(answers, list) else [], found)
+    if choice is None:
+        values = sorted(found - set(TIE_WORDS))[:2]
+        line = {**rows.columns, "choice": {said if isinstance(said, str) else said[0]: values}}
+        raise UserError(
+            f"{key}.columns.choice={_written(said)}: its values, {', '.join(sorted(found)) or 'none'}, do not say "
+            f"which answer they stand for. Give them in the answers' order: {key}.columns={_written(line)}"
+        )
+    return replace(form, example=partial(from_choice, choice=choice))
+
+
+def _written(described) -> str:
+    """Returns a description as it is written on a command line: JSON without its quotes."""
+    return json.dumps(described, ensure_ascii=False).replace('"', "")

@@ -1,0 +1,284 @@
+"""Published data sets in their own columns, choices, ranks, scores and trees: which pairs they make, and what is said
+where nobody can tell. Expected pairs are counted by hand."""
+
+import json
+
+import pytest
+from test_data import one, text, tokenize
+from test_tokenizer import CHATML, save
+
+from pairtune.errors import UserError
+from pairtune.pairs.recognise import recognise
+from pairtune.pairs.rows import Rows, read_rows
+from pairtune.tokenizer.hf import hf_tokenizer
+
+USER = {"role": "user", "content": "Q"}
+
+
+def says(content):
+    return {"role": "assistant", "content": content}
+
+
+@pytest.fixture(scope="module")
+def chatml(tmp_path_factory):
+    return hf_tokenizer(save(tmp_path_factory.mktemp("chatml") / "model", chat_template=CHATML))
+
+
+def read(rows, columns=None, **options):
+    """Returns the rows' pairs as (last question, chosen, rejected), and the form's name."""
+    form, rows = recognise(Rows(rows, columns=columns), "dataset")
+    examples = [example for row in rows for example in form.read(row, **options)]
+    return [(e.prompt[-1]["content"], e.chosen, e.rejected) for e in examples], form.name
+
+
+PUBLISHED = {
+    "LLMBar": (
+        [{"input": "Q", "output_1": "B", "output_2": "W", "label": 1}, {"input": "Q", "output_1": "W", "output_2": "B",
+         "label": 2}],
+        2,
+    ),
+    "AlpacaFarm": (
+        [{"instruction": "Q", "input": "", "output_1": "W", "output_2": "B", "preference": 2},
+         {"instruction": "Q", "input": "", "output_1": "B", "output_2": "W", "preference": 1}],
+        2,
+    ),
+    "PandaLM": (
+        [{"idx": 0, "motivation_app": "a", "cmp_key": "k", "instruction": "Q", "input": "", "response1": "W",
+          "response2": "B", "annotator1": 2, "annotator2": 2, "annotator3": 0}],
+        1,
+    ),
+    "SHP": (
+        [{"post_id": "x", "domain": "d", "history": "Q", "human_ref_A": "B", "human_ref_B": "W", "labels": 1,
+          "score_A": 4, "score_B": 2},
+         {"post_id": "y", "domain": "d", "history": "Q", "human_ref_A": "W", "human_ref_B": "B", "labels": 0,
+          "score_A": 2, "score_B": 4}],
+        2,
+    ),
+    "Arena's conversations": (
+        [{"model_a": "m", "model_b": "n", "winner": "model_b", "judge": "j", "turn": 1,
+          "conversation_a": [USER, says("W")], "conversation_b": [USER, says("B")]}],
+        1,
+    ),
+    "Arena's battles": (
+        [{"id": 1, "model_a": "m", "model_b": "n", "prompt": '["Q"]', "response_a": '["B"]', "response_b": '["W"]',
+          "winner_model_a": "1", "winner_model_b": "0", "winner_tie": "0"}],
+        1,
+    ),
+    "PKU-SafeRLHF": (
+        [{"prompt": "Q", "response_0": "W", "response_1": "B", "better_response_id": 1, "safer_response_id": 0},
+         {"prompt": "Q", "response_0": "B", "response_1": "W", "better_response_id": 0, "safer_response_id": 0}],
+        2,
+    ),
+    "HelpSteer's preferences": (
+        [{"domain": "d", "language": "e", "context": [USER], "response1": "B", "response2": "W",
+          "overall_preference": -2}],
+        1,
+    ),
+    "NeMo's ranked completions": (
+        [{"context": [USER], "completions": [{"rank": 1, "completion": [says("W")]},
+                                             {"rank": 0, "completion": [says("B")]}]}],
+        1,
+    ),
+    "NeMo-Aligner's": ([{"prompt": "Q", "chosen_response": "B", "rejected_response": "W", "chosen_reward": 1.0}], 1),
+    "OpenAI's preferences": (
+        [{"input": {"messages": [USER], "tools": [], "parallel_tool_calls": True}, "preferred_output": [says("B")],
+          "non_preferred_output": [says("W")]}],
+        1,
+    ),
+    "UltraFeedback, rated completions": (
+        [{"source": "s", "instruction": "Q", "models": ["m", "n"], "correct_answers": ["x"], "incorrect_answers": [],
+          "completions": [{"model": "m", "response": "W", "overall_score": 3.0},
+                          {"model": "n", "response": "B", "overall_score": 8.5}]}],
+        1,
+    ),
+    "Nectar's ranked answers": (
+        [{"prompt": "\n\nHuman: Q\n\nAssistant: ", "answers": [{"answer": "B", "model": "m", "rank": 1.0},
+                                                                {"answer": "W", "model": "n", "rank": 2.0}]}],
+        1,
+    ),
+    "Stack Exchange's rated answers": (
+        [{"question": "Q", "answers": [{"text": "W", "pm_score": 0}, {"text": "B", "pm_score": 3}]}],
+        1,
+    ),
+    "WebGPT": (
+        [{"question": {"full_text": "Q", "id": "1"}, "answer_0": "B", "answer_1": "W", "score_0": 0.5,
+          "score_1": -0.5}],
+        1,
+    ),
+    "a question with answers": ([{"system": "", "question": "Q", "chosen": "B", "rejected": "W"}], 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_published_data_sets_are_read_as_they_are(name, kind, tmp_path):
+    import datasets
+
+    rows, count = PUBLISHED[name]
+    if kind == "parquet":
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    else:
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    form, found = recognise(read_rows(str(tmp_path / f"a.{kind}")), "dataset")
+    examples = [example for row in found for example in form.read(row)]
+    assert [(e.prompt[-1]["content"], e.chosen, e.rejected) for e in examples] == [("Q", "B", "W")] * count
+
+
+TREE = {
+    "message_tree_id": "t",
+    "tree_state": "ready_for_export",
+    "prompt": {
+        "message_id": "1", "text": "Q", "role": "prompter", "lang": "en", "replies": [
+            {"text": "W", "role": "assistant", "rank": 1, "replies": []},
+            {"text": "B", "role": "assistant", "rank": 0, "replies": [
+                {"text": "Q2", "role": "prompter", "replies": [
+                    {"text": "W2", "role": "assistant", "rank": 2}, {"text": "B2", "role": "assistant", "rank": 0},
+                    {"text": "M2", "role": "assistant", "rank": 1}, {"text": "X", "role": "assistant", "rank": None},
+                ]},
+            ]},
+        ],
+    },
+}  # fmt: skip
+
+
+def test_a_tree_makes_a_pair_of_the_best_reply_with_each_other_at_every_question():
+    pairs, _ = read([TREE])
+    assert pairs == [("Q", "B", "W"), ("Q2", "B2", "M2"), ("Q2", "B2", "W2")]
+    assert read([TREE], worse="best")[0] == [("Q", "B", "W"), ("Q2", "B2", "M2")]
+    assert read([TREE], worse="worst")[0] == [("Q", "B", "W"), ("Q2", "B2", "W2")]
+    form, rows = recognise(Rows([TREE]), "dataset")
+    turns = [[turn["role"] for turn in example.prompt] for example in form.read(rows[0])]
+    assert turns == [["user"], ["user", "assistant", "user"], ["user", "assistant", "user"]]
+
+
+def test_several_rejected_answers_make_a_pair_each_or_the_best_or_the_worst():
+    row = {"prompt": "Q", "chosen": "B", "rejected": ["W", "X", "Y"]}
+    assert read([row])[0] == [("Q", "B", "W"), ("Q", "B", "X"), ("Q", "B", "Y")]
+    assert read([row], worse="best")[0] == [("Q", "B", "W")]
+    assert read([row], worse="worst")[0] == [("Q", "B", "Y")]
+
+
+def test_pairs_of_one_row_are_counted_and_bear_its_number(chatml):
+    rows = [
+        {"prompt": "Q", "chosen": "B", "rejected": ["W", "B", "Y"]},
+        {"prompt": "R", "chosen": "B", "rejected": ["W"]},
+    ]
+    pairs, report = tokenize(rows, chatml)
+    assert [pair.row for pair in pairs] == [0, 0, 1] and report.num_kept == 3
+    assert report.dropped == {"identical answers": [0]}
+
+
+ARENA = PUBLISHED["Arena's conversations"][0][0]
+
+
+@pytest.mark.parametrize(
+    ("row", "change"),
+    [
+        (ARENA, {"winner": "tie"}),
+        (ARENA, {"winner": "tie (bothbad)"}),
+        (PUBLISHED["Arena's battles"][0][0], {"winner_model_a": "0", "winner_tie": "1"}),
+        (PUBLISHED["PandaLM"][0][0], {"annotator1": 1, "annotator2": 2, "annotator3": 0}),
+        (PUBLISHED["PandaLM"][0][0], {"annotator1": 0, "annotator2": 2, "annotator3": 0}),
+        (PUBLISHED["HelpSteer's preferences"][0][0], {"overall_preference": 0}),
+        (PUBLISHED["UltraFeedback, rated completions"][0][0],
+         {"completions": [{"response": "a", "overall_score": 4.0}, {"response": "b", "overall_score": 4.0}]}),
+    ],
+)  # fmt: skip
+def test_a_tie_is_dropped_and_counted(chatml, row, change):
+    pairs, report = tokenize([row, {**row, **change}, row], chatml)
+    assert len(pairs) == 2 and report.dropped == {"a tie": [1]}
+
+
+# What is described in a line
+
+TWO = {"prompt": "q", "answers": ["x", "y"]}
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"q": "Q", "x": "W", "y": "B", "won": "y"}, {**TWO, "choice": "won"}),
+        ({"q": "Q", "x": "B", "y": "W", "won": "L"}, {**TWO, "choice": {"won": ["L", "R"]}}),
+        ({"q": "Q", "x": "B", "y": "W", "w": True}, {**TWO, "choice": {"w": [True, False]}}),
+        ({"q": "Q", "x": "W", "y": "B", "sx": 1, "sy": 2}, {**TWO, "scores": ["sx", "sy"]}),
+        ({"q": "Q", "x": "W", "y": "B", "sx": 2, "sy": 1}, {**TWO, "ranks": ["sx", "sy"]}),
+        ({"q": "Q", "all": [{"t": "W", "s": 1}, {"t": "B", "s": 3}]},
+         {"prompt": "q", "answers": "all.*.t", "scores": "all.*.s"}),
+        ({"in": {"q": ["x", "Q"]}, "out": {"good": "B", "bad": "W"}},
+         {"prompt": "in.q.-1", "chosen": "out.good", "rejected": "out.bad"}),
+        ({"q": "Q", "x": "W", "y": "B", "v1": "y", "v2": None, "v3": "y"}, {**TWO, "choice": {"v*": ["x", "y"]}}),
+        ({"q": "Q", "out": json.dumps({"good": "B", "bad": "W"})},
+         {"prompt": "q", "chosen": "out.good", "rejected": "out.bad"}),
+    ],
+)  # fmt: skip
+def test_one_line_of_columns_describes_what_is_not_recognised(row, columns):
+    assert read([row], columns)[0] == [("Q", "B", "W")]
+
+
+@pytest.mark.parametrize(
+    ("rows", "line"),
+    [
+        ([{"question": "Q", "left": "a", "right": "b", "verdict": "L"}, {"question": "R", "left": "c", "right": "d",
+          "verdict": "R"}],
+         "dataset.columns={prompt: question, answers: [left, right], choice: {verdict: [l, r]}}"),
+        ([{"prompt": "Q", "reply_a": "x", "reply_b": "y", "label": 0}, {"prompt": "Q", "reply_a": "x", "reply_b": "y",
+          "label": 1}],
+         "dataset.columns={prompt: prompt, answers: [reply_a, reply_b], choice: {label: [0, 1]}}"),
+        ([{"prompt": "Q", "output_1": "x", "output_2": "y", "label": 0}, {"prompt": "Q", "output_1": "x",
+          "output_2": "y", "label": 1}],
+         "dataset.columns={prompt: prompt, answers: [output_1, output_2], choice: {label: [0, 1]}}"),
+    ],
+)  # fmt: skip
+def test_the_error_shows_the_line_filled_in_where_values_do_not_name_an_answer(rows, line):
+    with pytest.raises(UserError) as refused:
+        read(rows)
+    assert line in str(refused.value)
+    form, renamed = recognise(Rows(rows, columns=_columns(line)), "dataset")
+    assert len(form.read(renamed[0])) == 1  # the line as it stands is one that works
+
+
+def _columns(line):
+    import yaml
+
+    return yaml.safe_load(line.partition("=")[2])
+
+
+def test_a_choice_whose_values_say_nothing_is_asked_for(chatml):
+    columns = {"prompt": "q", "answers": ["x", "y"], "choice": "won"}
+    with pytest.raises(
+        UserError, match=r"columns.choice=won: its values, l, r, do not say .*choice: \{won: \[l, r\]\}"
+    ):
+        read([{"q": "Q", "x": "B", "y": "W", "won": "L"}, {"q": "Q", "x": "B", "y": "W", "won": "R"}], columns)
+    good = {"q": "Q", "x": "B", "y": "W", "won": "x"}
+    with pytest.raises(
+        UserError, match=r"row 1 \(from 0\): column 'choice' holds text, 'z', expected x or y, or a tie"
+    ):
+        tokenize([good, {**good, "won": "z"}], chatml, columns={**columns, "choice": {"won": ["x", "y"]}})
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"prompt": ["q", "x"]}, "columns.prompt=.*no such column"),
+        ({"prompt": "qq.text"}, "columns.prompt=qq.text: .*no such column. Did you mean q"),
+        ({"answers": ["x", "z"]}, r"columns.answers=\['x', 'z'\]: .*no such column"),
+        ({"choice": {"won": "x"}, "answers": ["x", "y"], "prompt": "q"}, "must be a column and the values"),
+    ],
+)
+def test_a_line_that_does_not_fit_is_refused(columns, message):
+    with pytest.raises(UserError, match=message):
+        read([{"q": "Q", "x": "B", "y": "W", "won": "x"}], columns)
+
+
+def test_a_policy_that_is_none_is_refused(chatml):
+    for option in ("rejected", "on_bad_row"):
+        with pytest.raises(UserError, match=rf"dataset.{option}='some': must be"):
+            tokenize([{"prompt": "Q", "chosen": "B", "rejected": "W"}], chatml, **{option: "some"})
+
+
+def test_the_tokens_of_a_choice_are_those_of_the_same_pair_written_out(chatml):
+    rows, _ = PUBLISHED["LLMBar"]
+    written, _ = one({"prompt": "Q", "chosen": "B", "rejected": "W"}, chatml)
+    for pair in tokenize(rows, chatml)[0]:
+        assert (pair.prompt, pair.chosen, pair.rejected) == (written.prompt, written.chosen, written.rejected)
+    assert text(chatml, written.chosen) == "B<|im_end|>"
