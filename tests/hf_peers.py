@@ -53,8 +53,8 @@ def load_peer(folder, adapter=None):
     return PeftModel.from_pretrained(peer, adapter).eval()
 
 
-def peer_logps(peer, pairs):
-    """Every conversation alone in a padded row, all logits: chosen answers' sums, then rejected ones', [2 P]."""
+def padded(pairs):
+    """Returns tokens [2 P, S] of every conversation in a row, chosen answers first, and labels, -100 but in answers."""
     conversations = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
     width = max(len(prompt) + len(answer) for prompt, answer in conversations)
     tokens = torch.zeros(len(conversations), width, dtype=torch.long)
@@ -62,6 +62,12 @@ def peer_logps(peer, pairs):
     for i, (prompt, answer) in enumerate(conversations):
         tokens[i, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
         labels[i, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
+    return tokens, labels
+
+
+def peer_logps(peer, pairs):
+    """Every conversation alone in a padded row, all logits: chosen answers' sums, then rejected ones', [2 P]."""
+    tokens, labels = padded(pairs)
     return get_batch_log_probs(peer(tokens).logits, labels)
 
 
@@ -106,8 +112,9 @@ def check_logps_and_gradients(peer, model, files):
     torch.testing.assert_close(values, expected, rtol=1e-5, atol=0)
     wanted = {}
     for name, parameter in peer.named_parameters():
-        wanted |= files.family.to_ours(name, parameter.grad, files.config)
-    gradients = {models.plain_name(name): p.grad for name, p in model.named_parameters()}
+        if parameter.requires_grad:
+            wanted |= files.family.to_ours(name, parameter.grad, files.config)
+    gradients = {models.plain_name(name): p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert gradients.keys() == wanted.keys()
     largest = max(gradient.norm() for gradient in wanted.values())
     for name, gradient in gradients.items():

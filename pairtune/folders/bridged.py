@@ -5,6 +5,7 @@ transformers' names are those of our model, behind a prefix; where files have ot
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 
 from torch import Tensor, nn
@@ -12,6 +13,24 @@ from torch import Tensor, nn
 from pairtune import models
 from pairtune.folders.families import Module, Part
 from pairtune.models.bridge.files import PREFIX, Files, Plan
+from pairtune.models.grouped import ExpertsLinear
+
+
+@dataclass(frozen=True)
+class ExpertsMatrix:
+    """What PEFT adapts as a parameter, and we as a layer.
+
+    Attributes:
+        leaf: The last part of its name, such as gate_up_proj.
+        ours: Our layer's name.
+        num_experts: Matrices in it.
+        transposed: Whether it is [E, in, out], not [E, out, in].
+    """
+
+    leaf: str
+    ours: str
+    num_experts: int
+    transposed: bool
 
 
 class BridgedFamily:
@@ -48,6 +67,16 @@ class BridgedFamily:
         )
 
     @cached_property
+    def experts(self) -> dict[str, list["ExpertsMatrix"]]:
+        """Its layers of experts, by transformers' name, with their matrices in transformers' order."""
+        found: dict[str, list[ExpertsMatrix]] = {}
+        for name, module in self._model.named_modules():
+            if isinstance(module, ExpertsLinear):
+                layer, _, leaf = name.removeprefix(PREFIX).rpartition(".")
+                found.setdefault(layer, []).append(ExpertsMatrix(leaf, name, module.shape[0], module.transposed))
+        return found
+
+    @cached_property
     def _by_name(self) -> dict[str, Module]:
         return {module.theirs: module for module in self.modules}
 
@@ -63,7 +92,7 @@ class BridgedFamily:
 
     def name_of(self, weight: str) -> str:
         """Returns what one of our weights is called in transformers."""
-        return weight.removeprefix(PREFIX)
+        return self._files.their_name(weight)
 
     def to_ours(self, name: str, value: Tensor, config: dict) -> dict[str, Tensor]:
         """Returns what one of transformers' tensors is here.
@@ -71,9 +100,9 @@ class BridgedFamily:
         Raises:
             KeyError: No such tensor in this model.
         """
-        if PREFIX + name not in dict(self._model.named_parameters(remove_duplicate=False)):
+        if self._files.our_name(name) not in dict(self._model.named_parameters()):
             raise KeyError(f"no weight of {self.name}")
-        return {PREFIX + name: value}
+        return {self._files.our_name(name): value}
 
     def plan(self, tensors: Mapping[str, Tensor]) -> Plan:
         """Returns where our weights come from in a folder; see bridge.files."""

@@ -11,6 +11,7 @@ from pairtune.config.rules import LORA_LAYERS, fits, kind_words, show
 from pairtune.errors import UserError
 from pairtune.files import read_object
 from pairtune.folders.families import Family, Module
+from pairtune.models.grouped import LoRAExpertsLinear
 
 MERGE = "merge it into the base model (PEFT's merge_and_unload) and start from that"
 
@@ -21,7 +22,6 @@ CANNOT = {
     "bias": "trained biases",
     "modules_to_save": "whole layers that were trained",
     "trainable_token_indices": "trained embeddings",
-    "target_parameters": "adapters of parameters that are no layers",
     "layers_to_transform": "adapters in some layers only",
     "layer_replication": "layers used twice",
     "use_qalora": "QA-LoRA, with pooled inputs",
@@ -108,7 +108,8 @@ def check_layers(targets, model: nn.Module, family: Family, key: str) -> None:
             f"{key}: target_modules has the output layer, which is the embedding here (tied) and has no adapter; train "
             "one of other layers"
         )
-    ours = {models.without_numbers(name) for name, _ in models.adapted_modules(model)}
+    layers = [name for name, layer in models.adapted_modules(model) if not isinstance(layer, LoRAExpertsLinear)]
+    ours = {models.without_numbers(name) for name in layers}
     # Of a fused layer some parts may have no adapter: rows of zero, which are looked at later.
     untouched = [m for m in found if not ours & {models.without_numbers(part.name) for part in m.parts}]
     if untouched or not ours <= wanted:

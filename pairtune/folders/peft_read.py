@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pairtune import models
 from pairtune.config.layout import BASE_FILE, find_adapter, read_record
 from pairtune.errors import UserError
+from pairtune.folders import peft_experts
 from pairtune.folders.digests import digest_samples
 from pairtune.folders.peft_config import MERGE, check_kind, check_layers, check_settings, read_config, scale_of
 from pairtune.folders.tensors import read_shard
@@ -49,11 +50,13 @@ def read_adapter(folder: str | Path, model: nn.Module, base: ModelFolder, *, key
         config = read_config(folder, key)
         check_kind(config, key)
         check_layers(config.get("target_modules"), model, base.family, key)
-        layers = []
+        peft_experts.check_parameters(config.get("target_parameters"), model, base.family, key)
+        layers, of_experts = [], {}
         if has_peft_names:
+            of_experts, found = peft_experts.to_ours(found, config, model, base.family, path)
             layers = [_cut(*layer, config, model, base, path) for layer in _by_layer(found, base, path)]
         check_settings(config | _shared_scale(layers, config, key), model, key)
-        found = _join(layers, config) if has_peft_names else found
+        found = _join(layers, config) | of_experts if has_peft_names else found
     _check_tensors(found, models.adapter_shapes(model), path)
     _check_base(folder, base, key)
     return found

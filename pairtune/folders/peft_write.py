@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pairtune.config.layout import BASE_FILE, REPO_ID_FILE, read_record
+from pairtune.folders import peft_experts
 from pairtune.folders.digests import digest_samples
 from pairtune.folders.families import Family, Module
 from pairtune.folders.weights import ModelFolder, Weights
@@ -41,11 +42,13 @@ def write_adapter(folder: Path, adapter: dict[str, Tensor], base: ModelFolder, l
     """
     layers: dict[str, dict[int, str]] = {}  # their layer: our layers in it, by part
     modules: dict[str, Module] = {}
+    of_experts, parameters = peft_experts.to_theirs(adapter, base.family)
+    adapter = {key: value for key, value in adapter.items() if value.dim() < 3}
     for name in dict.fromkeys(re.sub(r"\.(lora_[ab]\.weight|magnitude)$", "", key) for key in adapter):
         module, i, theirs = base.family.find_ours(name)
         theirs = module.loaded or theirs
         layers.setdefault(theirs, {})[i], modules[theirs] = name, module
-    tensors, ranks = {}, {}
+    tensors, ranks = of_experts, {}
     for theirs, ours in layers.items():
         parts = [(i, adapter[f"{name}.lora_a.weight"], adapter[f"{name}.lora_b.weight"]) for i, name in ours.items()]
         a, b = _put_together(parts, modules[theirs], base.config)
@@ -66,9 +69,10 @@ def write_adapter(folder: Path, adapter: dict[str, Tensor], base: ModelFolder, l
         "rank_pattern": special,
         "alpha_pattern": {end: lora["alpha"] * (rank / lora["rank"]) ** power for end, rank in special.items()},
         "target_modules": targets,
+        **({"target_parameters": parameters} if parameters else {}),
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "lora_dropout": lora["dropout"],
+        "lora_dropout": 0.0 if parameters else lora["dropout"],  # PEFT has none of parameters'
         "use_dora": bool(lora.get("use_dora")),
         "use_rslora": bool(lora.get("use_rslora")),
         "bias": "none",

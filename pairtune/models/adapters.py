@@ -13,12 +13,14 @@ from torchtune.modules.peft import LoRALinear, disable_adapter, get_adapter_para
 
 from pairtune.models import frozen_base
 from pairtune.models.dora import DoRALinear
+from pairtune.models.grouped import ExpertsLinear, LoRAExpertsLinear
 
 COPIES = {  # an adapter's parameters, and where a frozen copy of them is
     "lora_a.weight": "frozen_a.weight",
     "lora_b.weight": "frozen_b.weight",
     "magnitude": "frozen_magnitude",
 }
+ADAPTED = (LoRALinear, DoRALinear, LoRAExpertsLinear)  # layers that have adapters
 _WRAPPED = "_checkpoint_wrapped_module."
 
 
@@ -46,7 +48,7 @@ def own_shapes(model: nn.Module) -> dict[str, torch.Size]:
     """Returns the shapes of own_parameters: of weights in fewer bits, those that they stand for; and of own_buffers."""
     shapes = {name: tensor.shape for own in (own_parameters, own_buffers) for name, tensor in own(model)}
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, LoRALinear, DoRALinear)) and f"{plain_name(name)}.weight" in shapes:
+        if isinstance(module, (nn.Linear, ExpertsLinear, *ADAPTED)) and f"{plain_name(name)}.weight" in shapes:
             shapes[f"{plain_name(name)}.weight"] = frozen_base.shape_of(module)
     return shapes
 
@@ -65,10 +67,10 @@ def num_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
 
 
-def adapted_modules(model: nn.Module) -> list[tuple[str, LoRALinear | DoRALinear]]:
+def adapted_modules(model: nn.Module) -> list[tuple[str, LoRALinear | DoRALinear | LoRAExpertsLinear]]:
     """Returns the layers that have adapters, and their names in torchtune's checkpoints."""
     found = ((plain_name(name), module) for name, module in model.named_modules())
-    return [(name, module) for name, module in found if isinstance(module, (LoRALinear, DoRALinear))]
+    return [(name, module) for name, module in found if isinstance(module, ADAPTED)]
 
 
 def adapter_shapes(model: nn.Module) -> dict[str, torch.Size]:
@@ -85,7 +87,7 @@ def add_frozen_copy(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def fill_frozen_copy(module: LoRALinear | DoRALinear, home: torch.device) -> None:
+def fill_frozen_copy(module: nn.Module, home: torch.device) -> None:
     """Gives a layer's frozen copy, if it has one, its memory and the values of the trained adapter."""
     if not hasattr(module, "frozen_a"):
         return
@@ -98,7 +100,7 @@ def fill_frozen_copy(module: LoRALinear | DoRALinear, home: torch.device) -> Non
         copy.copy_(trained)
 
 
-def copied_parameters(module: LoRALinear | DoRALinear) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+def copied_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
     """Yields a layer's trained parameters by name, each with its frozen copy; nothing where there is no copy."""
     if hasattr(module, "frozen_a"):
         for name in module.adapter_params():

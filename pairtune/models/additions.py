@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from pairtune.models.experts import MixtureOfExperts
+from pairtune.models.experts import MixtureOfExperts, RecordedRouter
 from pairtune.pairs.batch import PairBatch
 
 
@@ -19,7 +19,7 @@ class Additions:
         back_end: How it attends, of attention.BACK_ENDS.
         is_compiled: Whether its layers are.
         windows: How far each layer looks back, None for a layer without a sliding window; empty: no layer has one.
-        mixtures: Its mixtures of experts, in the order of layers.
+        mixtures: Its mixtures of experts, in the order of layers, from experts.mixtures_of.
         batch: While a batch is scored: that one. Without it the model returns logits, as torchtune's.
         log_collision: While WPO's weights are computed: [N], which the forward fills.
     """
@@ -29,7 +29,7 @@ class Additions:
     back_end: str = "segments"
     is_compiled: bool = False
     windows: list[int | None] = field(default_factory=list)
-    mixtures: list[MixtureOfExperts] = field(default_factory=list)
+    mixtures: list[MixtureOfExperts | RecordedRouter] = field(default_factory=list)
     batch: PairBatch | None = None
     log_collision: Tensor | None = None
 

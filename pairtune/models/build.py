@@ -24,6 +24,7 @@ from pairtune.models.additions import additions
 from pairtune.models.bridge import roles
 from pairtune.models.bridge.decoder import BridgedDecoder
 from pairtune.models.dora import DoRALinear
+from pairtune.models.grouped import ExpertsLinear, LoRAExpertsLinear
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 UNQUANTIZED = {"output", "mlp.router"}  # layers that QLoRA keeps as they are: the last word, and who has it
@@ -47,10 +48,8 @@ def full(component: dict, *, dtype: str, quantize: bool = False, world: World | 
         num_shards = _num_shards(world, "nf4", "reference.quantize=true")
         parts = _parts_of(model)
 
-        def make(name: str, in_dim: int, out_dim: int, biased: bool) -> nn.Module | None:
-            if UNQUANTIZED & parts[name]:
-                return None
-            return frozen_base.hold(frozen_base.FrozenLinear(in_dim, out_dim, biased), "nf4", num_shards)
+        def make(name: str, layer: nn.Module) -> nn.Module | None:
+            return None if UNQUANTIZED & parts[name] else frozen_base.hold(_without_adapter(layer), "nf4", num_shards)
 
         _replace_linear(model, dtype, make)
     return model
@@ -94,14 +93,14 @@ def lora(
     parts = _parts_of(model)
     adapted = _layers_of(modules, model, parts)
 
-    def make(name: str, in_dim: int, out_dim: int, biased: bool) -> nn.Module | None:
+    def make(name: str, layer: nn.Module) -> nn.Module | None:
         packed = quantize_base and not UNQUANTIZED & parts[name]
-        if name in adapted:
-            kind = DoRALinear if use_dora else frozen_base.FrozenLoRALinear if packed else LoRALinear
-            layer = kind(in_dim, out_dim, rank, scaled, dropout, use_bias=biased)
+        if name not in adapted:
+            made = _without_adapter(layer) if packed else None
         else:
-            layer = frozen_base.FrozenLinear(in_dim, out_dim, biased) if packed else None
-        return frozen_base.hold(layer, base_dtype, num_shards) if packed else layer
+            kind = DoRALinear if use_dora else frozen_base.FrozenLoRALinear if packed else LoRALinear
+            made = _with_adapter(kind, layer, rank, scaled, dropout)
+        return frozen_base.hold(made, base_dtype, num_shards) if packed else made
 
     _replace_linear(model, dtype, make)
     additions(model).lora = {
@@ -160,15 +159,31 @@ def _parts_of(model: nn.Module) -> dict[str, set[str]]:
     return {name: {without_numbers(name)} for name, m in model.named_modules() if type(m) is nn.Linear}
 
 
-def _replace_linear(
-    model: TransformerDecoder, dtype: str, make: Callable[[str, int, int, bool], nn.Module | None]
-) -> None:
-    """Puts what `make` gives for a name, sizes and bias in the place of each linear layer; None leaves it."""
+def _replace_linear(model: TransformerDecoder, dtype: str, make: Callable[[str, nn.Module], nn.Module | None]) -> None:
+    """Puts what `make` gives for a name and a layer in the place of each linear layer; None leaves it."""
     with torch.device("meta"), set_default_dtype(DTYPES[dtype]):
-        for name, linear in [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear]:
-            layer = make(name, linear.in_features, linear.out_features, linear.bias is not None)
-            if layer is not None:
-                model.set_submodule(name, layer)
+        for name, layer in [(n, m) for n, m in model.named_modules() if type(m) in (nn.Linear, ExpertsLinear)]:
+            made = make(name, layer)
+            if made is not None:
+                model.set_submodule(name, made)
+
+
+def _with_adapter(kind: type, layer: nn.Module, rank: int, alpha: float, dropout: float) -> nn.Module:
+    """Returns a layer of this kind in the place of another; experts have one of their own."""
+    if not isinstance(layer, ExpertsLinear):
+        return kind(layer.in_features, layer.out_features, rank, alpha, dropout, use_bias=layer.bias is not None)
+    if kind is DoRALinear:
+        raise UserError(
+            "lora.use_dora=true: experts' matrices have no magnitudes here, nor in PEFT; nearest valid: "
+            "lora.use_dora=false, or lora.modules without those of experts: [q_proj,k_proj,v_proj,output_proj]"
+        )
+    return LoRAExpertsLinear(layer.shape, layer.transposed, rank, alpha, dropout)
+
+
+def _without_adapter(layer: nn.Module) -> nn.Module:
+    if isinstance(layer, ExpertsLinear):
+        return ExpertsLinear(layer.shape, layer.transposed)
+    return frozen_base.FrozenLinear(layer.in_features, layer.out_features, layer.bias is not None)
 
 
 def _layers_of(modules: list[str], model: nn.Module, parts: dict[str, set[str]]) -> set[str]:

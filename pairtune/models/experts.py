@@ -58,8 +58,24 @@ def _sizes_of_groups(chosen: Tensor, num_experts: int) -> list[int]:
     return torch.bincount(chosen.flatten(), minlength=num_experts).tolist()  # a CPU-GPU sync, one a layer
 
 
+class RecordedRouter:
+    """What a router of transformers' tells, as MixtureOfExperts does: its logits, while someone wants them.
+
+    Args:
+        experts_per_token: K.
+    """
+
+    def __init__(self, experts_per_token: int):
+        self.experts_per_token, self.recorded = experts_per_token, None
+
+    def record(self, logits: Tensor) -> None:
+        """Keeps logits [..., E]."""
+        if self.recorded is not None:
+            self.recorded.append(logits.flatten(0, -2))
+
+
 @contextmanager
-def recorded_routing(mixtures: list[MixtureOfExperts]) -> Iterator[list[Tensor]]:
+def recorded_routing(mixtures: "list[MixtureOfExperts | RecordedRouter]") -> Iterator[list[Tensor]]:
     """Yields a list to which each mixture's forward adds its router's logits [T, E], in the order of layers.
 
     What activation checkpointing computes again in backward is not recorded again.
@@ -105,6 +121,10 @@ def router_loss(logits: list[Tensor], experts_per_token: int, batch: PairBatch) 
     return logits[0].shape[-1] * (choices / num_tokens * (probabilities / num_tokens)).sum()
 
 
-def mixtures_of(model: nn.Module) -> list[MixtureOfExperts]:
-    """Returns a model's mixtures of experts, in the order of layers; a dense model has none."""
-    return [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
+def mixtures_of(model: nn.Module) -> list[MixtureOfExperts | RecordedRouter]:
+    """Returns a model's mixtures of experts, in the order of layers; a dense model has none.
+
+    Of transformers' those that have a router loss there: others are kept even in another way, such as by a bias.
+    """
+    modules = (getattr(module, "recorded_router", module) for module in model.modules())
+    return [module for module in modules if isinstance(module, (MixtureOfExperts, RecordedRouter))]

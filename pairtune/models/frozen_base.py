@@ -32,7 +32,7 @@ def hold(layer: nn.Module, base_dtype: str, num_shards: int) -> nn.Module:
         weight = nf4.empty(shape, dtype, num_shards)
     else:
         weight = torch.empty(shape, dtype=EIGHT_BITS[base_dtype])
-        layer.weight_scale = nn.Parameter(torch.empty(shape[0], dtype=dtype), requires_grad=False)
+        layer.weight_scale = nn.Parameter(torch.empty(shape[:-1], dtype=dtype), requires_grad=False)
     layer.weight = nn.Parameter(weight, requires_grad=False)
     if layer.bias is not None:
         layer.bias.requires_grad_(False)
@@ -61,7 +61,7 @@ def is_held(weight: Tensor) -> bool:
 
 
 def to_8_bits(dense: Tensor, bits: torch.dtype, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Returns a weight's values [out, in] in 8 bits, and the scales [out] of its rows in the run's dtype.
+    """Returns a weight's values [.., out, in] in 8 bits, and the scales [.., out] of its rows in the run's dtype.
 
     A row's largest number becomes the largest that there is. Numbers are rounded for the scale as it is stored.
 
@@ -69,9 +69,9 @@ def to_8_bits(dense: Tensor, bits: torch.dtype, dtype: torch.dtype) -> tuple[Ten
         bits: int8, or uint8 for fp8.
     """
     largest, dense = LARGEST[bits], dense.float()
-    scale = (dense.abs().amax(1) / largest).to(dtype)
+    scale = (dense.abs().amax(-1) / largest).to(dtype)
     scale = torch.where(scale > 0, scale, 1)  # a row of zeros
-    numbers = (dense / scale.float()[:, None]).clamp(-largest, largest)
+    numbers = (dense / scale.float()[..., None]).clamp(-largest, largest)
     if bits == torch.int8:
         return numbers.round().to(torch.int8), scale
     return numbers.to(torch.float8_e4m3fn).view(torch.uint8), scale
@@ -84,8 +84,8 @@ def values(weight: Tensor, scale: Tensor | None, shape: torch.Size) -> Tensor:
     if weight.dtype not in LARGEST:
         return weight
     if weight.dtype == torch.int8:
-        return weight * scale[:, None]
-    return weight.view(torch.float8_e4m3fn).to(scale.dtype).mul_(scale[:, None])
+        return weight * scale[..., None]
+    return weight.view(torch.float8_e4m3fn).to(scale.dtype).mul_(scale[..., None])
 
 
 def values_of(layer: nn.Module) -> Tensor:
@@ -190,7 +190,9 @@ class FrozenLoRALinear(LoRALinear):
 
 
 def shape_of(layer: nn.Module) -> torch.Size:
-    """Returns the shape [out, in] of a linear layer's weight, however it is held."""
+    """Returns the shape [out, in] of a linear layer's weight, however it is held; of experts' one of three numbers."""
+    if hasattr(layer, "shape"):
+        return layer.shape
     if isinstance(layer, nn.Linear):
         return torch.Size((layer.out_features, layer.in_features))
     return torch.Size((layer.out_dim, layer.in_dim))
@@ -202,7 +204,7 @@ def summary(model: nn.Module) -> str:
     if not layers:
         return ""
     kind = next((name for name, dtype in EIGHT_BITS.items() if layers[0].weight.dtype == dtype), "NF4")
-    filled = [m for m in layers if m.weight.shape != shape_of(m)]
+    filled = [m for m in layers if m.weight.numel() != shape_of(m).numel()]
     values, stored = (sum(of(m).numel() for m in layers) for of in (shape_of, lambda m: m.weight))
     more = f", {len(filled)} of {len(layers)} weights filled up to whole blocks: {stored / values - 1:.2%} more"
     return f"{values:,} in {kind}{more if filled else ''}"

@@ -94,7 +94,8 @@ def merge_adapters(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Te
     for name, module in adapted_modules(model):
         a, b = weights.pop(f"{name}.lora_a.weight"), weights.pop(f"{name}.lora_b.weight")
         weight, scaling = weights[f"{name}.weight"], module.alpha / module.rank
-        merged = weight.float() + scaling * (b.float() @ a.float())
+        update = scaling * (b.float() @ a.float())
+        merged = weight.float() + (update.transpose(1, 2) if getattr(module, "transposed", False) else update)
         if isinstance(module, DoRALinear):
             magnitude = weights.pop(f"{name}.magnitude").float()
             merged *= (magnitude / row_norms(weight, a, b, scaling))[:, None]

@@ -6,12 +6,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torchtune.modules import TransformerDecoder
-from torchtune.modules.peft import LoRALinear
 
 from pairtune.dist import World
 from pairtune.errors import UserError, listed
 from pairtune.models import frozen_base
-from pairtune.models.adapters import adapter_shapes, fill_frozen_copy, frozen, own_shapes, plain_name
+from pairtune.models.adapters import ADAPTED, adapter_shapes, fill_frozen_copy, frozen, own_shapes, plain_name
 from pairtune.models.bridge.decoder import BridgedDecoder
 from pairtune.models.dora import DoRALinear
 from pairtune.models.shard import shard
@@ -49,7 +48,7 @@ def load(
         world.beat("loading weights")
         for module in block.modules():
             _fill(module, names[id(module)], state_dict, home, world.device)
-            if isinstance(module, (LoRALinear, DoRALinear)) and module.lora_a.weight.is_meta:
+            if isinstance(module, ADAPTED) and module.lora_a.weight.is_meta:
                 _fill_adapter(module, names[id(module)], adapter, home)
         _finish(model, block, world.device)
         if world.shards:
@@ -152,9 +151,7 @@ def _finish(model: nn.Module, block: nn.Module, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def _fill_adapter(
-    module: LoRALinear | DoRALinear, name: str, adapter: Mapping[str, Tensor] | None, home: torch.device
-) -> None:
+def _fill_adapter(module: nn.Module, name: str, adapter: Mapping[str, Tensor] | None, home: torch.device) -> None:
     # A GPU's generator would draw other adapters, and so make another run of it.
     for part in (module.lora_a, module.lora_b):
         part.to_empty(device="cpu" if adapter is None else home)

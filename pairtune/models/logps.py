@@ -40,11 +40,12 @@ def install(
     """
     kept = additions(model)
     kept.back_end = back_end
+    kept.mixtures = experts.mixtures_of(model)
     if isinstance(model, BridgedDecoder):
         model.unembed = MethodType(_score, model)
         return
     attention.install(model, windows)
-    kept.windows, kept.mixtures = list(windows or ()), experts.mixtures_of(model)
+    kept.windows = list(windows or ())
     model.unembed = MethodType(_unembed, model)
 
 

@@ -30,7 +30,7 @@ def empty(shape: torch.Size, dtype: torch.dtype, num_shards: int = 1) -> NF4Tens
     Args:
         num_shards: Into as many equal parts FSDP2 can cut it.
     """
-    if shape.numel() % (ROW * num_shards) or shape[0] % num_shards:
+    if len(shape) != 2 or shape.numel() % (ROW * num_shards) or shape[0] % num_shards:
         rows = math.ceil(shape.numel() / ROW)
         shape = torch.Size((math.ceil(rows / num_shards) * num_shards, ROW))
     num_blocks = shape.numel() // BLOCK

@@ -95,14 +95,14 @@ def check_loss(
 
 
 def check_router(model: nn.Module, router_aux_loss_coef: float) -> None:
-    """Refuses a router's loss for a model that has no router.
+    """Refuses a router's loss for a model that has no router, or one that is kept even by a bias.
 
     Raises:
         UserError: As said.
     """
     if router_aux_loss_coef and not mixtures_of(model):
         raise UserError(
-            f"router_aux_loss_coef={router_aux_loss_coef}: the model is no mixture of experts and has no router; "
+            f"router_aux_loss_coef={router_aux_loss_coef}: the model has no router that this loss keeps even; "
             "nearest valid: router_aux_loss_coef=0"
         )
 

@@ -9,12 +9,14 @@ import torch
 from pairtune.config.rules import one_line, show
 from pairtune.errors import UserError
 from pairtune.files import read_object
+from pairtune.models.bridge import experts
 from pairtune.models.bridge.decoder import BridgedDecoder
 
 # Of which a prompt that both answers share was compared with each conversation alone: tests/models/test_bridge.py.
 TRIED = (
     *("llama", "qwen3", "gemma2", "gemma3_text", "olmo2", "olmo3", "smollm3", "granite", "glm4", "phi3", "cohere"),
-    "starcoder2",
+    *("starcoder2", "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "olmoe", "flex_olmo", "glm4_moe", "deepseek_v2"),
+    *("deepseek_v3", "ernie4_5_moe", "granitemoe", "granitemoeshared", "dots1"),
 )
 # What a config.json may say without another model being meant: where it came from, and how it was stored.
 BESIDE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "auto_map", "architectures", "use_cache")
@@ -41,13 +43,18 @@ def causal_lm(path: str) -> BridgedDecoder:
         )
     try:
         lm = transformers.AutoModelForCausalLM.from_config(
-            config, attn_implementation="pairtune", trust_remote_code=False, dtype=torch.get_default_dtype()
+            config,
+            attn_implementation="pairtune",
+            experts_implementation=experts.NAME,
+            trust_remote_code=False,
+            dtype=torch.get_default_dtype(),
         )
     except Exception as error:
         raise UserError(
             f"{Path(path) / 'config.json'}: transformers {transformers.__version__} cannot make its "
             f"{type(config).__name__.removesuffix('Config')}: {one_line(error)}; see whether a newer version does"
         ) from error
+    experts.install(lm)
     return BridgedDecoder(lm)
 
 
@@ -72,6 +79,7 @@ def import_transformers() -> ModuleType:
     from pairtune.models.bridge import visible
 
     visible.register()
+    experts.register()
     return transformers
 
 

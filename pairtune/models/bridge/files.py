@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pairtune.config.rules import one_line
+from pairtune.models.bridge import experts
 from pairtune.models.bridge.decoder import BridgedDecoder
 
 PREFIX = "lm."  # of the decoder's names before transformers'
@@ -53,7 +54,9 @@ class Files:
             model: On the meta device.
         """
         self._lm = model.lm
-        self._shapes = {name: tensor.shape for name, tensor in model.lm.state_dict().items()}
+        self._theirs = experts.their_names(model.lm)  # of what has another name here
+        self._ours = {theirs: ours for ours, theirs in self._theirs.items()}
+        self._shapes = {self._theirs.get(name, name): v.shape for name, v in model.lm.state_dict().items()}
         self._first = _first_names(model)
 
     def plan(self, tensors: Mapping[str, Tensor]) -> Plan:
@@ -93,8 +96,17 @@ class Files:
                     strange |= dict.fromkeys((key for key, _ in group), one_line(error))
                     continue
                 for target, source in made.items():
-                    sources.setdefault(PREFIX + self._first.get(target, target), []).append(source)
+                    sources.setdefault(self.our_name(target), []).append(source)
         return Plan(sources, strange)
+
+    def our_name(self, theirs: str) -> str:
+        """Returns the decoder's name of one of transformers' tensors."""
+        return PREFIX + self._first.get(theirs, self._ours.get(theirs, theirs))
+
+    def their_name(self, ours: str) -> str:
+        """Returns transformers' name of one of the decoder's tensors."""
+        ours = ours.removeprefix(PREFIX)
+        return self._theirs.get(ours, ours)
 
     def _targets(self, name: str, group: list, converter, tensors: Mapping[str, Tensor]) -> dict[str, Source]:
         keys = tuple(key for key, _ in group)
@@ -116,8 +128,14 @@ class Files:
         """Returns a model's tensors, under the decoder's names, as a folder has them."""
         from transformers.core_model_loading import revert_weight_conversion
 
-        found = {name.removeprefix(PREFIX): value for name, value in weights.items()}
-        return {name: v.contiguous() for name, v in revert_weight_conversion(self._lm, found).items()}
+        found = {self.their_name(name): value for name, value in weights.items()}
+        return {name: _on_its_own(v) for name, v in revert_weight_conversion(self._lm, found).items()}
+
+
+def _on_its_own(value: Tensor) -> Tensor:
+    """Returns a tensor that is no part of another, such as one expert's of a stack: which no file takes."""
+    value = value.contiguous()
+    return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
 
 
 def _first_names(model: BridgedDecoder) -> dict[str, str]:

@@ -7,6 +7,7 @@ from torch import nn
 from pairtune.config.rules import LORA_LAYERS
 from pairtune.errors import UserError
 from pairtune.models.bridge.decoder import BridgedDecoder
+from pairtune.models.grouped import ExpertsLinear
 
 QUERIES, KEYS, VALUES, OUT = "attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.output_proj"
 GATE, DOWN, UP = "mlp.w1", "mlp.w2", "mlp.w3"
@@ -33,12 +34,12 @@ _ATTENTION = re.compile(r"(^|\.)(self_attn|attn|attention|self_attention|tempora
 
 
 def parts_of(model: BridgedDecoder) -> dict[str, set[str]]:
-    """Returns, by the name of each linear layer, what it computes, in the words of rules.LORA_LAYERS.
+    """Returns, by the name of each linear layer, experts' too, what it computes, in the words of rules.LORA_LAYERS.
 
     A layer whose name is in neither table, such as that of a state space, computes none of them; all-linear means it.
     """
     head = model.output
-    linear = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    linear = {name: module for name, module in model.named_modules() if type(module) in (nn.Linear, ExpertsLinear)}
     return {name: {OUTPUT} if module is head else set(_parts(name)) for name, module in linear.items()}
 
 
