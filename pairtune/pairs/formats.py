@@ -148,8 +148,10 @@ def fitting_format(first_rows: list[dict]) -> Format | None:
 
 def _under_one_name(row: dict) -> dict:
     """Returns the row with a system message under the name that it has here."""
-    others = {ours: row[name] for name, ours in OTHER_NAMES.items() if not is_empty(row.get(name))}
-    return others | row if others.keys() - {name for name in row if not is_empty(row[name])} else row
+    for name, ours in OTHER_NAMES.items():
+        if not is_empty(row.get(name)) and is_empty(row.get(ours)):
+            row = {**row, ours: row[name]}
+    return row
 
 
 # The first that fits is taken, so the more particular form stands before the more general one.

@@ -26,6 +26,7 @@ from pairtune.tokenizer.template import ChatTemplate, Refusal, check_texts, choo
 END_OF_TURN = (
     *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>", "<|eot|>", "<turn|>", "<|return|>"),
     *("<|end_of_turn|>", "<|END_OF_TURN_TOKEN|>", "<|end_of_text|>", "<|endoftext|>"),
+    *("<|call|>", "<|tool_response>"),  # of a turn that calls a tool
 )
 SENTENCEPIECE_CONTROL = ("<s>", "</s>", "<bos>", "<eos>")  # special tokens, though Phi 3's folder says not of </s>
 POLICIES = ("text", "control")  # what a special token's text in a message becomes

@@ -1,0 +1,237 @@
+"""Nothing of a row is left out in silence: columns beside the question, messages that are written as text, prompts that
+are rendered already, rows that are broken, and a folder's files of different columns."""
+
+import csv
+import json
+
+import datasets
+import pytest
+from test_data import ROWS, one, read_rows, text, tokenize
+from test_tokenizer import CHATML, LLAMA_3, chat, save
+
+from pairtune.errors import UserError
+from pairtune.tokenizer.hf import hf_tokenizer
+
+ROW = {"prompt": "Q", "chosen": "B", "rejected": "W"}
+
+
+@pytest.fixture(scope="module")
+def chatml(tmp_path_factory):
+    return hf_tokenizer(save(tmp_path_factory.mktemp("chatml") / "model", chat_template=CHATML))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return hf_tokenizer(save(tmp_path_factory.mktemp("plain") / "model"))
+
+
+# Columns
+
+
+@pytest.mark.parametrize(
+    ("beside", "prompt"),
+    [
+        ({"input": "i"}, chat("Q\ni")),
+        ({"context": "c"}, chat("c\n\nQ")),
+        ({"context": "c", "input": "i", "system_prompt": "s"}, chat("c\n\nQ\ni", system="s")),
+        ({"system_message": "s", "system": ""}, chat("Q", system="s")),
+        ({"history": chat("a", "b")}, chat("a", "b", "Q")),
+        ({"history": json.dumps(chat("a", "b"))}, chat("a", "b", "Q")),
+        ({"context": "the Q", "input": ""}, chat("the Q\n\nQ")),
+    ],
+)
+def test_what_stands_beside_a_question_is_read_with_it(chatml, beside, prompt):
+    pair, report = one({**ROW, **beside}, chatml)
+    whole = {"prompt": prompt, "chosen": "B", "rejected": "W"}
+    assert pair == one(whole, chatml)[0]
+    assert f"columns read beside these: {', '.join(beside)}" in str(report)
+    messages = {"prompt": chat("Q"), "chosen": "B", "rejected": "W", **beside}
+    assert one(messages, chatml)[0] == pair
+
+
+def test_plain_texts_have_their_context_before_them(plain):
+    pair, _ = one({"prompt": "Q:", "chosen": " B", "rejected": " W", "context": "c"}, plain)
+    assert text(plain, pair.prompt + pair.chosen) == "<s>c\n\nQ: B</s>"
+
+
+def test_a_context_that_the_prompt_holds_is_not_written_twice(chatml):
+    row = {"prompt": "Text: c\nQ\ni", "chosen": "B", "rejected": "W"}
+    assert one({**row, "context": "c", "input": "i"}, chatml)[0] == one(row, chatml)[0]
+
+
+def test_columns_that_nobody_reads_are_named(chatml):
+    _, report = tokenize([{**ROW, "id": 1, "score_chosen": 3.0}, {**ROW, "prompt": "R", "note": "n"}], chatml)
+    assert "columns not used: id, score_chosen, note" in str(report)
+    _, report = tokenize([ROW], chatml)
+    assert "columns" not in str(report)
+
+
+@pytest.mark.parametrize("name", ["query", "question", "documents", "persona", "conversations"])
+def test_a_column_that_may_be_part_of_the_question_is_refused_until_columns_say_what_it_is(chatml, name):
+    rows = [{**ROW, name: ""}, {**ROW, name: "Part of it."}]
+    with pytest.raises(UserError) as refused:
+        tokenize(rows, chatml)
+    message = str(refused.value)
+    assert f"row 1 (from 0): column '{name}' holds text, 'Part of it.'" in message
+    for columns, prompt in (
+        ({"input": name}, chat("Q\nPart of it.")),
+        ({"context": name}, chat("Part of it.\n\nQ")),
+        ({name: None}, chat("Q")),
+        ({"system": name}, chat("Q", system="Part of it.")),
+    ):
+        line = "{" + ", ".join(f"{ours}: {theirs or 'null'}" for ours, theirs in columns.items()) + "}"
+        assert line in message or "system" in columns  # which it does not think of
+        pairs, _ = tokenize(rows, chatml, columns=columns)
+        assert pairs[1].prompt == one({**ROW, "prompt": prompt}, chatml)[0].prompt
+
+
+def test_a_column_that_repeats_the_question_harms_nothing(chatml):
+    repeated = {"question": "Q", "messages": [*chat("Q"), {"role": "assistant", "content": "B"}], "instruction": " Q "}
+    assert one({**ROW, **repeated}, chatml)[0] == one(ROW, chatml)[0]
+
+
+# Messages as text
+
+
+def as_numpy_prints(messages):
+    return "[" + "\n ".join(map(repr, messages)) + "]"
+
+
+@pytest.mark.parametrize("write", [json.dumps, repr, as_numpy_prints, lambda m: json.dumps(m, indent=2)])
+@pytest.mark.parametrize("columns", [("prompt",), ("prompt", "chosen", "rejected")])
+def test_messages_that_are_written_as_text_are_messages(tmp_path, chatml, write, columns):
+    row = {
+        "prompt": chat("it's", 'a "b"\n{c}', "Q", system="S"),
+        "chosen": [{"role": "assistant", "content": "B"}],
+        "rejected": [{"role": "assistant", "content": "W"}],
+    }
+    written = {name: write(cell) if name in columns else cell[0]["content"] for name, cell in row.items()}
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        writer.writeheader()
+        writer.writerow(written)
+    assert tokenize(read_rows(str(tmp_path / "a.csv")), chatml)[0] == [one(row, chatml)[0]]
+
+
+def test_a_text_that_begins_like_messages_and_is_cut_is_a_broken_row(chatml):
+    good = {"prompt": json.dumps(chat("Q")), "chosen": "B", "rejected": "W"}
+    with pytest.raises(UserError, match=r"row 1 \(from 0\): column 'prompt' holds text, .* expected list of messages"):
+        tokenize([good, {**good, "prompt": good["prompt"][:-3]}], chatml)
+
+
+@pytest.mark.parametrize("prompt", ["[1, 2, 3] in words?", '{"a": 1}', "[]", '["a", "b"]', "[{'x': 1}]"])
+def test_other_texts_in_brackets_are_texts(chatml, prompt):
+    pair, _ = one({**ROW, "prompt": prompt}, chatml)
+    assert f"user\n{prompt}<|im_end|>" in text(chatml, pair.prompt)
+
+
+# Prompts that are rendered already
+
+RENDERED = {
+    "chatml": "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n",
+    "the test's own": "<s><|start|>user<|head|>\n\nQ<|eot_id|><|start|>assistant<|head|>\n\n",
+    "Llama 3": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nQ<|eot_id|>",
+    "Llama 2": "<s>[INST] Q [/INST]",
+    "Gemma": "<bos><start_of_turn>user\nQ<end_of_turn>\n<start_of_turn>model\n",
+    "Zephyr": "<|user|>\nQ</s>\n<|assistant|>\n",
+}
+
+
+@pytest.mark.parametrize("name", RENDERED)
+@pytest.mark.parametrize("template", [CHATML, LLAMA_3])
+def test_prompts_that_are_rendered_already_are_refused_with_the_two_settings(tmp_path, name, template):
+    folder = save(tmp_path, chat_template=template)
+    rows = [{**ROW, "prompt": RENDERED[name]}, {**ROW, "prompt": RENDERED[name].replace("Q", "R")}]
+    settings = {"chat_template": "plain", "special_tokens_in_text": "control"}
+    words = " ".join(f"tokenizer.{key}={value}" for key, value in settings.items())
+    for wrong in ({}, {"chat_template": "plain"}, {"special_tokens_in_text": "control"}):
+        with pytest.raises(UserError, match=f"2 of 2 prompts are rendered.*row 0, 1.*{words}"):
+            tokenize(rows, hf_tokenizer(folder, **wrong))
+    tokenizer = hf_tokenizer(folder, **settings)
+    pairs, _ = tokenize(rows, tokenizer)
+    written = text(tokenizer, pairs[0].prompt + pairs[0].chosen)
+    assert written.removeprefix("<s>") == RENDERED[name].removeprefix("<s>") + "B</s>"
+
+
+def test_a_question_about_special_tokens_is_a_question(chatml):
+    prompts = ["What is <|im_start|>?", "Is it </s> or <|im_end|>", "</s> ends what?", "user: <|im_start|>user"]
+    pairs, report = tokenize([{**ROW, "prompt": prompt} for prompt in prompts], chatml)
+    assert len(pairs) == 4 and report.special == [0, 1, 2, 3]
+
+
+# Broken rows
+
+
+@pytest.mark.parametrize("broken", [{"chosen": None}, {"rejected": 7}, {"prompt": chat("Q", "A")[:0]}, {"chosen": [1]}])
+def test_broken_rows_are_dropped_and_counted_up_to_one_in_twenty(chatml, broken):
+    rows = [*ROWS, *ROWS]
+    rows[3], rows[17] = {**ROWS[3], **broken}, {**ROWS[17], **broken}
+    pairs, report = tokenize(rows, chatml)
+    ((reason, numbers),) = report.dropped.items()
+    (column,) = broken
+    assert numbers == [3, 17] and f"column '{column}' holds" in reason and len(pairs) == 38
+    assert f"dropped: {reason}" in str(report) and "5.0 %   row 3, 17" in str(report)
+    rows[30] = {**ROWS[0], **broken}
+    with pytest.raises(UserError) as refused:
+        tokenize(rows, chatml)
+    message = str(refused.value)
+    assert "3 rows of 40 are broken, 7.5 %: row 3, 17, 30" in message and "row 3 (from 0): column" in message
+    assert "kept                                   37" in message
+    with pytest.raises(UserError, match=rf"row 3 \(from 0\): column '{column}' holds"):
+        tokenize(rows, chatml, on_bad_row="error")
+
+
+def test_rows_that_are_broken_in_several_ways_are_each_named(chatml):
+    rows = [*ROWS[:4], {**ROWS[4], "chosen": None}, {**ROWS[5], "rejected": 7}, {**ROWS[6], "system": 5}]
+    with pytest.raises(UserError) as refused:
+        tokenize(rows, chatml)
+    for number, column in ((4, "chosen"), (5, "rejected"), (6, "system")):
+        assert f"row {number} (from 0): column '{column}' holds" in str(refused.value)
+
+
+# Folders
+
+
+def lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def table(path, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def arrow(path, rows):
+    datasets.Dataset.from_list(rows).to_parquet(path)
+
+
+SHARDS = {
+    "an optional column is null in one": [[{**ROW, "system": None}], [{**ROW, "system": "S"}]],
+    "a column of two types": [[{**ROW, "id": 1}], [{**ROW, "id": "x1"}]],
+    "a column more": [[ROW], [{**ROW, "source": "forum"}]],
+    "dates and numbers as text": [[{**ROW, "chosen": "2024-01-01", "rejected": "12"}], [{**ROW, "chosen": "NA"}]],
+}
+
+
+@pytest.mark.parametrize("name", SHARDS)
+@pytest.mark.parametrize(("kind", "write"), [("jsonl", lines), ("csv", table), ("parquet", arrow)])
+def test_a_folder_gives_the_rows_that_its_files_give_alone(tmp_path, chatml, name, kind, write):
+    alone = []
+    for number, rows in enumerate(SHARDS[name]):
+        write(tmp_path / f"part-{number}.{kind}", rows)
+        alone += tokenize(read_rows(str(tmp_path / f"part-{number}.{kind}")), chatml)[0]
+    pairs, report = tokenize(read_rows(str(tmp_path)), chatml)
+    assert [(p.prompt, p.chosen, p.rejected) for p in pairs] == [(p.prompt, p.chosen, p.rejected) for p in alone]
+    assert [pair.row for pair in pairs] == [0, 1] and not report.dropped
+    (second,) = read_rows(str(tmp_path), split="train[1:]")
+    assert second == read_rows(str(tmp_path))[1]
+
+
+def test_what_does_not_fit_names_its_file_and_column(tmp_path, chatml):
+    lines(tmp_path / "a.jsonl", ROWS[:3])
+    lines(tmp_path / "b.jsonl", [ROWS[3], {**ROWS[4], "chosen": 5}])
+    for split in ("train", "train[2:]"):
+        with pytest.raises(UserError, match=r"/b\.jsonl, row 1 \(from 0\): column 'chosen' holds int, 5"):
+            tokenize(read_rows(str(tmp_path), split=split), chatml)
