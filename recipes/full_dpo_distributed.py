@@ -170,7 +170,7 @@ def main(cfg):
     def evaluate():
         held_out_meter, micro = metrics.Meter(), steps.share(held_out)
         model.eval()
-        with torch.no_grad(), unchanged(loss_fn):
+        with torch.no_grad(), unchanged(loss_fn), reference.remembered():
             whole = over_whole_step(held_out, micro, "evaluation", interruption.unless_stopped)
             for pairs in interruption.unless_stopped(world.progress(micro, "evaluation")):
                 world.beat("evaluation")
@@ -178,8 +178,7 @@ def main(cfg):
         model.train()
         if interruption.requested():  # the loop's top makes up for it after resuming
             return
-        results = held_out_meter.read(world, "eval/")
-        log.write(state.step, results)
+        results = log.write_evaluation(state.step, held_out_meter)  # with the verdict and the curves so far
         state.note_evaluation(results, cfg.keep_best)
         world.print(f"step {state.step}: held out {metrics.summary(results, 'eval/')}")
 
@@ -200,14 +199,14 @@ def main(cfg):
     meter.restart_clock()
     while True:
         # What is due after state.step steps (null: after the last); after resuming, what an interruption has left out
-        if held_out and state.is_due(eval_every, total_steps) and state.evaluated < state.step:
+        if held_out and state.owes_evaluation(eval_every, total_steps):
             evaluate()
             meter.restart_clock()
-        stop = interruption.requested()
-        if stop or state.is_best or state.is_due(cfg.save_every_n_steps, total_steps):
+        stop, ended = interruption.requested(), state.step == total_steps or state.stops_early(cfg.early_stop)
+        if stop or ended or state.is_best or state.is_due(cfg.save_every_n_steps, total_steps):
             log.sync()  # before the checkpoint, which must not know more than the log
             saved.save(state)
-        if stop or state.step == total_steps:
+        if stop or ended:
             break
 
         step, micro = state.step + 1, steps[state.step]
@@ -222,7 +221,8 @@ def main(cfg):
             (losses.sum() * world.size / whole.num_pairs).backward()
             losses_of_step.append(losses.detach())
         grad_norm = models.clip_gradients(model, cfg.clip_grad_norm)
-        contract.check_finite(step, losses_of_step, grad_norm, micro, world)
+        contract.check_finite(step, losses_of_step, grad_norm, micro, world, log)
+        log.write_pairs(step, meter)  # what each came to, for `tune pairs`
         meter.add(grad_norm=grad_norm[None].to(world.device))  # on the CPU when offloading
         lr = float(optimizer.param_groups[0]["lr"])
         optimizer.step()
@@ -242,11 +242,11 @@ def main(cfg):
     stop = interruption.requested()  # again: it may have come while the last checkpoint was written
     interruption.end()
     if stop:
-        world.print(f"\nstopped after step {state.step} of {total_steps}; {saved}")
+        world.print(f"\nstopped after step {state.step} of {total_steps}; {saved}\n{log.conclude('stopped')}")
         dist.stop(world)  # distributed only
         raise SystemExit(interruption.status)
 
-    # 9. Answers, weights, curves
+    # 9. Answers, weights, curves, verdict
     with saved.telling_the_way_on():  # the disk may be full by now
         if cfg.export_best:
             saved.load_best(state)
@@ -256,9 +256,9 @@ def main(cfg):
         dist.stop(world)  # distributed only
         if world.is_main:
             samples.show()
-            metrics.plot_curves(log.path, run_dir / "curves.png")
+            verdict = log.conclude("yes" if state.step == total_steps else "early")
             told = export_checked(model, gathered, files, run_dir, cfg.model, cfg.max_length, tokenizer, trained)
-            print(f"\nrun folder {run_dir}, exported weights {told}")
+            print(f"\nrun folder {run_dir}, exported weights {told}\n\n{verdict}")
 
 
 if __name__ == "__main__":

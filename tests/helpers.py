@@ -152,11 +152,16 @@ def run_config(folder, *, sizes=NF4_SIZES, **changes):
 
 
 def run_recipe(name, *overrides, config_paths=()):
-    """Runs a recipe's main in this process and returns its metrics.jsonl as objects."""
+    """Runs a recipe's main in this process and returns its metrics.jsonl as objects, from the first step on."""
     recipe = runpy.run_path(str(ROOT / "recipes" / f"{name}.py"))
     cfg = config.load(recipe["METHOD"], recipe["DEFAULTS"], list(config_paths), list(overrides))
     recipe["main"](cfg)
-    return read_log(Path(cfg.output_dir) / "metrics.jsonl")
+    return from_first_step(Path(cfg.output_dir) / "metrics.jsonl")
+
+
+def from_first_step(path):
+    """Returns the objects of a metrics.jsonl but the evaluation before the first step."""
+    return [row for row in read_log(path) if row["step"]]
 
 
 # As NF4_SIZES, and cut in four: each matrix has a multiple of 4 x 16,384 weights.

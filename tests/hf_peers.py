@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import torch
-from helpers import ROOT, random_pairs, run_config, run_recipe, save_pairs, save_tokenizer
+from helpers import ROOT, from_first_step, random_pairs, run_config, run_recipe, save_pairs, save_tokenizer
 from safetensors.torch import load_file
 from torchtune.modules.peft import LoRALinear
 from torchtune.rlhf import get_batch_log_probs
@@ -19,7 +19,6 @@ from pairtune.folders.export import export
 from pairtune.folders.opening import check_model
 from pairtune.models.logps import answer_logps
 from pairtune.pairs.batch import lay_out
-from pairtune.run.metrics import read_log
 
 ONE = World(torch.device("cpu"))
 
@@ -218,7 +217,7 @@ def check_two_processes(folder, method):
     arguments = ["--config", str(folder / "config.yaml"), f"output_dir={folder / 'two'}"]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    shared = read_log(folder / "two" / "metrics.jsonl")
+    shared = from_first_step(folder / "two" / "metrics.jsonl")
     for one, other in zip(alone, shared, strict=True):
         for key in ("loss", "grad_norm", "logps/chosen", "eval/loss", "eval/logps/rejected"):
             if key in one:

@@ -130,13 +130,18 @@ def _check_sizes(cfg: dict) -> None:
 def _check_evaluated(cfg: dict) -> None:
     source = (cfg.get("eval_dataset") or {}).get("source")
     fraction = (cfg.get("dataset") or {}).get("val_fraction")
-    for key in ("eval_every_n_steps", "eval_every_n_epochs", "keep_best"):
+    for key in ("eval_every_n_steps", "eval_every_n_epochs", "keep_best", "early_stop"):
         if cfg.get(key) and not (source or fraction):
             raise UserError(
                 f"{key}={cfg[key]}: there is nothing to evaluate on; "
                 f"set eval_dataset.source or dataset.val_fraction, or {key}=null"
             )
     steps, epochs = cfg.get("eval_every_n_steps"), cfg.get("eval_every_n_epochs")
+    if cfg.get("early_stop") and not (steps or epochs):
+        raise UserError(
+            f"early_stop={cfg['early_stop']}: held-out pairs are evaluated at the end only, where nothing is left to "
+            "stop; set eval_every_n_epochs, such as 0.25, or early_stop=null"
+        )
     if steps and epochs:
         raise UserError(
             f"eval_every_n_epochs={epochs}: eval_every_n_steps={steps} says the same in another way; keep one of them "

@@ -90,7 +90,7 @@ def _evaluation(settled: _Settled) -> None:
     off = max(("eval_dataset.source", "dataset.val_fraction"), key=settled.rank)
     if settled.get("eval_dataset.source") or settled.get("dataset.val_fraction") or settled.rank(off) < 0:
         return
-    for name in ("eval_every_n_steps", "eval_every_n_epochs", "keep_best"):
+    for name in ("eval_every_n_steps", "eval_every_n_epochs", "keep_best", "early_stop"):
         settled.yields(name, off, "leaves nothing to evaluate on")
 
 

@@ -183,6 +183,13 @@ _RUN = (
         above(0),
         "yes",
     ),
+    Key(
+        "early_stop",
+        None,
+        "ends the run after so many evaluations in a row without a lower held-out loss; null: never",
+        at_least(1),
+        "yes",
+    ),
     Key("samples", resume="yes"),
     Key("samples.prompts", [], "questions answered before and after; [] takes held-out prompts", _PROMPTS),
     Key("samples.num_prompts", 3, "how many of those; 0: none", at_least(0)),

@@ -19,6 +19,7 @@ from pairtune.folders.weights import ModelFolder
 from pairtune.losses.calling import needs
 from pairtune.models.logps import answer_logps
 from pairtune.pairs.batch import PairBatch
+from pairtune.pairs.digests import digest_pair
 from pairtune.pairs.tokenize import Pair
 from pairtune.reference import cache
 from pairtune.reference.sources import (
@@ -81,6 +82,7 @@ class Reference:
         self._live = None  # of sources.py: what computes values
         self._policy: nn.Module | None = None
         self.was_asked = False
+        self._remembers, self._remembered = False, {}  # [P] values by a micro-batch's pairs
         self._keep: Callable | None = None  # takes the values of what `unanswered` has yielded
 
     # Before any weight is read
@@ -264,7 +266,25 @@ class Reference:
             return self._cache(batch.pairs)
         if self._block["name"] == "none":
             return torch.zeros(2, batch.num_pairs, device=self._world.device).unbind()
-        return self._live_logps(batch)
+        return self._remember(batch) if self._remembers else self._live_logps(batch)
+
+    @contextmanager
+    def remembered(self) -> Iterator[None]:
+        """While it lasts, what is asked for a second time, in the same micro-batch, is not computed again.
+
+        For evaluations: the values of held-out pairs are those of the first one, until the reference moves.
+        """
+        self._remembers = True
+        try:
+            yield
+        finally:
+            self._remembers = False
+
+    def _remember(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        key = b"".join(map(digest_pair, batch.pairs))
+        if self._world.max_number(int(key not in self._remembered)):  # a sharded model runs in all processes or in none
+            self._remembered[key] = self._live_logps(batch)
+        return self._remembered[key]
 
     def follow(self, step: int) -> None:
         """Moves toward the policy if it is time to: after every `every_n_steps` steps, before the one that follows.
@@ -273,6 +293,7 @@ class Reference:
         """
         if self._every_n_steps and step > 1 and (step - 1) % self._every_n_steps == 0:
             self._live.move(self._block["alpha"])
+            self._remembered.clear()
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns this process's parts of what moves, by their names in a checkpoint; nothing if nothing moves."""

@@ -278,7 +278,9 @@ def _note_evaluation(folder: Path, values: dict) -> None:
     saved = read_values(folder)
     if saved["evaluated"] < values["evaluated"]:
         fingerprint = saved["fingerprint"] | {"held_out": values["fingerprint"]["held_out"]}
-        found = {"evaluated": values["evaluated"], "best": values["best"], "fingerprint": fingerprint}
+        found = {key: values[key] for key in ("evaluated", "best", "lowest", "num_worse")} | {
+            "fingerprint": fingerprint
+        }
         replace_file(folder, VALUES, json.dumps(saved | found))
 
 

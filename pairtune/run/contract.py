@@ -15,6 +15,7 @@ from pairtune.errors import UserError
 from pairtune.losses.calling import needs
 from pairtune.models.experts import mixtures_of
 from pairtune.pairs.tokenize import Pair
+from pairtune.run.metrics import RunLog
 from pairtune.run.optimizers import parameters_of
 
 TOLERANCE = 0.01  # of losses and margins that are exact but for rounding, bf16 included
@@ -121,12 +122,20 @@ def check_trained(model: nn.Module, optimizer: Optimizer) -> None:
         raise UserError(f"optimizer: does not have {len(missing)} of {len(trained)} trainable parameters")
 
 
-def check_finite(step: int, losses: list[Tensor], grad_norm: Tensor, micro: list[list[Pair]], world: World) -> None:
+def check_finite(
+    step: int,
+    losses: list[Tensor],
+    grad_norm: Tensor,
+    micro: list[list[Pair]],
+    world: World,
+    log: RunLog | None = None,
+) -> None:
     """Refuses to update from numbers that are not finite. Every process has to call it.
 
     Args:
         losses: [P], one a micro-batch of this process's in this step.
         micro: The micro-batches.
+        log: Is told, so that the run's folder says how it ended.
 
     Raises:
         UserError: A loss or the gradient's norm is NaN or infinite; the step's rows are named, those that are to blame
@@ -138,6 +147,8 @@ def check_finite(step: int, losses: list[Tensor], grad_norm: Tensor, micro: list
         return
     bad = [row for row, loss in zip(rows, losses.tolist(), strict=True) if not math.isfinite(loss)]
     bad, rows = sorted(world.gather(bad)), sorted(world.gather(rows))
+    if log:
+        log.fail(step)
     what = f"the loss of rows {bad}" if bad else f"the gradient's norm (rows of this step: {rows})"
     raise UserError(
         f"step {step}: {what} is not a finite number; no update was made, and the last checkpoint is as it was. Look "

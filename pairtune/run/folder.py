@@ -149,7 +149,7 @@ class Claim:
                 self._move_aside()
             os.pwrite(self.file, MARK, 0)
             console.keep(self.real / console.FILE)
-            for name in ("metrics.jsonl", "samples.jsonl") if resumed and not continues else ():
+            for name in ("metrics.jsonl", "pairs.bin", "samples.jsonl") if resumed and not continues else ():
                 source = resumed.parent.parent / name
                 if source.exists():
                     shutil.copyfile(source, self.real / name)

@@ -1,4 +1,5 @@
-"""What a run writes down: exact means, metrics.jsonl, torchtune's loggers, curves.png."""
+"""What a run writes down: exact means in metrics.jsonl and in torchtune's loggers, each pair in pairs.bin, and what
+follows from them: its verdict and its curves."""
 
 import json
 import math
@@ -7,7 +8,6 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
-from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -17,11 +17,18 @@ from pairtune.config import instantiate
 from pairtune.config.uses import lacks
 from pairtune.dist import World
 from pairtune.errors import UserError
-from pairtune.files import telling, write_bytes, write_text
+from pairtune.files import telling
 from pairtune.models.logps import AnswerScores
 from pairtune.pairs.batch import PairBatch
+from pairtune.run import pair_log, verdict
+from pairtune.run.curves import draw_curves, plot_curves
+from pairtune.run.log_file import FILE, keep_lines, read_log
+from pairtune.run.verdict import Verdict
+
+__all__ = ["Meter", "RunLog", "draw_curves", "peak_memory_gib", "plot_curves", "read_log", "summary"]
 
 WAY_ON = "resume=true goes on"
+DRAWING = 20  # times as long as curves take to draw, they are not drawn again before the end: 1 s in 20
 _SLASHED = {
     f"{kind}_{which}": f"{kind}/{which}"
     for kind in ("rewards", "logps")
@@ -35,6 +42,7 @@ class Meter:
     def __init__(self):
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
+        self._pairs: list[tuple[list[int], tuple[int, ...], Tensor]] = []  # rows, answer lengths, [5, P] values
         self.restart_clock()
 
     def add(self, **values: Tensor) -> None:
@@ -77,6 +85,20 @@ class Meter:
             self.add(router_loss=scores.router_loss.expand(batch.num_pairs))
         self._num_pairs += batch.num_pairs
         self._num_tokens += batch.num_tokens
+        values = losses, chosen_rewards, rejected_rewards, scores.chosen_logps, scores.rejected_logps
+        table = torch.stack([value.detach().float() for value in values])
+        self._pairs.append(([pair.row for pair in batch.pairs], batch.answer_lengths, table))
+
+    def take_pairs(self, world: World) -> list[tuple]:
+        """Returns row and pair_log.VALUES of each pair that `add_pairs` was given since, in no order, of all processes.
+
+        Every process has to call it.
+        """
+        seen, self._pairs = self._pairs, []
+        rows = [row for some, _, _ in seen for row in some]
+        lengths = [pair for some, both, _ in seen for pair in zip(both[: len(some)], both[len(some) :], strict=True)]
+        values = torch.cat([table for _, _, table in seen], 1).T.tolist() if seen else []
+        return world.gather([(r, *n, *v) for r, n, v in zip(rows, lengths, values, strict=True)])
 
     def restart_clock(self) -> None:
         """Begins anew to measure speed: what lies behind, such as an evaluation, is no training."""
@@ -110,9 +132,12 @@ class Meter:
     def read(self, world: World, prefix: str = "") -> dict[str, float]:
         """Returns the mean of every metric, the same in each process, and starts anew. Every process has to call it.
 
+        Pairs that `take_pairs` did not take are let go.
+
         rewards/margins is the difference of the means of rewards/chosen and rewards/rejected; over pairs that is the
         mean of their differences. A metric of which there is no value at all is left out.
         """
+        self._pairs.clear()
         if not self._sums:  # an edited loop that adds nothing
             return {}
         sums = torch.stack([*self._sums.values()])
@@ -135,19 +160,32 @@ class RunLog:
     """
 
     def __init__(
-        self, run_dir: Path, world: World, logger: Mapping | None, cfg: Mapping, *, step: int = 0, evaluated: int = 0
+        self,
+        run_dir: Path,
+        world: World,
+        logger: Mapping | None,
+        cfg: Mapping,
+        *,
+        step: int = 0,
+        evaluated: int = -1,
     ):
         """
         Args:
             logger: The config's `metric_logger`.
             cfg: The whole config, which a logger notes.
         """
-        self.path = run_dir / "metrics.jsonl"
-        self._file = None
+        self.path, self._pairs_path = run_dir / FILE, run_dir / pair_log.FILE
+        self._world, self._file, self._pairs = world, None, None
+        self._start = pair_log.records(0, [], is_held_out=True)  # held-out pairs before the first step
+        self._drawn, self._draw_after = None, 0.0
+        self._exports_best = bool(cfg.get("export_best"))
         if world.is_main:
             with telling(self.path, WAY_ON):
-                _keep_lines(self.path, step, evaluated)
-                self._file = self.path.open("a")
+                keep_lines(self.path, step, evaluated)
+                pair_log.keep(self._pairs_path, step, evaluated)
+                self._file, self._pairs = self.path.open("a"), self._pairs_path.open("ab")
+            kept = pair_log.read(self._pairs_path)
+            self._start = kept[(kept["is_held_out"] == 1) & (kept["step"] == 0)]
         self._logger = instantiate(logger) if world.is_main else None
         if self._logger is not None and (missing := lacks("metric_logger", self._logger)):
             raise UserError(f"metric_logger: what {logger['_component_']} makes has no {', '.join(missing)}")
@@ -155,6 +193,7 @@ class RunLog:
             self._logger.log_config(cfg)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Appends a line."""
         if self._file:
             finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}  # JSON has no NaN
             with telling(self.path, WAY_ON):
@@ -163,40 +202,88 @@ class RunLog:
         if self._logger is not None:
             self._logger.log_dict(metrics, step)
 
+    def write_pairs(self, step: int, meter: Meter) -> None:
+        """Appends what each pair of a training step came to. Every process has to call it."""
+        self._append(pair_log.records(step, meter.take_pairs(self._world), is_held_out=False))
+
+    def write_evaluation(self, step: int, meter: Meter) -> dict[str, float]:
+        """Returns what the held-out pairs came to, and appends it; verdict and curves are those up to here then.
+
+        Every process has to call it.
+
+        Returns:
+            The meter's means, and pair_log.held_out_numbers.
+        """
+        now = pair_log.records(step, meter.take_pairs(self._world), is_held_out=True)
+        results = meter.read(self._world, "eval/")
+        if step == 0:
+            self._start = now
+        self._append(now)
+        numbers = pair_log.held_out_numbers(now, self._start) if self._world.is_main and len(now) else {}
+        results |= self._world.agree(numbers)
+        self.write(step, results)
+        self.conclude("no")
+        return results
+
+    def fail(self, step: int) -> None:
+        """Appends that a step's loss or gradient is no finite number, and concludes."""
+        self.write(step, {"loss": math.nan, "grad_norm": math.nan})
+        self.conclude("failed")
+
+    def conclude(self, ended: str = "yes") -> Verdict | None:
+        """Returns the verdict on the run, and writes verdict.json and curves.png; None but in the main process.
+
+        Args:
+            ended: See verdict.Verdict. While the run goes on ("no"), a disk that refuses them costs these files only,
+                and curves wait until drawing them takes a twentieth of the time.
+        """
+        if not self._world.is_main:
+            return None
+        rows = read_log(self.path)
+        found = verdict.judge(rows, ended=ended, exports_best=self._exports_best)
+        try:
+            verdict.save(self.path.with_name(verdict.FILE), found)
+            self._draw(rows, found)
+        except OSError as error:
+            if ended == "yes":
+                raise
+            print(f"{self.path.with_name(verdict.FILE)}: cannot be written: {error.strerror or error}")
+        return found
+
+    def _draw(self, rows: list[dict], found: Verdict) -> None:
+        began, waits = time.monotonic(), found.ended == "no" and found.step == 0
+        if waits or found.ended == "no" and began < self._draw_after or self._drawn == (len(rows), found.name):
+            return
+        plot_curves(self.path, self.path.with_name("curves.png"), f"{self.path.parent.name}: {found.headline}")
+        self._drawn = len(rows), found.name
+        self._draw_after = time.monotonic() + DRAWING * (time.monotonic() - began)
+
+    def _append(self, table) -> None:
+        if self._pairs:
+            with telling(self._pairs_path, WAY_ON):
+                self._pairs.write(table.tobytes())
+                self._pairs.flush()
+
     def sync(self) -> None:
         """Returns when all that was logged is on the disk."""
-        if self._file:
+        for file in filter(None, (self._file, self._pairs)):
             with telling(self.path, WAY_ON):
-                os.fsync(self._file.fileno())
+                os.fsync(file.fileno())
 
     def close(self) -> None:
-        if self._file:
+        """Ends the files; `conclude` may follow."""
+        for file in filter(None, (self._file, self._pairs)):
             with telling(self.path, WAY_ON):
-                self._file.close()
+                file.close()
         if self._logger is not None:
             self._logger.close()
 
 
-def _keep_lines(path: Path, step: int, evaluated: int) -> None:
-    """Leaves what was logged up to a step; a line that a kill has cut is behind it."""
-    kept = []
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
-        if not line.endswith("\n"):
-            break
-        row = json.loads(line)
-        if row["step"] <= (evaluated if "eval/loss" in row else step):
-            kept.append(line)
-    write_text(path, "".join(kept))
-
-
-def read_log(path: Path) -> list[dict]:
-    """Returns the objects of a metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def summary(results: dict[str, float], prefix: str = "") -> str:
-    """Returns loss, accuracy and margin in words, as far as there are any."""
+    """Returns loss, accuracy and margin in words, as far as there are any; no ranking where rewards are alike."""
     shown = {"loss": "loss {:.4f}", "rewards/accuracies": "accuracy {:.3f}", "rewards/margins": "margin {:+.3f}"}
+    if results.get(f"{prefix}rewards/margins") == 0:
+        shown = {"loss": shown["loss"]}
     return ", ".join(words.format(results[prefix + key]) for key, words in shown.items() if prefix + key in results)
 
 
@@ -206,45 +293,3 @@ def peak_memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
     return kilobytes / 2**20
-
-
-CURVES = (  # panel, key, reference line; None: what step 1 logged, since each loss starts at a value of its own
-    ("loss", "loss", None),
-    ("accuracy", "rewards/accuracies", 0.5),
-    ("margin", "rewards/margins", 0.0),
-)
-
-
-def plot_curves(log_path: Path, png_path: Path) -> None:
-    """Draws `draw_curves` of a metrics.jsonl into a PNG."""
-    content = BytesIO()
-    draw_curves(read_log(log_path)).savefig(content, dpi=110)
-    write_bytes(png_path, content.getvalue())  # at once: no half picture where the disk is full
-
-
-def draw_curves(log: list[dict]):
-    """Returns a matplotlib Figure of loss, accuracy and margin of training and evaluation over steps, a panel each.
-
-    The grey line is where an untrained policy stands: at the loss of step 1, which is before the first update; at
-    chance; at zero. A log without a step 1 has none for the loss.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # a second to import: only when there is a plot
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    first = next((row for row in log if row["step"] == 1 and "loss" in row), {})
-    curves = [curve for curve in CURVES if not log or any(p + curve[1] in row for row in log for p in ("", "eval/"))]
-    for axis, (title, key, start) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves, strict=True):
-        start = first.get(key) if start is None else start
-        if start is not None:
-            axis.axhline(start, color="0.75", linewidth=1)
-        for prefix, label, style in (("", "training", "-"), ("eval/", "held out", "o-")):
-            points = [(row["step"], row[prefix + key]) for row in log if prefix + key in row]
-            if points:
-                axis.plot(*zip(*points, strict=True), style, label=label, markersize=3.5, linewidth=1.3)
-        axis.set(title=title, xlabel="step")
-        axis.grid(alpha=0.25)
-    if log:
-        figure.axes[0].legend(frameon=False)
-    return figure

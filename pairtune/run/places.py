@@ -20,7 +20,10 @@ from pairtune.errors import UserError
 LOCK = ".pairtune.lock"
 MARK = b"A run of pairtune writes to this folder, or has written to it.\n"
 CONFIG, LOG, CHECKPOINTS, EXPORT = "config.yaml", "metrics.jsonl", "checkpoints", "export"
-WRITTEN = (CONFIG, LOG, "samples.jsonl", "curves.png", "console.log", CHECKPOINTS, EXPORT)  # by a run
+WRITTEN = (
+    *(CONFIG, LOG, "pairs.bin", "samples.jsonl", "curves.png", "verdict.json", "report.html", "console.log"),
+    *(CHECKPOINTS, EXPORT),
+)  # by a run
 HALF = re.compile(rf"\.export-\w+|\.({'|'.join(map(re.escape, WRITTEN))})\.[0-9a-f]{{8}}")  # what a kill leaves
 LOGGED = ("wandb", "events.out.tfevents.*", "log_*.txt")  # by loggers, wherever they are told to write
 NOBODYS = (".DS_Store", "Thumbs.db", "desktop.ini", ".gitkeep", ".keep", ".nfs*")

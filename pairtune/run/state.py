@@ -31,8 +31,11 @@ class TrainState:
     Attributes:
         step: Steps made.
         origin: The checkpoint of another run that this one branched from, if it did.
-        evaluated: The last step that was evaluated; an interrupted evaluation is made up for.
-        best: The best evaluation so far: `step`, `metric` and `value`; None before the first.
+        evaluated: The last step that was evaluated, -1 before; an interrupted evaluation is made up for.
+        best: The best evaluation so far by keep_best: `step`, `metric` and `value`; None before the first. That before
+            the first step is none: there is nothing to keep.
+        lowest: The evaluation with the lowest held-out loss so far, in the same form, that before the first step
+            included; num_worse: evaluations since.
     """
 
     def __init__(
@@ -53,7 +56,8 @@ class TrainState:
             reference: One that moves while training: its `tensors` are part of the state.
         """
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # in a run of one process it is
-        self.step, self.evaluated, self.best, self.origin = 0, 0, None, None
+        self.step, self.evaluated, self.best, self.origin = 0, -1, None, None
+        self.lowest, self.num_worse = None, 0
         self.fingerprint = fingerprint
         self._model, self._reference = model, reference
         buffers = loss_fn.state_dict() if isinstance(loss_fn, nn.Module) else {}
@@ -74,6 +78,14 @@ class TrainState:
             return True
         return bool(every_n_steps) and self.step // every_n_steps > (self.step - 1) // every_n_steps >= 0
 
+    def owes_evaluation(self, every_n_steps: int | Fraction | None, total_steps: int) -> bool:
+        """Returns whether held-out pairs are to be looked at now: before the first step, and when `is_due`."""
+        return self.evaluated < self.step and (self.step == 0 or self.is_due(every_n_steps, total_steps))
+
+    def stops_early(self, patience: int | None) -> bool:
+        """Returns whether so many evaluations in a row had no lower held-out loss than one before; null: never."""
+        return patience is not None and self.num_worse >= patience
+
     @property
     def is_best(self) -> bool:
         """Whether no evaluation was better than that of this step, by the metric of `keep_best`."""
@@ -87,7 +99,10 @@ class TrainState:
             metric: keep_best, by which the best checkpoint is chosen, if one is.
         """
         self.evaluated = self.step
-        if metric and is_better(value := results[f"eval/{metric}"], self.best, metric):
+        self.num_worse += 1
+        if is_better(loss := results.get("eval/loss", math.nan), self.lowest, "loss"):
+            self.lowest, self.num_worse = {"step": self.step, "metric": "loss", "value": loss}, 0
+        if metric and self.step and is_better(value := results[f"eval/{metric}"], self.best, metric):
             self.best = {"step": self.step, "metric": metric, "value": value}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -108,6 +123,8 @@ class TrainState:
             "step": self.step,
             "evaluated": self.evaluated,
             "best": self.best,
+            "lowest": self.lowest,
+            "num_worse": self.num_worse,
             "origin": self.origin,
             "num_processes": self._world.size,
             "num_shards": self._world.num_shards if self._world.shards else 1,
@@ -153,11 +170,14 @@ class TrainState:
         if "cuda" in generators:
             torch.cuda.set_rng_state(generators["cuda"], self._world.device)
         self.step, self.evaluated, self.best = values["step"], values["evaluated"], values["best"]
+        self.lowest, self.num_worse = values.get("lowest"), values.get("num_worse", 0)  # earlier versions have neither
         self.origin = values["origin"] if _is_within(folder, run_dir) else str(folder.resolve())
         same_held_out = values["fingerprint"]["held_out"] == self.fingerprint["held_out"]
         same_metric = not self.best or self.best["metric"] == best_metric
         if not (same_held_out and same_metric):
-            self.evaluated = 0
+            self.evaluated = -1
+        if not same_held_out:
+            self.lowest, self.num_worse = None, 0
         if self.best and not (same_held_out and same_metric):
             self.best = None
         if self.best and not self.is_best:

@@ -44,6 +44,7 @@ WITH = {  # what the answer's keys need besides
     "loss.f_alpha": "loss=sigmoid loss.f_divergence=alpha", "keep_best": "dataset.val_fraction=0.5",
     "eval_every_n_steps": "dataset.val_fraction=0.5", "eval_every_n_epochs": "dataset.val_fraction=0.5",
     "lr_scheduler.num_warmup_steps": "~lr_scheduler.warmup_ratio", "eval_dataset.split": "eval_dataset=a",
+    "early_stop": "dataset.val_fraction=0.5 eval_every_n_steps=5",
     "optimizer": "optimizer.lr=1", "reference.dtype": "reference.checkpoint_dir=/x",
 }  # fmt: skip
 

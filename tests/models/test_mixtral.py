@@ -10,7 +10,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from helpers import ROOT, random_pairs, run_config, run_recipe, save_llama, save_pairs
+from helpers import ROOT, from_first_step, random_pairs, run_config, run_recipe, save_llama, save_pairs
 from helpers import SIZES as SIZES_OF_LLAMA
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
@@ -31,7 +31,6 @@ from pairtune.models import experts, mixtral
 from pairtune.models.logps import answer_logps, answer_scores
 from pairtune.pairs.batch import lay_out
 from pairtune.run import contract
-from pairtune.run.metrics import read_log
 
 ONE = World(torch.device("cpu"))
 SIZES = {
@@ -450,7 +449,7 @@ def test_two_processes_give_the_numbers_of_one(work):
     ]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, capture_output=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    log = read_log(folder / "metrics.jsonl")
+    log = from_first_step(folder / "metrics.jsonl")
     assert len(log) == len(expected)
     for row, wanted in zip(log, expected, strict=True):
         for key in row.keys() - {"pairs_per_second", "tokens_per_second", "peak_memory_gib"}:

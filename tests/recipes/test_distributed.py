@@ -14,11 +14,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ENVIRONMENT, ROOT, SHARDED_SIZES, random_pairs, run_recipe, save_llama, save_pairs, tiny_llama
+from helpers import (
+    ENVIRONMENT,
+    ROOT,
+    SHARDED_SIZES,
+    from_first_step,
+    random_pairs,
+    run_recipe,
+    save_llama,
+    save_pairs,
+    tiny_llama,
+)
 from safetensors.torch import load_file
 
 from pairtune.dist import World
 from pairtune.pairs.steps import Steps, share
+from pairtune.run import pair_log
 from pairtune.run.metrics import read_log
 from pairtune.run.resuming import complete_checkpoints
 
@@ -104,10 +115,13 @@ def test_any_number_of_processes_gives_the_numbers_of_one_device(work, single, m
         status, output = run(tune_run(work, num_processes, method, folder))
         assert status == 0, output[-3000:]
     single_folder, expected = single(method)
-    log = read_log(folder / "metrics.jsonl")
+    log = from_first_step(folder / "metrics.jsonl")
     assert [r["step"] for r in log if "loss" in r] == list(range(1, 11))
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert_same_numbers(log, expected)
+    verdicts = [json.loads((f / "verdict.json").read_text()) for f in (folder, single_folder)]
+    assert verdicts[0]["name"] == verdicts[1]["name"] and verdicts[0]["text"] == verdicts[1]["text"]
+    assert len(pair_log.read(folder / "pairs.bin")) == len(pair_log.read(single_folder / "pairs.bin")) > 0
     for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
         if (single_folder / "export" / name).exists():
             weights, wanted = (load_file(f / "export" / name) for f in (folder, single_folder))
@@ -151,7 +165,7 @@ def test_qlora_on_any_matrices_is_the_same_on_two_processes_and_merges_as_in_pef
     status, output = run(tune_run(work, 2, "qlora", tmp_path / "two", *settings))
     assert status == 0, output[-3000:]
     assert told in output
-    assert_same_numbers(read_log(tmp_path / "two" / "metrics.jsonl"), expected)
+    assert_same_numbers(from_first_step(tmp_path / "two" / "metrics.jsonl"), expected)
     exported = load_file(tmp_path / "two" / "export" / "model.safetensors")
     adapter = tmp_path / "two" / "export" / "adapter"
     adapted = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.float32)
@@ -191,7 +205,7 @@ def test_how_it_is_sharded_changes_no_number(work, single, method, num_processes
     folder = work / "setting"
     status, output = run(tune_run(work, num_processes, method, folder, *setting.split()))
     assert status == 0, output[-3000:]
-    assert_same_numbers(read_log(folder / "metrics.jsonl"), single(method)[1])
+    assert_same_numbers(from_first_step(folder / "metrics.jsonl"), single(method)[1])
 
 
 def test_compiled_layers_are_sharded_and_give_the_same_losses(work, single):
@@ -207,7 +221,7 @@ def test_without_torchrun_options_a_machine_without_gpus_runs_one_process(work, 
     at = command.index("--nproc_per_node")
     status, output = run(command[:at] + command[at + 2 :])
     assert status == 0, output[-3000:]
-    assert_same_numbers(read_log(work / "plain" / "metrics.jsonl"), single("lora")[1])
+    assert_same_numbers(from_first_step(work / "plain" / "metrics.jsonl"), single("lora")[1])
 
 
 def test_two_nodes_meet_by_rendezvous_and_give_the_same_numbers(work, single):
@@ -224,7 +238,7 @@ def test_two_nodes_meet_by_rendezvous_and_give_the_same_numbers(work, single):
     agents = [subprocess.Popen(command, env=ENVIRONMENT, **pipes) for _ in range(2)]
     outputs = [agent.communicate(timeout=200)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], "\n".join(o[-2000:] for o in outputs)
-    assert_same_numbers(read_log(folder / "metrics.jsonl"), single("lora")[1])
+    assert_same_numbers(from_first_step(folder / "metrics.jsonl"), single("lora")[1])
     assert sum(output.count("rows read") for output in outputs) == 2
 
 

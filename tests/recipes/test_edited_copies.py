@@ -3,10 +3,9 @@
 import json
 
 import pytest
-from helpers import random_pairs, run_config, save_llama, save_pairs
+from helpers import from_first_step, random_pairs, run_config, save_llama, save_pairs
 
 from pairtune.cli import main
-from pairtune.run.metrics import read_log
 
 CALL = """\
         losses, chosen_rewards, rejected_rewards = loss_fn(
@@ -91,7 +90,7 @@ def edited(inputs, tmp_path, edits):
 @pytest.mark.parametrize("edit", EDITS)
 def test_an_edited_copy_trains(inputs, tmp_path, edit):
     assert main(edited(inputs, tmp_path, EDITS[edit])) == 0
-    log = read_log(tmp_path / "run" / "metrics.jsonl")
+    log = from_first_step(tmp_path / "run" / "metrics.jsonl")
     first, last = log[0], [row for row in log if "loss" in row][-1]
     assert last["step"] == 4 and "eval/loss" in log[-1]
     if edit == "another logged metric":
@@ -117,7 +116,7 @@ def test_a_key_of_a_copy_is_typed_and_spell_checked(inputs, tmp_path, capsys, ov
     said = capsys.readouterr().err
     assert (status, words is None or words in said) == (2 if words else 0, True), said
     if not words:
-        assert read_log(tmp_path / "run" / "metrics.jsonl")[0]["loss"] == pytest.approx(2.5, abs=1e-5)
+        assert from_first_step(tmp_path / "run" / "metrics.jsonl")[0]["loss"] == pytest.approx(2.5, abs=1e-5)
 
 
 def test_what_is_wrong_with_an_edit_is_told_as_such(inputs, tmp_path, capsys):

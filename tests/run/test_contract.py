@@ -247,7 +247,9 @@ def test_a_run_that_diverges_stops_before_the_update_and_keeps_its_checkpoint(wo
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
     assert done.returncode == 1
     assert re.search(r"step 2: .*rows of this step: \[8, 9, 10, 11, 12, 13, 14, 15\]\) is not a", done.stderr)
-    assert [row["step"] for row in read_log(work / "run" / "metrics.jsonl")] == [1]
+    log = read_log(work / "run" / "metrics.jsonl")
+    assert [row["step"] for row in log if row["step"]] == [1, 2] and log[-1]["loss"] is None
+    assert json.loads((work / "run" / "verdict.json").read_text())["name"] == "diverged"
     assert [p.name for p in complete_checkpoints(work / "run" / "checkpoints")] == ["step_1"]
 
 

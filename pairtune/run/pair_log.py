@@ -1,0 +1,141 @@
+"""pairs.bin: what each pair came to whenever a run saw it, and the numbers that held-out pairs give together. No torch.
+
+A record a pair and look at it, of fixed length, appended: training pairs in the step that learns from them, before its
+update, and held-out pairs at every evaluation. What a kill has cut short is no record.
+
+P pairs.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pairtune.files import write_bytes
+
+FILE = "pairs.bin"
+RECORD = np.dtype(
+    [
+        ("step", "<u4"),
+        ("row", "<u4"),  # of the pair, in its source
+        ("is_held_out", "u1"),
+        ("chosen_length", "<u4"),  # scored tokens; 0: an unpaired row has no such answer
+        ("rejected_length", "<u4"),
+        ("loss", "<f4"),
+        ("chosen_reward", "<f4"),
+        ("rejected_reward", "<f4"),
+        ("chosen_logp", "<f4"),  # nats
+        ("rejected_logp", "<f4"),
+    ]
+)
+VALUES = RECORD.names[3:]  # what a run knows of a pair when it sees it
+LIKE_LENGTH = 0.2  # answers are of like length if they differ by at most this share of the longer one
+TIED = 1e-4  # margins that differ by less are all one, but for rounding: where the policy is the reference
+LOST = 0.01  # nats: an answer that lost less is as it was, but for rounding
+
+
+def records(step: int, seen: Sequence[tuple], *, is_held_out: bool) -> np.ndarray:
+    """Returns [P] RECORDs by row.
+
+    Args:
+        seen: From metrics.Meter.take_pairs: row and VALUES of each pair.
+    """
+    table = np.array(
+        [(step, row, is_held_out, *values) for row, *values in sorted(seen, key=lambda pair: pair[0])], RECORD
+    )
+    for answer in ("chosen", "rejected"):
+        for value in ("reward", "logp"):
+            table[f"{answer}_{value}"][table[f"{answer}_length"] == 0] = np.nan
+    return table
+
+
+def read(path: Path) -> np.ndarray:
+    """Returns the RECORDs of a file in the order in which they were made; none where there is no file."""
+    content = path.read_bytes() if path.exists() else b""
+    return np.frombuffer(content[: len(content) // RECORD.itemsize * RECORD.itemsize], RECORD)
+
+
+def keep(path: Path, step: int, evaluated: int) -> None:
+    """Leaves the records of training up to a step, and of evaluations up to another."""
+    table = read(path)
+    last = np.where(table["is_held_out"] == 1, evaluated, step)
+    write_bytes(path, table[table["step"].astype(np.int64) <= last].tobytes())
+
+
+def margins(table: np.ndarray) -> np.ndarray:
+    """Returns chosen reward - rejected reward, [P]; NaN of an unpaired row."""
+    return table["chosen_reward"].astype(np.float64) - table["rejected_reward"]
+
+
+def held_out_numbers(now: np.ndarray, start: np.ndarray) -> dict[str, float]:
+    """Returns what an evaluation's pairs say together beside means, as metrics.jsonl names it: see docs/run_folder.md.
+
+    The same on any number of processes: sums are made in the pairs' order, in float64.
+
+    Args:
+        now: RECORDs of one evaluation.
+        start: Of the evaluation before the first step; empty where there was none.
+    """
+    found = {"pairs": int(((now["chosen_length"] > 0) & (now["rejected_length"] > 0)).sum())}
+    if len(now) > 1:
+        found["loss_stderr"] = float(now["loss"].std(ddof=1, dtype=np.float64) / np.sqrt(len(now)))
+    return {f"eval/{name}": value for name, value in (found | _of_lengths(now) | _lost(now, start) | _auc(now)).items()}
+
+
+def _of_lengths(now: np.ndarray) -> dict[str, float]:
+    now = now[(now["chosen_length"] > 0) & (now["rejected_length"] > 0)]
+    if not len(now):
+        return {}
+    margin = margins(now)
+    longer = now["chosen_length"].astype(np.float64) - now["rejected_length"]  # tokens
+    alike = np.abs(longer) <= LIKE_LENGTH * np.maximum(now["chosen_length"], now["rejected_length"])
+    found = {
+        "length_baseline": float(max((longer > 0).mean(), (longer < 0).mean())),
+        "like_length/pairs": int(alike.sum()),
+    }
+    if alike.any():
+        found["like_length/accuracies"] = float((margin[alike] > 0).mean())
+    if margin.std() > TIED and longer.std() > 0:
+        found["length_correlation"] = float(np.corrcoef(margin, longer)[0, 1])
+        at_like, stderr = _intercept(longer, margin)
+        found |= {"length_controlled/margins": at_like, "length_controlled/stderr": stderr}
+    return found
+
+
+def _intercept(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """Returns the least squares line's value at x = 0, and its standard error."""
+    spread = ((x - x.mean()) ** 2).sum()
+    slope = ((x - x.mean()) * y).sum() / spread
+    at_zero = y.mean() - slope * x.mean()
+    variance = ((y - at_zero - slope * x) ** 2).sum() / max(1, len(x) - 2)
+    return float(at_zero), float(np.sqrt(variance * (1 / len(x) + x.mean() ** 2 / spread)))
+
+
+def _lost(now: np.ndarray, start: np.ndarray) -> dict[str, float]:
+    """How chosen answers have fared since before the first step."""
+    rows, first = np.unique(start["row"], return_index=True)
+    now = now[(now["chosen_length"] > 0) & np.isin(now["row"], rows)]
+    if not len(now):
+        return {}
+    before = start[first[np.searchsorted(rows, now["row"])]]["chosen_logp"].astype(np.float64)
+    lost = before - now["chosen_logp"]
+    return {
+        "answers": len(now),
+        "chosen_lost/share": float((lost > LOST).mean()),
+        "chosen_lost/nats_per_token": float((lost / now["chosen_length"]).mean()),
+    }
+
+
+def _auc(now: np.ndarray) -> dict[str, float]:
+    """Of unpaired rows: how often a desirable answer has the higher reward of two, ties for half."""
+    if ((now["chosen_length"] > 0) & (now["rejected_length"] > 0)).any():
+        return {}
+    desirable = np.sort(now["chosen_reward"][now["chosen_length"] > 0])
+    undesirable = now["rejected_reward"][now["rejected_length"] > 0]
+    if not (len(desirable) and len(undesirable)):
+        return {}
+    above = [len(desirable) - np.searchsorted(desirable, undesirable, side) for side in ("left", "right")]
+    return {
+        "auc": float((above[0] + above[1]).mean() / 2 / len(desirable)),
+        "auc/answers": min(len(desirable), len(undesirable)),
+    }
