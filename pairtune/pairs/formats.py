@@ -128,19 +128,20 @@ def detect_format(
     unpaired = "; ".join(str(form) for form in FORMATS if not form.is_paired)
     formats = "\n".join([*formats, f"  for losses of single answers: {unpaired}"])
     named = f"If a column only has another name, say so: {key}.columns.prompt=THEIR_NAME, and so on."
-    several = f"For two answers and which of them is better, one line says it: {line}" if line else ""
+    several = f"If it is something like this, say so: {line}" if line else ""
     raise UserError(
         f"{source}: no known format of preference pairs. Columns found, and what the first row holds:\n{found}\n"
         f"Formats known:\n{formats}\n{several or named}"
     )
 
 
-def fitting_format(first_rows: list[dict]) -> Format | None:
-    """Returns the first of FORMATS that fits a row with nothing missing, or else the first row; None if none does."""
+def fitting_format(first_rows: list[dict], formats: list[Format] | None = None) -> Format | None:
+    """Returns the first of the formats, FORMATS if none are given, that fits a row with nothing missing, or else the
+    first row; None if none does."""
     known = {column for form in FORMATS for column in form.columns}
     full = (row for row in first_rows if all(row.get(column) is not None for column in known & set(row)))
     for row in (next(full, first_rows[0]), *first_rows):
-        for form in FORMATS:
+        for form in FORMATS if formats is None else formats:
             if form.matches(_under_one_name(row)):
                 return form
     return None
@@ -234,6 +235,19 @@ FORMATS = [
         {"input": TEXT},
         is_paired=False,
     ),
+]  # fmt: skip
+# One answer a row and nothing that says how good it is: good, but where the column says otherwise. Looked for last.
+SINGLE = [
+    Format("better answers alone", readers.from_one_answer, {"prompt": f"{TEXT}|messages", "chosen": ANSWER},
+           is_paired=False),
+    Format("worse answers alone", readers.from_one_answer, {"prompt": f"{TEXT}|messages", "rejected": ANSWER},
+           is_paired=False),
+    Format("answers alone", readers.from_one_answer, {"prompt": f"{TEXT}|messages", "completion": ANSWER},
+           is_paired=False),
+    Format("conversations alone", readers.from_one_conversation, {"messages": "messages"}, is_paired=False),
+    Format("ShareGPT alone", readers.from_one_conversation, {"conversations": "messages"}, is_paired=False),
+    Format("instruction with an answer", readers.from_one_instruction, {"instruction": TEXT, "output": TEXT},
+           {"input": TEXT}, is_paired=False),
 ]  # fmt: skip
 OUR_COLUMNS = [
     *dict.fromkeys(name for form in FORMATS for name in [*form.columns, *form.optional]),

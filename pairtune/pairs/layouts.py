@@ -20,6 +20,7 @@ CHOICES += ("best", "selected", "better_response_id", "human_preference")
 _VOTES = re.compile(r"(annotator|rater|judge|vote|label)_?\d+")
 _STEM_AND_SUFFIX = re.compile(r"(.*?)[_ ]?(\d+|[A-Za-z]|first|second|left|right)")
 _FEW = 4  # values that a column of choices may have, ties included
+_SHORT = 12  # characters of such a value, where nothing else tells it from an answer
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,15 @@ LAYOUTS = (
         ("context", "completions"),
         {"prompt": "context", "answers": "completions.*.completion", "ranks": "completions.*.rank"},
     ),
-    Layout("NeMo-Aligner's", ("prompt", "chosen_response", "rejected_response"),
-           {"prompt": "prompt", "chosen": "chosen_response", "rejected": "rejected_response"}),
     Layout(
         "HelpSteer's preferences",
         ("context", "response1", "response2", "overall_preference"),
         {"prompt": "context", "answers": _two("response1", "response2"), "preference": "overall_preference"},
+    ),
+    Layout(
+        "HelpSteer 2's preferences",
+        ("prompt", "response_1", "response_2", "preference_strength"),
+        {"prompt": "prompt", "answers": _two("response_1", "response_2"), "preference": "preference_strength"},
     ),
     Layout("Nectar's ranked answers", ("prompt", "answers"),
            {"prompt": "prompt", "answers": "answers.*.answer", "ranks": "answers.*.rank"}),
@@ -87,10 +91,24 @@ LAYOUTS = (
         ("question", "answer_0", "answer_1", "score_0", "score_1"),
         {"prompt": "question.full_text", "answers": _two("answer_0", "answer_1"), "scores": _two("score_0", "score_1")},
     ),
-    Layout("a question with answers", ("question", "chosen", "rejected"), {"prompt": "question"}),
-    Layout("a query with answers", ("query", "chosen", "rejected"), {"prompt": "query"}),
-    Layout("an input with answers", ("input", "chosen", "rejected"), {"prompt": "input"}),
 )  # fmt: skip
+# Two answers under other names, of which it is plain which is better; and a question beside them
+_BETTER_AND_WORSE = (
+    ("chosen", "rejected"), ("chosen_response", "rejected_response"), ("chosen_answer", "rejected_answer"),
+    ("response_chosen", "response_rejected"), ("chosen_messages", "rejected_messages"), ("preferred", "dispreferred"),
+    ("preferred_response", "dispreferred_response"), ("preferred_output", "non_preferred_output"),
+    ("messages", "rejected_messages"), ("accepted", "rejected"),
+)  # fmt: skip
+_ASKED = ("prompt", "instruction", "question", "query", "input")
+LAYOUTS += tuple(
+    Layout(
+        f"{question} with {better} and {worse}" if question else f"{better} and {worse}",
+        (*((question,) if question else ()), better, worse),
+        {"chosen": better, "rejected": worse} | ({"prompt": question} if question in _ASKED[2:] else {}),
+    )
+    for better, worse in _BETTER_AND_WORSE
+    for question in (*_ASKED, "")
+)
 
 
 def known_layouts(column_names: Iterable[str]) -> list[Layout]:
@@ -112,7 +130,7 @@ def guess(rows: Sequence[dict], values_of: Callable[[str], Iterable]) -> tuple[d
     kinds = {name: kind_of(value) for name, value in _fullest(rows).items()}
     answers = _two_answers(kinds)
     if answers is None:
-        return {}, False
+        return _likely(kinds, values_of), False
     described: dict = {"answers": list(answers)}
     texts = [name for name in kinds if kinds[name] in ("text", "transcript", "messages") and name not in answers]
     question = next((name for name in QUESTIONS if name in texts), None)
@@ -133,6 +151,25 @@ def guess(rows: Sequence[dict], values_of: Callable[[str], Iterable]) -> tuple[d
         if column in CHOICES or column == others[-1]:
             return described | {"choice": {column: sorted(values - set(TIE_WORDS))[:2]}}, False
     return described, False
+
+
+def _likely(kinds: dict[str, str], values_of: Callable[[str], Iterable]) -> dict:
+    """Returns the likeliest description of columns whose names say nothing: the question, two answers, a choice."""
+    texts = [name for name, kind in kinds.items() if kind in ("text", "transcript", "message", "messages")]
+    few = {}
+    for name in kinds:
+        values = values_in(values_of(name))
+        if values is not None and max(map(len, values)) <= _SHORT:
+            few[name] = sorted(values - set(TIE_WORDS))[:2]
+    choice = next((name for name in (*CHOICES, *reversed(few)) if name in few), None)
+    texts = [name for name in texts if name != choice]
+    question = next((name for name in QUESTIONS if name in texts), texts[0] if texts else None)
+    answers = [name for name in texts if name != question][:2]
+    if len(answers) < 2:
+        return {}
+    if choice is None:
+        return {"prompt": question, "chosen": answers[0], "rejected": answers[1]}
+    return {"prompt": question, "answers": answers, "choice": {choice: few[choice]}}
 
 
 def names_of(answers: Sequence[str], values: set[str]) -> Choice | None:

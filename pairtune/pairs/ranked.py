@@ -3,6 +3,7 @@ answer makes a pair with the best one; a tie makes none."""
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pairtune.errors import UserError
@@ -163,6 +164,20 @@ def from_tree(row: dict) -> list[Ranked]:
     if not found:
         raise Skip("no ranked replies")
     return found
+
+
+def trees_of(messages: Iterable[dict]) -> tuple[list[dict], list[int]]:
+    """Returns Open Assistant's trees of its messages, which are a row each and name their parents; and the number of
+    each tree's first message."""
+    nodes = {row["message_id"]: {**row, "replies": []} for row in messages}
+    trees, numbers = [], []
+    for number, node in enumerate(nodes.values()):
+        if node.get("parent_id") is None:
+            trees.append({"message_tree_id": node.get("message_tree_id") or node["message_id"], "prompt": node})
+            numbers.append(number)
+        elif node["parent_id"] in nodes:
+            nodes[node["parent_id"]]["replies"].append(node)
+    return trees, numbers
 
 
 def _read(row: dict, scores: list[float]) -> Ranked | Example:

@@ -162,6 +162,27 @@ def from_labelled_instruction(row: dict) -> Example:
     return labelled(row, instruction(row), row["output"])
 
 
+def from_one_answer(row: dict) -> Example:
+    (column,) = {"chosen", "rejected", "completion"} & row.keys()
+    prompt = row["prompt"]
+    if isinstance(prompt, list):
+        messages = [read_message(raw) for raw in prompt]
+    else:
+        messages = transcript_turns(prompt) if prompt.startswith("\n\nHuman:") else user(prompt)
+    answer = answer_of(row[column], column, messages, system(row))
+    written = (prompt, answer) if isinstance(prompt, str) and isinstance(answer, str) else None
+    return labelled({"label": column != "rejected"}, messages, answer, written)
+
+
+def from_one_conversation(row: dict) -> Example:
+    column = "messages" if "messages" in row else "conversations"
+    return from_labelled_conversation({**row, "label": True}, column)
+
+
+def from_one_instruction(row: dict) -> Example:
+    return from_labelled_instruction({**row, "label": True})
+
+
 def _last_turn(transcript: str) -> tuple[str, str]:
     """Returns the text up to and with the last "Assistant:", and the text after it."""
     before, opening, answer = transcript.rpartition("\n\nAssistant:")

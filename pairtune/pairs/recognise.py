@@ -6,40 +6,55 @@ from dataclasses import replace
 from functools import partial
 
 from pairtune.errors import UserError
-from pairtune.pairs.formats import Format, detect_format, fitting_format
+from pairtune.pairs.formats import SINGLE, Format, detect_format, fitting_format
 from pairtune.pairs.layouts import guess, known_layouts, names_of, values_in
-from pairtune.pairs.ranked import TIE_WORDS, Choice, as_word, from_choice
+from pairtune.pairs.ranked import TIE_WORDS, Choice, as_word, from_choice, trees_of
 from pairtune.pairs.rows import Rows
 
 FIRST = 10  # rows that are looked at
+MESSAGES_OF_TREES = {"message_id", "parent_id", "text", "role", "rank"}  # Open Assistant's, a message a row
 
 
-def recognise(rows: Rows, key: str) -> tuple[Format, Rows]:
+def recognise(rows: Rows, key: str, *, single: bool = False) -> tuple[Format, Rows]:
     """Returns the form of rows, and the rows under our names of columns.
 
+    Args:
+        single: One answer a row will do, without a label.
+
     Raises:
-        UserError: It is unknown. The message shows the columns found, and the line that would describe them.
+        UserError: It is unknown. The message shows the columns found, and a line that may describe them.
     """
-    form = fitting_format(list(rows.first(FIRST)))
-    if form and form.example is not from_choice:
-        return form, rows
-    if form is None and not rows.columns:
+    if set(rows.found) >= MESSAGES_OF_TREES and not rows.columns:
+        rows = _as_trees(rows)
+    form = _fits(rows)
+    if form:
+        return _with_choice(form, rows, key), rows
+    if not rows.columns:
         for layout in known_layouts(rows.found):
             renamed = rows.under(layout.columns)
-            form = fitting_format(list(renamed.first(FIRST)))
+            form = _fits(renamed)
             if form:
                 return replace(_with_choice(form, renamed, key), name=layout.name), renamed
-    described, is_sure = {}, False
-    if form is None:
-        described, is_sure = guess(list(rows.first(FIRST)), rows.cells)
-        renamed = rows.under({**rows.columns, **described}) if described else rows
-        form = fitting_format(list(renamed.first(FIRST))) if is_sure else None
-    else:
-        renamed = rows
+    described, is_sure = guess(list(rows.first(FIRST)), rows.cells)
+    if is_sure:
+        renamed = rows.under({**rows.columns, **described})
+        form = _fits(renamed)
+        if form:
+            return _with_choice(form, renamed, key), renamed
+    form = fitting_format(list(rows.first(FIRST)), SINGLE) if single else None
     if form:
-        return _with_choice(form, renamed, key), renamed
+        return form, rows
     line = f"{key}.columns={_written(described)}" if described else ""
     return detect_format(rows.column_names, list(rows.first(FIRST)), source=rows.source, key=key, line=line), rows
+
+
+def _fits(rows: Rows) -> Format | None:
+    return fitting_format(list(rows.first(FIRST)))
+
+
+def _as_trees(rows: Rows) -> Rows:
+    trees, numbers = trees_of(rows)
+    return Rows(trees, source=rows.source, numbers=[rows.numbers[number] for number in numbers])
 
 
 def _with_choice(form: Format, rows: Rows, key: str) -> Format:

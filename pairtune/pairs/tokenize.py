@@ -209,7 +209,7 @@ def _check_policies(on_bad_row: str, rejected: str, key: str) -> None:
 
 
 def _format_of(rows: Rows, key: str, *, unpaired: bool) -> tuple[Format, Rows]:
-    form, rows = recognise(rows, key)
+    form, rows = recognise(rows, key, single=unpaired)
     if not (form.is_paired or unpaired):
         raise UserError(
             f"{key}: {rows.source} holds answers with a label ({', '.join(form.columns)}), and this loss compares the "

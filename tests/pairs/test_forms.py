@@ -79,7 +79,10 @@ PUBLISHED = {
                                              {"rank": 0, "completion": [says("B")]}]}],
         1,
     ),
-    "NeMo-Aligner's": ([{"prompt": "Q", "chosen_response": "B", "rejected_response": "W", "chosen_reward": 1.0}], 1),
+    "prompt with chosen_response and rejected_response": (
+        [{"prompt": "Q", "chosen_response": "B", "rejected_response": "W", "chosen_reward": 1.0}],
+        1,
+    ),
     "OpenAI's preferences": (
         [{"input": {"messages": [USER], "tools": [], "parallel_tool_calls": True}, "preferred_output": [says("B")],
           "non_preferred_output": [says("W")]}],
@@ -105,7 +108,19 @@ PUBLISHED = {
           "score_1": -0.5}],
         1,
     ),
-    "a question with answers": ([{"system": "", "question": "Q", "chosen": "B", "rejected": "W"}], 1),
+    "HelpSteer 2's preferences": (
+        [{"prompt": "Q", "response_1": "W", "response_2": "B", "preference_strength": 3, "split": "train"}],
+        1,
+    ),
+    "messages and rejected_messages": (
+        [{"messages": [USER, says("B")], "rejected_messages": [USER, says("W")]}],
+        1,
+    ),
+    "instruction with preferred and dispreferred": (
+        [{"instruction": "Q", "input": "", "preferred": "B", "dispreferred": "W"}],
+        1,
+    ),
+    "question with chosen and rejected": ([{"system": "", "question": "Q", "chosen": "B", "rejected": "W"}], 1),
 }  # fmt: skip
 
 
@@ -149,6 +164,49 @@ def test_a_tree_makes_a_pair_of_the_best_reply_with_each_other_at_every_question
     form, rows = recognise(Rows([TREE]), "dataset")
     turns = [[turn["role"] for turn in example.prompt] for example in form.read(rows[0])]
     assert turns == [["user"], ["user", "assistant", "user"], ["user", "assistant", "user"]]
+
+
+def messages_of(tree):
+    """A tree as Open Assistant's files of messages have it: a message a row."""
+    rows = []
+
+    def visit(node, parent):
+        number = f"m{len(rows)}"
+        rows.append({"message_id": number, "parent_id": parent, "message_tree_id": "t", "text": node["text"],
+                     "role": node["role"], "rank": node.get("rank"), "lang": "en", "deleted": False})  # fmt: skip
+        for reply in node.get("replies", []):
+            visit(reply, number)
+
+    visit(tree["prompt"], None)
+    return rows
+
+
+def test_a_tree_that_is_written_a_message_a_row_makes_the_same_pairs(chatml):
+    rows = messages_of(TREE)
+    assert len(rows) == 8
+    assert read(rows)[0] == read([TREE])[0]
+    other = [{**row, **{k: f"x{row[k]}" for k in ("message_id", "parent_id") if row[k]}} for row in rows]
+    pairs, report = tokenize([*rows, *other], chatml)
+    assert [pair.row for pair in pairs] == [0, 0, 0, 8, 8, 8] and report.num_rows == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "chosen", "rejected"),
+    [
+        ({"prompt": "Q", "completion": "B"}, "B", None),
+        ({"prompt": [USER], "chosen": [says("B")]}, "B", None),
+        ({"prompt": "Q", "rejected": "W"}, None, "W"),
+        ({"messages": [USER, says("B")]}, "B", None),
+        ({"instruction": "Q", "input": "", "output": "B"}, "B", None),
+    ],
+)
+def test_rows_of_one_answer_without_a_label_are_for_losses_of_single_answers(chatml, row, chosen, rejected):
+    (pair,), report = tokenize([row], chatml, unpaired=True)
+    label = {"prompt": "Q", "completion": chosen or rejected, "label": rejected is None}
+    assert pair == tokenize([label], chatml, unpaired=True)[0][0]
+    assert report.num_desirable == int(rejected is None)
+    with pytest.raises(UserError, match="no known format"):
+        tokenize([row], chatml)
 
 
 def test_several_rejected_answers_make_a_pair_each_or_the_best_or_the_worst():
@@ -227,6 +285,11 @@ def test_one_line_of_columns_describes_what_is_not_recognised(row, columns):
         ([{"prompt": "Q", "output_1": "x", "output_2": "y", "label": 0}, {"prompt": "Q", "output_1": "x",
           "output_2": "y", "label": 1}],
          "dataset.columns={prompt: prompt, answers: [output_1, output_2], choice: {label: [0, 1]}}"),
+        ([{"q": "Q", "l": "x", "r": "y", "won": "L"}, {"q": "Q", "l": "x", "r": "y", "won": "R"}],
+         "dataset.columns={prompt: q, answers: [l, r], choice: {won: [l, r]}}"),
+        ([{"problem": f"Is it {n}, or another number?", "good": f"It is {n}, I think.", "bad": f"It is not {n}."}
+          for n in range(9)],
+         "dataset.columns={prompt: problem, chosen: good, rejected: bad}"),
     ],
 )  # fmt: skip
 def test_the_error_shows_the_line_filled_in_where_values_do_not_name_an_answer(rows, line):
