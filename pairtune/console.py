@@ -187,6 +187,7 @@ class Progress:
         initial: int = 0,
         shown: bool = True,
         in_bytes: bool = False,
+        unit: str = "",
         stays: bool = False,
         every_s: float = 30.0,
     ):
@@ -196,15 +197,17 @@ class Progress:
             total, initial: Of what `update` counts: all, and what there was before.
             shown: False: nothing is told, as in a process that is not the main one.
             in_bytes: It counts bytes.
+            unit: What it counts, to tell how many a second.
             stays: The bar stays on the screen when it ends.
             every_s: Without a terminal, a line after so many seconds; nothing if it is over before.
         """
         self._doing, self._total, self._n, self._initial = doing, total, initial, initial
         self._scale, self._every_s, self._lock = in_bytes, every_s, threading.Lock()
+        self._unit = unit
         self._began = self._told = time.monotonic()
         self._bar, self._lines, self._last = None, shown and not is_terminal(), None
         if shown and not self._lines:
-            how = {"unit": "B", "unit_scale": True} if in_bytes else {}
+            how = {"unit": "B", "unit_scale": True} if in_bytes else {"unit": f" {unit}"} if unit else {}
             how["file"] = _Bars(sys.stderr) if isinstance(sys.stderr, _Stream) else None
             self._bar = tqdm(desc=doing, total=total, initial=initial, leave=stays, dynamic_ncols=True, **how)
 
@@ -256,7 +259,11 @@ class Progress:
     def _so_far(self) -> str:
         if self._scale:
             return f"{self._n / 1e9:.2f} of {self._total / 1e9:.2f} GB"
-        return f"{self._n:,} of {self._total:,}"
+        rate = ""
+        if self._unit:
+            passed = max(1e-9, time.monotonic() - self._began)
+            rate = f" {self._unit}, {(self._n - self._initial) / passed:,.0f} {self._unit}/s"
+        return f"{self._n:,} of {self._total:,}{rate}"
 
     def _left(self) -> str:
         done = self._n - self._initial

@@ -58,7 +58,7 @@ DEFAULTS = {
     "optimizer": {"_component_": "torch.optim.AdamW", "lr": 5e-6, "weight_decay": 0.0},
     "decay_norms_and_biases": False,  # true: weight_decay shrinks parameters of one dimension, too
     # The pairs
-    "dataset": {**keys.ROWS, "val_fraction": None},  # val_fraction=0.1 holds out the last tenth for evaluation
+    "dataset": {**keys.ROWS, **keys.TOKENS, "val_fraction": None},  # val_fraction=0.1 holds out the last tenth
     "eval_dataset": {**keys.ROWS, "source": None},  # null: val_fraction, or no evaluation
     "max_length": 1024,  # tokens of prompt and longer answer
     "max_prompt_length": 512,  # tokens of the prompt; null: max_length alone decides
@@ -106,7 +106,7 @@ def main(cfg):
     train, held_out = read_train_and_held_out(cfg.dataset, cfg.eval_dataset, tokenizer, world, *budget)
     total_steps = count_steps(len(train), cfg.pairs_per_step, cfg.epochs, cfg.max_steps)
     # What says `auto` is chosen by the device's memory and the work to do; none of it changes a result
-    work = choosing.work([*train, *held_out], loss_fn, cfg.max_length, cfg.pairs_per_step, total_steps)
+    work = choosing.work(train + held_out, loss_fn, cfg.max_length, cfg.pairs_per_step, total_steps)
     asked = {key: cfg[key] for key in choosing.KEYS}
     how = choosing.choose_and_execute(asked, work, model, reference, cfg.optimizer, world)
     cfg.update(how.keys)  # for config.yaml
@@ -117,7 +117,7 @@ def main(cfg):
     def batch_of(pairs):
         return lay_out(pairs, how.row_length, score_end=cfg.score_end).to(world.device)
 
-    contract.check_pairs([*train, *held_out], tokenizer, score_end=cfg.score_end)
+    contract.check_pairs(train + held_out, tokenizer, score_end=cfg.score_end)
     contract.check_router(model, cfg.router_aux_loss_coef)
     contract.check_loss(loss_fn, train, held_out, pairs_per_step=cfg.pairs_per_step, keep_best=cfg.keep_best)
     reference.check_moves(total_steps)

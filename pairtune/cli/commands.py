@@ -272,27 +272,31 @@ def download(argv: list[str]) -> int:
 
 
 def cache(argv: list[str]) -> int:
-    """List or remove what references said of pairs: tune cache ls; tune cache rm KEY, or --all.
+    """List or remove what runs keep for others: tune cache ls; tune cache rm KEY, or --all.
 
-    Runs with the same reference weights and pairs share it; what is removed is computed again when it is needed.
+    Tokens of rows, and what references said of pairs. What is removed is computed again when it is needed.
     """
     parser = parser_of(cache)
     parser.add_argument("action", choices=["ls", "rm"])
     parser.add_argument("keys", metavar="KEY", nargs="*", help="for rm: as ls shows them")
     parser.add_argument("--all", action="store_true", help="for rm: every entry")
-    parser.add_argument("--cache-dir", type=Path, metavar="DIR", help="default: ~/.cache/pairtune/reference")
+    where = "of both; default: reference and tokens in ~/.cache/pairtune"
+    parser.add_argument("--cache-dir", type=Path, metavar="DIR", help=where)
     args = parser.parse_args(argv)
     if args.action == "ls" and (args.keys or args.all):
         raise UserError("cache ls: takes no key and no --all; it lists every entry")
     if args.action == "rm" and bool(args.keys) == args.all:
         raise UserError("cache rm: takes keys, or --all; `tune cache ls` lists them")
+    from pairtune.pairs import kept
     from pairtune.reference import cache as reference_cache
 
-    folder = reference_cache.find_folder(args.cache_dir)
-    if args.action == "ls":
-        print(reference_cache.table(folder))
-    else:
-        print("\n".join(f"Removed {key}" for key in reference_cache.remove(folder, args.keys)))
+    for found in (reference_cache, kept):
+        folder = found.find_folder(args.cache_dir)
+        keys = [key for key in args.keys if key.startswith(kept.PREFIX) == (found is kept)]
+        if args.action == "ls":
+            print(found.table(folder))
+        elif keys or args.all:
+            print("\n".join(f"Removed {key}" for key in found.remove(folder, keys)))
     return 0
 
 

@@ -90,6 +90,7 @@ _MODULES = Rule(
 )
 _LOGGER = "torchtune.training.metric_logging.TensorBoardLogger"
 _MOVE = Rule(lambda v: 0 < v <= 1, "above 0 and at most 1", lambda v: 1.0, float)
+_FOLDER = Rule(lambda v: v is False or isinstance(v, str) and v, "a folder, null or false", None, object)
 _EPOCHS = Rule(lambda v: 0 < v <= 1_000_000, "above 0, such as 1, 3 or 0.5", lambda v: 1, float)
 _FRACTION = Rule(lambda v: 0 < v < 1, "above 0 and below 1, such as 0.1", None, float)
 
@@ -378,8 +379,18 @@ _ROWS = (
         one_of("drop", "trim_prompt", "error"),
     ),
 )
+_TOKENS = (
+    Key(
+        "cache_dir",
+        None,
+        "where tokens are kept for other runs; null: ~/.cache/pairtune/tokens; false: nowhere",
+        _FOLDER,
+        "yes",
+    ),
+)
 _PAIRS = (
     Key("dataset", resume="by result"),
+    *(replace(row, name=f"dataset.{row.name}") for row in _TOKENS),
     *(replace(row, name=f"dataset.{row.name}") for row in _ROWS),
     Key("dataset.val_fraction", rule=_FRACTION, nullable=True),
     Key("eval_dataset", resume="yes", nullable=True),
@@ -405,6 +416,7 @@ DISTRIBUTED = _defaults(_DISTRIBUTED)
 FILES = _defaults(_FILES)
 REFERENCE = _defaults(_REFERENCE, "reference.")  # of the block `reference`, but for its name
 ROWS = _defaults(_ROWS)  # of the blocks `dataset` and `eval_dataset`
+TOKENS = _defaults(_TOKENS)  # of `dataset`, for both
 
 KEYS = {row.name: row for row in (*_RUN, *_DISTRIBUTED, *_FILES, *_LEARNING, *_REFERENCE, *_PAIRS)}
 

@@ -5,6 +5,7 @@ import re
 from pairtune.errors import UserError
 from pairtune.pairs.example import Example
 from pairtune.pairs.messages import text_of
+from pairtune.pairs.report import Report
 
 # How a turn begins in the templates of one family of models or another
 OPENINGS = (
@@ -37,27 +38,27 @@ class AlreadyRendered:
         self._pattern = re.compile(rf"\s*(?:{'|'.join(map(re.escape, begins))})?\s*{any_of}")
         self._is_plain, self._as = tokenizer.is_plain, tokenizer.special_tokens_in_text
         self._is_torchtunes = tokenizer.folder is None
-        self.rows: list[int] = []
 
-    def look(self, example: Example, row: int) -> None:
-        """Remembers a row whose prompt is rendered. A question about such a token does not begin with it."""
+    def look(self, example: Example, row: int, report: Report) -> None:
+        """Enters a row whose prompt is rendered in the report. A question about such a token does not begin with it."""
         if self._pattern.match(text_of(example.prompt[-1])) and not (self._is_plain and self._as == "control"):
-            self.rows.append(row)
+            report.rendered.append(row)
 
-    def check(self, source: str, num_rows: int) -> None:
+    def check(self, report: Report) -> None:
         """Refuses prompts of which more than a few are rendered.
 
         Raises:
             UserError: With the two settings that take them as they are.
         """
-        if len(self.rows) <= MOST * num_rows:
+        rows, num_rows = report.rendered, report.num_rows
+        if len(rows) <= MOST * num_rows:
             return
-        shown = ", ".join(map(str, self.rows[:3])) + (", ..." if len(self.rows) > 3 else "")
+        shown = ", ".join(map(str, rows[:3])) + (", ..." if len(rows) > 3 else "")
         settings = "tokenizer.chat_template=plain tokenizer.special_tokens_in_text=control"
         if self._is_torchtunes:
             settings = f"tokenizer._component_=pairtune.tokenizer.hf_tokenizer {settings}"
         raise UserError(
-            f"{source}: {len(self.rows):,} of {num_rows:,} prompts are rendered with a chat template already (row "
+            f"{report.source}: {len(rows):,} of {num_rows:,} prompts are rendered with a chat template already (row "
             f"{shown}): its special tokens are in their text, and would be written twice, and as ordinary characters. "
             f"Take them as they are: {settings}"
         )

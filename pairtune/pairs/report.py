@@ -1,5 +1,7 @@
 """What became of a source's rows, as a table and in sentences."""
 
+import hashlib
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -34,6 +36,7 @@ class Report:
     turns: list[int] = field(default_factory=list)  # rows whose prompt is more than a question
     thoughts: list[int] = field(default_factory=list)  # rows whose answers hold thoughts beside their text
     several_turns: list[int] = field(default_factory=list)  # rows whose answers hold what tools return
+    rendered: list[int] = field(default_factory=list)  # rows whose prompt a template has been through already
     respaced: list[int] = field(default_factory=list)  # rows whose answers the template writes with other white space
     served_apart: list[int] = field(default_factory=list)  # rows whose conversation does not begin as it is served
     opened: list[int] = field(default_factory=list)  # rows whose answers the template begins with words of its own
@@ -150,8 +153,15 @@ class Report:
 
 def count_overlap(train: list, held_out: list) -> int:
     """Returns how many held-out pairs have prompt and chosen (or only) answer in common with a training pair."""
-    seen = {(tuple(pair.prompt), tuple(pair.chosen or pair.rejected)) for pair in train}
-    return sum((tuple(pair.prompt), tuple(pair.chosen or pair.rejected)) in seen for pair in held_out)
+
+    def told_by(pair) -> bytes:
+        tokens = array("q", [len(pair.prompt), *pair.prompt, *(pair.chosen or pair.rejected)])
+        return hashlib.blake2b(tokens, digest_size=16).digest()
+
+    if not len(held_out):
+        return 0
+    seen = set(map(told_by, train))
+    return sum(told_by(pair) in seen for pair in held_out)
 
 
 def notes_of(report: Report, tokenizer, max_length: int, max_prompt_length: int | None) -> list[str]:

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 import torch
@@ -20,7 +21,7 @@ class Steps:
 
     def __init__(
         self,
-        pairs: list[Pair],
+        pairs: Sequence[Pair],
         pairs_per_step: int,
         batch_size: int,
         world: World,
@@ -71,7 +72,9 @@ class Steps:
         """Returns a micro-batch for each process: of the pairs with most tokens, as many as a device holds."""
         batches: list[list[Pair]] = [[] for _ in range(self._world.size)]
         room = [self._rows or sys.maxsize] * len(batches)
-        for pair in sorted(self._pairs, key=document_length, reverse=True):
+        lengths = [document_length(pair) for pair in self._pairs]
+        for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+            pair = self._pairs[i]
             limit = sys.maxsize if self._rows else self._batch_size
             n = next((n for n, b in enumerate(batches) if room[n] >= document_length(pair) and len(b) < limit), None)
             if n is not None:
@@ -90,9 +93,12 @@ class Steps:
         """Returns the step's pairs, of all processes."""
         return [self._pairs[i] for i in self._members(step)]
 
-    def seen_in(self, num_steps: int) -> list[Pair]:
-        """Returns the pairs that the first `num_steps` steps look at, each once."""
-        return [pair for step in range(min(num_steps, self.per_epoch)) for pair in self.pairs(step)]
+    def seen_in(self, num_steps: int, *others: Sequence[Pair]) -> Iterator[Pair]:
+        """Yields the pairs that the first `num_steps` steps look at, each once, and then others."""
+        for step in range(min(num_steps, self.per_epoch)):
+            yield from self.pairs(step)
+        for pairs in others:
+            yield from pairs
 
     def _members(self, step: int) -> list[int]:
         epoch, step_in_epoch = divmod(step, self.per_epoch)
@@ -134,6 +140,7 @@ def share(
     Args:
         rows: Tokens of a row that every micro-batch is laid out in; `batch_size` has no effect then.
     """
+    pairs = list(pairs)  # which may lie in a file so far
     if rows is None and size == 1:
         return [pairs[i : i + batch_size] for i in range(0, len(pairs), batch_size)]
     if not pairs:

@@ -1,13 +1,13 @@
-"""Preference pairs: rows tokenized once, limited and counted. No shuffling, no batches: see steps.py and batch.py.
+"""Preference pairs: rows tokenized, limited and counted. No shuffling, no batches: see steps.py and batch.py.
 
 Where rows come from is in rows.py, what a row may look like in formats.py, how a conversation becomes tokens in
-tokenizer/.
+tokenizer/, how many rows are shared out and kept in gathering.py and keeping.py.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 from pairtune import console
@@ -18,12 +18,18 @@ from pairtune.pairs.columns import as_plain
 from pairtune.pairs.conversation import Written, write
 from pairtune.pairs.example import Answer, BadRow, Example, Skip
 from pairtune.pairs.formats import Format, doubtful
+from pairtune.pairs.gathering import ReadRow, gather
+from pairtune.pairs.keeping import entry_of, read_once
+from pairtune.pairs.kept import KeptTokens
 from pairtune.pairs.limits import Limits
 from pairtune.pairs.messages import strings_in, text_of, thoughts_of
+from pairtune.pairs.pair import Pair
 from pairtune.pairs.ranked import check_worse
 from pairtune.pairs.recognise import recognise
 from pairtune.pairs.report import REFUSED, Report, count_overlap, notes_of
 from pairtune.pairs.rows import Rows, read_rows
+from pairtune.pairs.sources import check_source
+from pairtune.pairs.spread import num_cores
 from pairtune.tokenizer.hf import adapt, common_prefix
 from pairtune.tokenizer.template import Refusal
 
@@ -39,33 +45,13 @@ __all__ = [
     "tokenize_pairs",
 ]
 
+FEW = 500  # rows: fewer are read in a moment, by this process alone
 # Initials of a prompt's roles, as most templates and models know them: system, user, assistant, tools' results.
 USUAL_ORDER = re.compile(r"s*u(at*u|at+)*")
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """A prompt with two answers, as tokens; of an unpaired row, with one, and no token of the other.
-
-    Attributes:
-        prompt: Starts with the template's BOS, if it has one.
-        chosen, rejected: Continue the prompt and end in exactly one end token. An unpaired row's desirable answer is
-            chosen, its undesirable one rejected.
-        row: Index of its row in the source, from 0.
-        chosen_unscored, rejected_unscored: Spans [start, stop) of these answers that are not the assistant's, such as
-            what tools return: read, and neither scored nor learned.
-    """
-
-    prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
-    row: int
-    chosen_unscored: tuple[tuple[int, int], ...] = ()
-    rejected_unscored: tuple[tuple[int, int], ...] = ()
-
-
 def read_pairs(
-    block: dict,
+    block: Mapping,
     tokenizer,
     *,
     max_length: int,
@@ -74,20 +60,33 @@ def read_pairs(
     unpaired: bool = False,
     progress: bool = True,
     beat: Callable[[str], None] | None = None,
+    cache_dir: str | bool | None = False,
     key: str = "dataset",
-) -> tuple[list[Pair], Report]:
+) -> tuple[Sequence[Pair], Report]:
     """Returns read_rows and then tokenize_pairs of a config's `dataset` or `eval_dataset` block, all but its split.
 
     Args:
         unpaired, beat: See `tokenize_pairs`.
+        cache_dir: Where tokens are kept for other runs; None: where they usually are, False: nowhere.
         key: The block's name, for messages.
     """
-    where = {name: block[name] for name in ("split", "name", "revision", "limit")}
-    rows = read_rows(block["source"], **where, columns=as_plain(block["columns"]), key=key)
     limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "overlong": block["overlong"]}
-    limits |= {"max_completion_length": max_completion_length, "on_bad_row": block["on_bad_row"]}
-    limits["rejected"] = block["rejected"]
-    return tokenize_pairs(rows, tokenizer, **limits, unpaired=unpaired, progress=progress, beat=beat, key=key)
+    limits["max_completion_length"] = max_completion_length
+    tokenizer = adapt(tokenizer)
+
+    def read(kept: KeptTokens | None) -> tuple[Sequence[Pair], Report]:
+        where = {name: block[name] for name in ("split", "name", "revision", "limit")}
+        rows = read_rows(block["source"], **where, columns=as_plain(block["columns"]), key=key)
+        how = {"on_bad_row": block["on_bad_row"], "rejected": block["rejected"], "unpaired": unpaired}
+        how |= {"progress": progress, "beat": beat, "kept": kept, "key": key}
+        return tokenize_pairs(rows, tokenizer, **limits, **how)
+
+    check_source(block["source"], key)
+    kept = entry_of(block, limits, tokenizer, cache_dir)
+    if kept is None:
+        return read(None)
+    pairs, report = read_once(kept, block, read, beat)
+    return (pairs, report) if report.num_desirable is None or unpaired else read(None)  # which refuses them
 
 
 def read_train_and_held_out(
@@ -99,7 +98,7 @@ def read_train_and_held_out(
     max_prompt_length: int | None,
     unpaired: bool = False,
     max_completion_length: int | None = None,
-) -> tuple[list[Pair], list[Pair]]:
+) -> tuple[Sequence[Pair], Sequence[Pair]]:
     """Returns the pairs to train on and the held-out ones, and prints the table of what became of the rows.
 
     Held out are those of `eval_dataset`, or the last `val_fraction` of `dataset`, or none.
@@ -118,9 +117,10 @@ def read_train_and_held_out(
         unpaired=unpaired,
         progress=world.is_main,
         beat=world.beat,
+        cache_dir=dataset.get("cache_dir", False),
     )
     train, report = read(dataset)
-    held_out: list[Pair] = []
+    held_out: Sequence[Pair] = []
     if dataset["val_fraction"]:
         train, held_out = split_pairs(train, dataset["val_fraction"])
         report = report.with_split(train, held_out)
@@ -145,8 +145,9 @@ def tokenize_pairs(
     unpaired: bool = False,
     progress: bool = True,
     beat: Callable[[str], None] | None = None,
+    kept: KeptTokens | None = None,
     key: str = "dataset",
-) -> tuple[list[Pair], Report]:
+) -> tuple[Sequence[Pair], Report]:
     """Returns the rows' pairs in order, and a report of what was dropped, why, and how long the pairs are.
 
     Each of the two conversations is rendered once, whole. The prompt is what they share with each other and with the
@@ -164,7 +165,8 @@ def tokenize_pairs(
         rejected: Of several worse answers, which make a pair: all, the best or the worst.
         columns: Our names to theirs, for rows that `read_rows` has not renamed.
         unpaired: The loss takes rows of one answer and a label, too: needs(loss_fn).takes_unpaired.
-        beat: Called with a word before each row, as dist.World.beat: a long data set is no standstill.
+        beat: Called with a word now and then, as dist.World.beat: a long data set is no standstill.
+        kept: Where tokens of many rows are looked up, and added.
         key: Where the config describes the rows, for messages.
 
     Raises:
@@ -174,23 +176,57 @@ def tokenize_pairs(
     limits = Limits(max_length, max_prompt_length, max_completion_length, overlong, key)
     _check_policies(on_bad_row, rejected, key)
     tokenizer, (form, rows) = adapt(tokenizer), _format_of(_as_rows(rows, columns, key), key, unpaired=unpaired)
-    report, pairs = _report_of(rows, form, tokenizer), []
-    rendered = AlreadyRendered(tokenizer)
+    report, rendered = _report_of(rows, form, tokenizer), AlreadyRendered(tokenizer)
     asked = {"worse": rejected, "doubtful": doubtful(report.unused), "key": key}
-    for index, row in enumerate(console.progress(rows, "tokenizing", shown=progress and len(rows) >= 500)):
-        if beat:
-            beat("tokenizing")
-        with _told(report, rows, index, on_bad_row):
-            for example in form.read(row, **asked):
-                with _told(report, rows, index, on_bad_row):
-                    rendered.look(example, rows.numbers[index])
-                    pairs.append(_tokenize(example, rows.numbers[index], tokenizer, limits=limits, report=report))
+
+    read_row = _row_reader(rows, form, tokenizer, limits, rendered, on_bad_row, **asked)
+    if kept:
+        kept.read_by([form.name, rows.columns, sorted(asked["doubtful"])])
+    pairs = _read_all(read_row, rows, report, kept, beat, progress=progress)
     report.num_kept = len(pairs)
     report.num_desirable = None if form.is_paired else sum(bool(pair.chosen) for pair in pairs)
     report.notes = notes_of(report, tokenizer, max_length, max_prompt_length)
-    rendered.check(rows.source, len(rows))
+    rendered.check(report)
     report.check(key)
     return pairs, report
+
+
+def _row_reader(
+    rows: Rows, form: Format, tokenizer, limits: Limits, rendered: AlreadyRendered, on_bad_row: str, **asked
+) -> ReadRow:
+    def read_row(index: int, number: int, report: Report) -> list[Pair]:
+        pairs, examples = [], []
+        with _told(report, rows, index, number, on_bad_row):
+            examples = form.read(rows[index], **asked)
+        for example in examples:
+            with _told(report, rows, index, number, on_bad_row):
+                rendered.look(example, number, report)
+                pairs.append(_tokenize(example, number, tokenizer, limits=limits, report=report))
+        return pairs
+
+    return read_row
+
+
+def _read_all(
+    read_row: ReadRow, rows: Rows, report: Report, kept: KeptTokens | None, beat: Callable | None, *, progress: bool
+) -> Sequence[Pair]:
+    """Returns all rows' pairs: of a few, one by one."""
+    is_much = len(rows) >= FEW
+    with console.Progress("tokenizing", len(rows), shown=progress and is_much, unit="rows") as told:
+
+        def update(count: int) -> None:
+            told.update(count)
+            if beat:
+                beat("tokenizing")
+
+        if is_much:
+            processes = min(num_cores(), len(rows) // FEW)
+            return gather(read_row, rows, report, processes=processes, kept=kept, update=update)
+        pairs = []
+        for index, number in enumerate(rows.numbers):
+            pairs += read_row(index, number, report)
+            update(1)
+        return pairs
 
 
 def _as_rows(rows: Sequence[dict], columns: dict | None, key: str) -> Rows:
@@ -226,9 +262,8 @@ def _report_of(rows: Rows, form: Format, tokenizer) -> Report:
 
 
 @contextmanager
-def _told(report: Report, rows: Rows, index: int, on_bad_row: str) -> Iterator[None]:
-    """Enters what a row is dropped for in the report, and says of an error which row it is of."""
-    number = rows.numbers[index]
+def _told(report: Report, rows: Rows, index: int, number: int, on_bad_row: str) -> Iterator[None]:
+    """Enters what a row is dropped for in the report, under a number, and says of an error which row it is of."""
     try:
         yield
     except Skip as skip:
@@ -244,7 +279,7 @@ def _told(report: Report, rows: Rows, index: int, on_bad_row: str) -> Iterator[N
         raise UserError(f"{rows.place(index)}: {error}") from error
 
 
-def split_pairs(pairs: list[Pair], val_fraction: float) -> tuple[list[Pair], list[Pair]]:
+def split_pairs(pairs: Sequence[Pair], val_fraction: float) -> tuple[Sequence[Pair], Sequence[Pair]]:
     """Returns training and held-out pairs: held out are the last round(val_fraction * len(pairs)), in order.
 
     Raises:

@@ -23,7 +23,7 @@ import re
 import shutil
 import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent import futures
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -142,7 +142,7 @@ class ReferenceCache:
         cache.complete()
     """
 
-    def __init__(self, folder: Path, identity: Identity, pairs: list[Pair], world: World):
+    def __init__(self, folder: Path, identity: Identity, pairs: Iterable[Pair], world: World):
         """
         Raises:
             UserError: The entry is damaged, or values are missing and it cannot be written.

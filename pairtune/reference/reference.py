@@ -5,7 +5,7 @@ policy, `follow` before each step, `logps` for each batch. Where the values come
 """
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -153,7 +153,7 @@ class Reference:
 
     # reference=cached
 
-    def open_cache(self, policy: nn.Module, pairs: list[Pair], *, score_end: bool = True) -> None:
+    def open_cache(self, policy: nn.Module, pairs: Iterable[Pair], *, score_end: bool = True) -> None:
         """Finds what earlier runs have kept of these pairs; does nothing unless the reference is cached.
 
         Args:

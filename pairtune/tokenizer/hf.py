@@ -4,6 +4,7 @@ A conversation is rendered whole, and with an answer at its end it ends in exact
 masks, so a pad token that is also the end token harms nothing. Where the answer begins is for data.py to say.
 """
 
+import hashlib
 import json
 import re
 from bisect import bisect_right
@@ -71,6 +72,8 @@ class HFTokenizer:
         arguments: dict | None = None,
         folder: Path | None = None,
     ):
+        given = {name: value for name, value in locals().items() if name not in ("self", "backend", "folder")}
+        self._given = json.dumps(given, default=str, sort_keys=True)
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
         self.bos_id, self.eos_id, self.pad_id = (
             backend.token_to_id(special.get(key, "")) for key in ("bos_token", "eos_token", "pad_token")
@@ -91,6 +94,10 @@ class HFTokenizer:
         control |= self.end_ids | ({self.bos_id} - {None})
         self.special_tokens_in_text = special_tokens_in_text
         self._special_text = SpecialText(backend, {text: i for i in control if (text := backend.id_to_token(i))})
+
+    def digest(self) -> str:
+        """Returns 16 digits that stand for all that it makes tokens by, wherever its files are."""
+        return hashlib.sha256((self._given + self._backend.to_str()).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
     def encode(self, text: str) -> list[int]:
         """Returns the text's tokens; none is added, and special tokens written in it become what the option says."""
