@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 
 from pairtune import console, torchao_names
-from pairtune.cli.after import plot
+from pairtune.cli.after import pairs, plot
 from pairtune.cli.find import (
     SUFFIXES,
     find,
@@ -307,7 +307,7 @@ def _check_keys(argv: list[str], parser: argparse.ArgumentParser, *more: str) ->
     check_dashes(argv, [*parser._option_string_actions, *more])
 
 
-COMMANDS = {command.__name__: command for command in (download, ls, cp, cat, validate, plan, run, plot, cache)}
+COMMANDS = {command.__name__: command for command in (download, ls, cp, cat, validate, plan, run, plot, pairs, cache)}
 
 
 def main(argv: list[str] | None = None) -> int:

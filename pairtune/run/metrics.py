@@ -20,6 +20,7 @@ from pairtune.errors import UserError
 from pairtune.files import telling
 from pairtune.models.logps import AnswerScores
 from pairtune.pairs.batch import PairBatch
+from pairtune.pairs.digests import digest_pair
 from pairtune.run import pair_log, verdict
 from pairtune.run.curves import draw_curves, plot_curves
 from pairtune.run.log_file import FILE, keep_lines, read_log
@@ -42,7 +43,7 @@ class Meter:
     def __init__(self):
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
-        self._pairs: list[tuple[list[int], tuple[int, ...], Tensor]] = []  # rows, answer lengths, [5, P] values
+        self._pairs: list[tuple[list[tuple], tuple[int, ...], Tensor]] = []  # row and digest, lengths, [5, P] values
         self.restart_clock()
 
     def add(self, **values: Tensor) -> None:
@@ -87,18 +88,19 @@ class Meter:
         self._num_tokens += batch.num_tokens
         values = losses, chosen_rewards, rejected_rewards, scores.chosen_logps, scores.rejected_logps
         table = torch.stack([value.detach().float() for value in values])
-        self._pairs.append(([pair.row for pair in batch.pairs], batch.answer_lengths, table))
+        of_pairs = [(pair.row, int.from_bytes(digest_pair(pair)[:4], "little")) for pair in batch.pairs]
+        self._pairs.append((of_pairs, batch.answer_lengths, table))
 
     def take_pairs(self, world: World) -> list[tuple]:
-        """Returns row and pair_log.VALUES of each pair that `add_pairs` was given since, in no order, of all processes.
+        """Returns pair_log.VALUES of each pair that `add_pairs` was given since, in no order, of all processes.
 
         Every process has to call it.
         """
         seen, self._pairs = self._pairs, []
-        rows = [row for some, _, _ in seen for row in some]
+        of_pairs = [pair for some, _, _ in seen for pair in some]
         lengths = [pair for some, both, _ in seen for pair in zip(both[: len(some)], both[len(some) :], strict=True)]
         values = torch.cat([table for _, _, table in seen], 1).T.tolist() if seen else []
-        return world.gather([(r, *n, *v) for r, n, v in zip(rows, lengths, values, strict=True)])
+        return world.gather([(*p, *n, *v) for p, n, v in zip(of_pairs, lengths, values, strict=True)])
 
     def restart_clock(self) -> None:
         """Begins anew to measure speed: what lies behind, such as an evaluation, is no training."""

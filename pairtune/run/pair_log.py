@@ -17,8 +17,9 @@ FILE = "pairs.bin"
 RECORD = np.dtype(
     [
         ("step", "<u4"),
-        ("row", "<u4"),  # of the pair, in its source
         ("is_held_out", "u1"),
+        ("row", "<u4"),  # of the pair, in its source; several pairs may come of one
+        ("digest", "<u4"),  # of its tokens: a row and a digest are one pair
         ("chosen_length", "<u4"),  # scored tokens; 0: an unpaired row has no such answer
         ("rejected_length", "<u4"),
         ("loss", "<f4"),
@@ -28,21 +29,19 @@ RECORD = np.dtype(
         ("rejected_logp", "<f4"),
     ]
 )
-VALUES = RECORD.names[3:]  # what a run knows of a pair when it sees it
+VALUES = RECORD.names[2:]  # what a run knows of a pair when it sees it
 LIKE_LENGTH = 0.2  # answers are of like length if they differ by at most this share of the longer one
 TIED = 1e-4  # margins that differ by less are all one, but for rounding: where the policy is the reference
 LOST = 0.01  # nats: an answer that lost less is as it was, but for rounding
 
 
 def records(step: int, seen: Sequence[tuple], *, is_held_out: bool) -> np.ndarray:
-    """Returns [P] RECORDs by row.
+    """Returns [P] RECORDs by row and digest.
 
     Args:
-        seen: From metrics.Meter.take_pairs: row and VALUES of each pair.
+        seen: From metrics.Meter.take_pairs: VALUES of each pair.
     """
-    table = np.array(
-        [(step, row, is_held_out, *values) for row, *values in sorted(seen, key=lambda pair: pair[0])], RECORD
-    )
+    table = np.array([(step, is_held_out, *values) for values in sorted(seen, key=lambda pair: pair[:2])], RECORD)
     for answer in ("chosen", "rejected"):
         for value in ("reward", "logp"):
             table[f"{answer}_{value}"][table[f"{answer}_length"] == 0] = np.nan
@@ -60,6 +59,11 @@ def keep(path: Path, step: int, evaluated: int) -> None:
     table = read(path)
     last = np.where(table["is_held_out"] == 1, evaluated, step)
     write_bytes(path, table[table["step"].astype(np.int64) <= last].tobytes())
+
+
+def identity(table: np.ndarray) -> np.ndarray:
+    """Returns a number a pair, [P]: of its row and digest."""
+    return table["row"].astype(np.uint64) << np.uint64(32) | table["digest"]
 
 
 def margins(table: np.ndarray) -> np.ndarray:
@@ -113,11 +117,11 @@ def _intercept(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
 
 def _lost(now: np.ndarray, start: np.ndarray) -> dict[str, float]:
     """How chosen answers have fared since before the first step."""
-    rows, first = np.unique(start["row"], return_index=True)
-    now = now[(now["chosen_length"] > 0) & np.isin(now["row"], rows)]
+    known, first = np.unique(identity(start), return_index=True)
+    now = now[(now["chosen_length"] > 0) & np.isin(identity(now), known)]
     if not len(now):
         return {}
-    before = start[first[np.searchsorted(rows, now["row"])]]["chosen_logp"].astype(np.float64)
+    before = start[first[np.searchsorted(known, identity(now))]]["chosen_logp"].astype(np.float64)
     lost = before - now["chosen_logp"]
     return {
         "answers": len(now),

@@ -1,0 +1,53 @@
+"""The texts of a run's pairs, read again from where its config says that its rows are."""
+
+from collections.abc import Mapping
+
+from pairtune.errors import UserError
+from pairtune.pairs.columns import as_plain
+from pairtune.pairs.example import Answer, BadRow, Example, Skip, turns_of
+from pairtune.pairs.recognise import recognise
+from pairtune.pairs.rows import read_rows
+
+Text = tuple[str, str, str]  # prompt, chosen, rejected
+
+
+def read_texts(config: Mapping, *, held_out: bool) -> dict[int, list[Text]]:
+    """Returns what each row of a run's training or held-out source says, by its number; of one that is not, nothing.
+
+    Args:
+        config: Of the run: config.yaml.
+
+    Raises:
+        UserError: The rows cannot be read: they may have moved.
+    """
+    key = "eval_dataset" if held_out and (config.get("eval_dataset") or {}).get("source") else "dataset"
+    block = config.get(key) or {}
+    if not block.get("source"):
+        raise UserError(f"{key}.source: the run's config.yaml does not say where its pairs are")
+    where = {name: block[name] for name in ("split", "name", "revision", "limit") if name in block}
+    rows = read_rows(block["source"], **where, columns=as_plain(block.get("columns") or {}), key=key)
+    form, rows = recognise(rows, key)
+    found: dict[int, list[Text]] = {}
+    for number, row in zip(rows.numbers, rows, strict=True):
+        try:
+            found[number] = [
+                _text(example) for example in form.read(row, worse=block.get("rejected") or "all", key=key)
+            ]
+        except (Skip, BadRow, UserError):  # which the run did not take, either
+            continue
+    return found
+
+
+def _text(example: Example) -> Text:
+    several = len(example.prompt) > 1
+    prompt = "\n".join((f"{m['role']}: " if several else "") + _content(m) for m in example.prompt)
+    return prompt, _answer(example.chosen), _answer(example.rejected)
+
+
+def _answer(answer: Answer | None) -> str:
+    return "" if answer is None else "\n".join(map(_content, turns_of(answer)))
+
+
+def _content(message: Mapping) -> str:
+    content = message.get("content")
+    return content if isinstance(content, str) else "" if content is None else str(content)

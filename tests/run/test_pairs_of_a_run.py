@@ -1,0 +1,109 @@
+"""pairs.bin and `tune pairs`: flipped labels lie behind, forgotten pairs and contradictions are named, with texts."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+from helpers import SIZES, random_pairs, run_config, run_recipe, save_llama, save_pairs
+
+from pairtune.cli import main
+from pairtune.run import pair_log
+from pairtune.run.dynamics import contradictions, courses
+
+
+def table_of(looks):
+    """RECORDs of (step, row, margin)."""
+    table = np.zeros(len(looks), pair_log.RECORD)
+    table["step"], table["row"], table["chosen_reward"] = (list(column) for column in zip(*looks, strict=True))
+    table["chosen_length"] = table["rejected_length"] = 5
+    return table
+
+
+def test_flipped_labels_lie_behind_whatever_the_margins_are():
+    """Margins grow a thousandfold over the run; a pair seen early is compared with those seen early."""
+    rng, flipped = random.Random(1), set(range(0, 400, 10))
+    looks = []
+    for row in rng.sample(range(400), 400):
+        step = 1 + len(looks) // 10
+        margin = 10 ** (step / 13) * 1e-3 * (rng.gauss(1, 0.5) if row not in flipped else rng.gauss(-1, 0.5))
+        looks.append((step, row, margin))
+    found = [course.row for course in courses(table_of(looks), held_out=False)]
+    assert len(flipped & set(found[:60])) >= 0.9 * len(flipped)
+
+
+def test_courses_say_when_a_pair_was_learned_and_what_was_forgotten():
+    margins = {0: (0.0, 1.0, 2.0), 1: (0.0, 1.0, -0.5), 2: (0.0, -1.0, 0.2), 3: (0.0, -1.0, -2.0)}
+    looks = [(step, row, values[n]) for n, step in enumerate((1, 5, 9)) for row, values in margins.items()]
+    found = {course.row: course for course in courses(table_of(looks), held_out=False)}
+    assert {row: course.learned for row, course in found.items()} == {0: 5, 1: None, 2: 9, 3: None}
+    assert {row for row, course in found.items() if course.was_forgotten} == {1}
+    assert found[3].steps == (1, 5, 9) and found[3].margins == (0.0, -1.0, -2.0)
+
+
+def test_rows_that_say_the_opposite_are_contradictions():
+    texts = {0: ("Q", "a", "b"), 1: ("Q", "b", "a"), 2: ("Q", "c", "a"), 3: ("R", "b", "a"), 4: ("Q", "a", "b ")}
+    assert contradictions(texts) == [(0, 1), (0, 2), (1, 4), (2, 4)]
+
+
+def test_pairs_of_one_row_are_told_apart_and_a_cut_record_is_none(tmp_path):
+    seen = [(7, digest, 3, 4, 0.5, 1.0, 0.0, -9.0, -9.0) for digest in (30, 20)]
+    table = pair_log.records(4, seen, is_held_out=True)
+    assert table["digest"].tolist() == [20, 30] and len(set(pair_log.identity(table).tolist())) == 2
+    content = table.tobytes() + pair_log.records(5, seen, is_held_out=False).tobytes()
+    (tmp_path / "pairs.bin").write_bytes(content[:-1])
+    assert pair_log.read(tmp_path / "pairs.bin")["step"].tolist() == [4, 4, 5]
+    pair_log.keep(tmp_path / "pairs.bin", step=5, evaluated=3)
+    assert pair_log.read(tmp_path / "pairs.bin")["step"].tolist() == [5]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run on 96 pairs, of which every tenth has its labels flipped; the last two contradict the first two."""
+    folder = tmp_path_factory.mktemp("run")
+    save_llama(folder / "base", sizes=SIZES)
+    pairs = random_pairs(96, seed=5)
+    for row in range(0, 96, 10):
+        pairs[row].chosen, pairs[row].rejected = pairs[row].rejected, pairs[row].chosen
+    save_pairs(folder / "train.jsonl", pairs)
+    save_pairs(folder / "held_out.jsonl", random_pairs(16, seed=6))
+    cfg = run_config(folder, sizes=SIZES, samples={"num_prompts": 0}, batch_size=8, lr_scheduler=None, keep_last_n=0)
+    cfg |= {"optimizer": {"lr": 1e-3}, "epochs": 2, "eval_every_n_epochs": 1}
+    (folder / "config.yaml").write_text(json.dumps(cfg))
+    run_recipe("full_dpo_single_device", config_paths=[folder / "config.yaml"])
+    return folder
+
+
+def test_a_run_keeps_each_pair_and_lists_flipped_labels_first(made, capsys):
+    kept = pair_log.read(made / "run" / "pairs.bin")
+    assert (kept["is_held_out"] == 0).sum() == 2 * 96 and (kept["is_held_out"] == 1).sum() == 3 * 16
+    assert main(["pairs", str(made / "run"), "--top", "5", "--output", str(made / "all.jsonl")]) == 0
+    out = capsys.readouterr().out
+    rows = [json.loads(line) for line in (made / "all.jsonl").read_text().splitlines()]
+    assert len(rows) == 96 and sum(row["row"] % 10 == 0 for row in rows[:14]) >= 6
+    first = json.loads((made / "train.jsonl").read_text().splitlines()[rows[0]["row"]])
+    assert (rows[0]["prompt"], rows[0]["chosen"]) == (first["prompt"], first["chosen"])
+    assert f"row {rows[0]['row']}: " in out and "label may be wrong" in out and "prompt:" in out
+
+
+def test_what_is_not_there_is_told_in_a_sentence(made, tmp_path, capsys):
+    (made / "train.jsonl").rename(made / "moved.jsonl")
+    assert main(["pairs", str(made / "run"), "--top", "1"]) == 0
+    assert "texts are not shown: dataset.source=" in capsys.readouterr().out
+    (made / "moved.jsonl").rename(made / "train.jsonl")
+    for words, said in (
+        (["pairs", str(tmp_path)], "holds no metrics.jsonl: it is not the folder of a run"),
+        (["pairs", str(tmp_path / "no")], "no such folder"),
+        (["pairs", str(made / "run"), "--top", "0"], "--top 0: must be at least 1"),
+        (["plot", str(made / "base")], "holds no metrics.jsonl"),
+    ):
+        assert main(words) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_finished_runs_are_plotted_alone_and_over_each_other(made, tmp_path, capsys):
+    (made / "run" / "curves.png").unlink()
+    assert main(["plot", str(made / "run")]) == 0
+    assert (made / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["plot", str(made / "run"), str(made / "run"), "--output", str(tmp_path / "two.png")]) == 0
+    assert (tmp_path / "two.png").read_bytes().startswith(b"\x89PNG") and "run: " in capsys.readouterr().out
