@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pairtune.config import fewer_bits
 from pairtune.config.config_json import (
     LLAMA3_ROPE,
     ROPE_BLOCKS,
@@ -167,13 +168,7 @@ def check_readable(config: Any, path: Path) -> None:
     if not isinstance(config, dict):
         raise UserError(f"{path}: must hold keys and values, holds {show(config)}")
     _check_task(path, config)
-    method = config.get("quantization_config") or config.get("compression_config")
-    if method:
-        name = method.get("quant_method") if isinstance(method, dict) else None
-        raise UserError(
-            f"{path}: quantization_config={show(name or method)}: the weights are quantized, which training cannot "
-            "undo; take the model that they were made from, with a qlora_ recipe if memory is short"
-        )
+    fewer_bits.check(config, str(path))
     if isinstance(config.get("text_config"), dict):  # a shell, whose own keys are few
         return
     check_kind(path, "model_type", needed(path, config, "model_type"), str)
@@ -267,6 +262,8 @@ def why_not(config: Mapping) -> str | None:
     if name not in ARCHITECTURES:
         causal = f" ({config['architectures'][0]})" if config.get("architectures") else ""
         return f"model_type={name}{causal}: torchtune has no builder for it, only for {', '.join(config_types())}"
+    if reason := fewer_bits.reason(config):
+        return reason
     checks = (_other_code, _other_values, _foreign, _other_rope)
     return next((reason for check in checks if (reason := check(config, ARCHITECTURES[name]))), None)
 

@@ -232,8 +232,12 @@ def _files(folder: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
 
 
 def _edit_json(path: Path, **values) -> None:
-    """Sets values, and takes auto_map out: it names code of the base's folder, and the weights are not that code's."""
-    content = {key: value for key, value in read_object(path).items() if key != "auto_map"}
+    """Sets values, and takes out what is not of these weights: auto_map names code of the base's folder.
+
+    And a base in fewer bits, quantization_config, is exported in the run's dtype.
+    """
+    others = ("auto_map", "quantization_config")
+    content = {key: value for key, value in read_object(path).items() if key not in others}
     path.write_text(json.dumps(content | values, indent=2) + "\n")
 
 

@@ -14,13 +14,14 @@ from pairtune.files import check_there
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # others are quantized: they need their scales
 
 
-def read_shard(path: Path, *, ignored: tuple[str, ...] = ()) -> dict[str, Tensor]:
+def read_shard(path: Path, *, ignored: tuple[str, ...] = (), also: tuple[torch.dtype, ...] = ()) -> dict[str, Tensor]:
     """Returns a file's tensors by name, memory-mapped where it is no pickle of torch before 1.6, which is read whole.
 
     A pickle may hold tensors only: none of its code is run.
 
     Args:
         ignored: Endings of names that are left out, whatever is behind them: masks may be of any type.
+        also: Types of tensors in fewer bits that are read, see models/bridge/packed.py.
 
     Raises:
         UserError: It cannot be read, or as `check_tensors`.
@@ -34,10 +35,12 @@ def read_shard(path: Path, *, ignored: tuple[str, ...] = ()) -> dict[str, Tensor
         raise UserError(
             f"{path}: cannot be read: {reason}; it is damaged{more}; download it again, as safetensors if there are any"
         ) from error
-    return check_tensors(shard, path, ignored=ignored)
+    return check_tensors(shard, path, ignored=ignored, also=also)
 
 
-def check_tensors(shard, path: Path, *, ignored: tuple[str, ...] = ()) -> dict[str, Tensor]:
+def check_tensors(
+    shard, path: Path, *, ignored: tuple[str, ...] = (), also: tuple[torch.dtype, ...] = ()
+) -> dict[str, Tensor]:
     """Returns what a file holds, without what is ignored, if that is weights by name.
 
     Raises:
@@ -49,7 +52,7 @@ def check_tensors(shard, path: Path, *, ignored: tuple[str, ...] = ()) -> dict[s
     for key, value in shard.items():
         if not isinstance(value, Tensor):
             raise UserError(f"{path}: {key} is a {type(value).__name__}: not weights by name; save the state_dict")
-        if value.dtype not in FLOATS:
+        if value.dtype not in (*FLOATS, *also):
             dtype = str(value.dtype).removeprefix("torch.")
             raise UserError(f"{path}: {key} is {dtype}: quantized; take the model that it was made from")
     return shard

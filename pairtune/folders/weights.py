@@ -14,7 +14,7 @@ from torch import Tensor
 from torchtune.training.checkpointing._utils import FormattedCheckpointFiles
 
 from pairtune import models
-from pairtune.config import architectures
+from pairtune.config import architectures, fewer_bits
 from pairtune.config.architectures import config_type_of
 from pairtune.config.config_json import setting
 from pairtune.config.layout import INDEX_FILES, find_weights, read_index
@@ -29,6 +29,7 @@ from pairtune.folders.families import FAMILIES, Family
 from pairtune.folders.made_config import check_params, make_config, read_params
 from pairtune.folders.tensors import read_shard
 from pairtune.models.bridge import build as bridge
+from pairtune.models.bridge import packed
 from pairtune.models.bridge.files import Plan, Source
 from pairtune.models.build import DTYPES
 
@@ -57,7 +58,8 @@ class ModelFolder:
             if self.reader:
                 yield path, checkpointers.read_state_dict(self.reader, path, self.family.name)
             else:
-                yield path, read_shard(path, ignored=self.family.ignored)
+                also = packed.DTYPES if fewer_bits.kind_of(self.config) else ()
+                yield path, read_shard(path, ignored=self.family.ignored, also=also)
 
     def plan(self, tensors: Mapping[str, Tensor]) -> Plan:
         """Returns where our weights come from in its files.
@@ -246,7 +248,7 @@ class Weights(Mapping):
         if folder.reader is None:
             _check_index(folder, self._files)
         self._finite: set[str] = set()
-        empty = {key: value.to("meta") for key, value in self._tensors.items()}
+        empty = self._unpack({key: value.to("meta") for key, value in self._tensors.items()})
         plan = folder.plan(empty)
         self._sources = plan.sources  # two of a weight where a tied output layer is stored, too
         self.empty = {name: _make(sources[0], empty) for name, sources in plan.sources.items()}
@@ -259,6 +261,17 @@ class Weights(Mapping):
                 f"{folder.family.name}, or not of the sizes in config.json; name the architecture that they are of, or "
                 f"take them out:\n{listed(strange)}"
             )
+
+    def _unpack(self, empty: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the folder's tensors, those in fewer bits as the numbers that they are read as."""
+        try:
+            self._unpacked = packed.unpacked(empty, self._folder.config)
+            made = {key: _make(source, empty) for key, source in self._unpacked.items()}
+        except UserError as error:
+            raise UserError(f"{self._folder.path}: {error}") from None
+        self._files |= {key: self._files[source.keys[0]] for key, source in self._unpacked.items()}
+        spent = packed.spent(empty.keys(), self._unpacked)
+        return {key: value for key, value in empty.items() if key not in spent} | made
 
     def __getitem__(self, name: str) -> Tensor:
         source, *twins = self._sources[name]
@@ -277,7 +290,8 @@ class Weights(Mapping):
         return source.make([self._checked(key) for key in source.keys])
 
     def _checked(self, key: str) -> Tensor:
-        value = self._tensors[key]
+        source = self._unpacked.get(key)
+        value = _make(source, self._tensors) if source else self._tensors[key]
         # The sum of finite numbers may overflow: only then is every number looked at, which takes several passes.
         if key not in self._finite and not value.sum(dtype=torch.float32).isfinite() and not value.isfinite().all():
             raise UserError(
@@ -310,6 +324,8 @@ def advice(folder: ModelFolder, dtype: str, max_length: int) -> list[str]:
 
 def rounding(folder: ModelFolder, dtype: str) -> list[str]:
     """Returns a sentence where the run's dtype, bf16 or fp32, has fewer digits than most of the folder's weights."""
+    if said := fewer_bits.sentence(folder.config, dtype):
+        return [said]
     numbers = Counter()
     for value in Weights(folder).empty.values():
         numbers[value.dtype] += value.numel()

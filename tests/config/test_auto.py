@@ -187,8 +187,8 @@ GEMMA3 = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "ge
         ),
         (written("llama") | {"quantization_config": {"quant_method": "mxfp4"}}, "quantization_config=mxfp4"),
         (
-            OLMO2 | {"quantization_config": {"quant_method": "fp8"}},
-            "quantization_config=fp8: the weights are quantized",
+            OLMO2 | {"quantization_config": {"quant_method": "gptq"}},
+            "quantization_config=gptq: the weights are quantized",
         ),
         (written("gemma2") | {"use_bidirectional_attention": True}, "use_bidirectional_attention=true: its tokens see"),
         ({}, "model_type: is missing"),

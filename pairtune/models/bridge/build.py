@@ -6,6 +6,7 @@ from types import ModuleType
 
 import torch
 
+from pairtune.config import fewer_bits
 from pairtune.config.rules import one_line, show
 from pairtune.errors import UserError
 from pairtune.files import read_object
@@ -18,6 +19,7 @@ TRIED = (
     *("starcoder2", "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "olmoe", "flex_olmo", "glm4_moe", "deepseek_v2"),
     *("deepseek_v3", "ernie4_5_moe", "granitemoe", "granitemoeshared", "dots1"),
 )
+NOT_OF_MODELS = ("auto_map", "quantization_config")  # of a config.json: code that is never run, and how it is stored
 # What a config.json may say without another model being meant: where it came from, and how it was stored.
 BESIDE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "auto_map", "architectures", "use_cache")
 
@@ -109,13 +111,11 @@ def parse(content: Mapping, where: str = "config.json"):
             f"{where}: model_type={show(kind)}: transformers has no causal language model of this type{code}; see "
             "whether a newer transformers has one, or take another model"
         )
-    if content.get("quantization_config"):
-        raise UserError(
-            f"{where}: quantization_config={show(content['quantization_config'])}: the weights are quantized, which "
-            "training cannot undo; take the model that they were made from, with a qlora_ recipe if memory is short"
-        )
+    fewer_bits.check(content, where)
     try:
-        return CONFIG_MAPPING[kind].from_dict({key: value for key, value in content.items() if key != "auto_map"})
+        return CONFIG_MAPPING[kind].from_dict(
+            {key: value for key, value in content.items() if key not in NOT_OF_MODELS}
+        )
     except Exception as error:
         raise UserError(f"{where}: {one_line(error)}; download the file again, or correct it") from error
 
