@@ -111,6 +111,15 @@ WINDOWED = ("mistral", "mixtral", "phi3", "qwen2", "qwen3", "gemma2")  # layers 
 MAY_BE_ZERO = ("max_window_layers",)
 # How positions may be scaled: what torchtune computes, with these settings of it.
 ROPE_TYPES = {"llama": ("default", "llama3")}
+ALL_ROPE_TYPES = (
+    "default",
+    "linear",
+    "dynamic",
+    "yarn",
+    "longrope",
+    "su",
+    "llama3",
+)  # transformers', and Phi's old name
 # Classes of transformers that answer with something else than the next token.
 _OTHER_TASKS = ("Classification", "QuestionAnswering", "MaskedLM", "RewardModel", "ForReward", "MultipleChoice")
 _ANSWERS = "DPO trains a model that has an output layer for the next token: take the folder that it was made from"
@@ -177,9 +186,12 @@ def check_readable(config: Any, path: Path) -> None:
         if known.needed:
             needed(path, config, key)
         if config.get(key) is not None:
-            check_kind(path, key, config[key], known.kind)
+            check_kind(path, key, config[key], known.kind, most=known.most)
+    layers = config.get("num_hidden_layers")
     if config["model_type"] in ARCHITECTURES:
         _check_rope_kinds(path, config)
+    elif isinstance(layers, int):
+        check_kind(path, "num_hidden_layers", layers, int, most=SETTINGS["num_hidden_layers"].most)
 
 
 def _check_task(path: Path, config: dict) -> None:
@@ -212,16 +224,18 @@ def needed(path: Path, config: Mapping, key: str) -> Any:
     return config[key]
 
 
-def check_kind(path: Path, key: str, value: Any, kind: type) -> None:
+def check_kind(path: Path, key: str, value: Any, kind: type, *, most: float = math.inf) -> None:
     """Checks one value that a file says of a model.
 
     Raises:
-        UserError: It is not of this kind, or a number that is not above 0 and finite.
+        UserError: It is not of this kind, or a number that is not above 0 and finite, or a whole one above `most`.
     """
     if not fits(value, kind):
         raise UserError(f"{path}: {key}={value!r}: must be {kind_words(kind)}")
     if kind in (int, float) and not 0 < value < math.inf and not (value == 0 and key in MAY_BE_ZERO):
         raise UserError(f"{path}: {key}={value}: must be above 0 and finite")
+    if kind is int and value > most:
+        raise UserError(f"{path}: {key}={value}: must be at most {most}; download the file again")
 
 
 def _check_rope_kinds(path: Path, config: dict) -> None:
@@ -235,6 +249,12 @@ def _check_rope_kinds(path: Path, config: dict) -> None:
         for key in ("factor", "rope_theta", "partial_rotary_factor"):
             if rope.get(key) is not None:
                 check_kind(path, f"{block}.{key}", rope[key], float)
+        kind = kind_of_rope(rope)
+        if kind is not None and kind not in ALL_ROPE_TYPES:
+            raise UserError(
+                f"{path}: {block}.rope_type={show(kind)}: must be one of {', '.join(ALL_ROPE_TYPES)}; download the "
+                "file again, or set it as the model's authors say"
+            )
 
 
 # What no builder computes
@@ -271,7 +291,7 @@ def why_not(config: Mapping) -> str | None:
 def _other_code(config: Mapping, known: Architecture) -> str | None:
     """A repository may bring code of its own for a name that transformers has, too."""
     classes, code = config.get("architectures") or [], config.get("auto_map")
-    if code and classes and classes[0] != known.causal and "AutoModelForCausalLM" in code:
+    if isinstance(code, dict) and classes and classes[0] != known.causal and "AutoModelForCausalLM" in code:
         return f"architectures=[{classes[0]}]: is the repository's own class, and not {known.causal}"
     return None
 
@@ -321,21 +341,24 @@ def _other_rope(config: Mapping, known: Architecture) -> str | None:
 
 
 def check_length(config: Mapping, max_length: int) -> None:
-    """Refuses conversations so long that transformers would choose another frequency for all of a row's positions.
+    """Refuses conversations so long that transformers would choose other frequencies for all of a row's positions.
 
     It goes by the row's last position: a short pair would be computed in another way beside a long one than alone.
 
     Raises:
-        UserError: As said, with the longest one that is computed in one way.
+        UserError: As said, with the longest one that is computed in one way; or every row has frequencies of its own.
     """
     whole = rope_of(config)
     for rope in (whole, *(block for block in whole.values() if isinstance(block, dict))):  # or one a kind of layer
-        kind, most = kind_of_rope(rope), [config.get("max_position_embeddings")]
-        if kind in ("longrope", "su"):
-            most = [owner.get("original_max_position_embeddings") for owner in (config, rope)]
-            most += [4096] if config.get("model_type") in ("phi3", "phimoe") else []  # of transformers' class
+        kind, most = kind_of_rope(rope), [o.get("original_max_position_embeddings") for o in (config, rope)]
+        most += [4096] if config.get("model_type") in ("phi3", "phimoe") else []  # of transformers' class
         most = min((n for n in most if isinstance(n, int)), default=None)
-        if kind in ("dynamic", "longrope", "su") and most and max_length > most:
+        if kind == "dynamic":
+            raise UserError(
+                "config.json: rope_type=dynamic: counts positions in another way in each row, by its length, and pairs "
+                "of several lengths share a row; take a model whose positions are not scaled so"
+            )
+        if kind in ("longrope", "su") and most and max_length > most:
             raise UserError(
                 f"max_length={max_length}: rope_type={kind} counts positions in another way in rows above {most} "
                 f"tokens, and pairs of several lengths share a row; nearest valid: max_length={most}"

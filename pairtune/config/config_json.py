@@ -22,6 +22,7 @@ class Setting:
         argument: What builders call it.
         null: Whether null says something else than leaving it out.
         needed: Whether a config.json without it is broken.
+        most: The largest whole number that a model may have.
     """
 
     kind: type
@@ -31,12 +32,13 @@ class Setting:
     argument: str | None = None
     null: bool = False
     needed: bool = False
+    most: int = 2**31
 
 
 SETTINGS = {
     "model_type": Setting(str, needed=True),
     "hidden_size": Setting(int, keys={"gpt2": "n_embd"}, argument="embed_dim", needed=True),
-    "num_hidden_layers": Setting(int, keys={"gpt2": "n_layer"}, argument="num_layers", needed=True),
+    "num_hidden_layers": Setting(int, keys={"gpt2": "n_layer"}, argument="num_layers", needed=True, most=10_000),
     "num_attention_heads": Setting(int, keys={"gpt2": "n_head"}, argument="num_heads", needed=True),
     "num_key_value_heads": Setting(  # null: as many as there are heads of queries
         int,

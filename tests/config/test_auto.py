@@ -71,7 +71,7 @@ VARIANTS = [
     ("llama", {"attention_bias": True, "mlp_bias": True}),
     ("llama", {"rope_parameters": YARN}),
     ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 77.5}}),
-    ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}, "head_dim": 8}),
+    ("llama", {"head_dim": 8}),
     ("qwen3", {"attention_bias": True}),
     ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 64}),
     ("olmo2", {}),
@@ -196,7 +196,13 @@ GEMMA3 = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "ge
         ({"model_type": ["llama"]}, r"model_type=\['llama'\]: must be text"),
         (written("llama") | {"num_attention_heads": "4"}, "num_attention_heads='4': must be a whole number"),
         (written("llama") | {"num_attention_heads": 0}, "num_attention_heads=0: must be above 0"),
+        (written("llama") | {"num_hidden_layers": 10**30}, "must be at most 10000"),
+        (OLMO2 | {"num_hidden_layers": 10**30}, "must be at most 10000"),
+        (written("llama") | {"vocab_size": 10**30}, "must be at most 2147483648"),
         (written("llama") | {"rope_parameters": "yarn"}, "rope_parameters='yarn': must be a block"),
+        (written("llama") | {"rope_parameters": {"rope_type": 5}}, "rope_type=5: must be one of default, linear"),
+        (written("llama") | {"rope_parameters": {"type": "mrope", "mrope_section": [1]}}, "rope_type=mrope: must be"),
+        (written("llama") | {"auto_map": 5, "architectures": ["Mine"], "mlp_bias": True}, "mlp_bias=true"),
         (written("llama") | {"layer_types": [1]}, r"layer_types=\[1\]: must be a list, each text"),
         (written("llama") | {"num_key_value_heads": 3}, "num_key_value_heads=3: must divide num_attention_heads=4"),
         (written("llama") | {"hidden_size": 63, "head_dim": None}, "num_attention_heads=4: must divide hidden_size=63"),
@@ -246,7 +252,6 @@ def test_a_folder_that_is_something_else_is_told_to_be_that(tmp_path, files, nam
     ("kind", "rope", "longest"),
     [
         ("phi3", LONGROPE, 64),
-        ("llama", {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}, 128),
         ("llama", YARN, None),
     ],
 )
@@ -260,6 +265,10 @@ def test_a_length_that_changes_the_positions_of_shorter_pairs_is_refused(tmp_pat
     if longest:
         with pytest.raises(UserError, match=f"nearest valid: max_length={longest}"):
             config.load(*recipe, [], [*words, f"max_length={longest + 1}"])
+    dynamic = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    (tmp_path / "config.json").write_text(json.dumps(written("llama", rope_parameters=dynamic)))
+    with pytest.raises(UserError, match="rope_type=dynamic: counts positions in another way in each row"):
+        config.load(*recipe, [], words)
 
 
 def test_what_is_saved_says_what_auto_was(tmp_path):

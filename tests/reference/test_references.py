@@ -880,7 +880,7 @@ def edited(folder, **values):
         ),
         ({}, None, {"model": component(NF4_SIZES | {"num_layers": 2})}, ["is 2 in `reference.model` and 3"]),
         ({}, None, {"model": component(NF4_SIZES | {"width": 3})}, ["reference: model.width: llama3 has no such"]),
-        ({}, lambda f: edited(f, model_type="t5"), {}, ["config.json: model_type=t5: is none of"]),
+        ({}, lambda f: edited(f, model_type="t5"), {}, ["config.json: model_type=t5"]),
         ({}, lambda f: (f / "tokenizer.json").write_text(tokens_of(prefix="v")._backend.to_str()), {}, ["317 of 320"]),
         ({"vocab_size": 300}, None, {"model": component(NF4_SIZES | {"vocab_size": 300})}, ["'w300'", "none there"]),
     ],
