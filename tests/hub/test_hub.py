@@ -717,8 +717,8 @@ def test_a_dry_run_reads_config_json_where_no_config_names_the_id(download, serv
     llama = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     llama |= {"model_type": "llama", "num_attention_heads": 4, "max_position_embeddings": 128}
     line = f"recipes/lora_dpo_single_device checkpointer.checkpoint_dir={tmp_path}/m dataset.source=PAIRS\n"
-    quantized = llama | {"quantization_config": {"quant_method": "mxfp4"}}
-    for model, words in ((llama, line), (quantized, "cannot be trained: .*quantization_config=mxfp4")):
+    quantized = llama | {"quantization_config": {"quant_method": "awq"}}
+    for model, words in ((llama, line), (quantized, "cannot be trained: .*quantization_config=awq")):
         server.repos["models/org/tiny"]["config.json"] = json.dumps(model).encode()
         out = succeeds(download("org/tiny", "--output-dir", tmp_path / "m", "--dry-run"))
         assert re.search(words, out)
