@@ -114,3 +114,24 @@ def _as_line(course, texts: dict) -> str:
     of_row = (texts.get(course.row) or [("", "", "")])[0]
     told = dict(zip(("prompt", "chosen", "rejected"), of_row, strict=True))
     return json.dumps(asdict(course) | told, ensure_ascii=False) + "\n"
+
+
+def evaluate(argv: list[str]) -> int:
+    """Score pairs with a model's folder (an export, one of the Hub's, or a run's), against a reference; no training."""
+    parser = parser_of(evaluate, "eval")
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="a model's folder; of a run's, its export is taken")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="of a config: dtype=fp32, loss=ipo, ...")
+    parser.add_argument("--dataset", metavar="ROWS", help="as in a config; default: a run's held-out pairs")
+    parser.add_argument("--reference", type=Path, metavar="FOLDER", help="default: a run's base, else none")
+    parser.add_argument("--output", type=Path, metavar="JSONL", help="each pair's numbers, an object a line")
+    args = parser.parse_intermixed_args(argv)
+    from pairtune.cli import evaluate as evaluating  # and torch
+
+    asked = evaluating.Asked(args.folder, args.dataset, args.reference, args.overrides)
+    cfg, compared = evaluating.settle(asked)
+    results, table = evaluating.evaluate(cfg)
+    print(f"{args.folder}, {compared}: {evaluating.report(cfg, results, table)}")
+    if args.output:
+        evaluating.save(args.output.expanduser(), table)
+        print(args.output)
+    return 0

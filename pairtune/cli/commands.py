@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 
 from pairtune import console, torchao_names
-from pairtune.cli.after import pairs, plot
+from pairtune.cli.after import evaluate, pairs, plot
 from pairtune.cli.find import (
     SUFFIXES,
     find,
@@ -308,6 +308,7 @@ def _check_keys(argv: list[str], parser: argparse.ArgumentParser, *more: str) ->
 
 
 COMMANDS = {command.__name__: command for command in (download, ls, cp, cat, validate, plan, run, plot, pairs, cache)}
+COMMANDS["eval"] = evaluate  # a name of Python's own
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -336,8 +337,8 @@ def main(argv: list[str] | None = None) -> int:
 def _command(name: str, rest: list[str]) -> int:
     if name in ("-h", "--help"):
         print(f"usage: {prog()} COMMAND ...  (COMMAND --help tells more)\n")
-        for command in COMMANDS.values():
-            print(f"  {command.__name__:<10} {command.__doc__.splitlines()[0]}")
+        for name, command in COMMANDS.items():
+            print(f"  {name:<10} {command.__doc__.splitlines()[0]}")
         print(f"  {'--version':<10} Print the versions of pairtune, torchtune, torchao and torch.")
         return 0
     if name == "--version":

@@ -12,6 +12,6 @@ def prog() -> str:
     return stem if stem in ("tune", "pairtune") else "tune"
 
 
-def parser_of(command: Callable) -> argparse.ArgumentParser:
+def parser_of(command: Callable, name: str = "") -> argparse.ArgumentParser:
     """Returns a parser of what follows a command's name; the command's docstring is its help."""
-    return argparse.ArgumentParser(prog=f"{prog()} {command.__name__}", description=command.__doc__)
+    return argparse.ArgumentParser(prog=f"{prog()} {name or command.__name__}", description=command.__doc__)

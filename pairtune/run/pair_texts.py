@@ -1,6 +1,6 @@
 """The texts of a run's pairs, read again from where its config says that its rows are."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pairtune.errors import UserError
 from pairtune.pairs.columns import as_plain
@@ -51,3 +51,16 @@ def _answer(answer: Answer | None) -> str:
 def _content(message: Mapping) -> str:
     content = message.get("content")
     return content if isinstance(content, str) else "" if content is None else str(content)
+
+
+def read_cells(block: Mapping, columns: Sequence[str], key: str = "dataset") -> dict[str, dict[int, object]]:
+    """Returns what rows have in those of the columns that they have, by the rows' numbers.
+
+    Args:
+        block: The config's `dataset` or `eval_dataset`.
+    """
+    where = {name: block[name] for name in ("split", "name", "revision", "limit")}
+    rows = read_rows(block["source"], **where, key=key)
+    found = [column for column in columns if column in rows.found]
+    cells = {column: dict(zip(rows.numbers, rows.cells(column), strict=True)) for column in found}
+    return {column: of_rows for column, of_rows in cells.items() if all(isinstance(c, str) for c in of_rows.values())}

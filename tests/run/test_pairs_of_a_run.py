@@ -1,15 +1,19 @@
-"""pairs.bin and `tune pairs`: flipped labels lie behind, forgotten pairs and contradictions are named, with texts."""
+"""pairs.bin, `tune pairs`, `tune eval`: flipped labels lie behind, and an export gives its run's own numbers."""
 
 import json
 import random
+import re
+import shutil
 
 import numpy as np
 import pytest
+import torch
 from helpers import SIZES, random_pairs, run_config, run_recipe, save_llama, save_pairs
 
 from pairtune.cli import main
 from pairtune.run import pair_log
 from pairtune.run.dynamics import contradictions, courses
+from pairtune.run.metrics import read_log
 
 
 def table_of(looks):
@@ -107,3 +111,53 @@ def test_finished_runs_are_plotted_alone_and_over_each_other(made, tmp_path, cap
     assert (made / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert main(["plot", str(made / "run"), str(made / "run"), "--output", str(tmp_path / "two.png")]) == 0
     assert (tmp_path / "two.png").read_bytes().startswith(b"\x89PNG") and "run: " in capsys.readouterr().out
+
+
+# tune eval
+
+
+def test_an_export_evaluated_again_gives_the_runs_last_evaluation(made, capsys):
+    last = [row for row in read_log(made / "run" / "metrics.jsonl") if "eval/loss" in row][-1]
+    words = ["eval", str(made / "run"), "--output", str(made / "each.jsonl"), "attention=mask"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    found = dict(re.findall(r"^  (eval/\S+) +(\S+)$", out, re.MULTILINE))
+    for name in ("loss", "rewards/chosen", "rewards/margins", "logps/chosen", "pairs", "length_baseline"):
+        assert float(found[f"eval/{name}"]) == pytest.approx(last[f"eval/{name}"], rel=1e-5, abs=1e-6), name
+    rows = [json.loads(line) for line in (made / "each.jsonl").read_text().splitlines()]
+    assert [row["row"] for row in rows] == list(range(16)) and "accuracy by longer answer" in out
+    assert np.mean([row["loss"] for row in rows]) == pytest.approx(last["eval/loss"], abs=1e-6)
+
+
+def test_a_folder_evaluated_alone_gives_transformers_log_probabilities(made, capsys):
+    transformers = pytest.importorskip("transformers")
+    rows = [{**json.loads(line), "source": "ab"[n % 2]} for n, line in enumerate((made / "held_out.jsonl").open())]
+    (made / "sources.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["eval", str(made / "run" / "export"), "--dataset", str(made / "sources.jsonl"), "dtype=fp32", "device=cpu"]
+    words += ["max_length=96", "max_prompt_length=64", "--output", str(made / "alone.jsonl")]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "no reference (--reference FOLDER)" in out and re.search(r"accuracy by source\n  a .* of 8 .*\n  b ", out)
+    model = transformers.AutoModelForCausalLM.from_pretrained(made / "run" / "export", attn_implementation="eager")
+    expected = scores_of(model, random_pairs(16, seed=6))
+    found = [json.loads(line)["chosen_logp"] for line in (made / "alone.jsonl").read_text().splitlines()]
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def scores_of(model, pairs):
+    found = []
+    for pair in pairs:
+        with torch.no_grad():
+            logits = model(torch.tensor([pair.prompt + pair.chosen])).logits[0, len(pair.prompt) - 1 : -1]
+        found.append(float(logits.log_softmax(-1)[torch.arange(len(pair.chosen)), torch.tensor(pair.chosen)].sum()))
+    return found
+
+
+def test_what_cannot_be_evaluated_is_told_in_a_sentence(made, tmp_path, capsys):
+    shutil.copy(made / "run" / "config.yaml", tmp_path)
+    for words, said in (
+        (["eval", str(made / "base")], "which pairs? --dataset FILE"),
+        (["eval", str(tmp_path)], "has no export: the run has not ended"),
+    ):
+        assert main(words) == 2
+        assert said in capsys.readouterr().err

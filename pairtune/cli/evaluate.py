@@ -1,0 +1,156 @@
+"""`tune eval`: what a folder's model gives to pairs, against a reference, without training.
+
+Every function is the one that runs call, so that a run's export gives the run's own numbers.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+
+from pairtune import config, dist, models
+from pairtune.cli.recipe import read_recipe
+from pairtune.errors import UserError
+from pairtune.files import telling, write_text
+from pairtune.folders import weights
+from pairtune.folders.opening import make_ready
+from pairtune.losses.calling import policy_scores, takes_unpaired
+from pairtune.losses.whole_step import WholeStep
+from pairtune.pairs.batch import lay_out
+from pairtune.pairs.steps import Steps
+from pairtune.pairs.tokenize import read_train_and_held_out
+from pairtune.reference import Reference
+from pairtune.run import choosing, contract, metrics, pair_log, places
+from pairtune.run.pair_texts import read_cells
+from pairtune.run.verdict import interval
+from pairtune.tokenizer import adapt
+
+RECIPE = "full_dpo_single_device"  # whose defaults an evaluation has
+COLUMNS = ("source", "language", "lang")  # by which accuracy is told where rows have them
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is evaluated.
+
+    Attributes:
+        folder: A model's folder, or a run's: then its export, with the run's own config.
+        dataset: Rows; None: a run's held-out pairs.
+        reference: A model's folder; None: what a run was compared with, or nothing.
+        overrides: key=value of a config.
+    """
+
+    folder: Path
+    dataset: str | None
+    reference: Path | None
+    overrides: Sequence[str]
+
+
+def settle(asked: Asked):
+    """Returns the config that says all this, and in words what the reference is.
+
+    Raises:
+        UserError: There is nothing to evaluate, or the config is wrong.
+    """
+    folder, saved = asked.folder.expanduser(), asked.folder.expanduser() / places.CONFIG
+    is_run = saved.is_file() and not (folder / "config.json").is_file()
+    paths, words, reference = [], [], asked.reference
+    if is_run:
+        exported = folder / places.EXPORT
+        if not exported.is_dir():
+            raise UserError(f"{folder}: has no {places.EXPORT}: the run has not ended; `resume=true` goes on with it")
+        paths, folder = [saved], exported
+        base = yaml.safe_load(saved.read_text(encoding="utf-8"))["checkpointer"]
+        words += ["model=auto", "checkpointer._component_=torchtune.training.FullModelHFCheckpointer"]
+        words += ["~checkpointer.checkpoint_files"] if "checkpoint_files" in base else []
+        reference = reference or Path(base["checkpoint_dir"])
+    words += [f"checkpointer.checkpoint_dir={folder}", f"tokenizer.path={folder}"]
+    words += [f"reference={'none' if reference is None else 'model'}"]
+    words += [] if reference is None else [f"reference.checkpoint_dir={reference}"]
+    if asked.dataset:
+        words += [f"dataset={asked.dataset}", "eval_dataset=null", "dataset.val_fraction=null"]
+    elif not is_run:
+        raise UserError(f"{folder}: which pairs? --dataset FILE; of a run's folder, its held-out pairs are taken")
+    method, defaults = read_recipe(RECIPE)
+    cfg = config.load(method, defaults, paths, [*words, *asked.overrides])
+    return cfg, f"reference {reference}" if reference else "no reference (--reference FOLDER): rewards are log-probs"
+
+
+def evaluate(cfg) -> tuple[dict[str, float], np.ndarray]:
+    """Returns what the pairs come to, as metrics.jsonl names it, and a pair_log.RECORD each.
+
+    Args:
+        cfg: From `settle`.
+    """
+    world = dist.start(cfg.device)
+    loss_fn = config.instantiate(cfg.loss)
+    reference = Reference(cfg.reference, "full", loss_fn, dtype=cfg.dtype, world=world)
+    files = weights.open_weights(cfg.checkpointer, cfg.model)
+    tokenizer = adapt(config.instantiate(cfg.tokenizer), cfg.tokenizer)
+    model = models.full(cfg.model, dtype=cfg.dtype)
+    make_ready(model, files.config, cfg.max_length, tokenizer.vocab_size)
+    reference.build(cfg.model, files, tokenizer, cfg.max_length)
+    budget = cfg.max_length, cfg.max_prompt_length, takes_unpaired(loss_fn), cfg.max_completion_length
+    train, held_out = read_train_and_held_out(cfg.dataset, cfg.eval_dataset, tokenizer, world, *budget)
+    pairs = [*(held_out or train)]
+    contract.check_pairs(pairs, tokenizer, score_end=cfg.score_end)
+    asked = {key: cfg[key] for key in choosing.KEYS}
+    work = choosing.work(pairs, loss_fn, cfg.max_length, len(pairs), 1)
+    how = choosing.choose_and_execute(asked, work, model, reference, cfg.optimizer, world)
+    models.load(model, weights.Weights(files), world=world)
+    reference.attach(model)
+    model.eval()
+    steps, meter = Steps(pairs, len(pairs), how.batch_size, world, seed=0, rows=how.rows), metrics.Meter()
+    batch_of = partial(lay_out, row_length=how.row_length, score_end=cfg.score_end)
+    with torch.no_grad():
+        micro = steps.share(pairs)
+        whole = WholeStep(loss_fn, pairs, micro, steps, max_length=cfg.max_length, score_end=cfg.score_end)
+        for some in whole.first_pass:
+            batch = batch_of(some).to(world.device)
+            whole.add(batch, policy_scores(model, batch, loss_fn), reference.logps(batch))
+        whole.end(world)
+        for some in world.progress(micro, "evaluation"):
+            batch = batch_of(some).to(world.device)
+            scores = policy_scores(model, batch, loss_fn)
+            given = scores.chosen_logps, scores.rejected_logps, *reference.logps(batch)
+            meter.add_pairs(batch, scores, *loss_fn(*given, **whole.inputs(batch, scores)), kl=whole.kl)
+    table = pair_log.records(0, meter.take_pairs(world), is_held_out=True)
+    return meter.read(world, "eval/") | pair_log.held_out_numbers(table, table[:0]), table
+
+
+def report(cfg, results: dict[str, float], table: np.ndarray) -> str:
+    """Returns the numbers in lines: of all pairs, by length, and by the rows' own columns."""
+    lines = [metrics.summary(results, "eval/")]
+    lines += [f"  {name:<38} {value:.6g}" for name, value in results.items()]
+    both = table[(table["chosen_length"] > 0) & (table["rejected_length"] > 0)]
+    if not len(both):
+        return "\n".join(lines)
+    longer = np.maximum(both["chosen_length"], both["rejected_length"])
+    edges = np.unique(np.quantile(longer, (0.25, 0.5, 0.75), method="lower"))
+    named = [f"up to {edge:,} tokens" for edge in edges] + [f"over {edges[-1]:,} tokens"]
+    groups = {"longer answer": [named[i] for i in np.searchsorted(edges, longer)]}
+    key = "eval_dataset" if cfg.eval_dataset.source else "dataset"
+    for column, cells in read_cells(cfg[key], COLUMNS, key).items():
+        groups[column] = [str(cells.get(int(row), "")) for row in both["row"]]
+    for title, names in groups.items():
+        lines.append(f"accuracy by {title}")
+        for name in dict.fromkeys(sorted(names, key=named.index) if names[0] in named else sorted(names)):
+            right = pair_log.margins(both)[[other == name for other in names]] > 0
+            low, high = interval(right.mean(), len(right))
+            lines.append(f"  {name:<38} {right.mean():.1%} of {len(right):,} ({low:.1%} to {high:.1%})")
+    return "\n".join(lines)
+
+
+def save(path: Path, table: np.ndarray) -> None:
+    """Writes an object a pair, a line each."""
+    names = [name for name in pair_log.RECORD.names if name not in ("step", "is_held_out", "digest")]
+    rows = [{name: None if record[name] != record[name] else record[name].item() for name in names} for record in table]
+    for row, margin in zip(rows, pair_log.margins(table).tolist(), strict=True):
+        row["margin"] = None if margin != margin else margin
+    with telling(path, "name another file: --output"):
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
