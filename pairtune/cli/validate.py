@@ -19,7 +19,6 @@ from pairtune.folders.weights import Weights, base_config, open_weights
 from pairtune.losses.calling import takes_unpaired
 from pairtune.pairs.columns import as_plain
 from pairtune.pairs.recognise import recognise
-from pairtune.pairs.report import said_of_template, said_of_text
 from pairtune.pairs.sources import looks_like_path
 from pairtune.pairs.steps import count_steps
 from pairtune.pairs.tokenize import Report, read_rows, split_pairs, tokenize_pairs
@@ -165,8 +164,7 @@ class Validation:
         if source.get("val_fraction"):
             train, _ = split_pairs(range(num_pairs), source.val_fraction)
             num_pairs = len(train)
-        said = [*report.columns(), *said_of_template(report), *said_of_text(report, tokenizer)]
-        return "; ".join([_told(report, len(rows)), *said]), num_pairs
+        return "; ".join([_told(report, len(rows)), *report.columns(), *report.notes]), num_pairs
 
 
 def _answer(question: Callable[[], tuple[str, Any]]) -> Answer:

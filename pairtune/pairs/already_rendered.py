@@ -22,6 +22,7 @@ OPENINGS = (
     *("[SYSTEM_PROMPT]", "<extra_id_0>", "<|User|>", "<role>", "<|startoftext|><|im_start|>", "[gMASK]<sop>"),
 )
 _BEGINS = ("<s>", "<bos>", "<|begin_of_text|>", "<｜begin▁of▁sentence｜>", "<|startoftext|>", "<BOS_TOKEN>")
+_IN_WORDS = re.compile(r"(?:###\s*)?\b(?:assistant|response|answer|output)\s*:\s*\Z", re.IGNORECASE)
 MOST = 0.05  # of all rows
 
 
@@ -40,8 +41,14 @@ class AlreadyRendered:
         self._is_torchtunes = tokenizer.folder is None
 
     def look(self, example: Example, row: int, report: Report) -> None:
-        """Enters a row whose prompt is rendered in the report. A question about such a token does not begin with it."""
-        if self._pattern.match(text_of(example.prompt[-1])) and not (self._is_plain and self._as == "control"):
+        """Enters a row whose prompt is rendered in the report, by a template or in words, such as "### Response:". A
+        question about a special token does not begin with it."""
+        asked = text_of(example.prompt[-1])
+        found = None if self._is_plain else _IN_WORDS.search(asked[-40:])
+        if found:
+            report.in_words.append(row)
+            report.examples["in_words"] = found[0].strip()
+        if self._pattern.match(asked) and not (self._is_plain and self._as == "control"):
             report.rendered.append(row)
 
     def check(self, report: Report) -> None:

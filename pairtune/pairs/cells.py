@@ -4,6 +4,7 @@ import ast
 import json
 import re
 
+_TRANSCRIPT = re.compile(r"\n\nHuman:|Human:.*\n\nAssistant:", re.DOTALL)
 _MESSAGES_AS_TEXT = re.compile(r"""\s*\[?\s*\{\s*(["'])(role|from|content|value)\1\s*:""")
 _BETWEEN_MESSAGES = re.compile(r"\}\s*\n\s*\{")  # as numpy writes them, without a comma; no text of theirs has a line
 
@@ -12,7 +13,7 @@ def kind_of(value) -> str:
     """Returns what a cell holds: transcript, text, texts, message, messages, conversations, pairs of texts, or the name
     of a Python type."""
     if isinstance(value, str):
-        return "transcript" if value.startswith("\n\nHuman:") else "text"
+        return "transcript" if _TRANSCRIPT.match(value) else "text"
     if is_message(value):
         return "message"
     if isinstance(value, list) and value:

@@ -129,6 +129,10 @@ def detect_format(
     formats = "\n".join([*formats, f"  for losses of single answers: {unpaired}"])
     named = f"If a column only has another name, say so: {key}.columns.prompt=THEIR_NAME, and so on."
     several = f"If it is something like this, say so: {line}" if line else ""
+    if "prompt" not in row and {kind_of(row.get(name)) for name in ("chosen", "rejected")} == {"text"}:
+        named = (
+            "What was asked has to be in a column: prompt. Whole conversations are lists of messages, or transcripts."
+        )
     raise UserError(
         f"{source}: no known format of preference pairs. Columns found, and what the first row holds:\n{found}\n"
         f"Formats known:\n{formats}\n{several or named}"
@@ -167,7 +171,7 @@ FORMATS = [
     Format(
         "prompt messages with answers",
         readers.from_prompt_messages,
-        {"prompt": "messages", "chosen": ANSWER, "rejected": ANSWER},
+        {"prompt": "messages|message", "chosen": ANSWER, "rejected": ANSWER},
     ),
     Format("ShareGPT", readers.from_sharegpt, {"conversations": "messages", "chosen": ANSWER, "rejected": ANSWER}),
     Format(

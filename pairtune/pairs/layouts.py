@@ -16,9 +16,24 @@ from pairtune.pairs.ranked import TIE_WORDS, Choice, as_word
 
 QUESTIONS = ("prompt", "question", "instruction", "query", "input", "context", "post", "text")
 CHOICES = ("choice", "label", "labels", "winner", "preference", "preferred", "better", "vote", "votes", "verdict")
-CHOICES += ("best", "selected", "better_response_id", "human_preference")
+CHOICES += ("best", "selected", "better_response_id", "human_preference", "preferred_response", "preferred_answer")
 _VOTES = re.compile(r"(annotator|rater|judge|vote|label)_?\d+")
 _STEM_AND_SUFFIX = re.compile(r"(.*?)[_ ]?(\d+|[A-Za-z]|first|second|left|right)")
+_BETTER_WORDS = r"chosen|better|preferred|good|accepted|best|win|positive"
+_WORSE_WORDS = r"reject|worse|dispreferred|non_preferred|bad|worst|los|negative"
+_RATES = r"(score|rating|reward|rank)s?$"
+_ANSWERS = (
+    "text",
+    "response",
+    "answer",
+    "completion",
+    "generation",
+    "candidate",
+    "output",
+    "content",
+    "reply",
+    "replie",
+)
 _FEW = 4  # values that a column of choices may have, ties included
 _SHORT = 12  # characters of such a value, where nothing else tells it from an answer
 
@@ -65,6 +80,12 @@ LAYOUTS = (
     ),
     Layout("Nectar's ranked answers", ("prompt", "answers"),
            {"prompt": "prompt", "answers": "answers.*.answer", "ranks": "answers.*.rank"}),
+    Layout("distilabel's rated generations", ("instruction", "generations", "ratings"),
+           {"prompt": "instruction", "answers": "generations", "scores": "ratings"}),
+    Layout("messages with chosen and rejected", ("messages", "chosen", "rejected"), {"prompt": "messages"}),
+    Layout("messages and rejected", ("messages", "rejected"), {"rejected_response": "rejected"}),
+    Layout("conversations and rejected", ("conversations", "rejected"),
+           {"messages": "conversations", "rejected_response": "rejected"}),
     Layout("Stack Exchange's rated answers", ("question", "answers"),
            {"prompt": "question", "answers": "answers.*.text", "scores": "answers.*.pm_score"}),
     Layout(
@@ -127,10 +148,14 @@ def guess(rows: Sequence[dict], values_of: Callable[[str], Iterable]) -> tuple[d
         rows: The first ones.
         values_of: Returns a column's cells, of all rows.
     """
-    kinds = {name: kind_of(value) for name, value in _fullest(rows).items()}
+    row = _fullest(rows)
+    kinds = {name: kind_of(value) for name, value in row.items()}
+    rated = _rated(row)
+    if rated:
+        return rated, True
     answers = _two_answers(kinds)
     if answers is None:
-        return _likely(kinds, values_of), False
+        return _likely(row, values_of), False
     described: dict = {"answers": list(answers)}
     texts = [name for name in kinds if kinds[name] in ("text", "transcript", "messages") and name not in answers]
     question = next((name for name in QUESTIONS if name in texts), None)
@@ -153,23 +178,73 @@ def guess(rows: Sequence[dict], values_of: Callable[[str], Iterable]) -> tuple[d
     return described, False
 
 
-def _likely(kinds: dict[str, str], values_of: Callable[[str], Iterable]) -> dict:
+def _rated(row: dict) -> dict:
+    """Returns the description of a row with a list of answers and a list of as many scores or ranks, or with a list of
+    answers that have one each; {} where it is no such row. The numbers' name says which they are."""
+    found = {}
+    for name, value in row.items():
+        if not isinstance(value, list) or len(value) < 2 or name in QUESTIONS:
+            continue
+        if all(isinstance(entry, dict) for entry in value):
+            found |= {f"{name}.*.{key}": [entry.get(key) for entry in value] for key in value[0]}
+        else:
+            found[name] = value
+    numbers = next((n for n in found if re.search(_RATES, n) and all(map(_is_number, found[n]))), None)
+    texts = [n for n, cells in found.items() if kind_of(cells) in ("texts", "conversations")]
+    texts = [n for n in texts if numbers and n.rpartition(".")[0] == numbers.rpartition(".")[0]]
+    answers = next((n for n in texts if n.rpartition(".")[2].strip("s") in _ANSWERS), None)
+    question = next((n for n in QUESTIONS if kind_of(row.get(n)) in ("text", "transcript", "messages")), None)
+    if not (numbers and answers and question) or len(found[answers]) != len(found[numbers]):
+        return {}
+    return {"prompt": question, "answers": answers, "ranks" if "rank" in numbers else "scores": numbers}
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _likely(row: dict, values_of: Callable[[str], Iterable]) -> dict:
     """Returns the likeliest description of columns whose names say nothing: the question, two answers, a choice."""
-    texts = [name for name, kind in kinds.items() if kind in ("text", "transcript", "message", "messages")]
-    few = {}
-    for name in kinds:
-        values = values_in(values_of(name))
-        if values is not None and max(map(len, values)) <= _SHORT:
-            few[name] = sorted(values - set(TIE_WORDS))[:2]
-    choice = next((name for name in (*CHOICES, *reversed(few)) if name in few), None)
-    texts = [name for name in texts if name != choice]
-    question = next((name for name in QUESTIONS if name in texts), texts[0] if texts else None)
-    answers = [name for name in texts if name != question][:2]
+    leaves = {name: value for name, value in _leaves(row) if value not in (None, "")}
+    texts = [name for name, value in leaves.items() if kind_of(value) in ("text", "transcript", "message", "messages")]
+    worse = next((name for name in texts if re.search(_WORSE_WORDS, name.lower())), None)
+    better = next((n for n in texts if re.search(_BETTER_WORDS, n.lower()) and not re.search(_WORSE_WORDS, n)), None)
+    few = {name: words for name in leaves if name not in QUESTIONS and (words := _labels(values_of(name)))}
+    choice = next((name for name in few if name.rpartition(".")[2] in CHOICES), next(reversed(few), None))
+    rest = [name for name in texts if name not in (better, worse, choice)]
+    long = [name for name in rest if name not in few]
+    rest = long if len(long) >= 3 else rest
+    question = next((name for name in rest if any(word in name.lower() for word in QUESTIONS)), next(iter(rest), None))
+    if question and better and worse:
+        return {"prompt": question, "chosen": better, "rejected": worse}
+    answers = [name for name in rest if name != question][:2]
     if len(answers) < 2:
         return {}
     if choice is None:
         return {"prompt": question, "chosen": answers[0], "rejected": answers[1]}
     return {"prompt": question, "answers": answers, "choice": {choice: few[choice]}}
+
+
+def _labels(cells: Iterable) -> list[str]:
+    """Returns the first two words that a column of short words holds; none where it holds other things."""
+    cells = list(cells)
+    values = values_in(cells) or set()
+    words = sorted(values - set(TIE_WORDS))
+    repeat = len(cells) > len(values)
+    short = words and max(map(len, words)) <= _SHORT and (repeat or not any(" " in word for word in words))
+    return words[:2] if short else []
+
+
+def _leaves(value, name: str = "") -> Iterable[tuple[str, object]]:
+    """Yields the dotted names of what a row holds, and their cells: messages whole, of other lists the first two."""
+    items = value.items() if isinstance(value, dict) else ()
+    if isinstance(value, list):
+        items = enumerate(value[:2])
+    if kind_of(value) in ("message", "messages") or not isinstance(value, dict | list):
+        yield name, value
+        return
+    for key, item in items:
+        yield from _leaves(item, f"{name}.{key}" if name else str(key))
 
 
 def names_of(answers: Sequence[str], values: set[str]) -> Choice | None:

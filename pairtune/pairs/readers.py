@@ -3,7 +3,7 @@ is formats.py's to say; rows of several answers are read in ranked.py."""
 
 import re
 
-from pairtune.pairs.cells import shown
+from pairtune.pairs.cells import kind_of, shown
 from pairtune.pairs.example import Answer, BadRow, Example, Skip
 from pairtune.pairs.messages import is_text_alone, read_message
 
@@ -66,7 +66,8 @@ def instruction(row: dict) -> list[dict]:
 
 
 def from_prompt_messages(row: dict, column: str = "prompt") -> Example:
-    prompt = [read_message(raw) for raw in row[column]]
+    cell = row[column]
+    prompt = [read_message(raw) for raw in (cell if isinstance(cell, list) else [cell])]
     return Example(prompt, *(answer_of(row[name], name, prompt, system(row)) for name in ("chosen", "rejected")))
 
 
@@ -168,7 +169,7 @@ def from_one_answer(row: dict) -> Example:
     if isinstance(prompt, list):
         messages = [read_message(raw) for raw in prompt]
     else:
-        messages = transcript_turns(prompt) if prompt.startswith("\n\nHuman:") else user(prompt)
+        messages = transcript_turns(prompt) if kind_of(prompt) == "transcript" else user(prompt)
     answer = answer_of(row[column], column, messages, system(row))
     written = (prompt, answer) if isinstance(prompt, str) and isinstance(answer, str) else None
     return labelled({"label": column != "rejected"}, messages, answer, written)
@@ -193,7 +194,8 @@ def _last_turn(transcript: str) -> tuple[str, str]:
 
 def transcript_turns(transcript: str) -> list[dict]:
     """Returns a prompt's messages, stripped. Neighbours of one speaker are joined: many templates want alternation."""
-    _, *pieces = re.split(r"\n\n(Human|Assistant):", transcript.rstrip().removesuffix("\n\nAssistant:"))
+    asked = "\n\n" + transcript.rstrip().removesuffix("\n\nAssistant:").lstrip("\n")
+    _, *pieces = re.split(r"\n\n(Human|Assistant):", asked)
     messages = []
     for speaker, text in zip(pieces[::2], pieces[1::2], strict=True):
         role = "user" if speaker == "Human" else "assistant"

@@ -2,6 +2,7 @@
 a question with two answers whose names say themselves which is better."""
 
 import json
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -87,5 +88,10 @@ def _with_choice(form: Format, rows: Rows, key: str) -> Format:
 
 
 def _written(described) -> str:
-    """Returns a description as it is written on a command line: JSON without its quotes."""
-    return json.dumps(described, ensure_ascii=False).replace('"', "")
+    """Returns a description as it is written on a command line."""
+    if isinstance(described, dict):
+        return "{" + ", ".join(f"{_written(key)}: {_written(value)}" for key, value in described.items()) + "}"
+    if isinstance(described, list):
+        return "[" + ", ".join(map(_written, described)) + "]"
+    is_word = re.fullmatch(r"[\w.*][\w.* -]*", str(described))
+    return str(described) if is_word else json.dumps(described, ensure_ascii=False)

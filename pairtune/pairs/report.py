@@ -37,11 +37,12 @@ class Report:
     thoughts: list[int] = field(default_factory=list)  # rows whose answers hold thoughts beside their text
     several_turns: list[int] = field(default_factory=list)  # rows whose answers hold what tools return
     rendered: list[int] = field(default_factory=list)  # rows whose prompt a template has been through already
+    in_words: list[int] = field(default_factory=list)  # rows whose prompt is written out to the mark of an answer
     respaced: list[int] = field(default_factory=list)  # rows whose answers the template writes with other white space
     served_apart: list[int] = field(default_factory=list)  # rows whose conversation does not begin as it is served
     opened: list[int] = field(default_factory=list)  # rows whose answers the template begins with words of its own
     left_out: list[int] = field(default_factory=list)  # rows of whose prompt the template leaves something out
-    examples: dict[str, str] = field(default_factory=dict)  # of the last three, what is written, or whose it is
+    examples: dict[str, str] = field(default_factory=dict)  # of some of these, what is written, or whose it is
     # Tokens of every row that was tokenized, before limits: what max_length would have to be
     lengths: dict[str, list[int]] = field(default_factory=lambda: {"prompt": [], "chosen": [], "rejected": []})
     notes: list[str] = field(default_factory=list)
@@ -123,7 +124,7 @@ class Report:
         if self.beside:
             said.append(f"columns read beside these: {', '.join(self.beside)}")
         if self.unused:
-            said.append(f"columns not used: {', '.join(self.unused)}")
+            said.append(f"columns not used: {', '.join(name or repr(name) for name in self.unused)}")
         return said
 
     def _counted(self, facts: dict[str, list[int]]) -> list[str]:
@@ -192,6 +193,11 @@ def said_of_template(report: Report) -> list[str]:
         said.append(
             f"the template writes {examples['opened']!r} before {len(report.opened):,} rows' answers, which is trained "
             "with them, unless its generation prompt has it: tokenizer.template_arguments"
+        )
+    if report.in_words:
+        said.append(
+            f"{len(report.in_words):,} prompts end in {examples['in_words']!r}, as if somebody had written out whose "
+            "turn it is, and the chat template does so again; tokenizer.chat_template=plain takes them as they are"
         )
     if report.left_out:
         said.append(f"the template does not write all that the prompt's {examples['left_out']} says")

@@ -181,7 +181,7 @@ def tokenize_pairs(
 
     read_row = _row_reader(rows, form, tokenizer, limits, rendered, on_bad_row, **asked)
     if kept:
-        kept.read_by([form.name, rows.columns, sorted(asked["doubtful"])])
+        kept.read_by([form.name, rows.columns, sorted(asked["doubtful"]), getattr(form.example, "keywords", None)])
     pairs = _read_all(read_row, rows, report, kept, beat, progress=progress)
     report.num_kept = len(pairs)
     report.num_desirable = None if form.is_paired else sum(bool(pair.chosen) for pair in pairs)

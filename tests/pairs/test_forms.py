@@ -120,6 +120,31 @@ PUBLISHED = {
         [{"instruction": "Q", "input": "", "preferred": "B", "dispreferred": "W"}],
         1,
     ),
+    "distilabel's rated generations": (
+        [{"instruction": "Q", "generations": ["W", "B"], "ratings": [2.0, 5.0], "generation_models": ["m", "n"]}],
+        1,
+    ),
+    "a list of answers and one of scores": (
+        [{"prompt": "Q", "responses": ["W", "B"], "reward_scores": [-1.0, 5.0]}],
+        1,
+    ),
+    "a list of answers that have a rank each": (
+        [{"question": "Q", "candidates": [{"text": "W", "model": "m", "rank": 2}, {"text": "B", "rank": 1}]}],
+        1,
+    ),
+    "messages with chosen and rejected": (
+        [{"messages": [USER], "chosen": says("B"), "rejected": says("W")}],
+        1,
+    ),
+    "a prompt that is one message": ([{"prompt": USER, "chosen": says("B"), "rejected": says("W")}], 1),
+    "conversations and rejected": (
+        [{"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "B"}], "rejected": "W"}],
+        1,
+    ),
+    "Human and Assistant without a line before them": (
+        [{"prompt": "Human: Q\n\nAssistant:", "chosen": " B", "rejected": " W"}],
+        1,
+    ),
     "question with chosen and rejected": ([{"system": "", "question": "Q", "chosen": "B", "rejected": "W"}], 1),
 }  # fmt: skip
 
@@ -285,8 +310,11 @@ def test_one_line_of_columns_describes_what_is_not_recognised(row, columns):
         ([{"prompt": "Q", "output_1": "x", "output_2": "y", "label": 0}, {"prompt": "Q", "output_1": "x",
           "output_2": "y", "label": 1}],
          "dataset.columns={prompt: prompt, answers: [output_1, output_2], choice: {label: [0, 1]}}"),
-        ([{"q": "Q", "l": "x", "r": "y", "won": "L"}, {"q": "Q", "l": "x", "r": "y", "won": "R"}],
-         "dataset.columns={prompt: q, answers: [l, r], choice: {won: [l, r]}}"),
+        ([{"q": "Which?", "m": {"x": {"t": "It is so."}, "y": {"t": "It is not so."}}, "won": won}
+          for won in ("[[A]]", "[[B]]", "[[A]]")],
+         'dataset.columns={prompt: q, answers: [m.x.t, m.y.t], choice: {won: ["[[a]]", "[[b]]"]}}'),
+        ([{"instruction": "Which?", "input": "", "output": ["It is so.", "It is not so."]}],
+         "dataset.columns={prompt: instruction, chosen: output.0, rejected: output.1}"),
         ([{"problem": f"Is it {n}, or another number?", "good": f"It is {n}, I think.", "bad": f"It is not {n}."}
           for n in range(9)],
          "dataset.columns={prompt: problem, chosen: good, rejected: bad}"),

@@ -159,6 +159,16 @@ def test_a_question_about_special_tokens_is_a_question(chatml):
     assert len(pairs) == 4 and report.special == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    "prompt", ["USER: Q ASSISTANT:", "Below is a task.\n\n### Response:\n", "Question: Q\nAnswer: "]
+)
+def test_prompts_that_are_written_out_in_words_are_told(chatml, plain, prompt):
+    told = f"1 prompts end in {prompt.split()[-1] if '###' not in prompt else '### Response:'!r}"
+    row = {"prompt": prompt, "chosen": "B", "rejected": "W"}
+    assert told in str(tokenize([ROW, row], chatml)[1]) and "in words" not in str(tokenize([ROW], chatml)[1])
+    assert "prompts end in" not in str(tokenize([ROW, row], plain)[1])
+
+
 # Broken rows
 
 
