@@ -154,7 +154,7 @@ def main(cfg):
             for extra in iterate(whole.first_pass):  # without gradients; nothing in DPO
                 world.beat(doing)
                 batch = batch_of(extra)
-                whole.add(batch, policy_scores(model, batch, loss_fn), reference.logps(batch))
+                whole.add(batch, policy_scores(model, batch, loss_fn), reference.logps(batch, first_pass=True))
         return whole.end(world)
 
     def pair_losses(pairs, whole, into):  # [P], to be differentiated; `into` is a meter

@@ -67,6 +67,8 @@ class WholeStep:
         self._log_ratios: Tensor | float = 0.0
         self._mixed = steps.share(others)
         self._is_sorted = needs(loss_fn).whole_step
+        # In one micro-batch the loss sees the whole step as it is, and differentiates itself.
+        self._is_sorted &= steps.is_shared_out(micro)
         self.first_pass = [*self._mixed, *(micro if self._is_sorted else [])]
         self._added: list[tuple[PairBatch, AnswerScores, tuple]] = []  # of `micro`
         self._num_added = 0

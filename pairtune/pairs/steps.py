@@ -68,6 +68,10 @@ class Steps:
         rank, size = self._world.rank, self._world.size
         return share(pairs, times * self._batch_size, rank=rank, size=size, rows=self._rows)
 
+    def is_shared_out(self, micro: list[list[Pair]]) -> bool:
+        """Returns whether these micro-batches of a step, this process's, leave something of it to others."""
+        return self._world.size > 1 or len(micro) != 1
+
     def heaviest(self) -> list[list[Pair]]:
         """Returns a micro-batch for each process: of the pairs with most tokens, as many as a device holds."""
         batches: list[list[Pair]] = [[] for _ in range(self._world.size)]

@@ -83,6 +83,7 @@ class Reference:
         self._policy: nn.Module | None = None
         self.was_asked = False
         self._remembers, self._remembered = False, {}  # [P] values by a micro-batch's pairs
+        self._first_pass, self._is_asked_again = [], False  # batches and values of a step's first pass; see `logps`
         self._keep: Callable | None = None  # takes the values of what `unanswered` has yielded
 
     # Before any weight is read
@@ -254,10 +255,13 @@ class Reference:
         with self._live.weights() as model:
             return answer_logps(model, batch, self._ld_alpha)
 
-    def logps(self, batch: PairBatch) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    def logps(self, batch: PairBatch, *, first_pass: bool = False) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """Returns chosen and rejected log-probabilities, [P] each in nats: from the cache, or by a forward.
 
         None for a loss without a reference; zeros with reference=none, to which every answer is alike.
+
+        Args:
+            first_pass: The values are kept for the next time that they are asked for, in the same step.
         """
         self.was_asked |= torch.is_grad_enabled()
         if not self._is_used:
@@ -266,7 +270,18 @@ class Reference:
             return self._cache(batch.pairs)
         if self._block["name"] == "none":
             return torch.zeros(2, batch.num_pairs, device=self._world.device).unbind()
-        return self._remember(batch) if self._remembers else self._live_logps(batch)
+        if self._remembers:
+            return self._remember(batch)
+        if first_pass and self._is_asked_again:
+            self._first_pass = []  # of the step before
+        self._is_asked_again = not first_pass
+        for other, values in self._first_pass:
+            if other.pairs is batch.pairs and other.answer_lengths == batch.answer_lengths:
+                return values
+        values = self._live_logps(batch)
+        if first_pass:
+            self._first_pass.append((batch, values))
+        return values
 
     @contextmanager
     def remembered(self) -> Iterator[None]:

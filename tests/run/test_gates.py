@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+from torchtune.modules import TransformerDecoder
 
 from pairtune import models
 from pairtune.models.logps import answer_logps
@@ -150,6 +151,31 @@ def test_attention_is_called_once_a_layer_or_once_an_answer(a_step, back_end):
     calls = 1 if back_end == "mask" else 2 * PAIRS
     forward, backward = (operations[str(op)] for op in ATTENTION)
     assert (forward, backward) == (2 * GATED["num_layers"] * calls, GATED["num_layers"] * calls)
+
+
+@pytest.mark.parametrize(
+    ("loss", "batch_size", "forwards"),
+    [
+        ("sigmoid", 2, 2),
+        ("kto", 4, 4),  # two of them of each prompt with another one's answers, for the baseline
+        ("aot", 4, 2),
+        ("aot", 2, 3),  # the policy's once more, since gradients of all micro-batches are not kept
+    ],
+)
+def test_a_step_computes_nothing_twice_that_it_could_keep(work, loss, batch_size, forwards):
+    """Forwards over a step's pairs: policy's and reference's."""
+
+    def calls(steps):
+        seen = []
+        handle = torch.nn.modules.module.register_module_forward_hook(
+            lambda module, inputs, output: seen.append(module) if isinstance(module, TransformerDecoder) else None
+        )
+        settings = [f"max_steps={steps}", f"output_dir={work / 'run'}", f"loss={loss}", f"batch_size={batch_size}"]
+        run_recipe("lora_dpo_single_device", *settings, config_paths=[work / "config.yaml"])
+        handle.remove()
+        return len(seen)
+
+    assert calls(2) - calls(1) == forwards * PAIRS / batch_size
 
 
 @pytest.mark.parametrize(("method", "loss"), [("lora", []), ("full", []), ("qlora", []), ("lora", ["loss=kto"])])
