@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -121,7 +122,7 @@ def step_memory(
         UserError: The optimizer does not run on the meta device.
     """
     trained = [p for p in policy.parameters() if p.requires_grad]
-    made = _make_optimizer(optimizer, trained, setting)
+    made = _made_once(policy, optimizer, trained, setting)
     held = {"weights": [*policy.parameters()], "reference": []}
     if reference is not None:
         held["reference"] = [*reference.parameters()]
@@ -146,8 +147,9 @@ def step_memory(
         _forward_backward(policy, reference, batch, sharding)
         models.clip_gradients(policy, 1.0)
         ledger.new = ("optimizer scratch", setting.share if made.allocates else 0.0)
-        with torch.compiler.set_stance("force_eager"):
-            made.optimizer.step()
+        if made.allocates:
+            with torch.compiler.set_stance("force_eager"):
+                made.optimizer.step()
     state = round(num_bytes(made.state) * made.share * setting.num_shards)  # of all devices
     on_host = num_bytes([*trained, *(t for tensors in held.values() for t in tensors)])  # gradients are as `trained`
     host = (on_host + state) // setting.num_shards if setting.cpu_offload else 0
@@ -250,6 +252,17 @@ class _Made:
     allocates: bool  # whether what its step allocates counts: one that is fused or compiled allocates little
     on_host: bool  # its state is in host memory
     copies: bool  # and with it copies of weights and gradients
+
+
+_known: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()  # by what is trained: an 8-bit state takes a while
+
+
+def _made_once(policy: nn.Module, block: dict, trained: list[nn.Parameter], setting: Setting) -> _Made:
+    """Returns `_make_optimizer`'s, made once for all steps that are counted of this policy."""
+    known, key = _known.setdefault(policy, {}), (repr(block), setting.device, setting.cpu_offload, setting.num_shards)
+    if key not in known:
+        known[key] = _make_optimizer(block, trained, setting)
+    return known[key]
 
 
 def _make_optimizer(block: dict, trained: list[nn.Parameter], setting: Setting) -> _Made:

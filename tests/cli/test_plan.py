@@ -18,7 +18,7 @@ from pairtune import dist
 from pairtune.cli import plan
 from pairtune.cli.commands import main
 from pairtune.cli.recipe import read_recipe
-from pairtune.run import memory
+from pairtune.run import choosing, memory
 
 TOOL = runpy.run_path(str(ROOT / "tools" / "check_plan.py"))
 RECIPES = [f"{method}_dpo_{devices}" for method in ("full", "lora", "qlora")
@@ -334,6 +334,36 @@ def test_a_copy_of_a_recipe_is_planned_like_the_recipe(path, tmp_path, capsys):
 def test_what_cannot_run_is_refused_as_the_run_would_be(path, capsys, words, message):
     assert main(["plan", str(path), *words]) == 2
     assert message in capsys.readouterr().err
+
+
+CHECKPOINTED = "batch_size=1", "compile=false", "enable_activation_checkpointing=true"
+PARAMETERS = 8.03e9
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "known"),
+    [
+        (
+            "lora_dpo_single_device",
+            ("max_length=32768", "max_prompt_length=null", "model=torchtune.models.llama3_1.llama3_1_8b"),
+            {"weights": 2 * PARAMETERS},
+        ),
+        (
+            "full_dpo_single_device",
+            ("dtype=bf16", "reference=cached", "optimizer=torchao.optim.AdamW8bit"),
+            # The optimizer's are two bytes and two blocks of 256 numbers' scales
+            {"weights": 2 * PARAMETERS, "gradients": 2 * PARAMETERS, "optimizer state": PARAMETERS * 2 * (1 + 4 / 256)},
+        ),
+    ],
+    ids=["LoRA, pairs of 32k tokens", "full, 8-bit AdamW"],
+)
+def test_eight_billion_fit_one_gpu_of_80_gb(recipe, overrides, known):
+    of = planned(ROOT / "configs" / "llama3_8b.yaml", recipe, *overrides, *CHECKPOINTED, gpu_memory=80.0)
+    parts = of.memory.parts
+    assert {name: parts[name] for name in known} == pytest.approx(known, rel=0.01)
+    inputs = 32 * of.max_tokens * 4096 * 2  # of 32 layers, in bf16: what is kept of each
+    assert inputs < parts["activations"] < 3 * inputs + 2**32  # and all of one layer
+    assert of.memory.total < choosing.USABLE * 80 * 2**30
 
 
 def test_a_model_of_eight_billion_is_planned_from_its_config_alone(capsys):
