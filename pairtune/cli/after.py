@@ -135,3 +135,21 @@ def evaluate(argv: list[str]) -> int:
         evaluating.save(args.output.expanduser(), table)
         print(args.output)
     return 0
+
+
+def report(argv: list[str]) -> int:
+    """Write a run's report.html: verdict, curves, hardest pairs, answers before and after, config, in one file."""
+    parser = parser_of(report)
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run folder, of a run that was killed, too")
+    parser.add_argument("--output", type=Path, metavar="HTML", help="default: RUN/report.html")
+    args = parser.parse_args(argv)
+    from pairtune.files import telling
+    from pairtune.run import report as page
+    from pairtune.run.finished import open_run
+
+    run = open_run(args.run)
+    target = (args.output or run.folder / page.FILE).expanduser()
+    with telling(target, "name another file: --output"):
+        write_text(target, page.write(run, _texts(run.config, held_out=True)))
+    print(f"{run.name}: {run.verdict.headline}\n{target}")
+    return 0

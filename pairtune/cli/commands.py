@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 
 from pairtune import console, torchao_names
-from pairtune.cli.after import evaluate, pairs, plot
+from pairtune.cli.after import evaluate, pairs, plot, report
 from pairtune.cli.find import (
     SUFFIXES,
     find,
@@ -307,7 +307,9 @@ def _check_keys(argv: list[str], parser: argparse.ArgumentParser, *more: str) ->
     check_dashes(argv, [*parser._option_string_actions, *more])
 
 
-COMMANDS = {command.__name__: command for command in (download, ls, cp, cat, validate, plan, run, plot, pairs, cache)}
+COMMANDS = {
+    command.__name__: command for command in (download, ls, cp, cat, validate, plan, run, plot, pairs, report, cache)
+}
 COMMANDS["eval"] = evaluate  # a name of Python's own
 
 

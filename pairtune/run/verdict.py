@@ -334,7 +334,9 @@ def _memorised_words(run: _Run, best: _Held) -> str:
 def _memorised_advice(run: _Run, best: _Held) -> list[str]:
     last = run.held[-1]
     if best.step == 0:
-        lines = ["nothing that holds for other pairs was found: `tune pairs RUN` lists labels that may be wrong"]
+        found = "it ranks better than chance, and is surer of it than right"
+        nothing = "nothing that holds for other pairs was found"
+        lines = [f"{found if last.interval[0] > 0.5 else nothing}: `tune pairs RUN` lists labels that may be wrong"]
         lines += ["try fewer epochs, a lower optimizer.lr, a higher loss.beta; more pairs help most"]
     else:
         way = "keep_best=loss export_best=true exports that, early_stop=3 ends there"

@@ -4,6 +4,7 @@ import json
 import random
 import re
 import shutil
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -161,3 +162,51 @@ def test_what_cannot_be_evaluated_is_told_in_a_sentence(made, tmp_path, capsys):
     ):
         assert main(words) == 2
         assert said in capsys.readouterr().err
+
+
+# tune report
+
+
+class Page(HTMLParser):
+    """Whether tags nest, and what a page would fetch."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.fetched, self.text = [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.fetched += [value for name, value in attributes if name in ("src", "href")]
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, self.getpos()
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.mark.parametrize("kind", ["ended", "killed", "killed before its first evaluation after training"])
+def test_a_report_is_one_page_that_says_how_the_run_ended(made, tmp_path, capsys, kind):
+    run = tmp_path / "run"
+    shutil.copytree(made / "run", run)
+    prompt = "<script>alert('&')</script>"
+    (run / "samples.jsonl").write_text(json.dumps({"prompt": prompt, "before": "one"}) + "\n")
+    if kind != "ended":  # as a kill leaves it: the last line cut, no picture, a verdict that was the last evaluation's
+        lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+        kept = lines[:4] if "before" in kind else lines[:16]
+        (run / "metrics.jsonl").write_text("".join(kept) + '{"step": 9, "lo')
+        (run / "verdict.json").write_text(json.dumps({"ended": "no"}))
+    assert main(["report", str(run)]) == 0
+    text = (run / "report.html").read_text()
+    page = Page(text)
+    assert page.fetched == [] and "<script" not in text and prompt in "".join(page.text)
+    assert ("by a kill or a crash: it did not end" in text) == (kind != "ended")
+    said = capsys.readouterr().out
+    assert "report.html" in said and f"<strong>{said.split(': ')[1].split(' (up to')[0]}</strong>" in text
+    assert "prefers-color-scheme: dark" in text and "row " in text and "tune run" in text

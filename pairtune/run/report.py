@@ -1,0 +1,169 @@
+"""report.html: a run in one file that needs no network: verdict, curves, answers before and after, pairs, config.
+
+Plain HTML, with curves as SVG in the page's own colours, dark and light, from 400 pixels on. No script. No torch.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+from pairtune.run import pair_log
+from pairtune.run.curves import PANELS, length_baseline, points, start_of
+from pairtune.run.dynamics import courses
+from pairtune.run.finished import Finished
+
+FILE = "report.html"
+HARDEST, ANSWERS = 5, 10  # held-out pairs and answers that are shown
+WIDTH, HEIGHT, LEFT, BOTTOM = 360, 200, 48, 22  # of a panel, and its margins
+STYLE = """
+:root { color-scheme: light dark; --back: #fff; --text: #1c1e21; --soft: #6b7280; --line: #d9dce1; --card: #f6f7f9;
+  --a: #1f6fb2; --b: #d9730d; --c: #c0362c; }
+@media (prefers-color-scheme: dark) { :root { --back: #14161a; --text: #e6e8eb; --soft: #9aa2ad; --line: #343941;
+  --card: #1d2026; --a: #6cb2eb; --b: #f2a65a; --c: #ef7b72; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 1240px; padding: 16px; background: var(--back); color: var(--text);
+  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+.verdict, figure, details, .pair { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
+  padding: 12px 16px; margin: 12px 0; }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); gap: 12px; }
+.grid > * { margin: 0; min-width: 0; }
+.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); gap: 12px; }
+figcaption, .soft, dt { color: var(--soft); font-size: .9rem; }
+svg { width: 100%; height: auto; display: block; }
+svg text { fill: var(--soft); font-size: 10px; } svg .axis { stroke: var(--line); stroke-width: 1; }
+pre { white-space: pre-wrap; font-size: .85rem; margin: 0; } dd { margin: 0 0 .6rem; white-space: pre-wrap; }
+.a { stroke: var(--a); } .b { stroke: var(--b); } .c { stroke: var(--c); }
+polyline { fill: none; stroke-width: 1.6; } .training { stroke-width: 1; opacity: .55; }
+.key span::before { content: "\\25AC "; } .ka::before { color: var(--a); } .kb::before { color: var(--b); }
+.kc::before { color: var(--c); } table { border-collapse: collapse; } td { padding: 2px 16px 2px 0; }
+"""
+
+
+def write(run: Finished, texts: Mapping[int, Sequence[tuple]] | None = None) -> str:
+    """Returns the page.
+
+    Args:
+        texts: Prompt, chosen and rejected of held-out pairs by row; without them pairs are shown by their numbers.
+    """
+    parts = [
+        f"<h1>{escape(run.name)}</h1>",
+        _verdict(run),
+        "<h2>Curves</h2>",
+        f'<div class="grid">{"".join(_panel(name, run.log) for name in PANELS)}</div>',
+        _numbers(run.log),
+        _hardest(run, texts or {}),
+        _answers(run.folder / "samples.jsonl"),
+        _config(run),
+    ]
+    head = (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(run.name)}: {escape(run.verdict.name)}</title>\n<style>{STYLE}</style>\n</head>\n"
+    )
+    return f"{head}<body>\n{chr(10).join(part for part in parts if part)}\n</body>\n</html>\n"
+
+
+def _verdict(run: Finished) -> str:
+    state = ""
+    if run.runs:
+        state = "<p>The run is still going on; this is what it has come to so far.</p>"
+    elif run.was_killed:
+        state = f"<p>The run was stopped after step {run.verdict.step}, by a kill or a crash: it did not end.</p>"
+    elif run.verdict.ended in ("stopped", "failed"):
+        state = f"<p>The run {run.verdict.ended} after step {run.verdict.step}: it did not end.</p>"
+    lines = [f"<li>{escape(line)}</li>" for line in run.verdict.numbers]
+    advice = [f"<li>{escape(line)}</li>" for line in run.verdict.advice]
+    told = f"<p>What to change:</p><ul>{''.join(advice)}</ul>" if advice else ""
+    says = f"<p><strong>{escape(run.verdict.name)}</strong>: {escape(run.verdict.says)}</p>"
+    return f'<div class="verdict">{says}{state}<ul>{"".join(lines)}</ul>{told}</div>'
+
+
+def _panel(name: str, log: Sequence[Mapping]) -> str:
+    """Returns a figure of one of PANELS as SVG; "" where the run has none of it."""
+    keys, start = PANELS[name]
+    lines, used = [], []
+    for key in keys:
+        for prefix in ("", "eval/"):
+            steps, values = points(log, prefix + key)
+            kept = [(s, v) for s, v in zip(steps, values, strict=True) if math.isfinite(v)]
+            kind = "c" if key.endswith("rejected") else "b" if prefix and len(keys) == 1 else "a"
+            if kept:
+                lines.append((kept, kind, not prefix))
+                label = key.rpartition("/")[2] if len(keys) > 1 else "held out" if prefix else "training"
+                used += [(kind, label)] if (kind, label) not in used else []
+    if not lines:
+        return ""
+    start = start_of(log, "loss") if name == "loss" else start
+    marks = [value for value in (start, length_baseline(log) if name == "accuracy" else None) if value is not None]
+    values = [v for kept, _, _ in lines for _, v in kept] + marks
+    low, high = (0.0, 1.0) if name == "accuracy" else (min(values), max(values))
+    high = high if high > low else low + (abs(low) or 1.0)
+    last = max(s for kept, _, _ in lines for s, _ in kept) or 1
+
+    def at(step: float, value: float) -> str:
+        x = LEFT + (WIDTH - LEFT - 8) * step / last
+        return f"{x:.1f},{8 + (HEIGHT - BOTTOM - 8) * (high - value) / (high - low):.1f}"
+
+    drawn = [f'<path class="axis" fill="none" d="M{at(0, high)} L{at(0, low)} L{at(last, low)}"/>']
+    drawn += [f'<path class="axis" stroke-dasharray="4 3" d="M{at(0, v)} L{at(last, v)}"/>' for v in marks]
+    for kept, kind, is_training in lines:
+        way = " ".join(at(*point) for point in kept)
+        drawn.append(f'<polyline class="{kind}{" training" if is_training else ""}" points="{way}"/>')
+    for value, y in ((high, 14), (low, HEIGHT - BOTTOM)):
+        drawn.append(f'<text x="{LEFT - 4}" y="{y}" text-anchor="end">{value:.3g}</text>')
+    drawn.append(f'<text x="{WIDTH - 8}" y="{HEIGHT - 6}" text-anchor="end">step {last}</text>')
+    key = " ".join(f'<span class="k{kind}">{escape(label)}</span>' for kind, label in used)
+    box = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(name)}">{"".join(drawn)}</svg>'
+    return f'<figure><figcaption>{escape(name)} <span class="key">{key}</span></figcaption>{box}</figure>'
+
+
+def _numbers(log: Sequence[Mapping]) -> str:
+    held = [row for row in log if "eval/loss" in row]
+    last, training = (held or [{}])[-1], next((row for row in reversed(log) if "pairs_per_second" in row), {})
+    rows = [(name, value) for name, value in {**training, **last}.items() if isinstance(value, (int, float))]
+    cells = "".join(f"<tr><td>{escape(name)}</td><td>{value:.6g}</td></tr>" for name, value in rows)
+    table = f"<details><summary>of the last step and evaluation</summary><table>{cells}</table></details>"
+    return f"<h2>Numbers, memory, speed</h2>{table}"
+
+
+def _hardest(run: Finished, texts: Mapping[int, Sequence[tuple]]) -> str:
+    found = courses(pair_log.read(run.folder / pair_log.FILE), held_out=True)
+    if not found:
+        return ""
+    shown = []
+    for course in sorted(found, key=lambda course: course.margins[-1])[:HARDEST]:
+        text = (texts.get(course.row) or [()])[0]
+        terms = "".join(
+            f"<dt>{name}</dt><dd>{escape(words)}</dd>"
+            for name, words in zip(("prompt", "chosen", "rejected"), text, strict=False)
+        )
+        head = f'<p class="soft">row {course.row}: margin {course.margins[-1]:+.3f} at step {course.steps[-1]}</p>'
+        shown.append(f'<div class="pair">{head}{f"<dl>{terms}</dl>" if terms else ""}</div>')
+    return f"<h2>Held-out pairs that it finds hardest</h2>{''.join(shown)}"
+
+
+def _answers(path: Path) -> str:
+    if not path.exists():
+        return ""
+    with path.open(encoding="utf-8") as file:
+        samples = [json.loads(line) for line in file][:ANSWERS]
+    shown = []
+    for sample in samples:
+        texts = {side: str(sample.get(side, "the run did not come to it")) for side in ("before", "after")}
+        sides = [f'<div><p class="soft">{side}</p><pre>{escape(text)}</pre></div>' for side, text in texts.items()]
+        head = f"<p>{escape(sample['prompt'].strip())}</p>"
+        shown.append(f'<div class="pair">{head}<div class="two">{"".join(sides)}</div></div>')
+    return f"<h2>Answers before and after</h2>{''.join(shown)}" if shown else ""
+
+
+def _config(run: Finished) -> str:
+    path = run.folder / "config.yaml"
+    if not path.exists():
+        return ""
+    text = path.read_text(encoding="utf-8")
+    command = text.splitlines()[0].lstrip("# ") if text.startswith("#") else ""
+    again = f"<p>The command that repeats it:</p><pre>{escape(command)}</pre>" if command else ""
+    return f"<h2>Config</h2>{again}<details><summary>config.yaml</summary><pre>{escape(text)}</pre></details>"
