@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pairtune.errors import UserError
 from pairtune.files import write_bytes
 
 FILE = "pairs.bin"
@@ -49,9 +50,16 @@ def records(step: int, seen: Sequence[tuple], *, is_held_out: bool) -> np.ndarra
 
 
 def read(path: Path) -> np.ndarray:
-    """Returns the RECORDs of a file in the order in which they were made; none where there is no file."""
+    """Returns the RECORDs of a file in the order in which they were made; none where there is no file.
+
+    Raises:
+        UserError: It holds something else.
+    """
     content = path.read_bytes() if path.exists() else b""
-    return np.frombuffer(content[: len(content) // RECORD.itemsize * RECORD.itemsize], RECORD)
+    table = np.frombuffer(content[: len(content) // RECORD.itemsize * RECORD.itemsize], RECORD)
+    if (table["is_held_out"] > 1).any():
+        raise UserError(f"{path}: is damaged, or another version's; take it out of the folder")
+    return table
 
 
 def keep(path: Path, step: int, evaluated: int) -> None:

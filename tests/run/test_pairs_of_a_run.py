@@ -12,6 +12,7 @@ import torch
 from helpers import SIZES, random_pairs, run_config, run_recipe, save_llama, save_pairs
 
 from pairtune.cli import main
+from pairtune.errors import UserError
 from pairtune.run import pair_log
 from pairtune.run.dynamics import contradictions, courses
 from pairtune.run.metrics import read_log
@@ -60,6 +61,9 @@ def test_pairs_of_one_row_are_told_apart_and_a_cut_record_is_none(tmp_path):
     assert pair_log.read(tmp_path / "pairs.bin")["step"].tolist() == [4, 4, 5]
     pair_log.keep(tmp_path / "pairs.bin", step=5, evaluated=3)
     assert pair_log.read(tmp_path / "pairs.bin")["step"].tolist() == [5]
+    (tmp_path / "pairs.bin").write_bytes(b"x" * 99)
+    with pytest.raises(UserError, match="is damaged, or another version's"):
+        pair_log.read(tmp_path / "pairs.bin")
 
 
 @pytest.fixture(scope="module")
