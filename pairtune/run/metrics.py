@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,12 +18,13 @@ from pairtune.config import instantiate
 from pairtune.config.uses import lacks
 from pairtune.dist import World
 from pairtune.errors import UserError
-from pairtune.files import telling
+from pairtune.files import telling, write_text
 from pairtune.models.logps import AnswerScores
 from pairtune.pairs.batch import PairBatch
 from pairtune.pairs.digests import digest_pair
-from pairtune.run import pair_log, verdict
+from pairtune.run import pair_log, report, verdict
 from pairtune.run.curves import draw_curves, plot_curves
+from pairtune.run.finished import open_run
 from pairtune.run.log_file import FILE, keep_lines, read_log
 from pairtune.run.verdict import Verdict
 
@@ -233,7 +235,9 @@ class RunLog:
         self.conclude("failed")
 
     def conclude(self, ended: str = "yes") -> Verdict | None:
-        """Returns the verdict on the run, and writes verdict.json and curves.png; None but in the main process.
+        """Returns the verdict on the run, and writes verdict.json, curves.png and, at the end, report.html.
+
+        None but in the main process.
 
         Args:
             ended: See verdict.Verdict. While the run goes on ("no"), a disk that refuses them costs these files only,
@@ -246,6 +250,9 @@ class RunLog:
         try:
             verdict.save(self.path.with_name(verdict.FILE), found)
             self._draw(rows, found)
+            if ended != "no" and rows:
+                run = replace(open_run(self.path.parent), runs=False)  # this process has the folder
+                write_text(self.path.with_name(report.FILE), report.write(run))
         except OSError as error:
             if ended == "yes":
                 raise

@@ -82,6 +82,7 @@ def test_a_run_is_called_by_the_way_it_ended(base, tmp_path, capsys, name, seed)
     assert capsys.readouterr().out.endswith(f"{found['text']}\n")
     assert judge(log).name == name  # and of the rows alone
     assert (tmp_path / "run" / "curves.png").exists()
+    assert f"<strong>{name}</strong>: " in (tmp_path / "run" / "report.html").read_text()
     if name != "none held out":
         assert log[0]["step"] == 0 and log[0]["eval/rewards/margins"] == 0
 
