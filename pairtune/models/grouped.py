@@ -155,7 +155,8 @@ def _outer(rows: Tensor, grad: Tensor, ends: Tensor, weight: Tensor) -> Tensor:
 
 
 def _in_one(rows: Tensor, *sizes: int) -> bool:
-    return all(size * rows.element_size() % _ALIGNED == 0 for size in sizes)
+    is_old = rows.is_cuda and torch.cuda.get_device_capability(rows.device) < (8, 0)
+    return not is_old and all(size * rows.element_size() % _ALIGNED == 0 for size in sizes)
 
 
 def _split(rows: Tensor, ends: Tensor) -> tuple[Tensor, ...]:

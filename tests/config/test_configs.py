@@ -1,5 +1,6 @@
 """Every file in configs/ builds the model that its name says, for every recipe; published runs are as published."""
 
+import json
 import re
 import runpy
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import torch
 import yaml
 from helpers import ROOT
-from published import MODELS
+from published import BRIDGED, MODELS
 
 from pairtune import config, models
 from pairtune.cli.commands import load_yaml
@@ -85,7 +86,7 @@ def build(method, cfg):
 
 def test_no_config_is_without_a_test():
     assert len(RECIPES) == 6 and len(CONFIGS) > 50
-    assert CONFIGS.keys() == MODELS.keys() | RUNS.keys()
+    assert CONFIGS.keys() == MODELS.keys() | BRIDGED.keys() | RUNS.keys()
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -101,6 +102,22 @@ def test_a_config_builds_the_published_model_for_every_recipe(name):
         assert total - (trained if method != "full" else 0) == number
         assert trained > 0 and all(p.is_meta for p in model.parameters())
         check_model(model, published)
+        models.prepare(model, max_length=cfgs[0].max_length, vocab_size=published["vocab_size"])
+
+
+@pytest.mark.parametrize("name", BRIDGED)
+def test_a_config_of_a_folder_builds_the_published_model_for_every_recipe(name, tmp_path):
+    number, published = BRIDGED[name]
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    for method in config.METHODS:
+        recipes = [recipe for recipe, (of, _) in RECIPES.items() if of == method]
+        cfgs = [load(r, name, overrides=[f"checkpointer.checkpoint_dir={tmp_path}"]) for r in recipes]
+        assert len(cfgs) == 2 and cfgs[0].model == cfgs[1].model and cfgs[0].get("lora") == cfgs[1].get("lora")
+        rehearsal.rehearse(cfgs[0].optimizer, cfgs[0].lr_scheduler, cfgs[0].loss, num_training_steps=1000)
+        model = build(method, cfgs[0])
+        total, trained = models.num_parameters(model)
+        assert total - (trained if method != "full" else 0) == number
+        assert trained > 0 and all(p.is_meta for p in model.parameters())
         models.prepare(model, max_length=cfgs[0].max_length, vocab_size=published["vocab_size"])
 
 
@@ -168,7 +185,7 @@ def test_the_commands_above_a_config_are_those_of_its_content(name):
     if name in RUNS:
         assert (given[0].stem, Path(recipe).stem) == RUNS[name][:2]
     downloads = re.findall(r"tune download (\S+/\S+) --output-dir (\S+)", head)
-    if name in MODELS and name != "reviewer2":
+    if name in MODELS.keys() | BRIDGED.keys() and name != "reviewer2":
         assert downloads == [(downloads[0][0], load_text(name)["checkpointer"]["checkpoint_dir"])]
         assert downloads[0][1] == "/tmp/" + downloads[0][0].partition("/")[2]
 

@@ -1,14 +1,17 @@
 """Mixtures of experts that transformers computes: log-probs, gradients, router loss, adapters and fewer bits."""
 
+import runpy
 import sys
+from dataclasses import dataclass
 
 import hf_peers
 import pytest
 import torch
-from helpers import random_pairs
+import transformers
+from helpers import ROOT, random_pairs
 from torchtune.modules.peft import get_adapter_params
 
-from pairtune import models
+from pairtune import dist, models
 from pairtune.errors import UserError
 from pairtune.folders import weights as checkpoint
 from pairtune.models import grouped
@@ -43,6 +46,7 @@ MIXTURES = {
     "Dots1": ROUTED | {"head_dim": 16},
 }
 KEPT_EVEN_BY_A_BIAS = ("Glm4Moe", "DeepseekV2", "DeepseekV3", "Dots1")  # transformers has no router loss for them
+TOOL = runpy.run_path(str(ROOT / "tools" / "check_plan.py"))
 LORA = {"rank": 4, "alpha": 8.0, "modules": ["all-linear"]}
 
 
@@ -51,8 +55,6 @@ def component(folder):
 
 
 def save(folder, name):
-    import transformers
-
     return hf_peers.save_peer(folder, getattr(transformers, f"{name}Config")(**SIZES | MIXTURES[name]))
 
 
@@ -235,6 +237,31 @@ def test_what_a_run_exports_is_what_it_measured(name, method, tmp_path):
     changes = {"router_aux_loss_coef": 0.02, "enable_activation_checkpointing": True}
     hf_peers.write_config(tmp_path, component(tmp_path / "base"), "AUTO", lora=LORA, **changes)
     hf_peers.check_run(tmp_path, method)
+
+
+@dataclass(frozen=True)
+class Planned(TOOL["Case"]):
+    @property
+    def component(self):
+        return self.sizes
+
+
+@pytest.mark.parametrize(
+    ("name", "how"), [("Qwen3Moe", ("full", "fp32", 2, 60, 60)), ("GptOss", ("qlora", "bf16", 2, 60, 60))]
+)
+def test_predicted_peak_is_what_a_training_step_allocates(name, how, tmp_path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # attention has buffers a thread
+    wider = {"vocab_size": 2000, "hidden_size": 128, "max_position_embeddings": 512}
+    config = getattr(transformers, f"{name}Config")(**SIZES | MIXTURES[name] | wider)
+    config.save_pretrained(tmp_path)
+    is_qlora = how[0] == "qlora"
+    case = Planned(*how, checkpointing=is_qlora, modules=("all-linear",), sizes=component(tmp_path))
+    try:
+        measured = TOOL["measure"](case, dist.start("cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    assert TOOL["predict"](case).total == pytest.approx(measured, rel=0.01)
 
 
 def test_two_processes_train_as_one_does(tmp_path):
