@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pairtune.config.checks import holds_component, is_component, unknown_keys
-from pairtune.config.rules import REQUIRED
+from pairtune.config.rules import AUTO, REQUIRED
 from pairtune.config.short_names import LOGGERS, spelled_out
 
 REMOVED = object()  # ~key at an entry of a mapping of the user's own
@@ -52,7 +52,9 @@ def merge(given: dict, layer: dict, schema: dict, prefix: str = "") -> dict:
         if not isinstance(value, dict):
             merged[key] = value
         elif holds_component(name, default):
-            if value:
+            if key == "model" and value.get("_component_") == AUTO:
+                merged[key] = _entries({}, value)  # sizes that were given to a builder are none of the folder's
+            elif value:
                 merged[key] = _entries({"_component_": None} if key in merged and below is None else below, value)
             else:
                 merged.pop(key, None)

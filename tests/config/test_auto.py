@@ -283,6 +283,8 @@ def test_what_is_saved_says_what_auto_was(tmp_path):
     assert (cfg.model.embed_dim, cfg.model.attn_dropout, cfg.reference.model.embed_dim) == (64, 0.1, 32)
     assert cfg.checkpointer._component_ == "torchtune.training.FullModelHFCheckpointer"
     config.save(cfg, tmp_path / "config.yaml", recipe="lora_dpo_single_device")
+    (tmp_path / "named.yaml").write_text("model: {_component_: torchtune.models.llama3.llama3, vocab_size: 1}")
+    assert config.load(*recipe, [tmp_path / "named.yaml"], ["model=auto", *words]) == cfg
     for name in ("policy", "other"):
         (tmp_path / name / "config.json").unlink()
     assert config.load(*recipe, [tmp_path / "config.yaml"], []) == cfg
