@@ -26,8 +26,8 @@ from pairtune.pairs.steps import Steps
 from pairtune.pairs.tokenize import read_train_and_held_out
 from pairtune.reference import Reference
 from pairtune.run import choosing, contract, metrics, pair_log, places
+from pairtune.run.evaluations import interval
 from pairtune.run.pair_texts import read_cells
-from pairtune.run.verdict import interval
 from pairtune.tokenizer import adapt
 
 RECIPE = "full_dpo_single_device"  # whose defaults an evaluation has

@@ -7,23 +7,19 @@ open. Thresholds stand on top, each with its reason. No torch.
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pairtune.files import write_text
-from pairtune.run.pair_log import TIED
+from pairtune.run.evaluations import SAME, Held, Run, held_of, interval
 
 FILE = "verdict.json"
-Z = 1.96  # a 95 % interval
 ENOUGH = 100  # held-out pairs: an accuracy of one half is known to 0.1; below, "no better than chance" is not known
 FEW = 8  # held-out pairs whose mean loss says nothing
-SAME = 0.01  # of a loss at the start: less is no change
 RISE = 0.25  # of how far the held-out loss had come down: as much of it lost again is no noise
-DIVERGED = 0.2  # of a loss at the start: training ends above it by more
 DRIFTED = 0.25  # nats a token that chosen answers lost: each token has become a fifth less likely
 STILL = 0.02  # nats a token
 LENGTH = 0.3  # correlation of margin and length difference from which length matters
-TAIL = 0.1  # of a run's logged steps: its end
 
 
 @dataclass(frozen=True)
@@ -65,100 +61,6 @@ class Verdict:
         return f"{self.name}{about.get(self.ended, '')}: {self.says}"
 
 
-def interval(share: float, count: int) -> tuple[float, float]:
-    """Returns the 95 % interval of a share of so many: E. B. Wilson's with continuity correction.
-
-    Newcombe 1998, Statistics in Medicine 17, method 4. It holds where a share is 0 or 1, and for a handful, too: 5 of
-    5 may be chance.
-    """
-    if not count:
-        return 0.0, 1.0
-    middle, scale = 2 * count * share + Z**2, 2 * (count + Z**2)
-    spread, tilt = Z**2 - 1 / count + 4 * count * share * (1 - share), 4 * share - 2
-    low = (middle - Z * math.sqrt(spread + tilt) - 1) / scale if share > 0 else 0.0
-    high = (middle + Z * math.sqrt(spread - tilt) + 1) / scale if share < 1 else 1.0
-    return max(0.0, low), min(1.0, high)
-
-
-@dataclass(frozen=True)
-class _Held:
-    """One evaluation of held-out pairs."""
-
-    step: int
-    loss: float
-    stderr: float
-    accuracy: float | None  # None: unpaired rows of one label
-    count: int
-    row: Mapping = field(repr=False)
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        return interval(self.accuracy, self.count) if self.accuracy is not None else (0.0, 1.0)
-
-    @property
-    def is_ranking(self) -> bool:
-        """Whether rewards differ at all: where the policy is the reference, all are 0, but for rounding."""
-        return abs(self.row.get("eval/rewards/margins") or 0.0) > TIED
-
-    def get(self, name: str) -> float | None:
-        return self.row.get(f"eval/{name}")
-
-
-def _held(row: Mapping) -> _Held:
-    accuracy, count = row.get("eval/rewards/accuracies"), row.get("eval/pairs", 0)
-    if accuracy is None:
-        accuracy, count = row.get("eval/auc"), row.get("eval/auc/answers", 0)
-    loss = row["eval/loss"]
-    loss = math.nan if loss is None else loss
-    return _Held(row["step"], loss, row.get("eval/loss_stderr") or 0.0, accuracy, count, row)
-
-
-@dataclass(frozen=True)
-class _Run:
-    """A run's rows, read for judging."""
-
-    losses: list[float]  # of training, NaN where one was not finite
-    steps: list[int]
-    held: list[_Held]
-    exports_best: bool = False
-
-    @property
-    def start(self) -> float:
-        """The training loss before any update, or that of the first row that there is."""
-        return self.losses[0] if self.losses else math.nan
-
-    @property
-    def tail(self) -> list[float]:
-        return self.losses[-max(3, math.ceil(TAIL * len(self.losses))) :]
-
-    @property
-    def end(self) -> float:
-        return sum(self.tail) / len(self.tail) if self.losses else math.nan
-
-    @property
-    def before(self) -> float:
-        """The held-out loss before training; where nothing was evaluated then, the training loss is what it was."""
-        return self.held[0].loss if self.held[0].step == 0 else self.start
-
-    @property
-    def noise(self) -> float:
-        """Of the mean at the end: two standard errors."""
-        if len(self.tail) < 2:
-            return 0.0
-        spread = sum((loss - self.end) ** 2 for loss in self.tail) / (len(self.tail) - 1)
-        return 2 * math.sqrt(spread / len(self.tail))
-
-    @property
-    def fell(self) -> bool:
-        return self.start - self.end > max(self.noise, SAME * abs(self.start))
-
-    @property
-    def diverged(self) -> bool:
-        if any(not math.isfinite(loss) for loss in self.losses) or any(not math.isfinite(h.loss) for h in self.held):
-            return True
-        return len(self.losses) > 2 and self.end - self.start > max(self.noise, DIVERGED * abs(self.start))
-
-
 def judge(rows: Sequence[Mapping], *, ended: str = "yes", exports_best: bool = False) -> Verdict:
     """Returns the verdict on a run.
 
@@ -169,8 +71,8 @@ def judge(rows: Sequence[Mapping], *, ended: str = "yes", exports_best: bool = F
     """
     training = [row for row in rows if "loss" in row]
     losses = [math.nan if row["loss"] is None else row["loss"] for row in training]
-    held = sorted((_held(row) for row in rows if "eval/loss" in row), key=lambda one: one.step)
-    run = _Run(losses, [row["step"] for row in training], held, exports_best)
+    held = sorted((held_of(row) for row in rows if "eval/loss" in row), key=lambda one: one.step)
+    run = Run(losses, [row["step"] for row in training], held, exports_best)
     name, says, advice = _called(run)
     finite = [one for one in held if math.isfinite(one.loss)]
     best = min(finite, key=lambda one: one.loss) if finite else None
@@ -185,7 +87,7 @@ def judge(rows: Sequence[Mapping], *, ended: str = "yes", exports_best: bool = F
     )
 
 
-def _called(run: _Run) -> tuple[str, str, list[str]]:
+def _called(run: Run) -> tuple[str, str, list[str]]:
     """Returns the name, the sentence and the advice."""
     if run.diverged:
         return (
@@ -221,7 +123,7 @@ def _called(run: _Run) -> tuple[str, str, list[str]]:
 # What holds
 
 
-def _is_still(run: _Run) -> bool:
+def _is_still(run: Run) -> bool:
     """Whether neither losses nor answers' likelihood show that anything was trained."""
     last = run.held[-1]
     lost = last.get("chosen_lost/nats_per_token")
@@ -229,7 +131,7 @@ def _is_still(run: _Run) -> bool:
     return not run.fell and change <= max(last.stderr, SAME * abs(run.before)) and abs(lost or 0.0) <= STILL
 
 
-def _risen_from(run: _Run) -> _Held | None:
+def _risen_from(run: Run) -> Held | None:
     """Returns the best evaluation where the held-out loss has risen since by more than noise, or has never fallen with
     the training loss; None where neither is so."""
     before, last = run.before, run.held[-1]
@@ -243,7 +145,7 @@ def _risen_from(run: _Run) -> _Held | None:
     return best if last.loss - best.loss > max(last.stderr, RISE * (before - best.loss)) else None
 
 
-def _is_better(run: _Run) -> bool:
+def _is_better(run: Run) -> bool:
     """Whether the ranking is better than before training, where there was one then."""
     start, last = run.held[0], run.held[-1]
     if start is last or not start.is_ranking or start.accuracy is None:
@@ -251,7 +153,7 @@ def _is_better(run: _Run) -> bool:
     return last.interval[0] > start.accuracy or start.loss - last.loss > max(last.stderr, SAME * abs(start.loss))
 
 
-def _is_length(last: _Held) -> bool:
+def _is_length(last: Held) -> bool:
     """Whether what is ranked rightly could be so by length alone."""
     baseline, tied = last.get("length_baseline"), abs(last.get("length_correlation") or 0.0) >= LENGTH
     count, among = last.get("like_length/pairs") or 0, last.get("like_length/accuracies")
@@ -263,7 +165,7 @@ def _is_length(last: _Held) -> bool:
     return count >= ENOUGH / 5 and among < 0.6 and interval(among, count)[0] <= 0.5
 
 
-def _drift(last: _Held) -> bool:
+def _drift(last: Held) -> bool:
     lost, share = last.get("chosen_lost/nats_per_token"), last.get("chosen_lost/share")
     return lost is not None and lost >= DRIFTED and interval(share, int(last.get("answers") or 0))[0] > 0.5
 
@@ -275,13 +177,13 @@ def _loss(value: float) -> str:
     return f"{value:.4g}" if math.isfinite(value) else "no finite number"
 
 
-def _worst(run: _Run) -> str:
+def _worst(run: Run) -> str:
     bad = next((step for step, loss in zip(run.steps, run.losses, strict=True) if not math.isfinite(loss)), None)
     bad = next((one.step for one in run.held if not math.isfinite(one.loss)), None) if bad is None else bad
     return f"{_loss(run.end)}, its mean at the end" if bad is None else f"what is no finite number in step {bad}"
 
 
-def _ranks(one: _Held) -> str:
+def _ranks(one: Held) -> str:
     if one.accuracy is None:
         return f"held-out loss {_loss(one.loss)}"
     low, high = one.interval
@@ -289,7 +191,7 @@ def _ranks(one: _Held) -> str:
     return f"it ranks {one.accuracy:.1%} of {one.count:,} {what} (interval {low:.1%} to {high:.1%})"
 
 
-def _numbers(run: _Run, best: _Held | None) -> list[str]:
+def _numbers(run: Run, best: Held | None) -> list[str]:
     lines = []
     if run.losses:
         lines.append(f"training loss {_loss(run.start)} at first, {_loss(run.end)} at the end")
@@ -314,24 +216,24 @@ def _numbers(run: _Run, best: _Held | None) -> list[str]:
     return lines
 
 
-def _still_words(run: _Run) -> str:
+def _still_words(run: Run) -> str:
     last = run.held[-1]
     return f"the held-out loss was {_loss(run.before)} and is {_loss(last.loss)}; the policy is what it was"
 
 
-def _still_advice(run: _Run) -> list[str]:
+def _still_advice(run: Run) -> list[str]:
     more = "train longer (epochs, max_steps) or raise optimizer.lr: by two for whole weights, by ten for adapters"
     return [more, "if the training loss does not fall either, look at the pairs: `tune validate CONFIG --all`"]
 
 
-def _memorised_words(run: _Run, best: _Held) -> str:
+def _memorised_words(run: Run, best: Held) -> str:
     last = run.held[-1]
     came = f"from {_loss(best.loss)} {'before training' if best.step == 0 else f'at step {best.step}'}"
     text = f"the training loss fell to {_loss(run.end)}, and the held-out loss went {came} to {_loss(last.loss)}"
     return f"{text}; {_ranks(last)}" if last.accuracy is not None else text
 
 
-def _memorised_advice(run: _Run, best: _Held) -> list[str]:
+def _memorised_advice(run: Run, best: Held) -> list[str]:
     last = run.held[-1]
     if best.step == 0:
         found = "it ranks better than chance, and is surer of it than right"
@@ -347,7 +249,7 @@ def _memorised_advice(run: _Run, best: _Held) -> list[str]:
     return lines
 
 
-def _too_few(last: _Held) -> tuple[str, str, list[str]]:
+def _too_few(last: Held) -> tuple[str, str, list[str]]:
     low, high = last.interval
     says = "there is one held-out pair" if last.count == 1 else f"there are {last.count:,} held-out pairs"
     if last.accuracy is not None:
@@ -357,7 +259,7 @@ def _too_few(last: _Held) -> tuple[str, str, list[str]]:
     return "too few held-out pairs", says, [f"hold out {ENOUGH} or more: dataset.val_fraction, or eval_dataset=FILE"]
 
 
-def _drifted(last: _Held) -> tuple[str, str, list[str]]:
+def _drifted(last: Held) -> tuple[str, str, list[str]]:
     lost, share = last.get("chosen_lost/nats_per_token"), last.get("chosen_lost/share")
     says = f"chosen answers lost {lost:.2f} nats a token, {share:.0%} of them became less likely; {_ranks(last)}"
     return (
@@ -367,7 +269,7 @@ def _drifted(last: _Held) -> tuple[str, str, list[str]]:
     )
 
 
-def _length_only(last: _Held) -> tuple[str, str, list[str]]:
+def _length_only(last: Held) -> tuple[str, str, list[str]]:
     tied, baseline = last.get("length_correlation"), last.get("length_baseline")
     says = f"{_ranks(last)}, by length alone it would be {baseline:.1%}; margins correlate with it by {tied:+.2f}"
     return (
@@ -377,7 +279,7 @@ def _length_only(last: _Held) -> tuple[str, str, list[str]]:
     )
 
 
-def _learned_advice(run: _Run) -> list[str]:
+def _learned_advice(run: Run) -> list[str]:
     last, best = run.held[-1], min(run.held, key=lambda one: one.loss)
     if best is not last and not run.exports_best and last.loss - best.loss > SAME * abs(run.held[0].loss):
         return [f"step {best.step} was a little better: keep_best=loss export_best=true exports that"]

@@ -11,8 +11,9 @@ from helpers import SIZES, random_pairs, run_config, run_recipe, save_llama, sav
 from pairtune.errors import UserError
 from pairtune.reference import Reference
 from pairtune.run import pair_log
+from pairtune.run.evaluations import interval
 from pairtune.run.metrics import read_log
-from pairtune.run.verdict import interval, judge
+from pairtune.run.verdict import judge
 
 MODEL = SIZES | {"num_layers": 2}
 
