@@ -119,7 +119,8 @@ def evaluate(cfg) -> tuple[dict[str, float], np.ndarray]:
             scores = policy_scores(model, batch, loss_fn)
             given = scores.chosen_logps, scores.rejected_logps, *reference.logps(batch)
             meter.add_pairs(batch, scores, *loss_fn(*given, **whole.inputs(batch, scores)), kl=whole.kl)
-    table = pair_log.records(0, meter.take_pairs(world), is_held_out=True)
+    (seen,) = metrics.seen_by_all([meter.take_pairs()], world)
+    table = pair_log.records(0, seen, is_held_out=True)
     return meter.read(world, "eval/") | pair_log.held_out_numbers(table, table[:0]), table
 
 

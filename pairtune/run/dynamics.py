@@ -47,6 +47,8 @@ def courses(table: np.ndarray, *, held_out: bool) -> list[Course]:
             margins are alike, as before the first update.
     """
     table = table[(table["is_held_out"] == held_out) & ~np.isnan(margins(table))]
+    if not len(table):
+        return []
     found = []
     behind = _behind(table)
     pairs = identity(table)

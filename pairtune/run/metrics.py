@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from pairtune.run.verdict import Verdict
 __all__ = ["Meter", "RunLog", "draw_curves", "peak_memory_gib", "plot_curves", "read_log", "summary"]
 
 WAY_ON = "resume=true goes on"
+STEPS_AT_ONCE = 16  # whose pairs are appended together
 DRAWING = 20  # times as long as curves take to draw, they are not drawn again before the end: 1 s in 20
 _SLASHED = {
     f"{kind}_{which}": f"{kind}/{which}"
@@ -93,16 +95,12 @@ class Meter:
         of_pairs = [(pair.row, int.from_bytes(digest_pair(pair)[:4], "little")) for pair in batch.pairs]
         self._pairs.append((of_pairs, batch.answer_lengths, table))
 
-    def take_pairs(self, world: World) -> list[tuple]:
-        """Returns pair_log.VALUES of each pair that `add_pairs` was given since, in no order, of all processes.
-
-        Every process has to call it.
-        """
+    def take_pairs(self) -> "SeenPairs":
+        """Returns what `add_pairs` was given since."""
         seen, self._pairs = self._pairs, []
         of_pairs = [pair for some, _, _ in seen for pair in some]
         lengths = [pair for some, both, _ in seen for pair in zip(both[: len(some)], both[len(some) :], strict=True)]
-        values = torch.cat([table for _, _, table in seen], 1).T.tolist() if seen else []
-        return world.gather([(*p, *n, *v) for p, n, v in zip(of_pairs, lengths, values, strict=True)])
+        return SeenPairs([(*p, *n) for p, n in zip(of_pairs, lengths, strict=True)], [table for _, _, table in seen])
 
     def restart_clock(self) -> None:
         """Begins anew to measure speed: what lies behind, such as an evaluation, is no training."""
@@ -156,6 +154,27 @@ class Meter:
         return {prefix + name: value for name, value in means.items()}
 
 
+class SeenPairs(NamedTuple):
+    """What pairs came to, on this process; its values stay on the device until `seen_by_all` reads them."""
+
+    known: list[tuple[int, ...]]  # row, digest and lengths of each
+    tables: list[Tensor]  # [5, P] each: pair_log's values of them
+
+
+def seen_by_all(of_steps: list[SeenPairs], world: World) -> list[list[tuple]]:
+    """Returns pair_log.VALUES of each step's pairs, in no order, of all processes, in one look at the device.
+
+    Every process has to call it.
+    """
+    tables = [table for seen in of_steps for table in seen.tables]
+    values = iter(torch.cat(tables, 1).T.tolist() if tables else [])
+    own = [(n, *known, *next(values)) for n, seen in enumerate(of_steps) for known in seen.known]
+    found: list[list[tuple]] = [[] for _ in of_steps]
+    for n, *of_pair in world.gather(own):
+        found[n].append(tuple(of_pair))
+    return found
+
+
 class RunLog:
     """Appends to metrics.jsonl, one object a logged step, and passes the same to a torchtune logger if there is one.
 
@@ -181,6 +200,7 @@ class RunLog:
         self.path, self._pairs_path = run_dir / FILE, run_dir / pair_log.FILE
         self._world, self._file, self._pairs = world, None, None
         self._start = pair_log.records(0, [], is_held_out=True)  # held-out pairs before the first step
+        self._unwritten: dict[int, SeenPairs] = {}  # by step
         self._drawn, self._draw_after = None, 0.0
         self._exports_best = bool(cfg.get("export_best"))
         if world.is_main:
@@ -207,8 +227,13 @@ class RunLog:
             self._logger.log_dict(metrics, step)
 
     def write_pairs(self, step: int, meter: Meter) -> None:
-        """Appends what each pair of a training step came to. Every process has to call it."""
-        self._append(pair_log.records(step, meter.take_pairs(self._world), is_held_out=False))
+        """Appends what each pair of a training step came to; several steps at once, so that few wait for their device.
+
+        Every process has to call it.
+        """
+        self._unwritten[step] = meter.take_pairs()
+        if len(self._unwritten) == STEPS_AT_ONCE:
+            self._append_pairs()
 
     def write_evaluation(self, step: int, meter: Meter) -> dict[str, float]:
         """Returns what the held-out pairs came to, and appends it; verdict and curves are those up to here then.
@@ -218,7 +243,9 @@ class RunLog:
         Returns:
             The meter's means, and pair_log.held_out_numbers.
         """
-        now = pair_log.records(step, meter.take_pairs(self._world), is_held_out=True)
+        self._append_pairs()
+        (seen,) = seen_by_all([meter.take_pairs()], self._world)
+        now = pair_log.records(step, seen, is_held_out=True)
         results = meter.read(self._world, "eval/")
         if step == 0:
             self._start = now
@@ -230,7 +257,8 @@ class RunLog:
         return results
 
     def fail(self, step: int) -> None:
-        """Appends that a step's loss or gradient is no finite number, and concludes."""
+        """Appends that a step's loss or gradient is no finite number, and concludes. Every process has to call it."""
+        self._append_pairs()
         self.write(step, {"loss": math.nan, "grad_norm": math.nan})
         self.conclude("failed")
 
@@ -273,8 +301,14 @@ class RunLog:
                 self._pairs.write(table.tobytes())
                 self._pairs.flush()
 
+    def _append_pairs(self) -> None:
+        steps, self._unwritten = self._unwritten, {}
+        for step, seen in zip(steps, seen_by_all(list(steps.values()), self._world), strict=True):
+            self._append(pair_log.records(step, seen, is_held_out=False))
+
     def sync(self) -> None:
-        """Returns when all that was logged is on the disk."""
+        """Returns when all that was logged is on the disk. Every process has to call it."""
+        self._append_pairs()
         for file in filter(None, (self._file, self._pairs)):
             with telling(self.path, WAY_ON):
                 os.fsync(file.fileno())

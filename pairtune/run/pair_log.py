@@ -40,7 +40,7 @@ def records(step: int, seen: Sequence[tuple], *, is_held_out: bool) -> np.ndarra
     """Returns [P] RECORDs by row and digest.
 
     Args:
-        seen: From metrics.Meter.take_pairs: VALUES of each pair.
+        seen: From metrics.seen_by_all: VALUES of each pair.
     """
     table = np.array([(step, is_held_out, *values) for values in sorted(seen, key=lambda pair: pair[:2])], RECORD)
     for answer in ("chosen", "rejected"):

@@ -852,7 +852,7 @@ def test_a_disk_without_room_is_told_before_the_first_step(place, inputs, mount,
         return
     message = refusal(run, inputs, disk / "run")
     assert "\n" not in message and re.search("less than the run takes|cannot be written: No space left", message)
-    assert not list((disk / "run").glob("checkpoints/step_*")) and not (disk / "run/metrics.jsonl").read_text()
+    assert not list((disk / "run").glob("checkpoints/step_*")) and not (disk / "run/metrics.jsonl").exists()
 
 
 def test_of_two_commands_that_start_at_once_one_trains(place, inputs):
