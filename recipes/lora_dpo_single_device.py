@@ -136,6 +136,7 @@ def main(cfg):
     with reference.alone():  # the values of another model, if it is one: it leaves before the policy comes
         fill_cache()
     models.load(model, weights.Weights(files), world=world, adapter=adapter)
+    models.settle(model, train, world)  # whether both answers may follow one prompt in a row: compared with each alone
     reference.attach(model)  # with reference=model, its weights are read now
     fill_cache()  # the policy's own values, as it is before training
 

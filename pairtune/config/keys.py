@@ -269,6 +269,7 @@ _LEARNING = (
     Key("base_dtype", rule=one_of("nf4", "int8", "fp8"), recipes="qlora_ recipes"),
     Key("merge_into", rule=one_of("original", "dequantized"), resume="yes", recipes="qlora_ recipes"),
     Key("model", example="torchtune.models.llama3.llama3_8b"),
+    Key("model.path", resume="by result"),  # of pairtune.models.bridge.causal_lm: what lies there counts
     Key("lora", recipes=_BY_ADAPTERS),
     Key("lora.rank", rule=from_to(1, 65_536)),
     Key("lora.alpha", rule=above(0)),

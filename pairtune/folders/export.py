@@ -20,7 +20,8 @@ from pairtune.files import give_modes, read_object
 from pairtune.folders.opening import make_ready
 from pairtune.folders.peft_write import write_adapter
 from pairtune.folders.weights import ModelFolder, Weights, open_weights
-from pairtune.models.additions import additions
+from pairtune.models.additions import Sharing, additions
+from pairtune.models.bridge import BridgedDecoder
 from pairtune.models.logps import answer_logps
 from pairtune.pairs.batch import PairBatch
 from pairtune.tokenizer.hf import HFTokenizer, TorchtuneTokenizer, trained_template
@@ -52,16 +53,18 @@ class Probe:
     Attributes:
         batch: The pairs, on the device to compute on.
         logps: Chosen and rejected log-probabilities, [P] each.
+        sharing: How the model took them.
     """
 
     batch: PairBatch
     logps: tuple[Tensor, Tensor]
+    sharing: Sharing = Sharing()
 
 
 def probe(model: TransformerDecoder, batch: PairBatch) -> Probe:
     """Returns what the model says of these pairs now. Every process has to call it."""
     with models.frozen(model):
-        return Probe(batch, answer_logps(model, batch))
+        return Probe(batch, answer_logps(model, batch), additions(model).sharing)
 
 
 def export(
@@ -179,6 +182,8 @@ def check_export(
     folder = open_weights({"checkpoint_dir": str(exported), "model_type": base.family.name}, component)
     model = models.full(component, dtype=dtype)
     make_ready(model, folder.config, max_length)
+    if isinstance(model, BridgedDecoder):
+        model.share(trained.sharing)
     with models.streamed(model, Weights(folder), trained.batch.tokens.device):
         again = torch.cat(answer_logps(model, trained.batch))
     lengths = torch.tensor(trained.batch.answer_lengths, device=again.device).clamp(min=1)

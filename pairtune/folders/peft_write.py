@@ -128,7 +128,7 @@ def _targets(modules: dict[str, Module], family: Family) -> list[str]:
     targets = []
     for theirs in adapted:
         pieces = theirs.split(".")
-        ends = (".".join(pieces[-n:]) for n in range(1, len(pieces) + 1))
+        ends = (".".join(pieces[-n:]) for n in range(1, len(pieces) + 1) if not pieces[-n].isdigit())
         targets.append(next(end for end in ends if not any(f".{other}".endswith(f".{end}") for other in others)))
     return list(dict.fromkeys(targets))
 

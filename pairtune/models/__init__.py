@@ -18,6 +18,7 @@ from pairtune.models.execution import Execution, execute, fit, plainly, prepare
 from pairtune.models.gather import gather_weights, merge_adapters, on_base, only_adapters
 from pairtune.models.load import check_weights, load, streamed
 from pairtune.models.shard import clip_gradients, forget_gathered, sync_gradients
+from pairtune.models.sharing import settle
 
 __all__ = [
     "DTYPES",
@@ -48,6 +49,7 @@ __all__ = [
     "prepare",
     "qlora",
     "reference_of",
+    "settle",
     "sizes",
     "streamed",
     "sync_gradients",

@@ -8,6 +8,20 @@ from pairtune.models.experts import MixtureOfExperts, RecordedRouter
 from pairtune.pairs.batch import PairBatch
 
 
+@dataclass(frozen=True)
+class Sharing:
+    """How a model takes a pair's two answers.
+
+    Attributes:
+        prompts: Both follow one prompt in a row; else each has a prompt and a row of its own.
+        dense: A layer is told whom it sees by a tensor of all pairs of tokens, which some models of transformers' add
+            or cut; else by what visibility.py says.
+    """
+
+    prompts: bool = True
+    dense: bool = False
+
+
 @dataclass
 class Additions:
     """What a model's adapters are, what `prepare` decided, and the batch that it scores just now.
@@ -17,6 +31,7 @@ class Additions:
             without adapters.
         num_positions: Tokens of the longest conversation that it takes; model.max_seq_len is beyond any row of them.
         back_end: How it attends, of attention.BACK_ENDS.
+        sharing: How it takes a pair's two answers, decided before training, see sharing.py.
         is_compiled: Whether its layers are.
         windows: How far each layer looks back, None for a layer without a sliding window; empty: no layer has one.
         mixtures: Its mixtures of experts, in the order of layers, from experts.mixtures_of.
@@ -27,6 +42,7 @@ class Additions:
     lora: dict | None = None
     num_positions: int | None = None
     back_end: str = "segments"
+    sharing: Sharing = Sharing()
     is_compiled: bool = False
     windows: list[int | None] = field(default_factory=list)
     mixtures: list[MixtureOfExperts | RecordedRouter] = field(default_factory=list)

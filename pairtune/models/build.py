@@ -27,7 +27,8 @@ from pairtune.models.dora import DoRALinear
 from pairtune.models.grouped import ExpertsLinear, LoRAExpertsLinear
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-UNQUANTIZED = {"output", "mlp.router"}  # layers that QLoRA keeps as they are: the last word, and who has it
+# Layers that QLoRA keeps as they are: the last word, who has it, and what a kernel reads.
+UNQUANTIZED = {"output", "mlp.router", roles.READ}
 
 
 def full(component: dict, *, dtype: str, quantize: bool = False, world: World | None = None) -> TransformerDecoder:

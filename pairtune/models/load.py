@@ -44,13 +44,16 @@ def load(
     assert adapter is None or adapter.keys() == adapters, "peft.read_adapter knows the model's adapters"
     check_weights(model, state_dict)
     names = {id(module): plain_name(name) for name, module in model.named_modules()}
+    buffers = model.computed_buffers() if isinstance(model, BridgedDecoder) else {}
     for block in world.progress([*model.layers, model], "loading weights"):
         world.beat("loading weights")
         for module in block.modules():
             _fill(module, names[id(module)], state_dict, home, world.device)
             if isinstance(module, ADAPTED) and module.lora_a.weight.is_meta:
                 _fill_adapter(module, names[id(module)], adapter, home)
-        _finish(model, block, world.device)
+        _fill_buffers(block, names, buffers, world.device)
+        if block is model and isinstance(model, BridgedDecoder):
+            model.retie()
         if world.shards:
             shard(block, world, is_root=block is model)
 
@@ -68,11 +71,12 @@ def streamed(model: TransformerDecoder, weights: Mapping[str, Tensor], device: t
     """
     check_weights(model, weights)
     names = {id(module): name for name, module in model.named_modules()}
+    if isinstance(model, BridgedDecoder):
+        _fill_buffers(model, names, model.computed_buffers(), device)
 
     def fill(block: nn.Module, *_) -> None:
         for module in block.modules():
             _fill(module, names[id(module)], weights, device, device)
-        _finish(model, block, device)
 
     def empty(block: nn.Module, *_) -> None:
         for module in block.modules():
@@ -85,7 +89,8 @@ def streamed(model: TransformerDecoder, weights: Mapping[str, Tensor], device: t
     for module in model.modules():
         if id(module) not in in_layers:
             _fill(module, names[id(module)], weights, device, device)
-    _finish(model, model, device)
+    if isinstance(model, BridgedDecoder):
+        model.retie()
     try:
         with frozen(model):
             yield model
@@ -141,13 +146,15 @@ def _fill(module: nn.Module, name: str, state_dict: Mapping[str, Tensor], home: 
             module.rope_init()
 
 
-def _finish(model: nn.Module, block: nn.Module, device: torch.device) -> None:
-    """Gives a block of transformers' what no file holds: buffers, and weights that are one with others."""
-    if isinstance(model, BridgedDecoder):
-        for module in block.modules():
-            model.fill_buffers(module, device)
-        if block is model:
-            model.retie()
+def _fill_buffers(
+    block: nn.Module, names: Mapping[int, str], buffers: Mapping[str, Tensor], device: torch.device
+) -> None:
+    """Gives a block those buffers of BridgedDecoder.computed_buffers that are its own."""
+    for module in block.modules():
+        for leaf in module._non_persistent_buffers_set:
+            name = f"{names[id(module)]}.{leaf}"
+            if name in buffers and getattr(module, leaf).is_meta:
+                setattr(module, leaf, buffers[name].to(device, copy=True))
 
 
 @torch.no_grad()

@@ -42,6 +42,7 @@ def install(
     kept.back_end = back_end
     kept.mixtures = experts.mixtures_of(model)
     if isinstance(model, BridgedDecoder):
+        model.share(model.ways[0])
         model.unembed = MethodType(_score, model)
         return
     attention.install(model, windows)
@@ -57,7 +58,7 @@ def answer_logps(model: TransformerDecoder, batch: PairBatch, ld_alpha: float = 
         ld_alpha: LD-DPO's (arXiv 2409.06411): tokens beyond the length of the pair's shorter answer count this much.
             Policy and reference need the same.
     """
-    chosen, rejected = _sums(_token_logps(model, batch), batch, ld_alpha).chunk(2)
+    chosen, rejected = _sums(answer_token_logps(model, batch), batch, ld_alpha).chunk(2)
     return chosen, rejected
 
 
@@ -87,7 +88,7 @@ def answer_scores(
         kept.log_collision = torch.empty(len(batch.target), device=batch.target.device)  # [N], filled by the forward
     try:
         with experts.recorded_routing(kept.mixtures) as routing:
-            token_logps = _token_logps(model, batch)
+            token_logps = answer_token_logps(model, batch)
         log_weights = token_logps.detach() - kept.log_collision if weights else None
     finally:
         kept.log_collision = None
@@ -101,8 +102,8 @@ def answer_scores(
     return AnswerScores(chosen, rejected, whole, *of_answers, router_loss)
 
 
-def _token_logps(model: TransformerDecoder, batch: PairBatch) -> Tensor:
-    """Returns [N] float32."""
+def answer_token_logps(model: TransformerDecoder, batch: PairBatch) -> Tensor:
+    """Returns each scored token's log-probability, [N] float32."""
     mask = None
     if not isinstance(model, BridgedDecoder):
         mask = attention.told(batch, model.pairtune.back_end, model.pairtune.windows)

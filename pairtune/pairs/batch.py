@@ -135,6 +135,39 @@ def _scored(pair, answer: str, score_end: bool) -> slice | Tensor:
     return torch.tensor([i for i in range(last) if not any(start <= i < stop for start, stop in spans)])
 
 
+def apart(batch: PairBatch, multiple: int = 1) -> PairBatch:
+    """Returns a batch's answers each behind a prompt of its own, in a row of its own, padded on the right.
+
+    For models that cannot be told whom a token sees. What is scored is the same, in the same order.
+
+    Args:
+        multiple: Of the rows' length.
+    """
+    answers = [(i, p.prompt + a) for name in ("chosen", "rejected") for i, p in enumerate(batch.pairs)
+               if (a := getattr(p, name))]  # fmt: skip
+    length = -(-max((len(tokens) for _, tokens in answers), default=1) // multiple) * multiple
+    shape = (max(1, len(answers)), length)
+    tokens, document = torch.zeros(shape, dtype=torch.long), torch.full(shape, -1)
+    for row, (i, conversation) in enumerate(answers):
+        tokens[row, : len(conversation)] = torch.tensor(conversation)
+        document[row, : len(conversation)] = i
+    has_answer = [bool(getattr(p, name)) for name in ("chosen", "rejected") for p in batch.pairs]
+    row_of = torch.tensor(has_answer, dtype=torch.long).cumsum(0) - 1  # [2 P]
+    device = batch.tokens.device
+    position = batch.input_pos.flatten()[batch.source]
+    laid_out = replace(
+        batch,
+        tokens=tokens,
+        input_pos=torch.arange(length).expand(shape).contiguous(),
+        document=document,
+        segment=torch.zeros(shape, dtype=torch.long),
+        source=to_device(row_of, device)[batch.sequence] * length + position,
+        num_tokens=sum(len(conversation) for _, conversation in answers),
+        rows=tuple((Document(0, len(conversation), (0,)),) for _, conversation in answers) or ((),),
+    )
+    return laid_out.to(device)
+
+
 def _lay_out_pair(pair) -> dict:
     """Returns a document's columns, its sizes, and for each answer the positions that predict its tokens."""
     if not (pair.prompt and (pair.chosen or pair.rejected)):

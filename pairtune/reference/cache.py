@@ -41,6 +41,8 @@ from pairtune.files import write_text
 from pairtune.folders.digests import digest_files
 from pairtune.models.adapters import adapted_modules, plain_name
 from pairtune.models.additions import additions
+from pairtune.models.bridge import BridgedDecoder
+from pairtune.models.bridge.build import settings
 from pairtune.pairs.digests import digest_pair
 from pairtune.pairs.tokenize import Pair
 
@@ -108,7 +110,7 @@ def identify(
         "weights": sorted(digests[: len(weight_files)]),
         "adapter": sorted(digests[len(weight_files) :]),
         "adapter_scales": sorted(scales),
-        "model": dict(arguments),
+        "model": settings(model.lm.config) if isinstance(model, BridgedDecoder) else dict(arguments),
         "dtypes": sorted({str(p.dtype) for p in parameters.values()}),
         "quantized": sorted(name for name, p in parameters.items() if type(p.data) is not Tensor),
         "ld_alpha": float(ld_alpha),

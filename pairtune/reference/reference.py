@@ -7,6 +7,7 @@ policy, `follow` before each step, `logps` for each batch. Where the values come
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain, islice
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from pairtune.folders import peft
 from pairtune.folders.weights import ModelFolder
 from pairtune.losses.calling import needs
 from pairtune.models.logps import answer_logps
+from pairtune.models.sharing import SOME
 from pairtune.pairs.batch import PairBatch
 from pairtune.pairs.digests import digest_pair
 from pairtune.pairs.tokenize import Pair
@@ -155,7 +157,7 @@ class Reference:
     # reference=cached
 
     def open_cache(self, policy: nn.Module, pairs: Iterable[Pair], *, score_end: bool = True) -> None:
-        """Finds what earlier runs have kept of these pairs; does nothing unless the reference is cached.
+        """Finds what earlier runs have kept of these pairs, if the reference is cached.
 
         Args:
             policy: On the meta device, or loaded.
@@ -165,6 +167,8 @@ class Reference:
         Raises:
             UserError: See cache.ReferenceCache.
         """
+        pairs = iter(pairs)
+        self._some = list(islice(pairs, SOME))
         if self._block["name"] != "cached":
             return
         folder = cache.find_folder(self._block["cache_dir"])
@@ -179,7 +183,7 @@ class Reference:
             ld_alpha=self._ld_alpha,
             score_end=score_end,
         )
-        self._cache = cache.ReferenceCache(folder, identity, pairs, self._world)
+        self._cache = cache.ReferenceCache(folder, identity, chain(self._some, pairs), self._world)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -191,7 +195,7 @@ class Reference:
             yield
             return
         if self._cache.missing:
-            self._second.load(self._world)
+            self._load_second()
             self._live = SecondModel(None, self._second.model)
             yield
         else:
@@ -240,7 +244,7 @@ class Reference:
         """
         self._policy = policy
         if self._second:
-            self._second.load(self._world)
+            self._load_second()
             self._live = SecondModel(policy, self._second.model)
         elif self._cache and not self._is_own:
             self._live = None  # its model has been and gone; the policy is another one
@@ -250,6 +254,10 @@ class Reference:
             self._live = AsItStarts(policy)
         else:
             self._live = AdaptersOff(policy)
+
+    def _load_second(self) -> None:
+        self._second.load(self._world)
+        models.settle(self._second.model, self._some, self._world)
 
     def _live_logps(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
         with self._live.weights() as model:

@@ -10,9 +10,13 @@ import pytest
 import torch
 from helpers import random_pairs, run_recipe
 from safetensors.torch import load_file
+from torch.nn.functional import scaled_dot_product_attention
 
+from pairtune import models
 from pairtune.config.uses import check_installed
 from pairtune.errors import UserError
+from pairtune.folders.opening import make_ready
+from pairtune.folders.weights import Weights
 
 # Matrices have a multiple of 16,384 weights or not; windows are shorter than a conversation, so that they bite.
 SIZES = {
@@ -34,47 +38,147 @@ DENSE = {
     "Phi3": {"sliding_window": 8},
     "Cohere": {"logit_scale": 0.25},
     "Starcoder2": {},
+    "Gemma3nText": {
+        "head_dim": 16, "num_hidden_layers": 4, "num_kv_shared_layers": 2, "vocab_size_per_layer_input": 320,
+        "hidden_size_per_layer_input": 16, "laurel_rank": 8, "activation_sparsity_pattern": None,
+        "layer_types": [*BOTH["layer_types"]] * 2, "sliding_window": 8,
+    },
 }  # fmt: skip
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 2, "mamba_d_state": 16, "mamba_chunk_size": 8}
+APART = {  # with a state or a convolution along a row, or positions by its columns
+    "Qwen3_5Text": {
+        "head_dim": 16, "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    },
+    "Lfm2": {"layer_types": ["conv", "full_attention"]},
+    "NemotronH": {
+        "head_dim": 16, "ssm_state_size": 16, "mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2,
+        "chunk_size": 8, "layers_block_type": ["mamba", "attention", "mlp"], "num_hidden_layers": 3,
+    },
+    "FalconH1": MAMBA | {"mamba_d_ssm": 128},
+    "GraniteMoeHybrid": MAMBA | {
+        "layer_types": ["linear_attention", "full_attention"], "num_local_experts": 0, "shared_intermediate_size": 96,
+        "logits_scaling": 3.0,
+    },
+    "Bloom": {"n_layer": 2, "n_head": 4},
+}  # fmt: skip
+
+SAME = {"vocab_size": 320, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 64}
+SAME |= {"intermediate_dim": 96, "max_seq_len": 128, "rope_base": 10_000}
+TORCHTUNES = {"_component_": "torchtune.models.llama3.llama3", **SAME, "norm_eps": 1e-6}
 
 
 def component(folder):
     return {"_component_": "pairtune.models.bridge.causal_lm", "path": str(folder)}
 
 
-@pytest.fixture(scope="module", params=DENSE)
-def base(request, tmp_path_factory):
-    """A model's folder as transformers wrote it, opened, and transformers' model."""
+def save(name, folder, **changes):
+    """Writes a random model of a family, and returns transformers'."""
     import transformers
 
+    config = getattr(transformers, f"{name}Config")(**SIZES | (DENSE | APART)[name] | changes)
+    return hf_peers.save_peer(folder, config)
+
+
+@pytest.fixture(scope="module", params=[*DENSE, *APART])
+def base(request, tmp_path_factory):
+    """A model's name, its folder as transformers wrote it, opened, and transformers' model."""
     folder = tmp_path_factory.mktemp(request.param)
-    config = getattr(transformers, f"{request.param}Config")(**SIZES | DENSE[request.param])
-    peer = hf_peers.save_peer(folder / "base", config)
+    peer = save(request.param, folder / "base")
     lora = {"rank": 4, "alpha": 8.0, "modules": ["all-linear"]}
     hf_peers.write_config(folder, component(folder / "base"), "AUTO", lora=lora)
-    return hf_peers.open_folder(folder / "base", "AUTO", component(folder / "base")), peer
+    return request.param, hf_peers.open_folder(folder / "base", "AUTO", component(folder / "base")), peer
 
 
-def test_log_probabilities_and_gradients_are_those_of_transformers(base):
-    files, peer = base
-    model = hf_peers.load_ours(files, component(files.path))
+def test_log_probabilities_and_gradients_are_those_of_transformers(base, capsys):
+    name, files, peer = base
+    model, pairs = hf_peers.load_ours(files, component(files.path)), random_pairs(4)
+    models.settle(model, pairs, hf_peers.ONE)
+    assert model.pairtune.sharing.prompts == (name in DENSE)
+    assert ("a prompt of its own" in capsys.readouterr().out) == (name in APART)
     hf_peers.check_logps_and_gradients(peer, model, files)
-    pairs = random_pairs(4)
-    shared = hf_peers.our_logps(model, pairs)
+    settled = hf_peers.our_logps(model, pairs)
     model.pairtune.back_end = "mask"  # the one that defines the truth
-    torch.testing.assert_close(hf_peers.our_logps(model, pairs), shared, rtol=1e-5, atol=0)
+    torch.testing.assert_close(hf_peers.our_logps(model, pairs), settled, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_what_a_run_exports_is_what_it_measured(base, method):
-    hf_peers.check_run(base[0].path.parent, method)
+def test_what_a_run_exports_is_what_it_measured(base):
+    hf_peers.check_run(base[1].path.parent, "lora")
+
+
+@pytest.mark.parametrize("name", ["Gemma2", "Gemma3nText", "Qwen3_5Text", "FalconH1"])
+def test_what_a_run_of_all_weights_exports_is_what_it_measured(name, tmp_path):
+    save(name, tmp_path / "base")
+    hf_peers.write_config(tmp_path, component(tmp_path / "base"), "AUTO")
+    hf_peers.check_run(tmp_path, "full")
+
+
+@pytest.mark.parametrize(("name", "method"), [("Gemma3Text", "lora"), ("Lfm2", "full")])
+def test_two_processes_train_what_one_does(name, method, tmp_path):
+    save(name, tmp_path / "base")
+    hf_peers.write_config(tmp_path, component(tmp_path / "base"), "AUTO")
+    hf_peers.check_two_processes(tmp_path, method)
+
+
+@pytest.mark.parametrize("name", ["SmolLM3", "Phi3", "Gemma3Text", "Lfm2"])
+def test_a_base_in_4_bits_trains_and_is_exported(name, tmp_path):
+    save(name, tmp_path / "base")
+    hf_peers.write_config(tmp_path, component(tmp_path / "base"), "AUTO")
+    hf_peers.check_run(tmp_path, "qlora")
+
+
+@pytest.mark.parametrize("name", ["Gemma3Text", "Phi3", "Glm4", "Qwen3_5Text"])
+def test_pefts_adapter_of_all_linear_layers_loads_here(name, tmp_path):
+    save(name, tmp_path / "base")
+    files = hf_peers.open_folder(tmp_path / "base", "AUTO", component(tmp_path / "base"))
+    how = {"targets": "all-linear", "modules": ["all-linear"]}
+    hf_peers.check_peft_adapter(files, component(files.path), tmp_path / "adapter", **how)
+
+
+@pytest.mark.parametrize("use", ["use_dora", "use_rslora"])
+def test_other_kinds_of_adapters_are_pefts(use, tmp_path):
+    save("Gemma3Text", tmp_path / "base")
+    lora = {"rank": 4, "alpha": 8.0, "modules": ["q_proj", "mlp"], use: True}
+    files = hf_peers.open_folder(tmp_path / "base", "AUTO", component(tmp_path / "base"))
+    model = hf_peers.load_ours(files, component(files.path), lora=lora)
+    for _, layer in models.adapted_modules(model):
+        torch.nn.init.normal_(layer.lora_b.weight, std=0.1)
+    hf_peers.check_export(files, model, tmp_path, lora=lora)
+
+
+@pytest.mark.parametrize(("name", "shares"), [("Gemma3Text", True), ("Lfm2", False)])
+def test_rounding_to_bf16_is_told_from_what_a_token_must_not_see(name, shares, tmp_path):
+    save(name, tmp_path)
+    files = hf_peers.open_folder(tmp_path, "AUTO", component(tmp_path))
+    model = models.full(component(tmp_path), dtype="bf16")
+    make_ready(model, files.config, max_length=64)
+    models.load(model, Weights(files), world=hf_peers.ONE)
+    models.settle(model, random_pairs(4), hf_peers.ONE)
+    assert model.pairtune.sharing.prompts == shares
+
+
+def test_a_model_that_is_not_what_it_computes_alone_is_refused(tmp_path):
+    """As one of torchtune's would be whose attention does not heed its mask."""
+    save("Llama", tmp_path)
+    model = hf_peers.load_ours(hf_peers.open_folder(tmp_path, "LLAMA3"), TORCHTUNES)
+    models.settle(model, random_pairs(4), hf_peers.ONE)
+    for layer in model.layers:
+        layer.attn._attention_call = lambda q, k, v, mask, dropout_p, is_causal: attend(q, k, v)
+    with pytest.raises(UserError, match="not those that it computes of each conversation alone: .* nats a token"):
+        models.settle(model, random_pairs(4), hf_peers.ONE)
+
+
+def attend(q, k, v):
+    return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
 BUILDERS = {
-    "Llama": ("LLAMA3", "torchtune.models.llama3.llama3", {"rope_base": 10_000, "norm_eps": 1e-6}),
-    "Qwen3": ("QWEN3", "pairtune.models.qwen3.qwen3", {"rope_base": 10_000, "head_dim": 16}),
+    "Llama": ("LLAMA3", TORCHTUNES),
+    "Qwen3": ("QWEN3", {"_component_": "pairtune.models.qwen3.qwen3", **SAME, "head_dim": 16}),
     "Gemma2": (
-        "GEMMA2", "pairtune.models.gemma2.gemma2",
-        {"head_dim": 16, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0, "query_pre_attn_scalar": 12},
+        "GEMMA2",
+        {"_component_": "pairtune.models.gemma2.gemma2", **SAME, "head_dim": 16, "attn_logit_softcapping": 5.0,
+         "final_logit_softcapping": 4.0, "query_pre_attn_scalar": 12},
     ),
 }  # fmt: skip
 
@@ -82,15 +186,12 @@ BUILDERS = {
 @pytest.mark.parametrize("name", BUILDERS)
 def test_ten_steps_are_those_of_torchtunes_builder(name, tmp_path):
     """From one adapter: the two draw fresh ones in another order."""
-    import transformers
     from peft import LoraConfig, get_peft_model
 
-    peer = hf_peers.save_peer(tmp_path / "base", getattr(transformers, f"{name}Config")(**SIZES | DENSE[name]))
+    peer = save(name, tmp_path / "base")
     start = get_peft_model(peer, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
     start.save_pretrained(tmp_path / "start")
-    model_type, builder, sizes = BUILDERS[name]
-    ours = {"vocab_size": 320, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 64}
-    torchtunes = {"_component_": builder, "intermediate_dim": 96, "max_seq_len": 128} | ours | sizes
+    model_type, torchtunes = BUILDERS[name]
     lora = {"rank": 4, "alpha": 8.0, "modules": ["all-linear"]}
     logs = []
     for kind, model in ((model_type, torchtunes), ("AUTO", component(tmp_path / "base"))):

@@ -1,5 +1,6 @@
 """A model of transformers, built from a folder's config.json on whatever device is the default one."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -10,15 +11,9 @@ from pairtune.config import fewer_bits
 from pairtune.config.rules import one_line, show
 from pairtune.errors import UserError
 from pairtune.files import read_object
-from pairtune.models.bridge import experts
+from pairtune.models.bridge import experts, visible
 from pairtune.models.bridge.decoder import BridgedDecoder
 
-# Of which a prompt that both answers share was compared with each conversation alone: tests/models/test_bridge.py.
-TRIED = (
-    *("llama", "qwen3", "gemma2", "gemma3_text", "olmo2", "olmo3", "smollm3", "granite", "glm4", "phi3", "cohere"),
-    *("starcoder2", "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "olmoe", "flex_olmo", "glm4_moe", "deepseek_v2"),
-    *("deepseek_v3", "ernie4_5_moe", "granitemoe", "granitemoeshared", "dots1"),
-)
 NOT_OF_MODELS = ("auto_map", "quantization_config")  # of a config.json: code that is never run, and how it is stored
 # What a config.json may say without another model being meant: where it came from, and how it was stored.
 BESIDE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "auto_map", "architectures", "use_cache")
@@ -34,19 +29,14 @@ def causal_lm(path: str) -> BridgedDecoder:
 
     Raises:
         UserError: transformers is not installed, or too old; it has no causal language model of this model_type, or
-            does not take what config.json says; the weights are quantized; it is none of TRIED.
+            does not take what config.json says; the weights are quantized.
     """
     transformers = import_transformers()
     config = read_config(path)
-    if config.model_type not in TRIED:
-        raise UserError(
-            f"{Path(path) / 'config.json'}: model_type={config.model_type}: whether its answers may share a prompt has "
-            f"not been compared with transformers yet; those of {', '.join(TRIED)} may"
-        )
     try:
         lm = transformers.AutoModelForCausalLM.from_config(
             config,
-            attn_implementation="pairtune",
+            attn_implementation=_attention_of(config),
             experts_implementation=experts.NAME,
             trust_remote_code=False,
             dtype=torch.get_default_dtype(),
@@ -58,6 +48,15 @@ def causal_lm(path: str) -> BridgedDecoder:
         ) from error
     experts.install(lm)
     return BridgedDecoder(lm)
+
+
+def _attention_of(config) -> str:
+    """Returns by which function a model is to attend: older ones know but their own."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    classes = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    (first, *_) = classes if isinstance(classes, tuple) else (classes,)
+    return visible.NAME if first._supports_attention_backend else visible.DENSE
 
 
 def import_transformers() -> ModuleType:
@@ -78,8 +77,6 @@ def import_transformers() -> ModuleType:
             f"model: this architecture is computed by transformers 5 or later, and {transformers.__version__} is "
             "installed: pip install -U 'pairtune[models]'"
         )
-    from pairtune.models.bridge import visible
-
     visible.register()
     experts.register()
     return transformers
@@ -113,11 +110,16 @@ def parse(content: Mapping, where: str = "config.json"):
         )
     fewer_bits.check(content, where)
     try:
-        return CONFIG_MAPPING[kind].from_dict(
-            {key: value for key, value in content.items() if key not in NOT_OF_MODELS}
-        )
+        said = CONFIG_MAPPING[kind]._decode_special_floats(dict(content))  # JSON has no infinity
+        return CONFIG_MAPPING[kind].from_dict({k: value for k, value in said.items() if k not in NOT_OF_MODELS})
     except Exception as error:
         raise UserError(f"{where}: {one_line(error)}; download the file again, or correct it") from error
+
+
+def settings(config) -> dict:
+    """Returns what a configuration of transformers says of what its model computes, as JSON can hold it."""
+    said = json.loads(config.to_json_string(use_diff=False))
+    return {k: v for k, v in said.items() if k not in BESIDE and k[0] != "_" and not k.endswith("_token_id")}
 
 
 def check_same(model: BridgedDecoder, content: Mapping) -> None:
@@ -126,12 +128,10 @@ def check_same(model: BridgedDecoder, content: Mapping) -> None:
     Raises:
         UserError: A setting differs that is more than where the model came from.
     """
-    built, there = model.lm.config.to_dict(), parse(content).to_dict()
-    ids = {key for key in {**built, **there} if key.endswith("_token_id")}  # the tokenizer's
-    keys = [key for key in {**built, **there} if key not in (*BESIDE, *ids) and key[0] != "_"]
+    built, there = settings(model.lm.config), settings(parse(content))
     different = [
         f"{key} is {show(built.get(key))} in `model` and {show(there.get(key))} in config.json"
-        for key in keys
+        for key in {**built, **there}
         if built.get(key) != there.get(key)
     ]
     if different:

@@ -3,14 +3,16 @@
 B rows, S row length, N scored tokens, V vocabulary, D width.
 """
 
+import copy
+import inspect
 import re
 
 import torch
 from torch import Tensor, nn
 
-from pairtune.models.additions import additions
+from pairtune.models.additions import Sharing, additions
 from pairtune.models.bridge import head, visible
-from pairtune.pairs.batch import PairBatch
+from pairtune.pairs.batch import ROW_MULTIPLE, PairBatch, apart
 
 _DROPOUT = re.compile(r"drop(out|_prob|$)|layerdrop")  # attributes of transformers' modules that hold a probability
 
@@ -29,8 +31,9 @@ class BridgedDecoder(nn.Module):
     def __init__(self, lm: nn.Module):
         super().__init__()
         self.lm = lm
-        self.max_seq_len = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or 2**31
+        self.max_seq_len = _num_positions(lm.config.get_text_config())
         self._layers = _names_of_layers(lm)
+        self._takes_functions = lm.config._attn_implementation == visible.NAME
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -53,13 +56,36 @@ class BridgedDecoder(nn.Module):
         return self.output.weight is self.tok_embeddings.weight
 
     @property
+    def ways(self) -> list[Sharing]:
+        """How it may take a pair's answers, the fastest first; what comes of each is for a run to compare."""
+        ways = [Sharing(prompts, dense) for prompts in (True, False) for dense in (False, True)]
+        return [way for way in ways if (way.dense or self._takes_functions) and not (way.prompts and self.is_stateful)]
+
+    def share(self, how: Sharing) -> None:
+        """Makes it take a pair's answers in one of `ways`."""
+        additions(self).sharing = how
+        for config in _configs(self.lm):
+            config._attn_implementation = visible.DENSE if how.dense else visible.NAME
+
+    @property
+    def is_stateful(self) -> bool:
+        """Whether layers of it go by what stands before a token in its row, and no mask tells them otherwise."""
+        return bool(getattr(self.lm, "_is_stateful", False))
+
+    @property
     def backbone(self) -> nn.Module:
         """All of it but the output layer."""
         base = self.lm.base_model
         return self.lm.model if base is self.lm else base
 
     def forward(
-        self, tokens: Tensor, *, mask: Tensor | None = None, input_pos: Tensor | None = None, cache=None
+        self,
+        tokens: Tensor,
+        *,
+        mask: Tensor | None = None,
+        input_pos: Tensor | None = None,
+        cache=None,
+        published: Tensor | None = None,
     ) -> Tensor:
         """Returns what `unembed` makes of a batch, [N]; without one logits [B, S, V], with a cache the last ones.
 
@@ -68,7 +94,10 @@ class BridgedDecoder(nn.Module):
             mask: [B, all positions], 0 for padding; a batch needs none.
             input_pos: [B, S] int64.
             cache: transformers' past_key_values, which is added to.
+            published: Columns [C] whose logits [B, C, V] are to be those of transformers' own forward and attention.
         """
+        if published is not None:
+            return self._published(tokens, published)
         batch = additions(self).batch
         if batch is not None:
             return self.unembed(self.hidden(batch))
@@ -80,6 +109,8 @@ class BridgedDecoder(nn.Module):
 
     def hidden(self, batch: PairBatch) -> Tensor:
         """Returns the scored positions' hidden states [N, D], such that their product with the output is logits."""
+        if not additions(self).sharing.prompts:
+            batch = apart(batch, ROW_MULTIPLE if additions(self).takes_fixed_rows else 1)
         with visible.scoring(batch, additions(self).back_end):
             # With a mask of ones, transformers does not look for documents at positions that begin anew.
             out = self.backbone(
@@ -97,6 +128,21 @@ class BridgedDecoder(nn.Module):
         from transformers import DynamicCache
 
         return DynamicCache(config=self.lm.config)
+
+    def _published(self, tokens: Tensor, columns: Tensor) -> Tensor:
+        """Returns logits as transformers computes them, without a function of ours."""
+        takes_columns = "logits_to_keep" in inspect.signature(self.lm.forward).parameters
+        how = {"logits_to_keep": columns} if takes_columns else {}
+        configs = _configs(self.lm)
+        kept = [config._attn_implementation for config in configs]
+        for config in configs:
+            config._attn_implementation = "eager"
+        try:
+            logits = self.lm(input_ids=tokens, use_cache=False, **how).logits
+        finally:
+            for config, before in zip(configs, kept, strict=True):
+                config._attn_implementation = before
+        return logits if takes_columns else logits[:, columns]
 
     @property
     def softcap(self) -> float | None:
@@ -117,26 +163,45 @@ class BridgedDecoder(nn.Module):
         """Makes weights one again that are one, after the first of them was given its memory."""
         self.lm.tie_weights()
 
-    def fill_buffers(self, module: nn.Module, device: torch.device) -> None:
-        """Gives one module, not its children, the buffers that no file holds, such as a rotary embedding's angles.
+    def computed_buffers(self) -> dict[str, Tensor]:
+        """Returns the buffers that no file holds, such as a rotary embedding's angles, on the CPU by their names.
 
-        transformers computes them where it initializes weights, which from_pretrained relies on for every architecture.
+        transformers computes them where it initializes weights, which its own loading relies on for every architecture:
+        that of a model is done here to a twin whose weights take no memory.
         """
-        empty = [name for name in module._non_persistent_buffers_set if getattr(module, name) is not None]
-        empty = [name for name in empty if getattr(module, name).is_meta]
-        if not empty:
-            return
-        for name in empty:
-            setattr(module, name, torch.empty_like(getattr(module, name), device=device))
-        for tensor in (*module.parameters(recurse=False), *_persistent(module)):
-            tensor._is_hf_initialized = True  # and is left as it is
+        with torch.device("meta"):
+            twin = type(self.lm)._from_config(copy.deepcopy(self.lm.config))
+        found = {}
+        for path, module in twin.named_modules():
+            for leaf in module._non_persistent_buffers_set:
+                if (buffer := getattr(module, leaf)) is not None:
+                    setattr(module, leaf, torch.empty_like(buffer, device="cpu"))
+                    found[f"{path}.{leaf}"] = module, leaf
+        owners: dict[nn.Module, nn.Module] = {}  # the innermost of transformers' models that each module is of
+        for model in (module for module in twin.modules() if hasattr(module, "_init_weights")):
+            owners |= dict.fromkeys(model.modules(), model)
         with torch.no_grad():
-            self.lm._init_weights(module)
+            for module in reversed([*twin.modules()]):  # a model may set its layers' buffers
+                owners[module]._init_weights(module)
+        return {f"lm.{name}": getattr(module, leaf) for name, (module, leaf) in found.items()}
 
 
-def _persistent(module: nn.Module) -> list[Tensor]:
-    buffers = module.named_buffers(recurse=False)
-    return [buffer for name, buffer in buffers if name not in module._non_persistent_buffers_set]
+def _configs(lm: nn.Module) -> list:
+    """Returns the configurations that its modules ask how to attend."""
+    return [*{id(module.config): module.config for module in lm.modules() if hasattr(module, "config")}.values()]
+
+
+def _num_positions(config) -> int:
+    """Returns how many positions a model was made for; 2^31 where it has no limit.
+
+    LongRoPE takes other angles for a whole row where one of its positions is beyond the first training's: shorter
+    conversations in that row would have angles that they have not alone.
+    """
+    most = getattr(config, "max_position_embeddings", None) or 2**31
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        most = min(most, rope.get("original_max_position_embeddings") or most)
+    return most
 
 
 def _names_of_layers(lm: nn.Module) -> list[str]:

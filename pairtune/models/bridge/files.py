@@ -84,7 +84,7 @@ class Files:
                 collected.setdefault(name, []).append((key, pattern))
             elif not ignored.search(key):
                 strange[key] = "no weight of this model"
-        self._lm._weight_conversions = conversions  # and which of them were used, for `to_theirs`
+        self._lm._weight_conversions = [c for c in conversions if c.was_used()]  # which `to_theirs` reverts
         sources: dict[str, list[Source]] = {}
         for name, found in collected.items():
             groups = [[one] for one in found] if found[0][1] is None else [found]

@@ -12,6 +12,7 @@ from pairtune.models.grouped import ExpertsLinear
 QUERIES, KEYS, VALUES, OUT = "attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.output_proj"
 GATE, DOWN, UP = "mlp.w1", "mlp.w2", "mlp.w3"
 OUTPUT, ROUTER = "output", "mlp.router"
+READ = "mamba.*"  # whose weight a kernel reads: an adapter beside it would have no effect, as PEFT says, too
 
 # The last part of a layer's name: torchtune's names of what it computes. Fused ones compute several.
 IN_ATTENTION = {
@@ -38,9 +39,15 @@ def parts_of(model: BridgedDecoder) -> dict[str, set[str]]:
 
     A layer whose name is in neither table, such as that of a state space, computes none of them; all-linear means it.
     """
-    head = model.output
-    linear = {name: module for name, module in model.named_modules() if type(module) in (nn.Linear, ExpertsLinear)}
-    return {name: {OUTPUT} if module is head else set(_parts(name)) for name, module in linear.items()}
+    head, found = model.output, {}
+    # State spaces (Mamba): A and D are of nothing else.
+    mixers = tuple(f"{name}." for name, m in model.named_modules() if hasattr(m, "A_log") and hasattr(m, "D"))
+    for name, module in model.named_modules():
+        if type(module) not in (nn.Linear, ExpertsLinear):
+            continue
+        is_read = name.startswith(mixers) and not name.endswith(".in_proj")
+        found[name] = {OUTPUT} if module is head else {READ} if is_read else set(_parts(name))
+    return found
 
 
 def _parts(name: str) -> tuple[str, ...]:

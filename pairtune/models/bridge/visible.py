@@ -24,6 +24,7 @@ from pairtune.models.attention import Attention, Told, told
 from pairtune.pairs.batch import PairBatch
 
 NAME = "pairtune"  # without "sdpa" or "flash" in it, by which transformers tells back ends that some models refuse
+DENSE = "eager"  # transformers' plain attention, which every model has; it adds a mask of numbers to scores
 
 _scored: ContextVar["Scored | None"] = ContextVar("scored", default=None)
 
@@ -34,6 +35,10 @@ class Seen:
 
     told: Told
     window: int | None
+
+    def __getitem__(self, part) -> "Seen":
+        """Some models cut a mask to the keys that there are: here they are all there."""
+        return self
 
 
 @dataclass
@@ -54,12 +59,18 @@ class Scored:
         """Returns what a layer sees whose mask is this function of a batch's number, a head, query and key."""
         pattern = pattern_of(function, self.reach)
         if isinstance(pattern, Tensor):
-            position = self.batch.input_pos
-            mask = visibility.dense_mask(self.batch)
-            return Seen({None: mask & pattern.to(mask.device)[position[:, :, None], position[:, None, :]]}, None)
+            return Seen({None: self.dense(function)}, None)
         if pattern not in self.masks:
             self.masks[pattern] = told(self.batch, self.back_end, [] if pattern is None else [pattern])
         return Seen(self.masks[pattern], pattern)
+
+    def dense(self, function: Callable) -> Tensor:
+        """Returns the same as [B, S, S] bool, True = attend."""
+        pattern = pattern_of(function, self.reach)
+        if not isinstance(pattern, Tensor):
+            return visibility.dense_mask(self.batch, pattern)
+        mask, position = visibility.dense_mask(self.batch), self.batch.input_pos
+        return mask & pattern.to(mask.device)[position[:, :, None], position[:, None, :]]
 
 
 @contextmanager
@@ -125,10 +136,11 @@ def _identity(function: Callable) -> tuple | None:
 
 
 def register() -> None:
-    """Makes transformers know both functions as attn_implementation="pairtune"."""
+    """Makes transformers know these functions by their names."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionMaskInterface.register(NAME, mask)
+    AttentionMaskInterface.register(DENSE, dense_mask)  # without a batch it is transformers'
     AttentionInterface.register(NAME, attention)
 
 
@@ -140,6 +152,17 @@ def mask(*args, mask_function: Callable, **settings) -> Seen | Tensor | None:
     from transformers.masking_utils import sdpa_mask
 
     return sdpa_mask(*args, mask_function=mask_function, **settings | {"allow_is_causal_skip": False})
+
+
+def dense_mask(*args, mask_function: Callable, dtype: torch.dtype = torch.float32, **settings) -> Tensor | None:
+    """Returns what is added to scores, [B, 1, S, S]; without a batch, what transformers adds."""
+    scored = _scored.get()
+    if scored is not None:
+        seen = scored.dense(mask_function)[:, None]
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+    from transformers.masking_utils import eager_mask
+
+    return eager_mask(*args, mask_function=mask_function, dtype=dtype, **settings)
 
 
 def attention(
