@@ -103,7 +103,7 @@ def main(cfg):
 
     # 3. Preference pairs
     budget = cfg.max_length, cfg.max_prompt_length, takes_unpaired(loss_fn), cfg.max_completion_length
-    train, held_out = read_train_and_held_out(cfg.dataset, cfg.eval_dataset, tokenizer, world, *budget)
+    train, held_out = read_train_and_held_out(cfg.dataset, cfg.eval_dataset, tokenizer, world, *budget, seed=cfg.seed)
     total_steps = count_steps(len(train), cfg.pairs_per_step, cfg.epochs, cfg.max_steps)
     # What says `auto` is chosen by the device's memory and the work to do; none of it changes a result
     work = choosing.work(train + held_out, loss_fn, cfg.max_length, cfg.pairs_per_step, total_steps)

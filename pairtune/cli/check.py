@@ -11,6 +11,7 @@ from pairtune.config.layout import check_folder, find_adapter, find_weights
 from pairtune.config.names_elsewhere import check_dashes
 from pairtune.config.uses import check_installed, is_bridged
 from pairtune.errors import UserError
+from pairtune.pairs.mixture import sources_of
 from pairtune.pairs.sources import check_source
 from pairtune.run.folder import check_free
 from pairtune.run.places import CHECKPOINTS, check, is_saved_config, look
@@ -107,4 +108,5 @@ def _check_places(cfg: dict) -> None:
             read_config(cfg["reference"]["checkpoint_dir"], key="reference.checkpoint_dir")
     for key in ("dataset", "eval_dataset"):
         if cfg[key]["source"]:
-            check_source(cfg[key]["source"], key)
+            for where, block in sources_of(cfg[key], key):
+                check_source(block["source"], where)

@@ -96,7 +96,7 @@ def evaluate(cfg) -> tuple[dict[str, float], np.ndarray]:
     make_ready(model, files.config, cfg.max_length, tokenizer.vocab_size)
     reference.build(cfg.model, files, tokenizer, cfg.max_length)
     budget = cfg.max_length, cfg.max_prompt_length, takes_unpaired(loss_fn), cfg.max_completion_length
-    train, held_out = read_train_and_held_out(cfg.dataset, cfg.eval_dataset, tokenizer, world, *budget)
+    train, held_out = read_train_and_held_out(cfg.dataset, cfg.eval_dataset, tokenizer, world, *budget, seed=cfg.seed)
     pairs = [*(held_out or train)]
     contract.check_pairs(pairs, tokenizer, score_end=cfg.score_end)
     asked = {key: cfg[key] for key in choosing.KEYS}

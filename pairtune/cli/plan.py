@@ -21,6 +21,7 @@ from pairtune.folders.weights import read_config
 from pairtune.losses.calling import needs
 from pairtune.pairs.batch import ROW_MULTIPLE
 from pairtune.pairs.columns import as_plain
+from pairtune.pairs.mixture import counts_of, sources_of
 from pairtune.pairs.rows import read_rows
 from pairtune.pairs.steps import count_steps
 from pairtune.reference.cache import BATCHES
@@ -298,18 +299,16 @@ def _num_shards(gpus: int, copies: int) -> int:
 
 
 def _num_rows(dataset: DictConfig) -> int | None:
-    """Rows to train on, of a data set that is here."""
-    if not dataset.source or not Path(dataset.source).expanduser().exists():
+    """Rows to train on in an epoch, of data sets that are here."""
+    blocks = [block for _, block in sources_of(as_plain(dataset), "dataset")] if dataset.source else []
+    if not blocks or not all(Path(block["source"]).expanduser().exists() for block in blocks):
         return None
-    rows = read_rows(
-        dataset.source,
-        split=dataset.split,
-        name=dataset.name,
-        revision=dataset.revision,
-        limit=dataset.limit,
-        columns=as_plain(dataset.columns),
-    )
-    return len(rows) - round((dataset.val_fraction or 0) * len(rows))
+    sizes = []
+    for block in blocks:
+        where = {name: block[name] for name in ("split", "name", "revision", "limit")}
+        num_rows = len(read_rows(block["source"], **where, columns=block["columns"]))
+        sizes.append(num_rows - round((dataset.val_fraction or 0) * num_rows))
+    return sum(counts_of(sizes, blocks))
 
 
 def _num_checkpoints(keep_last_n: int, keep_best: str | None) -> int:

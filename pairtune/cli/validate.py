@@ -18,6 +18,7 @@ from pairtune.folders.peft import read_adapter
 from pairtune.folders.weights import Weights, base_config, open_weights
 from pairtune.losses.calling import takes_unpaired
 from pairtune.pairs.columns import as_plain
+from pairtune.pairs.mixture import counts_of, sources_of
 from pairtune.pairs.recognise import recognise
 from pairtune.pairs.sources import looks_like_path
 from pairtune.pairs.steps import count_steps
@@ -143,15 +144,29 @@ class Validation:
         return f"{block.name}, {reference.num_parameters:,} parameters of its own", None
 
     def _pairs(self, key: str, cfg: DictConfig, tokenizer) -> tuple[str, Any]:
-        source = cfg[key]
+        blocks = sources_of(as_plain(cfg[key]), key)
+        found = [self._source(where, block, cfg, tokenizer) for where, block in blocks]
+        if len(found) == 1:
+            return found[0][:2]
+        texts, sizes, num_rows = zip(*found, strict=True)
+        if cfg[key].get("val_fraction"):
+            sizes = [len(split_pairs(range(size), cfg[key].val_fraction)[0]) for size in sizes]
+        counts = counts_of(sizes, [block for _, block in blocks])
+        told_each = [f"{block['source']}: {text}" for (_, block), text in zip(blocks, texts, strict=True)]
+        of_all = f"{sum(num_rows):,} rows of {len(blocks)} sources, {sum(counts):,} pairs in an epoch"
+        return "; ".join([of_all, *told_each]), sum(counts)
+
+    def _source(self, key: str, block: dict, cfg: DictConfig, tokenizer) -> tuple[str, int, int]:
+        """Returns what is told of one source, its pairs (to train on, where it is the only one) and its rows."""
+        source = OmegaConf.create(block)
         if not Path(source.source).expanduser().exists() and not looks_like_path(source.source):
             raise NotHere(f"{source.source} is a data set of the Hugging Face Hub")
-        self._must_be_here(source.source, f"{key}.source")
+        self._must_be_here(source.source, f"{key.partition('[')[0].removesuffix('.source')}.source")
         where = {name: source[name] for name in ("split", "name", "revision", "limit")}
         rows = read_rows(source.source, **where, columns=as_plain(source.columns), key=key)
         if tokenizer is None:
             form, _ = recognise(rows, key)
-            return f"{len(rows):,} rows, {form.name}; not tokenized, for want of a tokenizer", len(rows)
+            return f"{len(rows):,} rows, {form.name}; not tokenized, for want of a tokenizer", len(rows), len(rows)
         first = rows if self.num_rows is None else rows.first(self.num_rows)
         pairs, report = tokenize_pairs(
             first, tokenizer, max_length=cfg.max_length, max_prompt_length=cfg.max_prompt_length,
@@ -164,7 +179,7 @@ class Validation:
         if source.get("val_fraction"):
             train, _ = split_pairs(range(num_pairs), source.val_fraction)
             num_pairs = len(train)
-        return "; ".join([_told(report, len(rows)), *report.columns(), *report.notes]), num_pairs
+        return "; ".join([_told(report, len(rows)), *report.columns(), *report.notes]), num_pairs, len(rows)
 
 
 def _answer(question: Callable[[], tuple[str, Any]]) -> Answer:

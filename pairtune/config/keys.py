@@ -90,6 +90,12 @@ _MODULES = Rule(
 )
 _LOGGER = "torchtune.training.metric_logging.TensorBoardLogger"
 _MOVE = Rule(lambda v: 0 < v <= 1, "above 0 and at most 1", lambda v: 1.0, float)
+_SOURCE = Rule(
+    lambda v: isinstance(v, str) and v.strip() or isinstance(v, list) and v,
+    "text, and not empty, or a list of such or of blocks with a source each",
+    None,
+    str | list,
+)
 _FOLDER = Rule(lambda v: v is False or isinstance(v, str) and v, "a folder, null or false", None, object)
 _EPOCHS = Rule(lambda v: 0 < v <= 1_000_000, "above 0, such as 1, 3 or 0.5", lambda v: 1, float)
 _FRACTION = Rule(lambda v: 0 < v < 1, "above 0 and below 1, such as 0.1", None, float)
@@ -365,7 +371,12 @@ _REFERENCE = (
 # Preference pairs: `dataset` and `eval_dataset` have the same keys
 
 _ROWS = (
-    Key("source", REQUIRED, "a .json, .jsonl(.gz), .csv or .parquet file, a folder of them, or a Hub id", some_text()),
+    Key(
+        "source",
+        REQUIRED,
+        "a .json, .jsonl(.gz), .csv or .parquet file, a folder of them, or a Hub id; or a list of several",
+        _SOURCE,
+    ),
     Key("name", None, "which configuration, for a Hub data set that has several", of_kind(str)),
     Key("revision", None, "which commit, branch or tag of it", of_kind(str)),
     Key("split", "train", "slices work: train[:90%]"),

@@ -14,7 +14,7 @@ BY_ROW = "by row"
 FEW_BYTES = 2**18  # of a source: fewer are tokenized in a moment
 READ_BY = ("source", "name", "revision", "split", "limit")  # of a block: which rows
 # What does not change what becomes of a row; `overlong` is among the limits
-PLACES = (*READ_BY, "overlong", "val_fraction", "cache_dir")
+PLACES = (*READ_BY, "overlong", "val_fraction", "cache_dir", "weight", "share")
 Read = Callable[[KeptTokens], tuple[Sequence[Pair], Report]]
 
 

@@ -94,9 +94,13 @@ class PackedPairs(Sequence):
         return len(self.rows)
 
     def __getitem__(self, which):
-        if isinstance(which, slice):
+        if isinstance(which, (slice, np.ndarray)):
             return PackedPairs(self.tables, self.of_table[which], self.places[which], self.rows[which])
         return self.tables[self.of_table[which]].pair(int(self.places[which]), int(self.rows[which]))
+
+    def take(self, indices: Sequence[int]) -> "PackedPairs":
+        """Returns the pairs at these indices."""
+        return self[np.asarray(indices, np.int64)]
 
     def __iter__(self) -> Iterator[Pair]:
         columns = (self.of_table.tolist(), self.places.tolist(), self.rows.tolist())

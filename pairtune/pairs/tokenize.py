@@ -4,34 +4,30 @@ Where rows come from is in rows.py, what a row may look like in formats.py, how 
 tokenizer/, how many rows are shared out and kept in gathering.py and keeping.py.
 """
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial, reduce
+from operator import add
 
 from pairtune import console
 from pairtune.dist import World
 from pairtune.errors import UserError
+from pairtune.pairs import mixture
 from pairtune.pairs.already_rendered import AlreadyRendered
 from pairtune.pairs.columns import as_plain
-from pairtune.pairs.conversation import Written, write
-from pairtune.pairs.example import Answer, BadRow, Example, Skip
 from pairtune.pairs.formats import Format, doubtful
 from pairtune.pairs.gathering import ReadRow, gather
 from pairtune.pairs.keeping import entry_of, read_once
 from pairtune.pairs.kept import KeptTokens
 from pairtune.pairs.limits import Limits
-from pairtune.pairs.messages import strings_in, text_of, thoughts_of
+from pairtune.pairs.one_row import row_reader
 from pairtune.pairs.pair import Pair
 from pairtune.pairs.ranked import check_worse
 from pairtune.pairs.recognise import recognise
-from pairtune.pairs.report import REFUSED, Report, count_overlap, notes_of
+from pairtune.pairs.report import Report, count_overlap, notes_of
 from pairtune.pairs.rows import Rows, read_rows
 from pairtune.pairs.sources import check_source
 from pairtune.pairs.spread import num_cores
-from pairtune.tokenizer.hf import adapt, common_prefix
-from pairtune.tokenizer.template import Refusal
+from pairtune.tokenizer.hf import adapt
 
 __all__ = [
     "Pair",
@@ -46,8 +42,6 @@ __all__ = [
 ]
 
 FEW = 500  # rows: fewer are read in a moment, by this process alone
-# Initials of a prompt's roles, as most templates and models know them: system, user, assistant, tools' results.
-USUAL_ORDER = re.compile(r"s*u(at*u|at+)*")
 
 
 def read_pairs(
@@ -98,15 +92,18 @@ def read_train_and_held_out(
     max_prompt_length: int | None,
     unpaired: bool = False,
     max_completion_length: int | None = None,
+    *,
+    seed: int = 0,
 ) -> tuple[Sequence[Pair], Sequence[Pair]]:
     """Returns the pairs to train on and the held-out ones, and prints the table of what became of the rows.
 
-    Held out are those of `eval_dataset`, or the last `val_fraction` of `dataset`, or none.
+    Held out are those of `eval_dataset`, or the last `val_fraction` of each source of `dataset`, or none.
 
     Args:
         dataset, eval_dataset: The config's blocks.
         world: The main process prints and shows progress.
         max_length, max_prompt_length, unpaired, max_completion_length: See `tokenize_pairs`.
+        seed: Of what is drawn from a source that is not taken whole.
     """
     read = partial(
         read_pairs,
@@ -119,16 +116,32 @@ def read_train_and_held_out(
         beat=world.beat,
         cache_dir=dataset.get("cache_dir", False),
     )
-    train, report = read(dataset)
-    held_out: Sequence[Pair] = []
-    if dataset["val_fraction"]:
-        train, held_out = split_pairs(train, dataset["val_fraction"])
-        report = report.with_split(train, held_out)
-    world.print(f"Training pairs: {dataset['source']}\n{report}\n")
-    if eval_dataset["source"]:
-        held_out, report = read(eval_dataset, key="eval_dataset")
-        world.print(f"Held-out pairs: {eval_dataset['source']}\n{report.with_split(train, held_out)}\n")
+    parts, held_out, blocks = [], [], []
+    for key, block in mixture.sources_of(as_plain(dataset), "dataset"):
+        pairs, report = read(block, key=key)
+        if dataset["val_fraction"]:
+            pairs, rest = split_pairs(pairs, dataset["val_fraction"])
+            report, held_out = report.with_split(pairs, rest), held_out + rest
+        world.print(f"Training pairs: {block['source']}\n{report}\n")
+        parts.append(pairs)
+        blocks.append(block)
+    train = _mixed(parts, blocks, seed, world)
+    for key, block in mixture.sources_of(as_plain(eval_dataset), "eval_dataset") if eval_dataset["source"] else ():
+        pairs, report = read(block, key=key)
+        world.print(f"Held-out pairs: {block['source']}\n{report.with_split(train, pairs)}\n")
+        held_out = held_out + pairs
     return train, held_out
+
+
+def _mixed(parts: list[Sequence[Pair]], blocks: list[dict], seed: int, world: World) -> Sequence[Pair]:
+    """Returns the pairs of an epoch, source behind source."""
+    if len(parts) == 1:
+        return parts[0]
+    sizes = [len(pairs) for pairs in parts]
+    counts = mixture.counts_of(sizes, blocks)
+    drawn = [mixture.drawn(pairs, counts[n], f"{seed} {n}") for n, pairs in enumerate(parts)]
+    world.print(f"{mixture.told([block['source'] for block in blocks], sizes, counts)}\n")
+    return reduce(add, drawn)
 
 
 def tokenize_pairs(
@@ -178,8 +191,7 @@ def tokenize_pairs(
     tokenizer, (form, rows) = adapt(tokenizer), _format_of(_as_rows(rows, columns, key), key, unpaired=unpaired)
     report, rendered = _report_of(rows, form, tokenizer), AlreadyRendered(tokenizer)
     asked = {"worse": rejected, "doubtful": doubtful(report.unused), "key": key}
-
-    read_row = _row_reader(rows, form, tokenizer, limits, rendered, on_bad_row, **asked)
+    read_row = row_reader(rows, form, tokenizer, limits, rendered, on_bad_row, **asked)
     if kept:
         kept.read_by([form.name, rows.columns, sorted(asked["doubtful"]), getattr(form.example, "keywords", None)])
     pairs = _read_all(read_row, rows, report, kept, beat, progress=progress)
@@ -189,22 +201,6 @@ def tokenize_pairs(
     rendered.check(report)
     report.check(key)
     return pairs, report
-
-
-def _row_reader(
-    rows: Rows, form: Format, tokenizer, limits: Limits, rendered: AlreadyRendered, on_bad_row: str, **asked
-) -> ReadRow:
-    def read_row(index: int, number: int, report: Report) -> list[Pair]:
-        pairs, examples = [], []
-        with _told(report, rows, index, number, on_bad_row):
-            examples = form.read(rows[index], **asked)
-        for example in examples:
-            with _told(report, rows, index, number, on_bad_row):
-                rendered.look(example, number, report)
-                pairs.append(_tokenize(example, number, tokenizer, limits=limits, report=report))
-        return pairs
-
-    return read_row
 
 
 def _read_all(
@@ -261,24 +257,6 @@ def _report_of(rows: Rows, form: Format, tokenizer) -> Report:
     return report
 
 
-@contextmanager
-def _told(report: Report, rows: Rows, index: int, number: int, on_bad_row: str) -> Iterator[None]:
-    """Enters what a row is dropped for in the report, under a number, and says of an error which row it is of."""
-    try:
-        yield
-    except Skip as skip:
-        report.drop(str(skip), number)
-    except Refusal as refusal:
-        report.drop(f"{REFUSED}: {refusal.reason}", number)
-    except BadRow as bad:
-        message = f"{rows.place(index)}: {bad}"
-        if on_bad_row == "error":
-            raise UserError(message) from bad
-        report.drop(bad.reason, number, broken=message)
-    except UserError as error:
-        raise UserError(f"{rows.place(index)}: {error}") from error
-
-
 def split_pairs(pairs: Sequence[Pair], val_fraction: float) -> tuple[Sequence[Pair], Sequence[Pair]]:
     """Returns training and held-out pairs: held out are the last round(val_fraction * len(pairs)), in order.
 
@@ -295,105 +273,3 @@ def split_pairs(pairs: Sequence[Pair], val_fraction: float) -> tuple[Sequence[Pa
             f"{len(held_out)} held out; both need one at least."
         )
     return train, held_out
-
-
-def _tokenize(example: Example, number: int, tokenizer, *, limits: Limits, report: Report) -> Pair:
-    whole, example = example, _without_end_texts(example, tokenizer.end_texts)
-    if any(_is_empty(turns) for turns in example.answers):
-        raise Skip("empty answer")
-    _check_prompt(example.prompt)
-    limits.check_texts(_characters(example.prompt), max(map(_characters, example.answers)))
-    written = write(example, tokenizer)
-    if len(written.wholes) == 2 and written.wholes[0] == written.wholes[1]:  # also texts that a template makes alike
-        raise Skip("identical answers")
-    prompt = common_prefix(written.asked, *written.wholes)
-    answers = [conversation[len(prompt) :] for conversation in written.wholes]
-    unscored = [tuple((a - len(prompt), b - len(prompt)) for a, b in spans) for spans in written.unscored]
-    _check_ends(prompt, answers, tokenizer)
-    chosen, chosen_unscored = ([], ()) if example.chosen is None else (answers[0], unscored[0])
-    rejected, rejected_unscored = ([], ()) if example.rejected is None else (answers[-1], unscored[-1])
-    for name, tokens in zip(report.lengths, (prompt, chosen, rejected), strict=True):
-        report.lengths[name].append(len(tokens))
-    fitted = limits.fit(prompt, max(len(chosen), len(rejected)), bos_id=tokenizer.bos_id)
-    pair = Pair(fitted, chosen, rejected, number, chosen_unscored, rejected_unscored)
-    _tell(report, whole, example, prompt, written, pair, tokenizer)
-    return pair
-
-
-def _tell(report: Report, whole: Example, example: Example, prompt, written: Written, pair: Pair, tokenizer) -> None:
-    """Enters in the report what is worth knowing about a pair that is kept.
-
-    Args:
-        whole: The example before end tokens' texts were taken off.
-        prompt: Its tokens before they were trimmed.
-    """
-    if unknown := [*prompt, *pair.chosen, *pair.rejected].count(tokenizer.unknown_id):
-        report.num_unknown += unknown
-    texts = list(
-        strings_in([[turn.get("content", "") for turn in turns] for turns in (example.prompt, *example.answers)])
-    )
-    facts = {
-        "unknown": unknown > 0,
-        "turns": len(example.prompt) > 1,
-        "trimmed": len(pair.prompt) < len(prompt),
-        "unordered": not USUAL_ORDER.fullmatch("".join(message["role"][0] for message in example.prompt)),
-        "ends_taken_off": example != whole,
-        "special": any(map(tokenizer.holds_special, texts)),
-        "merges": len(prompt) < len(written.asked) and not written.served_apart,
-        "served_apart": bool(written.served_apart),
-        "opened": bool(written.opened),
-        "respaced": written.respaced,
-        "left_out": bool(written.left_out),
-        "thoughts": any(thoughts_of(turn) for turns in example.answers for turn in turns),
-        "several_turns": any(pair.chosen_unscored + pair.rejected_unscored),
-    }
-    for name, holds in facts.items():
-        if holds:
-            getattr(report, name).append(pair.row)
-    report.examples |= {
-        name: text for name in ("served_apart", "opened", "left_out") if (text := getattr(written, name))
-    }
-
-
-def _characters(turns: list[dict]) -> int:
-    return sum(map(len, strings_in([[value for key, value in turn.items() if key != "role"] for turn in turns])))
-
-
-def _is_empty(turns: list[dict]) -> bool:
-    """Says whether an answer's last turn says nothing: no text, no call."""
-    return not (text_of(turns[-1]).strip() or turns[-1].get("tool_calls"))
-
-
-def _check_prompt(messages: list[dict]) -> None:
-    if messages[-1]["role"] == "assistant":
-        raise Skip("the prompt ends with an answer")
-    if messages[-1]["role"] != "tool" and not text_of(messages[-1]).strip():  # a tool may have nothing to say
-        raise Skip("empty prompt")
-
-
-def _without_end_texts(example: Example, end_texts: list[str]) -> Example:
-    """Returns the example with answers that do not end in an end token's text: rendering appends the token itself."""
-    ends = "|".join(map(re.escape, end_texts))
-    pattern = re.compile(rf"(?:(?:{ends})\s*)+\Z")
-
-    def take_off(answer: Answer | None) -> Answer | None:
-        if isinstance(answer, list) and isinstance(answer[-1]["content"], str):
-            return [*answer[:-1], {**answer[-1], "content": pattern.sub("", answer[-1]["content"])}]
-        return pattern.sub("", answer) if isinstance(answer, str) else answer
-
-    written = example.written and (example.written[0], *map(take_off, example.written[1:]))
-    return replace(example, chosen=take_off(example.chosen), rejected=take_off(example.rejected), written=written)
-
-
-def _check_ends(prompt: list[int], answers: list[list[int]], tokenizer) -> None:
-    if not prompt:  # nothing would predict the answer's first token
-        raise Skip("empty prompt")
-    if len(prompt) > 1 and prompt[0] == prompt[1] == tokenizer.bos_id:
-        raise UserError(
-            "the conversation begins with two BOS tokens; the template writes one, and so does the text, or the "
-            "template again. Take one of them out."
-        )
-    for answer in answers:
-        assert answer[-1] in tokenizer.end_ids, "render() ends an answer in an end token"
-        if len(answer) > 1 and answer[-2] in tokenizer.end_ids:
-            raise Skip("answer ends in an end token")  # not written as in the vocabulary, but normalized to it

@@ -18,12 +18,15 @@ def read_texts(config: Mapping, *, held_out: bool) -> dict[int, list[Text]]:
         config: Of the run: config.yaml.
 
     Raises:
-        UserError: The rows cannot be read: they may have moved.
+        UserError: The rows cannot be read: they may have moved. Or they come from several sources, whose numbers are
+            not told apart.
     """
     key = "eval_dataset" if held_out and (config.get("eval_dataset") or {}).get("source") else "dataset"
     block = config.get(key) or {}
     if not block.get("source"):
         raise UserError(f"{key}.source: the run's config.yaml does not say where its pairs are")
+    if not isinstance(block["source"], str):
+        raise UserError(f"{key}.source: lists several sources, and a row's number does not say which of them it is of")
     where = {name: block[name] for name in ("split", "name", "revision", "limit") if name in block}
     rows = read_rows(block["source"], **where, columns=as_plain(block.get("columns") or {}), key=key)
     form, rows = recognise(rows, key)
@@ -57,8 +60,10 @@ def read_cells(block: Mapping, columns: Sequence[str], key: str = "dataset") -> 
     """Returns what rows have in those of the columns that they have, by the rows' numbers.
 
     Args:
-        block: The config's `dataset` or `eval_dataset`.
+        block: The config's `dataset` or `eval_dataset`; of several sources, nothing is found.
     """
+    if not isinstance(block["source"], str):
+        return {}
     where = {name: block[name] for name in ("split", "name", "revision", "limit")}
     rows = read_rows(block["source"], **where, key=key)
     found = [column for column in columns if column in rows.found]
