@@ -227,7 +227,7 @@ FILES = [
     ("parquet, not UTF-8", "a.parquet", parquet(prompt=NOT_UTF_8, chosen=["B"], rejected=["W"]), {},
      ["a.parquet cannot be read", "UTF8"]),
     ("no known columns", "a.jsonl", '{"question": "Q", "good": "B", "bad": "W"}', {},
-     ["a.jsonl: no known format", "question: text, 'Q'", "dataset.columns.prompt=THEIR_NAME"]),
+     ["a.jsonl: no known format", "question: text, 'Q'", "{prompt: question, chosen: good, rejected: bad}"]),
     ("rows without columns", "a.jsonl", "{}\n{}", {}, ["a.jsonl: no known format"]),
     ("an empty folder", "data", folder(), {}, ["data: the folder cannot be read as a dataset"]),
     ("a folder named like a file", "a.jsonl", folder(), {}, ["a.jsonl: the folder cannot be read as a dataset"]),
