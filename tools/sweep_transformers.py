@@ -193,11 +193,10 @@ def alone(peer: torch.nn.Module, pairs: list) -> torch.Tensor:
 
 
 def gradients(model: torch.nn.Module, logps: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Returns the gradients of a weighted sum of log-probabilities, by the parameters' names in transformers."""
+    """Returns the gradients of a weighted sum of log-probabilities, by the parameters' names."""
     weights = torch.randn(len(logps), generator=torch.Generator().manual_seed(1))
     (logps * weights).sum().backward()
-    named = ((name.removeprefix("lm."), p) for name, p in model.named_parameters())
-    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named}
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
 
 
 def try_type(model_type: str, folder: Path) -> Result:
@@ -220,6 +219,8 @@ def try_type(model_type: str, folder: Path) -> Result:
         return Result(model_type, "refused", said=one_line(error).replace(str(folder), "FOLDER")[:160])
     logps = answer_token_logps(model, lay_out(pairs))
     found = gradients(model, logps)
+    ours = (files.family.to_ours(name, value, files.config) for name, value in wanted.items())
+    wanted = {name: value for of_one in ours for name, value in of_one.items()}
     off = sum(float((found[name] - value).square().sum()) for name, value in wanted.items())
     norm = sum(float(value.square().sum()) for value in wanted.values())
     how = model.pairtune.sharing

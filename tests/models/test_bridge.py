@@ -38,6 +38,7 @@ DENSE = {
     "Phi3": {"sliding_window": 8},
     "Cohere": {"logit_scale": 0.25},
     "Starcoder2": {},
+    "DiffLlama": {},  # some of its parameters are made beside the meta device
     "Gemma3nText": {
         "head_dim": 16, "num_hidden_layers": 4, "num_kv_shared_layers": 2, "vocab_size_per_layer_input": 320,
         "hidden_size_per_layer_input": 16, "laurel_rank": 8, "activation_sparsity_pattern": None,

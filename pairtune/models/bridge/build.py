@@ -6,6 +6,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from torch import nn
 
 from pairtune.config import fewer_bits
 from pairtune.config.rules import one_line, show
@@ -47,7 +48,17 @@ def causal_lm(path: str) -> BridgedDecoder:
             f"{type(config).__name__.removesuffix('Config')}: {one_line(error)}; see whether a newer version does"
         ) from error
     experts.install(lm)
+    _onto(torch.get_default_device(), lm)
     return BridgedDecoder(lm)
+
+
+def _onto(device: torch.device, lm: nn.Module) -> None:
+    """Moves parameters there that some constructors make elsewhere: what has its memory already would not be loaded."""
+    for module in lm.modules():
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.device.type != device.type:
+                setattr(module, leaf, nn.Parameter(parameter.to(device), requires_grad=parameter.requires_grad))
+    lm.tie_weights()
 
 
 def _attention_of(config) -> str:
