@@ -102,7 +102,9 @@ def evaluate(cfg) -> tuple[dict[str, float], np.ndarray]:
     asked = {key: cfg[key] for key in choosing.KEYS}
     work = choosing.work(pairs, loss_fn, cfg.max_length, len(pairs), 1)
     how = choosing.choose_and_execute(asked, work, model, reference, cfg.optimizer, world)
+    reference.open_cache(model, pairs, score_end=cfg.score_end)
     models.load(model, weights.Weights(files), world=world)
+    models.settle(model, pairs, world)
     reference.attach(model)
     model.eval()
     steps, meter = Steps(pairs, len(pairs), how.batch_size, world, seed=0, rows=how.rows), metrics.Meter()

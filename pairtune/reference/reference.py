@@ -83,6 +83,7 @@ class Reference:
         self._cache: cache.ReferenceCache | None = None
         self._live = None  # of sources.py: what computes values
         self._policy: nn.Module | None = None
+        self._some: list[Pair] = []  # by which a second model is settled
         self.was_asked = False
         self._remembers, self._remembered = False, {}  # [P] values by a micro-batch's pairs
         self._first_pass, self._is_asked_again = [], False  # batches and values of a step's first pass; see `logps`

@@ -619,7 +619,6 @@ OPTIONS = [
     ('output_dir=""', ["output_dir=: must be text, and not empty"]),
     ("output_dir=null", ["output_dir=null: must be text"]),
     ('dataset.source=" "', ["dataset.source= : must be text, and not empty"]),
-    ("dataset.source=[a,b]", ["dataset.source=[a,b]: must be text"]),
     ("dataset.limit=0", ["dataset.limit=0: must be at least 1"]),
     ("dataset.val_fraction=1", ["dataset.val_fraction=1: must be above 0 and below 1"]),
     ("dataset.val_fraction=.nan", ["dataset.val_fraction=nan: must be a finite number"]),

@@ -314,7 +314,6 @@ def test_what_a_run_starts_from_is_not_passed_over(load):
             "lr_scheduler=torch.optim.lr_scheduler.StepLR",
             ["lr_scheduler._component_=torch.optim.lr_scheduler.StepLR", "no num_training_steps", "schedules.cosine"],
         ),
-        ("dataset.source=[a,b]", ["dataset.source=[a,b]", "text", "is a list"]),
         ("dataset.source=null", ["dataset.source=null", "text"]),
         ("seed=99999999999999999999", ["seed=99999999999999999999", "below 4294967296", "e.g. seed=42"]),
         ("samples.prompts=[1,2]", ["samples.prompts=[1,2]", "a list of text, numbers in quotes"]),

@@ -101,7 +101,9 @@ def assert_same_numbers(log, expected, tolerance=1e-5):
     for row, wanted in zip(log, expected, strict=True):
         assert row.keys() == wanted.keys()
         for key in row.keys() - SPEED:
-            assert row[key] == pytest.approx(wanted[key], rel=tolerance, abs=tolerance), (row["step"], key)
+            # A correlation of margins that are near zero magnifies their rounding
+            near = 1e-3 if key == "eval/length_correlation" else tolerance
+            assert row[key] == pytest.approx(wanted[key], rel=near, abs=near), (row["step"], key)
 
 
 @pytest.mark.parametrize("num_processes", [1, 2, 4])
@@ -370,7 +372,7 @@ def run_with_peer(work, *overrides):
     folder = work / "peer"
     folder.mkdir(exist_ok=True)
     (folder / "peer.py").write_text(PEER)
-    overrides = [override.replace("WORK", str(work)) for override in overrides]
+    overrides = [override.replace("WORK", str(work)) for override in (*overrides, "eval_dataset.source=null")]
     status, output = run(tune_run(work, 2, "lora", folder / "run", *overrides), cwd=folder)
     return status, output, time.time()
 

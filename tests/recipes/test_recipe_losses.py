@@ -198,6 +198,9 @@ def test_what_a_loss_or_recipe_does_not_have_is_refused(run, settings, words):
     assert words in str(refusal.value)
 
 
+SETTLED = 8 + 2  # forwards of a model that is loaded: four pairs' conversations one by one, and twice together
+
+
 def test_a_loss_without_reference_loads_and_runs_none(run, capsys):
     """Every forward of a whole model is counted: a reference's doubles them."""
     forwards = []
@@ -211,9 +214,9 @@ def test_a_loss_without_reference_loads_and_runs_none(run, capsys):
         run("full_dpo_single_device", "loss=sigmoid", "max_steps=2", "batch_size=8", name="with")
     finally:
         hook.remove()
-    # A dry run, two steps, an evaluation, with the reference's, and both are compared before the first step; then the
-    # export is compared with the model.
-    assert alone == 4 + 2 and len(forwards) == 8 + 2 + 2
+    # A dry run, two steps, two evaluations, with the reference's, which is remembered for the second, and both are
+    # compared before the first step; then the export is compared with the model.
+    assert alone == SETTLED + 5 + 2 and len(forwards) == 2 * SETTLED + 9 + 2 + 2
 
 
 def test_llama_3s_option_changes_the_loss_and_stays_exact(run):
@@ -456,7 +459,9 @@ def test_two_processes_compute_every_loss_as_one_does(inputs, tmp_path):
         assert len(one) == 3
         for row, expected in zip(two, one, strict=True):
             for key in expected.keys() - SPEED - at_a_tie:
-                assert row[key] == pytest.approx(expected[key], rel=rounding, abs=rounding), (name, row["step"], key)
+                # A correlation of margins that are near zero magnifies their rounding
+                near = max(rounding, 2e-3) if key == "eval/length_correlation" else rounding
+                assert row[key] == pytest.approx(expected[key], rel=near, abs=near), (name, row["step"], key)
         exports = (tmp_path / n / name / "export" / "adapter" / "adapter_model.safetensors" for n in ("two", "one"))
         weights, expected = map(load_file, exports)
         assert any(weights[key].any() for key in weights if "lora_B" in key), name
@@ -622,9 +627,9 @@ def test_a_cached_reference_gives_the_numbers_of_a_live_one_and_is_computed_once
         run(recipe, *cached, "loss=ipo", "loss.beta=0.3", "optimizer.lr=1e-4", "seed=7", name="another")
     finally:
         hook.remove()
-    # 16 pairs of the cache are looked at again; a dry run, a look at what its reference says, ten steps and an
-    # evaluation of one batch each follow, and the export is compared with the model.
-    assert num_forwards == 2 + 1 + 1 + 10 + 1 + 2
+    # 16 pairs of the cache are looked at again; a dry run, a look at what its reference says, ten steps and two
+    # evaluations of one batch each follow, and the export is compared with the model.
+    assert num_forwards == SETTLED + 2 + 1 + 1 + 10 + 2 + 2
     assert len(decoders) == 2 * num_forwards  # another loss, beta, learning rate and seed: the same cache
     for one, other, third in zip(live, first, again, strict=True):
         for key in one.keys() - SPEED:
@@ -734,12 +739,12 @@ def test_another_model_fills_a_cache_and_is_gone_when_the_policy_comes(run, othe
     live = run(recipe, "reference=model", *other, "max_steps=4", name="live")
     with Decoders(monkeypatch) as seen:
         first = run(recipe, *cached, name="first")
-    # 40 to 48 pairs, 32 at a time; a rehearsal, four steps, an evaluation, and the export compared with the model.
-    assert seen.forwards == 2 * [2] + (6 + 2) * [3]
+    # 40 to 48 pairs, 32 at a time; a rehearsal, four steps, two evaluations, and the export compared with the model.
+    assert seen.forwards == (SETTLED + 2) * [2] + (SETTLED + 7 + 2) * [3]
     assert seen.alive[:2] == [{2}, {3}]
     with Decoders(monkeypatch) as seen:
         again = run(recipe, *cached, name="again")
-    assert seen.forwards == (6 + 2) * [3] and set.union(*seen.alive) == {3}  # it is not even loaded
+    assert seen.forwards == (SETTLED + 7 + 2) * [3] and set.union(*seen.alive) == {3}  # it is not even loaded
     for one, two, three in zip(live, first, again, strict=True):
         for key in one.keys() - SPEED:
             assert two[key] == pytest.approx(one[key], rel=1e-6, abs=1e-6), key

@@ -290,6 +290,7 @@ def test_what_of_a_model_is_quantized_is_part_of_the_key(tmp_path, wide, modules
 def read_pairs(base, source, *, template=None, **limits):
     unset = dict.fromkeys(("name", "revision", "limit"))
     settings = unset | {"source": str(source), "split": "train", "columns": {}, "overlong": "trim_prompt"}
+    settings |= {"on_bad_row": "drop", "rejected": "all"}
     pairs, _ = data.read_pairs(settings, hf_tokenizer(str(base), template), **{"max_length": 96} | limits)
     return pairs
 
