@@ -27,7 +27,7 @@ from pairtune.models.logps import answer_token_logps
 from pairtune.models.shard import forget_gathered
 from pairtune.pairs.batch import PairBatch, document_length, lay_out
 
-SOME = 4  # pairs
+SOME = 2  # pairs: a row of several documents, and no more memory than a step takes
 # Nats a token, the mean over tokens and the most: beyond this no rounding goes. Another token that is seen, or one that
 # is not, moves those after it by tenths and more.
 ROUNDING = {"fp32": (1e-3, 2e-2), "bf16": (0.2, 2.0)}

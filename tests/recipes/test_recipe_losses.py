@@ -198,7 +198,7 @@ def test_what_a_loss_or_recipe_does_not_have_is_refused(run, settings, words):
     assert words in str(refusal.value)
 
 
-SETTLED = 8 + 2  # forwards of a model that is loaded: four pairs' conversations one by one, and twice together
+SETTLED = 4 + 2  # forwards of a model that is loaded: two pairs' conversations one by one, and twice together
 
 
 def test_a_loss_without_reference_loads_and_runs_none(run, capsys):
