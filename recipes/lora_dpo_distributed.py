@@ -25,6 +25,7 @@ from pairtune.pairs.steps import Steps, count_steps
 from pairtune.pairs.tokenize import read_train_and_held_out
 from pairtune.reference import Reference
 from pairtune.run import checkpoints, choosing, contract, dry_run, folder, metrics, optimizers, rehearsal, resuming
+from pairtune.run.card import write_card
 from pairtune.run.fingerprint import check_same, fingerprint
 from pairtune.run.samples import Samples
 from pairtune.run.state import TrainState
@@ -124,7 +125,7 @@ def main(cfg):
         check_same(resuming.read_values(resumed, world), identity, resumed, world, total_steps=total_steps)
     if world.is_main:
         claim.make_room(resumed)
-        print(config.save(cfg, run_dir / "config.yaml", recipe=__file__))
+        print(config.save(cfg, run_dir / "config.yaml", recipe=__file__, defaults=DEFAULTS))
     told = weights.advice(files, cfg.dtype, cfg.max_length)
     for line in advice_for(cfg.loss, cfg.optimizer.lr, METHOD, train) + told:
         world.print(f"advice: {line}")
@@ -201,7 +202,7 @@ def main(cfg):
         losses.sum().backward()
         if not resumed:  # then the policy has moved already
             trial.check(losses, batch_of(mine), reference, dropout=not cfg.disable_dropout)
-    log = metrics.RunLog(run_dir, world, cfg.metric_logger, cfg, step=state.step, evaluated=state.evaluated)
+    log = metrics.RunLog(run_dir, world, cfg.metric_logger, cfg, state.step, state.evaluated, held_out, tokenizer)
     samples = Samples(run_dir / "samples.jsonl", tokenizer, world, cfg.samples, held_out or train, seed=cfg.seed)
     samples.before(model, resumed=resumed is not None)
 
@@ -269,6 +270,7 @@ def main(cfg):
             samples.show()
             verdict = log.conclude("yes" if state.step == total_steps else "early")
             told = export_checked(model, gathered, files, run_dir, cfg.model, cfg.max_length, tokenizer, trained)
+            write_card(run_dir)  # README.md of the export
             print(f"\nrun folder {run_dir}, exported weights {told}\n\n{verdict}")
 
 

@@ -150,6 +150,11 @@ def report(argv: list[str]) -> int:
     run = open_run(args.run)
     target = (args.output or run.folder / page.FILE).expanduser()
     with telling(target, "name another file: --output"):
-        write_text(target, page.write(run, _texts(run.config, held_out=True)))
+        texts = _texts(run.config, held_out=True)
+
+        def only(of_row):  # which of several pairs of a row it is, a row does not say
+            return of_row[0] if of_row and len(of_row) == 1 else None
+
+        write_text(target, page.write(run, lambda row, _: only(texts.get(row))))
     print(f"{run.name}: {run.verdict.headline}\n{target}")
     return 0

@@ -8,7 +8,6 @@ there means "not passed".
 import argparse
 import os
 import re
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ from pairtune.config.rules import REQUIRED, show
 from pairtune.config.secrets import check_secrets
 from pairtune.config.uses import check_installed
 from pairtune.errors import UserError
-from pairtune.files import write_text
 
 METHODS = ("full", "lora", "qlora")
 COMMAND_LINE = "command line"
@@ -104,24 +102,6 @@ def _checked(
     check_together(cfg)
     _check_other_methods(method, layers, defaults)
     return cfg, [*said_twice(given), *found, *left_out, *gave_way]
-
-
-def save(cfg: DictConfig, path: Path, recipe: str) -> str:
-    """Writes the resolved config, returns it; the command on its first line repeats the run. `recipe` is a path.
-
-    Raises:
-        UserError: The folder cannot be made or written.
-    """
-    relative = os.path.relpath(recipe)
-    recipe = Path(recipe).stem if relative.startswith("..") else relative
-    command = shlex.join(["tune", "run", recipe, "--config", str(path)])
-    text = f"# {command}\n{OmegaConf.to_yaml(cfg)}"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
-    except OSError as error:
-        raise UserError(f"output_dir={path.parent}: cannot be written: {error.strerror}; name another folder") from None
-    return text
 
 
 # Layers

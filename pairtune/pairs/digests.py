@@ -13,6 +13,11 @@ def digest_pair(pair: Pair) -> bytes:
     return _digest(_parts(pair), hashlib.blake2b(digest_size=16))
 
 
+def short_digest(pair: Pair) -> int:
+    """Returns the first four of these bytes, as a number: with its row it tells a pair from the others of a run."""
+    return int.from_bytes(digest_pair(pair)[:4], "little")
+
+
 def digest_in_order(pairs: Sequence[Pair]) -> str:
     """Returns 16 hexadecimal digits that stand for the pairs' tokens, rows and order."""
     parts = (part for p in pairs for part in ([p.row], *_parts(p)))

@@ -64,10 +64,10 @@ def draw_runs(logs: Mapping[str, Sequence[Mapping]], title: str = ""):
 def points(log: Sequence[Mapping], key: str) -> tuple[list[int], list[float]]:
     """Returns steps and values of a key; NaN where a value was not finite. Long lines are thinned out.
 
-    Accuracy and margins of the evaluation before the first step are left out where the policy is the reference: all
-    rewards are alike then, and a tie is not accurate.
+    An accuracy before the first update is left out where the policy is the reference: all rewards are alike then, and
+    a tie is not accurate.
     """
-    rows = [row for row in log if key in row and not (key == "eval/rewards/accuracies" and _is_tied(row))]
+    rows = [row for row in log if key in row and not (key.endswith("rewards/accuracies") and _is_tied(row, key))]
     every = -(-len(rows) // MANY) if rows else 1
     rows = [*rows[:-1:every], *rows[-1:]]
     return [row["step"] for row in rows], [math.nan if row[key] is None else row[key] for row in rows]
@@ -83,8 +83,8 @@ def length_baseline(log: Sequence[Mapping]) -> float | None:
     return next((row["eval/length_baseline"] for row in reversed(log) if "eval/length_baseline" in row), None)
 
 
-def _is_tied(row: Mapping) -> bool:
-    return row["step"] == 0 and not row.get("eval/rewards/margins")
+def _is_tied(row: Mapping, key: str) -> bool:
+    return row["step"] <= 1 and not row.get(key.replace("accuracies", "margins"))
 
 
 def _draw(logs: Mapping[str, Sequence[Mapping]], title: str):

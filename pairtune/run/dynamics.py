@@ -23,6 +23,7 @@ class Course:
 
     Attributes:
         row: In its source.
+        digest: Of its tokens: one row may make several pairs.
         steps, margins, losses: At each look.
         behind: How far its margin lay below the median of its stages, on average, in spreads.
         learned: The step from which its margin stayed positive; None: it was not at the end.
@@ -30,6 +31,7 @@ class Course:
     """
 
     row: int
+    digest: int
     is_held_out: bool
     steps: tuple[int, ...]
     margins: tuple[float, ...]
@@ -67,6 +69,7 @@ def _course(looks: np.ndarray, behind: np.ndarray) -> Course:
     learned = None if last_wrong == len(looks) - 1 else int(looks["step"][last_wrong + 1])
     return Course(
         row=int(looks["row"][0]),
+        digest=int(looks["digest"][0]),
         is_held_out=bool(looks["is_held_out"][0]),
         steps=tuple(looks["step"].tolist()),
         margins=tuple(margin.tolist()),

@@ -7,10 +7,10 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,11 +22,13 @@ from pairtune.errors import UserError
 from pairtune.files import telling, write_text
 from pairtune.models.logps import AnswerScores
 from pairtune.pairs.batch import PairBatch
-from pairtune.pairs.digests import digest_pair
+from pairtune.pairs.digests import short_digest
+from pairtune.pairs.pair import Pair
 from pairtune.run import pair_log, report, verdict
 from pairtune.run.curves import draw_curves, plot_curves
 from pairtune.run.finished import open_run
 from pairtune.run.log_file import FILE, keep_lines, read_log
+from pairtune.run.pair_texts import decoder
 from pairtune.run.verdict import Verdict
 
 __all__ = ["Meter", "RunLog", "draw_curves", "peak_memory_gib", "plot_curves", "read_log", "summary"]
@@ -92,7 +94,7 @@ class Meter:
         self._num_tokens += batch.num_tokens
         values = losses, chosen_rewards, rejected_rewards, scores.chosen_logps, scores.rejected_logps
         table = torch.stack([value.detach().float() for value in values])
-        of_pairs = [(pair.row, int.from_bytes(digest_pair(pair)[:4], "little")) for pair in batch.pairs]
+        of_pairs = [(pair.row, short_digest(pair)) for pair in batch.pairs]
         self._pairs.append((of_pairs, batch.answer_lengths, table))
 
     def take_pairs(self) -> "SeenPairs":
@@ -188,20 +190,23 @@ class RunLog:
         world: World,
         logger: Mapping | None,
         cfg: Mapping,
-        *,
         step: int = 0,
         evaluated: int = -1,
+        held_out: Sequence[Pair] = (),
+        tokenizer: Any = None,
     ):
         """
         Args:
             logger: The config's `metric_logger`.
             cfg: The whole config, which a logger notes.
+            held_out, tokenizer: The report shows some of these pairs in words.
         """
         self.path, self._pairs_path = run_dir / FILE, run_dir / pair_log.FILE
         self._world, self._file, self._pairs = world, None, None
         self._start = pair_log.records(0, [], is_held_out=True)  # held-out pairs before the first step
         self._unwritten: dict[int, SeenPairs] = {}  # by step
         self._drawn, self._draw_after = None, 0.0
+        self._text_of = decoder(held_out, tokenizer)
         self._exports_best = bool(cfg.get("export_best"))
         if world.is_main:
             with telling(self.path, WAY_ON):
@@ -263,7 +268,7 @@ class RunLog:
         self.conclude("failed")
 
     def conclude(self, ended: str = "yes") -> Verdict | None:
-        """Returns the verdict on the run, and writes verdict.json, curves.png and, at the end, report.html.
+        """Returns the verdict on the run, and writes verdict.json, curves.png and report.html.
 
         None but in the main process.
 
@@ -278,9 +283,9 @@ class RunLog:
         try:
             verdict.save(self.path.with_name(verdict.FILE), found)
             self._draw(rows, found)
-            if ended != "no" and rows:
-                run = replace(open_run(self.path.parent), runs=False)  # this process has the folder
-                write_text(self.path.with_name(report.FILE), report.write(run))
+            if rows:
+                run = replace(open_run(self.path.parent), runs=ended == "no")  # this process has the folder
+                write_text(self.path.with_name(report.FILE), report.write(run, self._text_of))
         except OSError as error:
             if ended == "yes":
                 raise

@@ -1,14 +1,28 @@
-"""The texts of a run's pairs, read again from where its config says that its rows are."""
+"""The texts of a run's pairs: of its tokens, or read again from where its config says that its rows are."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from pairtune.errors import UserError
 from pairtune.pairs.columns import as_plain
+from pairtune.pairs.digests import short_digest
 from pairtune.pairs.example import Answer, BadRow, Example, Skip, turns_of
+from pairtune.pairs.pair import Pair
 from pairtune.pairs.recognise import recognise
 from pairtune.pairs.rows import read_rows
 
 Text = tuple[str, str, str]  # prompt, chosen, rejected
+
+
+def decoder(pairs: Sequence[Pair], tokenizer) -> Callable[[int, int], Text | None]:
+    """Returns a function from a pair's row and short digest to what its tokens say; None for one that is not there."""
+
+    def text_of(row: int, digest: int) -> Text | None:
+        for pair in pairs:
+            if pair.row == row and short_digest(pair) == digest:
+                return tuple(map(tokenizer.decode, (pair.prompt, pair.chosen, pair.rejected)))
+        return None
+
+    return text_of
 
 
 def read_texts(config: Mapping, *, held_out: bool) -> dict[int, list[Text]]:

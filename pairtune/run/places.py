@@ -16,10 +16,12 @@ from pathlib import Path
 import yaml
 
 from pairtune.errors import UserError
+from pairtune.run.signed import is_unedited
 
 LOCK = ".pairtune.lock"
 MARK = b"A run of pairtune writes to this folder, or has written to it.\n"
 CONFIG, LOG, CHECKPOINTS, EXPORT = "config.yaml", "metrics.jsonl", "checkpoints", "export"
+CARD = "README.md"  # of an export, unless a user has edited it
 WRITTEN = (
     *(CONFIG, LOG, "pairs.bin", "samples.jsonl", "curves.png", "verdict.json", "report.html", "console.log"),
     *(CHECKPOINTS, EXPORT),
@@ -206,6 +208,7 @@ def _check_replaced(place: Place) -> None:
         raise UserError(f"output_dir={place.run_dir}: {EXPORT} there is not a folder; {way_out}")
     inside = os.listdir(exported) if EXPORT in place.entries else []
     foreign = sorted(name for name in inside if not any(fnmatch(name, one) for one in (*EXPORTED, *NOBODYS)))
+    foreign = [name for name in foreign if name != CARD or not is_unedited(exported / name)]
     if foreign:
         raise UserError(
             f"output_dir={place.run_dir}: {EXPORT}/ there is written anew, and holds {_some(foreign)}, which no run "

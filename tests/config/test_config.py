@@ -10,6 +10,7 @@ from helpers import SIZES
 from omegaconf import OmegaConf
 
 from pairtune import config
+from pairtune.config.saved import changes
 from pairtune.errors import UserError
 from pairtune.run import rehearsal
 
@@ -157,6 +158,24 @@ def test_a_component_within_a_block_is_one_like_any_other(load, tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             load("reference.checkpoint_dir=x", build, *override.split(), defaults=defaults)
+
+
+def test_a_saved_config_says_what_is_not_the_default(load, tmp_path):
+    defaults = DEFAULTS | {"output_dir": "runs/x", "dataset": {**DEFAULTS["dataset"], "columns": {}, "limit": None}}
+    words = ("dataset.columns={chosen: good}", "dataset.limit=3", "optimizer.betas=[0.9,0.99]", "~lr_scheduler")
+    cfg = load(*words, "loss=ipo", "loss.beta=0.1", "output_dir='a  # default: c'", defaults=defaults)
+    text = config.save(cfg, tmp_path / "saved.yaml", "lora_dpo_single_device", defaults)
+    assert config.load("lora", defaults, [tmp_path / "saved.yaml"], []) == cfg
+    found = {key: (value, default) for key, value, default in changes(text)}
+    assert found.items() >= {
+        "dataset.columns.chosen": ("good", "none"), "dataset.limit": ("3", "null"),
+        "optimizer.betas": ("[0.9,0.99]", "none"),
+        "loss._component_": ("pairtune.losses.Ipo", DEFAULTS["loss"]["_component_"]),
+    }.items()  # fmt: skip
+    assert found["lr_scheduler"][0] == "null" and found["lr_scheduler"][1].startswith("{_component_: ")
+    assert "optimizer.lr" not in found and "loss.beta" not in found  # of another component than the default
+    assert found["output_dir"][1] == "runs/x"
+    assert config.save(cfg, tmp_path / "plain.yaml", "lora_dpo_single_device").count("# default") == 1
 
 
 def test_the_saved_command_can_be_pasted(load, tmp_path):

@@ -4,18 +4,24 @@ import json
 import random
 import re
 import shutil
+import subprocess
+from html import unescape
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from helpers import SIZES, random_pairs, run_config, run_recipe, save_llama, save_pairs
+from huggingface_hub import ModelCard
 
 from pairtune.cli import main
 from pairtune.errors import UserError
-from pairtune.run import pair_log
+from pairtune.run import pair_log, places
+from pairtune.run.card import write_card
 from pairtune.run.dynamics import contradictions, courses
 from pairtune.run.metrics import read_log
+from pairtune.run.signed import is_unedited
 
 
 def table_of(looks):
@@ -214,3 +220,92 @@ def test_a_report_is_one_page_that_says_how_the_run_ended(made, tmp_path, capsys
     said = capsys.readouterr().out
     assert "report.html" in said and f"<strong>{said.split(': ')[1].split(' (up to')[0]}</strong>" in text
     assert "prefers-color-scheme: dark" in text and "row " in text and "tune run" in text
+    assert "<td>optimizer.lr</td><td>0.001</td><td>5e-07</td>" in text
+    of_rows = [json.loads(line) for line in (made / "held_out.jsonl").read_text().splitlines()]
+    shown = re.findall(r"row (\d+): margin.*?<dt>prompt</dt><dd>(.*?)</dd><dt>chosen</dt><dd>(.*?)</dd>", text)
+    assert [(p, c) for _, p, c in shown] == [
+        (of_rows[int(n)]["prompt"], of_rows[int(n)]["chosen"].strip()) for n, *_ in shown
+    ]
+    assert len(shown) == 5 and "Training pairs: " in text and re.search(r"rows read +96  100.0 %", text)
+
+
+def test_the_report_of_a_run_has_texts_as_its_model_sees_them(made):
+    """Written by the run, of tokens: nothing is read again."""
+    text = (made / "run" / "report.html").read_text()
+    assert Page(text).fetched == [] and text.count("<dt>rejected</dt>") == 5
+    prompts = {json.loads(line)["prompt"] for line in (made / "held_out.jsonl").read_text().splitlines()}
+    assert all(any(p in shown for p in prompts) for shown in re.findall(r"<dt>prompt</dt><dd>(.*?)</dd>", text))
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+LOOK = """<!DOCTYPE html><iframe src="{page}" style="border:0;width:{width}px;height:900px"></iframe><script>
+const frame = document.querySelector("iframe");
+frame.onload = () => {{ const root = frame.contentDocument.documentElement;
+  const bodies = [...root.querySelectorAll("body *")].filter(one => !one.closest(".wide"));
+  document.title = JSON.stringify([root.scrollWidth, Math.max(...bodies.map(one => one.getBoundingClientRect().right)),
+    getComputedStyle(frame.contentDocument.body).backgroundColor, root.querySelectorAll("svg polyline").length]); }};
+</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: apt-get install chromium, where there is apt")
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_browser_shows_a_report_whole_on_a_telephone_and_on_a_screen(made, tmp_path, dark):
+    shutil.copy(made / "run" / "report.html", tmp_path)
+    for width in (400, 1400):
+        (tmp_path / "look.html").write_text(LOOK.format(page="report.html", width=width))
+        flags = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--allow-file-access-from-files",
+            "--window-size=1500,1000",
+        ]
+        flags += [
+            f"--user-data-dir={tmp_path / 'profile'}",
+            f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+        ]
+        command = [CHROMIUM, *flags, "--virtual-time-budget=5000", "--dump-dom", f"file://{tmp_path}/look.html"]
+        dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+        whole, furthest, back, lines = json.loads(unescape(re.search("<title>(.*?)</title>", dom)[1]))
+        assert whole <= width and furthest <= width and lines >= 10
+        assert back == ("rgb(20, 22, 26)" if dark else "rgb(255, 255, 255)")
+
+
+# The card of an export
+
+
+def test_an_export_has_a_card_by_which_the_hub_lists_it(made, tmp_path):
+    """Its metadata as huggingface_hub reads them; what the base's card says of its licence goes on."""
+    run = tmp_path / "a run"
+    shutil.copytree(made / "run", run)
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "original_repo_id.json").write_text('{"repo_id": "org/base"}')
+    (base / "README.md").write_text("---\nlicense: other\nlicense_name: llama3\nlanguage: [en]\n---\n# Base\n")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["checkpointer"]["checkpoint_dir"] = str(base)
+    config["dataset"]["source"] = ["org/pairs", str(tmp_path / "secret place" / "mine.jsonl")]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert is_unedited(run / "export" / "README.md")
+    write_card(run)
+    card = ModelCard.load(run / "export" / "README.md")
+    assert card.data.to_dict() == {
+        "base_model": "org/base", "base_model_relation": "finetune", "datasets": ["org/pairs"], "language": ["en"],
+        "library_name": "transformers", "license": "other", "license_name": "llama3",
+        "pipeline_tag": "text-generation", "tags": ["dpo", "preference-optimization", "pairtune", "torchtune"],
+    }  # fmt: skip
+    assert "| pairs | 96 of org/pairs, mine.jsonl |" in card.text and "secret place" not in card.text
+    last = read_log(run / "metrics.jsonl")[-1]
+    assert f"| loss | 0.6931 | {last['eval/loss']:.4g} |" in card.text and "learned" in card.text
+    code = re.search("```python\n(.*?)```", card.text, re.DOTALL)[1]
+    compile(code, "card", "exec")
+
+
+def test_a_card_that_was_edited_is_not_written_over(made, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(made / "run", run)
+    places.check(places.look(run), continues=True, reads=[])
+    with (run / "export" / "README.md").open("a") as card:
+        card.write("my words\n")
+    with pytest.raises(UserError, match="holds README.md, which no run writes"):
+        places.check(places.look(run), continues=True, reads=[])
