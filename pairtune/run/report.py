@@ -91,8 +91,8 @@ def _verdict(run: Finished) -> str:
     state = ""
     if run.runs:
         state = (
-            f"<p>Made after step {run.verdict.step}, while the run went on. It replaces this page at its next evaluation "
-            "and at its end; of a run that was killed since, <code>tune report RUN</code> makes it again.</p>"
+            f"<p>Made after step {run.verdict.step}, while the run went on. It replaces this page at its next "
+            "evaluation and at its end; of a run that was killed, <code>tune report RUN</code> makes it again.</p>"
         )
     elif run.was_killed:
         state = f"<p>The run was stopped after step {run.verdict.step}, by a kill or a crash: it did not end.</p>"

@@ -16,11 +16,12 @@ from helpers import SIZES, random_pairs, run_config, run_recipe, save_llama, sav
 from huggingface_hub import ModelCard
 
 from pairtune.cli import main
+from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.run import pair_log, places
 from pairtune.run.card import write_card
 from pairtune.run.dynamics import contradictions, courses
-from pairtune.run.metrics import read_log
+from pairtune.run.metrics import RunLog, read_log
 from pairtune.run.signed import is_unedited
 
 
@@ -235,6 +236,16 @@ def test_the_report_of_a_run_has_texts_as_its_model_sees_them(made):
     assert Page(text).fetched == [] and text.count("<dt>rejected</dt>") == 5
     prompts = {json.loads(line)["prompt"] for line in (made / "held_out.jsonl").read_text().splitlines()}
     assert all(any(p in shown for p in prompts) for shown in re.findall(r"<dt>prompt</dt><dd>(.*?)</dd>", text))
+
+
+def test_a_run_that_may_be_killed_any_moment_has_a_report_from_its_first_evaluation_on(made, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(made / "run", run)
+    (run / "report.html").unlink()
+    log = RunLog(run, World(torch.device("cpu")), None, {}, step=0, evaluated=0)
+    log.conclude("no")
+    text = (run / "report.html").read_text()
+    assert "Made after step 0, while the run went on" in text and Page(text).fetched == []
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
