@@ -39,6 +39,7 @@ MODEL = {
     "num_kv_heads": 2, "embed_dim": 128, "intermediate_dim": 384, "max_seq_len": 512, "rope_base": 10_000,
 }  # fmt: skip
 WIDE = {"embed_dim": 256, "intermediate_dim": 768, "num_kv_heads": 4}  # what NF4 can cut in two
+LONG = {"intermediate_dim": 2048, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "max_seq_len": 8192}
 GEMMA2 = {"_component_": "pairtune.gemma2.gemma2", "head_dim": 32, "query_pre_attn_scalar": 32}
 MIXTURE = {"_component_": "pairtune.mixtral.mixtral", "num_experts": 4}
 LORA = {"rank": 8, "alpha": 16.0, "dropout": 0.0, "modules": ["q_proj", "k_proj", "v_proj", "output_proj", "mlp"]}
@@ -101,6 +102,7 @@ CASES = (
     Case("lora", "fp32", 4, 60, 60),
     Case("lora", "bf16", 8, 100, 50, checkpointing=True),
     Case("lora", "fp32", 3, 90, 140, attention="mask"),
+    Case("lora", "bf16", 1, 6000, 1500, checkpointing=True, sizes=LONG),  # a row that its layer takes in pieces
     Case("lora", "bf16", 4, 40, 60, micro_batches=2, sizes={"vocab_size": 8000}, modules=("q_proj", "mlp", "output")),
     Case("qlora", "fp32", 1, 60, 60, sizes=WIDE),
     Case("qlora", "bf16", 4, 120, 60, checkpointing=True, sizes=WIDE),

@@ -112,7 +112,7 @@ def _lacks(overrides: list[str], device: str) -> str:
             return f"{override} is not known here: {keys.rule(key).says}"
         if override == parts.PAGED and not importlib.util.find_spec("bitsandbytes"):
             return "bitsandbytes is not installed"
-        if override in (parts.PAGED, parts.OFFLOADED) and device == "cpu":
+        if override in (parts.PAGED, parts.OFFLOADED, *parts.AWAY) and device == "cpu":
             return "needs a GPU"
     return ""
 

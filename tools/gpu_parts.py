@@ -22,6 +22,7 @@ EXACT, QUANTIZED, ROUGH = 1e-5, 1e-3, 0.05  # of a loss, absolutely
 BITS_8 = "optimizer._component_=torchao.optim.AdamW8bit"
 OFFLOADED = "optimizer._component_=torchao.optim.CPUOffloadOptimizer"
 PAGED = "optimizer._component_=bitsandbytes.optim.PagedAdamW"
+AWAY = ["enable_activation_offloading=true"]
 RECIPES = {  # recipe, overrides, what the CPU takes in place of these, how far losses may differ
     "lora": (LORA, [], None, EXACT),
     "full": (FULL, [], None, EXACT),
@@ -36,6 +37,9 @@ RECIPES = {  # recipe, overrides, what the CPU takes in place of these, how far 
     "lora, segments": (LORA, ["attention=segments"], (LORA, []), EXACT),
     "lora, flex": (LORA, ["attention=flex", "compile=true"], (LORA, []), EXACT),
     "lora, checkpointing": (LORA, ["enable_activation_checkpointing=true"], (LORA, []), EXACT),
+    "lora, offloaded": (LORA, AWAY, (LORA, []), EXACT),
+    "qlora, offloaded, compiled": (QLORA, [*AWAY, "compile=true"], (QLORA, []), QUANTIZED),
+    "full, distributed, activations offloaded": ("full_dpo_distributed", AWAY, (FULL, []), EXACT),
     "lora, bf16": (LORA, ["dtype=bf16"], (LORA, []), ROUGH),
     "lora, bf16, varlen": (LORA, ["dtype=bf16", "attention=varlen"], (LORA, []), ROUGH),
     "lora, bf16, compiled": (LORA, ["dtype=bf16", "compile=true"], (LORA, []), ROUGH),

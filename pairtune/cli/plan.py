@@ -118,6 +118,8 @@ class Plan:
             lines.append(_line("reference's pass", amount(self.reference_pass), note))
         if self.memory.host:
             lines += [f"{unit} a process in host memory", _line("  shards", amount(self.memory.host))]
+        if self.memory.pinned:
+            lines += [f"{unit} a process in pinned host memory", _line("  layers' inputs", amount(self.memory.pinned))]
         lines.append(f"{unit} on the disk")
         if self.num_checkpoints:
             each = f"{self.num_checkpoints} of {amount(self.checkpoint).strip()}"
@@ -342,9 +344,10 @@ def smallest_change(run: Run, read_recipe: ReadRecipe) -> tuple[list[Change], Pl
     """Returns what makes a run fit that does not, and the plan with it; None where nothing here does.
 
     Tried alone, in this order, each as little as is enough: fewer pairs at a time, a second model's values from a
-    cache, activation checkpointing, all of a device's pairs at a time (then FSDP2 keeps no whole gradients), more GPUs,
-    CPU offload, a second model in 4 bits, LoRA, QLoRA, shorter pairs. Where none is enough, several: what lowers the
-    total is put together in the same order until it fits, and what turns out not to be needed is left out again.
+    cache, activation checkpointing and offloading, all of a device's pairs at a time (then FSDP2 keeps no whole
+    gradients), more GPUs, CPU offload, a second model in 4 bits, LoRA, QLoRA, shorter pairs. Where none is enough,
+    several: what lowers the total is put together in the same order until it fits, and what turns out not to be needed
+    is left out again.
     """
     knobs = _knobs(run, read_recipe)
     trials = _Trials(run, read_recipe)
@@ -423,8 +426,9 @@ def _knobs(run: Run, read_recipe: ReadRecipe) -> list[list[Change]]:
     reference = cfg.get("reference") or {"name": KNOWN[method][0]}
     if reference["name"] == "model":
         knobs.append([_override("reference=cached")])
-    if cfg.enable_activation_checkpointing in (False, "selective"):
-        knobs.append([_override("enable_activation_checkpointing=true")])
+    again = ["enable_activation_checkpointing=true"] * (cfg.enable_activation_checkpointing in (False, "selective"))
+    away = [] if cfg.enable_activation_offloading or cfg.device == "cpu" else ["enable_activation_offloading=true"]
+    knobs.append([_override(*again)] * bool(again) + [_override(*again, *away)] * bool(away))
     if distributed:
         if pairs % run.gpus == 0 and pairs // run.gpus > batch_size:
             knobs.append([_override(f"batch_size={pairs // run.gpus}")])

@@ -99,6 +99,7 @@ def _for_example(name: str, default: Any) -> str:
 def check_together(cfg: dict) -> None:
     """Refuses values that are possible alone and impossible together."""
     _check_sizes(cfg)
+    _check_offloading(cfg)
     _check_evaluated(cfg)
     _check_kept(cfg)
     _check_rate(cfg)
@@ -125,6 +126,27 @@ def _check_sizes(cfg: dict) -> None:
             f"batch_size={batch}: must divide pairs_per_step={pairs}; nearest valid: batch_size={divisor} "
             f"or pairs_per_step={max(1, round(pairs / batch)) * batch}"
         )
+
+
+def _check_offloading(cfg: dict) -> None:
+    again = cfg.get("enable_activation_checkpointing")
+    if not cfg.get("enable_activation_offloading"):
+        return
+    if cfg.get("device") == "cpu":
+        raise offloading_on_cpu()
+    if again not in (True, AUTO):
+        raise UserError(
+            f"enable_activation_offloading=true: with enable_activation_checkpointing={show(again)} a layer keeps more "
+            "than can be copied while it computes; nearest valid: enable_activation_checkpointing=true, or auto"
+        )
+
+
+def offloading_on_cpu() -> UserError:
+    """Returns the error of a run that may turn out to be on a CPU only when its device is known."""
+    return UserError(
+        "enable_activation_offloading=true: keeps activations in host memory, where a CPU has them; nearest valid: "
+        "enable_activation_offloading=false, or device=cuda"
+    )
 
 
 def _check_evaluated(cfg: dict) -> None:

@@ -10,7 +10,6 @@ FIXED = {
     "resume_from_checkpoint": (False, "resume=true goes on from a checkpoint of ours"),
     "save_adapter_weights_only": (False, "merged weights are exported, and the adapter beside them"),
     "log_peak_memory_stats": (True, "peak memory is always logged"),
-    "enable_activation_offloading": (False, "enable_activation_checkpointing and fsdp_cpu_offload save memory"),
 }
 OTHERS = ("gradient_accumulation_steps", "max_steps_per_epoch", "ref_checkpointer")
 LORA = {  # arguments of its lora_ builders

@@ -134,6 +134,12 @@ _RUN = (
         "yes",
     ),
     Key(
+        "enable_activation_offloading",
+        False,
+        "true: inputs of layers that are computed again wait in host memory, on a GPU",
+        resume="yes",
+    ),
+    Key(
         "save_every_n_steps",
         100,
         "a checkpoint to resume from; null: at the end, on SIGTERM and on Ctrl-C only",

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +15,7 @@ from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
 from torchtune.training import compile_model, set_activation_checkpointing
 
 from pairtune.errors import UserError
-from pairtune.models import logps
+from pairtune.models import logps, offloading, pieces
 from pairtune.models.additions import additions
 from pairtune.models.bridge.decoder import BridgedDecoder
 
@@ -33,11 +33,13 @@ class Execution:
         compile: torch.compile layer by layer, so that compile time does not grow with depth.
         checkpointing: What backward computes again. False: nothing. "selective": what costs least for the memory it
             takes, which the compiler knows. True: all of a layer but its input: about a third more work.
+        offloading: Those inputs wait for backward in host memory.
     """
 
     attention: str = "segments"
     compile: bool = False
     checkpointing: bool | str = False
+    offloading: bool = False
 
 
 def fit(
@@ -78,6 +80,10 @@ def execute(model: TransformerDecoder, how: Execution) -> None:
     additions(model).back_end = how.attention
     if how.checkpointing is True:
         set_activation_checkpointing(model, {type(layer) for layer in layers_of(model)})
+        if not how.compile:
+            pieces.install(model)
+    if how.offloading:
+        offloading.offload(model)
     additions(model).is_compiled = how.compile
     if how.compile:
         # A layer is compiled for each kind of forward: with gradients and without, adapters on and off, the first
@@ -159,14 +165,15 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def checkpointed(model: TransformerDecoder) -> Iterator[None]:
-    """While it lasts, backward computes the model's layers again."""
+def checkpointed(model: TransformerDecoder, *, compiled: bool = False) -> Iterator[None]:
+    """While it lasts, backward computes the model's layers again, as after `execute`."""
     layers = layers_of(model)
     kept = [layer.__dict__.get("forward") for layer in layers]
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     try:
-        yield
+        with nullcontext() if compiled else pieces.installed(model):
+            yield
     finally:
         for layer, forward in zip(layers, kept, strict=True):
             del layer.forward

@@ -14,6 +14,7 @@ from torch import nn
 from torchtune.modules import MultiHeadAttention
 
 from pairtune import models
+from pairtune.config.checks import offloading_on_cpu
 from pairtune.config.components import plain
 from pairtune.dist import World
 from pairtune.errors import UserError
@@ -32,7 +33,8 @@ from pairtune.run.memory import Setting, step_memory
 
 GIB = 2**30
 USABLE = 0.9  # of a GPU; the rest is left to CUDA, NCCL and what the allocator cannot use
-KEYS = ("attention", "compile", "enable_activation_checkpointing", "batch_size")
+CHOSEN = ("attention", "compile", "enable_activation_checkpointing", "batch_size")
+KEYS = (*CHOSEN, "enable_activation_offloading")  # and what choices go by
 
 # Tokens that matrix products take at a time: with fewer than ENOUGH of them they are slower, with more than PLENTY no
 # faster (docs/performance.md).
@@ -88,9 +90,10 @@ class Chosen:
 
     @property
     def keys(self) -> dict[str, Any]:
-        """The values of KEYS."""
+        """The values of CHOSEN; and, where layers' inputs are offloaded, that they are."""
         how = self.execution
-        return dict(zip(KEYS, (how.attention, how.compile, how.checkpointing, self.batch_size), strict=True))
+        values = how.attention, how.compile, how.checkpointing, self.batch_size
+        return dict(zip(CHOSEN, values, strict=True)) | dict.fromkeys(KEYS[len(CHOSEN) :] * how.offloading, True)
 
     @property
     def told(self) -> str:
@@ -140,8 +143,12 @@ def choose(
     compiled, on_gpu = asked["compile"], setting.device == "cuda"
     if compiled == "auto":
         compiled = on_gpu and asked["attention"] not in ("segments", "varlen") and _is_worth_compiling(policy, work)
-    how = Execution(_attention(asked["attention"], compiled, on_gpu, policy), compiled)
+    offloads = asked["enable_activation_offloading"] is True
+    how = Execution(_attention(asked["attention"], compiled, on_gpu, policy), compiled, offloading=offloads)
     fixed, level = asked["batch_size"], asked["enable_activation_checkpointing"]
+    if offloads and not on_gpu:
+        raise offloading_on_cpu()
+    level = True if offloads else level
     execution.check(how.attention, how.compile, level)
     levels = (False, *[SELECTIVE] * how.compile, True) if level == "auto" else (level,)
     trial = _Trial(work, policy, second, optimizer, setting, memory)

@@ -11,7 +11,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from weakref import WeakKeyDictionary
@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import flex_attention as flex
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,7 +28,7 @@ from torchtune.modules import TransformerDecoder
 from pairtune import models
 from pairtune.dist import World
 from pairtune.errors import UserError
-from pairtune.models import attention, logps, nf4
+from pairtune.models import attention, logps, nf4, offloading
 from pairtune.models.execution import SELECTIVE, Execution, checkpointed
 from pairtune.pairs.batch import PairBatch, lay_out
 from pairtune.run import optimizers
@@ -97,6 +98,7 @@ class StepMemory:
     trained: int  # bytes of the trained weights
     optimizer: int  # bytes of the optimizer's state
     host: int  # bytes a process of the shards that wait in host memory; 0 without offloading
+    pinned: int = 0  # bytes a process of layers' inputs there
 
     @property
     def total(self) -> int:
@@ -135,10 +137,11 @@ def step_memory(
             _fill_rope(model)
             ledger.own(model.buffers(), part)  # not sharded
     sharding = _Sharding(policy, reference, setting, ledger)
-    batch = batch.to(META)
+    batch, away = batch.to(META), _HostMemory()
     with (
         _kernels_of(setting.device),
         _executing(setting.execution, batch, policy, reference),
+        _offloading(setting.execution, policy, away),
         ledger,
         sharding.of_gradients(),
     ):
@@ -160,6 +163,7 @@ def step_memory(
         trained=num_bytes(trained),
         optimizer=state,
         host=host,
+        pinned=away.size,
     )
 
 
@@ -497,8 +501,38 @@ def _executing(how: Execution | None, batch: PairBatch, *models: TransformerDeco
             if how.compile:
                 stack.enter_context(as_compiled(model, batch, selective=how.checkpointing == SELECTIVE))
             if how.checkpointing is True:
-                stack.enter_context(checkpointed(model))
+                stack.enter_context(checkpointed(model, compiled=how.compile))
         yield
+
+
+def _offloading(how: Execution | None, policy: TransformerDecoder, away: "_HostMemory"):
+    return offloading.offloaded(policy, away) if how and how.offloading else nullcontext()
+
+
+class _HostMemory(saved_tensors_hooks):
+    """What torchtune's OffloadActivations does with layers' inputs: the device holds the one that is on its way.
+
+    Attributes:
+        size: Bytes of pinned memory, which torch hands out in powers of two.
+    """
+
+    def __init__(self):
+        super().__init__(self._take, self._give)
+        self.size, self._on_device = 0, None
+
+    def _take(self, tensor: Tensor) -> Tensor | tuple:
+        if tensor.nbytes < 1024:
+            return tensor
+        self.size += 2 ** (tensor.nbytes - 1).bit_length()
+        self._on_device = tensor
+        return tensor.shape, tensor.dtype
+
+    def _give(self, kept: Tensor | tuple) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        shape, dtype = kept
+        self._on_device = torch.empty(shape, dtype=dtype, device=META)  # beside the one before
+        return self._on_device
 
 
 @contextmanager

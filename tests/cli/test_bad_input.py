@@ -606,6 +606,14 @@ OPTIONS = [
         "enable_activation_checkpointing=selectiv",
         ["selective or auto; nearest valid: enable_activation_checkpointing=selective"],
     ),
+    (
+        "enable_activation_offloading=true device=cpu",
+        ["enable_activation_offloading=true: keeps", "where a CPU has them; nearest valid: enable_activation_offl"],
+    ),
+    (
+        "enable_activation_offloading=true enable_activation_checkpointing=false device=cuda",
+        ["with enable_activation_checkpointing=false a layer keeps more", "nearest valid: enable_activation_check"],
+    ),
     ("compile=1", ["compile=1: must be true, false or auto; nearest valid: compile=true"]),
     ('loss.beta="0.1"', ["loss.beta=0.1: must be a number, is text"]),
     ("epochs=true", ["epochs=true: must be a number"]),

@@ -261,7 +261,6 @@ def test_torchtunes_dpo_configs_run_here_but_for_what_an_error_names(name):
         ({"resume_from_checkpoint": True}, "resume_from_checkpoint=true.*resume=true"),
         ({"save_adapter_weights_only": True}, "save_adapter_weights_only=true.*exported"),
         ({"log_peak_memory_stats": False}, "log_peak_memory_stats=false.*always logged"),
-        ({"enable_activation_offloading": True}, "enable_activation_offloading=true.*enable_activation_checkpointing"),
         ({"epochs": 2}, "max_steps_per_epoch=1000: cuts each epoch"),
         ({"ref_checkpointer": {"checkpoint_dir": "/else"}}, "ref_checkpointer: is not checkpointer"),
         ({"dataset": {"_component_": "mine.pairs"}}, "dataset._component_=mine.pairs.*dataset.columns"),

@@ -29,6 +29,7 @@ VALUES = {  # such as people give; 2 for others
     **dict.fromkeys(("dataset_configs", "chat_template", "template"), "x"), "f_divergence_type": "forward_kl",
     **dict.fromkeys(("dataset_split", "dataset_splits", "dataset_train_split", "dataset_test_split"), "test"),
     **dict.fromkeys(("gradient_checkpointing", "activation_checkpointing", "torch_compile", "use_dora"), True),
+    "activation_offloading": True,
     **dict.fromkeys(("use_rslora", "peft_use_dora", "peft_use_rslora", "shuffle_train_dataset"), True),
     **dict.fromkeys(("use_weighting", "dpo_use_weighting", "load_best_model_at_end", "sync_ref_model"), True),
     **dict.fromkeys(("max_seq_len", "max_seq_length", "sequence_len", "cutoff_len", "model_max_length"), 2048),

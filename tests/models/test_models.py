@@ -1,15 +1,21 @@
 """Full, LoRA and QLoRA models hold the weights they were given, adapt what they say, and merge to what they compute."""
 
+import weakref
+from collections import Counter
+
 import pytest
 import torch
 from helpers import NF4_SIZES, SIZES, random_pairs, tiny_llama
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
+from torchtune.modules import FeedForward
 from torchtune.modules.peft import LoRALinear, disable_adapter
 
 from pairtune import models
 from pairtune.dist import World
 from pairtune.errors import UserError
+from pairtune.models import offloading, pieces
 from pairtune.models.logps import answer_logps
 from pairtune.pairs.batch import lay_out
 
@@ -173,17 +179,76 @@ def test_two_models_filled_from_one_checkpoint_share_no_memory():
     assert torch.equal(weights["norm.scale"], tiny_llama().state_dict()["norm.scale"])
 
 
+def numbers_of(model, batch):
+    """Log-probabilities with and without gradients, and the gradients."""
+    with torch.no_grad():
+        plain = torch.cat(answer_logps(model, batch))
+    chosen, rejected = answer_logps(model, batch)
+    (chosen - rejected).sum().backward()
+    return [plain, chosen.detach(), rejected.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
+
+
 def test_activation_checkpointing_changes_no_gradient():
-    pairs, gradients = random_pairs(2), []
-    for checkpointing in (False, True):
-        model = loaded("lora")
-        if checkpointing:
-            models.prepare(model, max_length=128, checkpoint_activations=True)
-        chosen, rejected = answer_logps(model, lay_out(pairs))
-        (chosen - rejected).sum().backward()
-        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
-    for plain, checkpointed in zip(*gradients, strict=True):
+    batch, model = lay_out(random_pairs(2)), loaded("lora")
+    models.prepare(model, max_length=128, checkpoint_activations=True)
+    for checkpointed, plain in zip(numbers_of(model, batch), numbers_of(loaded("lora"), batch), strict=True):
         torch.testing.assert_close(checkpointed, plain, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [("full", {}), ("lora", {}), ("lora", {"use_dora": True}), ("lora", {"modules": ["mlp"]}), ("qlora", {})],
+    ids=["full", "lora", "dora", "adapters in the network alone", "qlora"],
+)
+def test_a_feed_forward_network_in_pieces_changes_no_number(method, changes):
+    """Of 24 tokens, and what is left of the row; gradients are added up over pieces."""
+    batch, sizes = lay_out(random_pairs(3)), NF4_SIZES if method == "qlora" else SIZES
+    whole, cut = (loaded(method, sizes=sizes, **changes) for _ in range(2))
+    assert batch.tokens.numel() > 2 * 24 and batch.tokens.numel() % 24
+    expected = numbers_of(whole, batch)
+    models.execute(cut, models.Execution(checkpointing=True))
+    assert len(pieces.install(cut, 24)) == len(cut.layers)
+    seen = Counter()
+    for activation in {m.activation for m in cut.modules() if isinstance(m, FeedForward)}:  # one of all layers
+        activation.register_forward_hook(lambda _, inputs, out: seen.update([out.shape[:-1].numel()]))
+    for number, same in zip(numbers_of(cut, batch), expected, strict=True):
+        torch.testing.assert_close(number, same, atol=1e-6, rtol=1e-5)
+    assert max(seen) == 24
+    assert seen.total() == 3 * -(-batch.tokens.numel() // 24) * len(cut.layers)  # two forwards, and again in backward
+
+
+def test_what_draws_by_chance_is_not_cut_into_pieces():
+    model = models.lora(component(), **LORA | {"dropout": 0.5})
+    assert pieces.install(model, 24) == []
+    models.disable_dropout(model)
+    assert len(pieces.install(model, 24)) == len(model.layers)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_offloading_takes_layers_inputs_alone_and_changes_no_number(monkeypatch, method, compiled):
+    monkeypatch.setenv("TORCH_COMPILE_BACKEND", "aot_eager")  # which makes no kernels
+    taken, given, numbers = [], [], []
+
+    def take(tensor):
+        taken.append((weakref.ref(tensor), tensor.shape))
+        return tensor.clone()  # elsewhere
+
+    def give(tensor):
+        given.append(tensor.shape)
+        return tensor.clone()
+
+    batch, sizes = lay_out(random_pairs(2), 128), NF4_SIZES if method == "qlora" else SIZES
+    for offloads in (False, True):
+        model = loaded(method, sizes=sizes)
+        models.prepare(model, max_length=128, attention="mask", checkpoint_activations=True, compile_layers=compiled)
+        if offloads:
+            offloading.offload(model, saved_tensors_hooks(take, give))
+        numbers.append(numbers_of(model, batch))
+    assert all(map(torch.equal, *numbers))
+    inputs = [(*batch.tokens.shape, sizes["embed_dim"])] * len(model.layers)
+    assert [shape for _, shape in taken if shape.numel()] == inputs == [shape for shape in given if shape.numel()]
+    assert not any(tensor() is not None for tensor, _ in taken)  # nothing else holds them
 
 
 @pytest.mark.parametrize(

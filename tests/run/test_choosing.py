@@ -84,6 +84,10 @@ def test_what_is_asked_for_is_kept_and_the_rest_is_chosen(built):
     assert on_cpu.execution == Execution("segments", False, False) and on_cpu.batch_size == 4
     odd = choosing.Work(PAIR, 1024, 6, num_steps=9)
     assert choosing.choose(AUTO, odd, model, None, ADAMW, Setting(device="cpu"), None).batch_size == 3
+    offloaded = AUTO | {"enable_activation_offloading": True}  # where there would be room, too
+    assert chosen(**offloaded)["enable_activation_checkpointing"] is True
+    with pytest.raises(UserError, match="enable_activation_offloading=true: keeps activations in host memory"):
+        choosing.choose(offloaded, work, model, None, ADAMW, Setting(device="cpu"), None)
     tight = choosing.choose(AUTO, work, model, None, ADAMW, Setting(), 2 * GIB)
     assert tight.batch_size == 1 and "more than fits: `tune plan`" in tight.reason
 
