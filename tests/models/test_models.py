@@ -224,8 +224,7 @@ def test_what_draws_by_chance_is_not_cut_into_pieces():
     assert len(pieces.install(model, 24)) == len(model.layers)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+@pytest.mark.parametrize(("method", "compiled"), [("full", False), ("lora", True), ("qlora", False)])
 def test_offloading_takes_layers_inputs_alone_and_changes_no_number(monkeypatch, method, compiled):
     monkeypatch.setenv("TORCH_COMPILE_BACKEND", "aot_eager")  # which makes no kernels
     taken, given, numbers = [], [], []
