@@ -597,6 +597,10 @@ TEXTS = [
     ("no model", "checkpointer: {checkpoint_dir: /w, model_type: LLAMA3}\ndataset: {source: a}", ["no such folder"]),
     ("no weights", "model: {_component_: a.b}\ndataset: {source: a}", ["checkpointer.checkpoint_dir: has no default"]),
     ("no pairs", BASE.replace("{source: pairs.jsonl}", "{}"), ["dataset.source: has no default"]),
+    ("offloading on a CPU", BASE + "enable_activation_offloading: true\ndevice: cpu\n",
+     ["enable_activation_offloading=true: keeps", "where a CPU has them; nearest valid: enable_activation_offloading=false"]),
+    ("offloading what is kept", BASE + "enable_activation_offloading: true\nenable_activation_checkpointing: false\n",
+     ["with enable_activation_checkpointing=false a layer keeps more", "valid: enable_activation_checkpointing=true"]),
 ]  # fmt: skip
 OPTIONS = [
     # key=value, what is said
@@ -605,14 +609,6 @@ OPTIONS = [
     (
         "enable_activation_checkpointing=selectiv",
         ["selective or auto; nearest valid: enable_activation_checkpointing=selective"],
-    ),
-    (
-        "enable_activation_offloading=true device=cpu",
-        ["enable_activation_offloading=true: keeps", "where a CPU has them; nearest valid: enable_activation_offl"],
-    ),
-    (
-        "enable_activation_offloading=true enable_activation_checkpointing=false device=cuda",
-        ["with enable_activation_checkpointing=false a layer keeps more", "nearest valid: enable_activation_check"],
     ),
     ("compile=1", ["compile=1: must be true, false or auto; nearest valid: compile=true"]),
     ('loss.beta="0.1"', ["loss.beta=0.1: must be a number, is text"]),
