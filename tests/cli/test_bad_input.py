@@ -598,7 +598,7 @@ TEXTS = [
     ("no weights", "model: {_component_: a.b}\ndataset: {source: a}", ["checkpointer.checkpoint_dir: has no default"]),
     ("no pairs", BASE.replace("{source: pairs.jsonl}", "{}"), ["dataset.source: has no default"]),
     ("offloading on a CPU", BASE + "enable_activation_offloading: true\ndevice: cpu\n",
-     ["enable_activation_offloading=true: keeps", "where a CPU has them; nearest valid: enable_activation_offloading=false"]),
+     ["enable_activation_offloading=true: keeps", "where a CPU has them; nearest valid: enable_activation_offload"]),
     ("offloading what is kept", BASE + "enable_activation_offloading: true\nenable_activation_checkpointing: false\n",
      ["with enable_activation_checkpointing=false a layer keeps more", "valid: enable_activation_checkpointing=true"]),
 ]  # fmt: skip
