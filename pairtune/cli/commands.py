@@ -8,7 +8,6 @@ told without: check.py.
 
 import argparse
 import os
-import shutil
 import signal
 import sys
 from importlib.metadata import version
@@ -18,8 +17,8 @@ import yaml
 
 from pairtune import console, torchao_names
 from pairtune.cli.after import evaluate, pairs, plot, report
+from pairtune.cli.copies import cp, diff, update
 from pairtune.cli.find import (
-    SUFFIXES,
     find,
     first_line,
     is_torchtunes,
@@ -88,36 +87,6 @@ def ls(argv: list[str]) -> int:
             lines.append(f"{name:<40} {config}".rstrip())
             name = ""
     print("\n".join(lines))
-    return 0
-
-
-def cp(argv: list[str]) -> int:
-    """Copy a recipe or a config, to edit it; a recipe's copy runs from any folder."""
-    parser = parser_of(cp)
-    parser.add_argument("name", metavar="NAME", help="a recipe or config of `tune ls`")
-    parser.add_argument("destination", metavar="DEST", help="a file or a folder; a missing suffix is added")
-    parser.add_argument("-n", "--no-clobber", action="store_true", help="keep a file that exists")
-    parser.add_argument("--make-parents", action="store_true", help="make DEST's folder where it is missing")
-    args = parser.parse_args(argv)
-    source = find("recipe or config", args.name, files=False)
-    target = Path(args.destination).expanduser()
-    if target.is_dir() or args.destination.endswith(os.sep):
-        target /= source.name
-    elif target.suffix not in SUFFIXES["recipe" if source.suffix == ".py" else "config"]:
-        target = target.with_name(target.name + source.suffix)
-    existed = target.exists()
-    if existed and args.no_clobber:
-        print(f"Kept {target}, which exists")
-        return 0
-    if args.make_parents:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    if not target.parent.is_dir():
-        raise UserError(f"{target.parent}: no such folder; --make-parents makes it")
-    try:
-        shutil.copyfile(source, target)
-    except OSError as error:  # a folder that is read-only, a target that is the source
-        raise UserError(f"{target}: cannot be written: {error}") from None
-    print(f"{'Replaced' if existed else 'Copied to'} {target}")
     return 0
 
 
@@ -308,7 +277,8 @@ def _check_keys(argv: list[str], parser: argparse.ArgumentParser, *more: str) ->
 
 
 COMMANDS = {
-    command.__name__: command for command in (download, ls, cp, cat, validate, plan, run, plot, pairs, report, cache)
+    command.__name__: command
+    for command in (download, ls, cp, cat, diff, update, validate, plan, run, plot, pairs, report, cache)
 }
 COMMANDS["eval"] = evaluate  # a name of Python's own
 
