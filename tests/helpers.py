@@ -4,6 +4,8 @@ import json
 import os
 import random
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -157,6 +159,15 @@ def run_recipe(name, *overrides, config_paths=()):
     cfg = config.load(recipe["METHOD"], recipe["DEFAULTS"], list(config_paths), list(overrides))
     recipe["main"](cfg)
     return from_first_step(Path(cfg.output_dir) / "metrics.jsonl")
+
+
+def start_two(program, *words):
+    """Runs a program in two processes, and waits for it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, str(program), *words], env=ENVIRONMENT, text=True, capture_output=True, timeout=300
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
 
 
 def from_first_step(path):

@@ -4,6 +4,8 @@
     python tools/bench.py --lengths 512/128/128 --method full --systems ours torchtune trl
     python tools/bench.py --device cuda --model 1b --lengths mix --systems ours:compiled ours:cached torchtune:compiled
     python tools/bench.py --plot scaling.png                 # time and memory as the work grows
+    python tools/bench.py --folder gemma-3-270m --source pairs.json --pairs 8 --lr 5e-5 --systems ours trl
+                                                             # a model and pairs that are there
 
 A system is NAME or NAME:FLAG:FLAG..., of
   ours, torchtune, trl    the recipe, torchtune's recipe, TRL's trainer, each in a process of its own
@@ -61,14 +63,22 @@ class Task:
     threads: int = 1
     drawn: bool = False  # weights are drawn by each system, and no file is read
     paths: tuple[tuple[str, str], ...] = ()  # folders that a system has on its PYTHONPATH, by name
+    real: str | None = None  # a model's folder, in the place of a random one of `sizes`
+    source: str | None = None  # rows of pairs, in the place of random ones of `lengths`
+    lr: float | None = None
+    steps: int = 0
 
     def write(self) -> None:
         """Writes base/, adapter/ and pairs.jsonl into the folder."""
+        if self.real:
+            (self.folder / "base").symlink_to(Path(self.real).resolve())
+            work.write_adapter(self.folder / "adapter", work.shapes_of(self.real), rank=self.rank)
+            return work.copy_pairs(self.folder / "pairs.jsonl", self.source, self.pairs_per_step * self.steps)
         if self.drawn:
             work.write_config(self.folder / "base", self.sizes, dtype=self.dtype)
         else:
             work.write_model(self.folder / "base", self.sizes, dtype=self.dtype, device=self.device)
-            work.write_adapter(self.folder / "adapter", self.sizes, rank=self.rank)
+            work.write_adapter(self.folder / "adapter", work.llama_shapes(self.sizes), rank=self.rank)
         work.write_pairs(self.folder / "pairs.jsonl", self.lengths, self.sizes["vocab_size"])
 
     def spec(self, name: str, flags: list[str], *, processes: int = 1, gate: dict | None = None) -> dict:
@@ -77,7 +87,8 @@ class Task:
         return {
             "system": name, "flags": [flag for flag in flags if not flag.startswith("pairs=")], "method": self.method,
             "folder": str(self.folder), "sizes": self.sizes, "device": self.device, "dtype": self.dtype,
-            "max_length": max(n.prompt + max(n.chosen, n.rejected) for n in self.lengths), "rank": self.rank,
+            "max_length": max((n.prompt + max(n.chosen, n.rejected) for n in self.lengths), default=1024),
+            "rank": self.rank, "real": bool(self.real), "lr": self.lr,
             "pairs_per_step": self.pairs_per_step, "batch_size": pairs, "processes": processes, "drawn": self.drawn,
             "gate": gate,
         }  # fmt: skip
@@ -196,12 +207,13 @@ def summary(steps: list[dict], task: Task, text: str) -> dict:
     seconds = [step["seconds"] for step in steps[WARM_STEPS:] or steps[-1:]]
     median = statistics.median(seconds)
     is_full, live = task.method == "full", "cached" not in text.split(":")
-    flops = statistics.mean(work.flops_of_pair(task.sizes, n, full=is_full, live=live) for n in task.lengths)
+    flops = [work.flops_of_pair(task.sizes, n, full=is_full, live=live) for n in task.lengths]
     pairs = task.pairs_per_step / median
     return {
         "system": text, "seconds": median, "least": min(seconds), "most": max(seconds), "pairs_per_second": pairs,
-        "tokens_per_second": pairs * statistics.mean(n.total for n in task.lengths),
-        "peak_gib": max(step["peak_gib"] for step in steps[1:] or steps), "tflops": flops * pairs / 1e12, "live": live,
+        "tokens_per_second": pairs * statistics.mean(n.total for n in task.lengths) if task.lengths else None,
+        "peak_gib": max(step["peak_gib"] for step in steps[1:] or steps), "live": live,
+        "tflops": statistics.mean(flops) * pairs / 1e12 if flops else None,
         "losses": [step["loss"] for step in steps],
     }  # fmt: skip
 
@@ -222,7 +234,8 @@ def agreement(rows: list[dict], tolerance: float) -> tuple[bool, str]:
 def table(rows: list[dict], peak: float, loaded: float | None, device: str) -> str:
     """Returns a Markdown table: a row a system, each with how many times the first of its kind it takes."""
     unit = "s a step" if device == "cuda" else "CPU s a step"
-    head = ["", unit, "least to most", "pairs/s", "TFLOP/s", "of the peak", "peak GiB"]
+    counted = all(row["tflops"] for row in rows)
+    head = ["", unit, "least to most", "pairs/s", *(["TFLOP/s", "of the peak"] * counted), "peak GiB"]
     head += ["above the loaded model"] * (loaded is not None) + ["times ours"]
     lines = [_row(head), _row(["---"] * len(head))]
     ours = {row["live"]: row["seconds"] for row in reversed(rows) if row["system"].startswith("ours")}
@@ -230,7 +243,8 @@ def table(rows: list[dict], peak: float, loaded: float | None, device: str) -> s
         base = ours.get(row["live"])
         cells = [
             row["system"], f"{row['seconds']:.3f}", f"{row['least']:.3f} to {row['most']:.3f}",
-            f"{row['pairs_per_second']:.2f}", f"{row['tflops']:.4g}", f"{row['tflops'] / peak:.0%}",
+            f"{row['pairs_per_second']:.2f}",
+            *([f"{row['tflops']:.4g}", f"{row['tflops'] / peak:.0%}"] if counted else []),
             f"{row['peak_gib']:.2f}", *([f"{row['peak_gib'] - loaded:.2f}"] if loaded is not None else []),
             f"{row['seconds'] / base:.2f}" if base else "",
         ]  # fmt: skip
@@ -264,6 +278,11 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, help="of the model, such as 32000, 128256, 262144")
     lengths = "tokens of prompt/chosen/rejected, such as 512/128/128; ~ draws within a tenth; or mix"
     parser.add_argument("--lengths", default="~300/85/85", help=lengths)
+    parser.add_argument("--folder", help="a model's, in the place of a random one; float32 or bf16 as --dtype says")
+    parser.add_argument(
+        "--source", help="rows of prompt (or instruction and input), chosen, rejected: JSON, or a line each"
+    )
+    parser.add_argument("--lr", type=float, help="of a cosine without warm-up; else a constant one")
     parser.add_argument("--rank", type=int, default=8, help="of LoRA")
     parser.add_argument("--pairs", type=int, default=4, help="a step")
     parser.add_argument("--steps", type=int, default=10)
@@ -276,13 +295,17 @@ def main() -> None:
     args = parser.parse_args()
     for text in args.systems:
         _parsed(text)
+    if bool(args.folder) != bool(args.source) or (args.folder and args.plot):
+        parser.error("--folder and --source go together, without --plot")
     sizes = dict(work.MODELS[args.model])
     sizes["vocab_size"] = args.vocabulary or sizes["vocab_size"]
     with tempfile.TemporaryDirectory(prefix="bench_") as name:
         task = Task(
-            Path(name), sizes, tuple(work.draw_lengths(args.lengths, args.pairs * args.steps)), args.method,
+            Path(name), sizes, tuple(() if args.folder else work.draw_lengths(args.lengths, args.pairs * args.steps)),
+            args.method,
             args.device, args.dtype or ("bf16" if args.device == "cuda" else "fp32"), args.rank, args.pairs,
-            args.threads, paths=tuple(tuple(text.split("=", 1)) for text in args.path),
+            args.threads, paths=tuple(tuple(text.split("=", 1)) for text in args.path), real=args.folder,
+            source=args.source, lr=args.lr, steps=args.steps,
         )  # fmt: skip
         if args.plot:
             from bench_plot import plot
@@ -303,10 +326,13 @@ def compare(args: argparse.Namespace, task: Task) -> int:
         return 1
     agree, told = agreement(rows, TOLERANCE[task.dtype])
     print(f"{told}\n\n{table(rows, peak, loaded, task.device)}\n")
-    tokens = statistics.mean(n.total for n in task.lengths)
-    print(f"{task.method}, {task.dtype}, {args.model}, vocabulary {task.sizes['vocab_size']:,}, {args.lengths}: "
-          f"{task.pairs_per_step} pairs of {tokens:.0f} tokens a step; matrix products reach {peak:.4g} TFLOP/s.\n"
-          f"{versions(task.device)}")  # fmt: skip
+    if task.real:
+        told = f"{task.real}, {task.source}: {task.pairs_per_step} pairs a step"
+    else:
+        tokens = statistics.mean(n.total for n in task.lengths)
+        told = f"{args.model}, vocabulary {task.sizes['vocab_size']:,}, {args.lengths}: {task.pairs_per_step} pairs of "
+        told += f"{tokens:.0f} tokens a step"
+    print(f"{task.method}, {task.dtype}, {told}; matrix products reach {peak:.4g} TFLOP/s.\n{versions(task.device)}")
     if args.json:
         with args.json.open("a") as file:
             for row in rows:

@@ -37,7 +37,7 @@ def ours(spec: dict) -> None:
 
         def load_then_fill(model, *args, **kwargs):
             load(model, *args, **kwargs)
-            _fill_adapters(model, folder / "adapter")
+            (_fill_bridged if spec["real"] else _fill_adapters)(model, folder / "adapter")
 
         models.load = load_then_fill  # adapter=... would be another run: what it starts from is not the reference
     path = folder / f"ours_{os.getpid()}.yaml"
@@ -60,6 +60,11 @@ def our_config(spec: dict) -> dict:
         "lr_scheduler": None, "clip_grad_norm": None, "optimizer": _optimizer(spec),
         "pairs_per_step": spec["pairs_per_step"], "batch_size": spec["batch_size"],
     }  # fmt: skip
+    if spec["real"]:
+        cfg["checkpointer"] = {"checkpoint_dir": str(folder / "base")}
+        cfg["model"] = {"_component_": "pairtune.models.bridge.causal_lm", "path": str(folder / "base")}
+    if spec["lr"]:
+        cfg["lr_scheduler"] = {"_component_": "pairtune.schedules.cosine"}
     if spec["method"] != "full":
         cfg["lora"] = {"rank": spec["rank"], "alpha": 2 * spec["rank"], "dropout": 0.0}
     if "cached" in flags:
@@ -70,7 +75,11 @@ def our_config(spec: dict) -> dict:
 
 def _optimizer(spec: dict) -> dict:
     fused = {"fused": True} if spec["device"] == "cuda" else {}
-    return {"_component_": "torch.optim.AdamW", "lr": RATES[spec["method"]], "weight_decay": 0.0, **fused}
+    return {"_component_": "torch.optim.AdamW", "lr": _rate(spec), "weight_decay": 0.0, **fused}
+
+
+def _rate(spec: dict) -> float:
+    return spec["lr"] or RATES[spec["method"]]
 
 
 # torchtune's
@@ -193,6 +202,18 @@ def _fill_adapters(model, folder: Path) -> None:
             parameters[f"layers.{layer}.{ours[words[-3]]}.{kind}.weight"].copy_(value)
 
 
+def _fill_bridged(model, folder: Path) -> None:
+    """The same for transformers' classes, whose names PEFT's are made of."""
+    import torch
+    from safetensors.torch import load_file
+
+    parameters = {name.replace("._checkpoint_wrapped_module", ""): p for name, p in model.named_parameters()}
+    with torch.no_grad():
+        for name, value in load_file(folder / "adapter_model.safetensors").items():
+            ours = name.replace("base_model.model.", "lm.").replace("lora_A", "lora_a").replace("lora_B", "lora_b")
+            parameters[ours].copy_(value)
+
+
 # TRL's
 
 
@@ -214,8 +235,9 @@ def trl(spec: dict) -> None:
     is_full, gate = spec["method"] == "full", Gate(**spec["gate"])
     arguments = DPOConfig(
         output_dir=str(folder / "trl"), per_device_train_batch_size=spec["batch_size"], num_train_epochs=1,
-        gradient_accumulation_steps=spec["pairs_per_step"] // spec["batch_size"], learning_rate=RATES[spec["method"]],
-        lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, max_grad_norm=0.0, logging_steps=1,
+        gradient_accumulation_steps=spec["pairs_per_step"] // spec["batch_size"], learning_rate=_rate(spec),
+        lr_scheduler_type="cosine" if spec["lr"] else "constant", warmup_steps=0, weight_decay=0.0,
+        max_grad_norm=0.0, logging_steps=1,
         bf16=spec["dtype"] == "bf16", use_cpu=spec["device"] == "cpu", report_to=[], save_strategy="no",
         gradient_checkpointing="checkpointing" in spec["flags"], dataloader_num_workers=0, disable_tqdm=True,
         max_length=spec["max_length"], beta=0.1,
@@ -243,9 +265,10 @@ def trl(spec: dict) -> None:
                 kept, self.losses = torch.stack(self.losses), []
                 gate.wait(float(kept.float().mean()))
 
+    padding = {} if spec["real"] else {"pad_token": "</s>"}
     trainer = Trainer(
         model=_trl_model(spec), args=arguments, train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(folder / "base", pad_token="</s>"),
+        processing_class=AutoTokenizer.from_pretrained(folder / "base", **padding),
         peft_config=None if is_full else lora,
     )  # fmt: skip
     if not is_full and not spec["drawn"]:
@@ -281,8 +304,8 @@ def loaded(spec: dict) -> None:
 
     from torchtune.models.llama3 import llama3
 
-    model = llama3(**spec["sizes"])
-    Gate(**spec["gate"]).wait(float(len(model.layers)))
+    model = _trl_model(spec) if spec["real"] else llama3(**spec["sizes"])
+    Gate(**spec["gate"]).wait(float(len(list(model.parameters()))))
 
 
 def matmul(spec: dict) -> None:

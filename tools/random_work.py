@@ -138,14 +138,36 @@ def write_config(folder: Path, sizes: dict, *, dtype: str = "fp32") -> None:
     _write_tokenizer(folder, sizes["vocab_size"])
 
 
-def write_adapter(folder: Path, sizes: dict, rank: int) -> None:
+def copy_pairs(path: Path, source: str, count: int) -> None:
+    """Writes the first `count` rows of a file of pairs as texts: a prompt ends its line."""
+    text = Path(source).read_text()
+    rows = json.loads(text) if text.lstrip()[0] == "[" else [json.loads(line) for line in text.splitlines()]
+    with path.open("w") as file:
+        for row in rows[:count]:
+            asked = row.get("prompt") or "\n".join(filter(None, (row["instruction"], row.get("input"))))
+            pair = {"prompt": f"{asked}\n", "chosen": row["chosen"], "rejected": row["rejected"]}
+            file.write(json.dumps(pair) + "\n")
+
+
+def shapes_of(folder: str) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of a folder's weights by their names, in sorted order."""
+    from safetensors import safe_open
+
+    found: dict[str, tuple[int, ...]] = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    return dict(sorted(found.items()))
+
+
+def write_adapter(folder: Path, shapes: dict[str, tuple[int, ...]], rank: int) -> None:
     """Writes fresh adapters of every linear layer, in PEFT's layout: A is drawn, B zero, alpha twice the rank."""
     import torch
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     generator, made, names = torch.Generator().manual_seed(1), {}, set()
-    for name, shape in llama_shapes(sizes).items():
+    for name, shape in shapes.items():
         if ".layers." in name and len(shape) == 2:
             names.add(name.split(".")[-2])
             where = f"base_model.model.{name.removesuffix('.weight')}"

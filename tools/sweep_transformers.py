@@ -1,21 +1,25 @@
 """Tries every causal decoder of the installed transformers: does it train here as it computes alone, and in which way?
 
-    python tools/sweep_transformers.py [TYPE ...] --write docs/transformers_types.md
+    python tools/sweep_transformers.py [TYPE ...] --results FILE --write docs/transformers_types.md
 
 Of each model_type a small random model is made by transformers, saved, opened by pairtune.models.bridge, and compared:
-log-probabilities of answers and every parameter's gradient with those of transformers' own model on each conversation
-alone, in float32. About a quarter of an hour on a CPU for all; TYPE ... tries some.
+log-probabilities of answers and every parameter's gradient with those of transformers' own model, which reads the
+folder by from_pretrained, on each conversation alone, in float32. About a quarter of an hour on a CPU for all; TYPE ...
+tries some. What --results holds already is not tried again.
 """
 
 import argparse
 import importlib.metadata
+import io
 import json
 import math
+import multiprocessing
 import random
 import sys
 import tempfile
 import traceback
 import warnings
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,20 +32,25 @@ from pairtune.config.rules import one_line
 from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.folders.opening import make_ready
-from pairtune.folders.weights import Weights, open_weights
+from pairtune.folders.weights import ModelFolder, Weights, open_weights
 from pairtune.models.logps import answer_token_logps
 from pairtune.pairs.batch import lay_out
 
 CPU = World(torch.device("cpu"))
 VOCABULARY = 96
 LARGEST = 20_000_000  # parameters: a model that is larger was not made small by SMALL
-LOGPS, GRADIENTS = 2e-5, 1e-4  # of an agreement: nats a token, and of the norm of all gradients
+SECONDS = 90  # for one type
+LOGPS, GRADIENTS = 1e-5, 1e-4  # of an agreement: nats a token, and of the norm of all gradients
 # What a setting is in a small model, by its name; a configuration takes those that it has. Windows and chunks are
 # shorter than a conversation, so that they bite.
 SMALL = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
-    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim"), 64),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "intermediate_size_mlp", "block_ff_dim"), 96),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "emb_dim"), 64),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "intermediate_size_mlp", "block_ff_dim", "dff"), 96),
+    **dict.fromkeys(("decoder_ffn_dim", "encoder_ffn_dim", "d_inner"), 96),
+    **dict.fromkeys(("decoder_layers", "encoder_layers", "num_decoder_layers", "num_encoder_layers"), 4),
+    **dict.fromkeys(("decoder_attention_heads", "encoder_attention_heads"), 4),
+    **dict.fromkeys(("num_decoder_attention_heads", "num_encoder_attention_heads"), 4),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 6),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 256),
@@ -61,6 +70,10 @@ SMALL = {
     **dict.fromkeys(("qk_rope_head_dim", "mamba_n_heads", "mamba_num_heads", "chunk_size", "mamba_chunk_size"), 8),
     **dict.fromkeys(("time_step_rank", "mamba_dt_rank", "laurel_rank", "rotary_dim"), 8),
     **dict.fromkeys(("linear_num_key_heads", "mamba_n_groups", "n_groups", "mamba_expand", "index_n_heads"), 2),
+    **dict.fromkeys(("embed_dim", "out_hidden_size", "vision_output_dim", "projector_input_dim"), 64),  # of images
+    **dict.fromkeys(("depth", "mm_tokens_per_image"), 4),
+    "image_size": 56,
+    **dict.fromkeys(("is_decoder", "causal"), True),  # of those that can be encoders, too
     "attention_chunk_size": 6,
     "linear_num_value_heads": 4,
     "mamba_d_ssm": 128,
@@ -77,6 +90,7 @@ SMALL = {
 SLIDING, CONVOLUTION, LINEAR = (
     {"layer_types": [kind, "full_attention"] * 3} for kind in ("sliding_attention", "conv", "linear_attention")
 )
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
 # Where a family wants more than that its settings are small; None: the setting is left out.
 MORE = {
     **dict.fromkeys(("gemma4_text", "gemma4_unified_text", "qwen3", "cohere_compass_text"), SLIDING),
@@ -92,15 +106,22 @@ MORE = {
     "ministral": {"head_dim": 16, "sliding_window": 5},
     "mamba2": {"head_dim": 16, "num_heads": 8},
     "zaya": {"num_experts_per_tok": 1},
-}
-# Decoders of translation, speech or masked language models, and those that no folder for conversations is of.
-NOT_MEANT = {
-    *("bart", "bert", "bert-generation", "big_bird", "bigbird_pegasus", "blenderbot", "blenderbot-small", "camembert"),
-    *("data2vec-text", "electra", "ernie", "git", "marian", "mbart", "megatron-bert", "musicgen", "musicgen_melody"),
-    *("mvp", "pegasus", "plbart", "prophetnet", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer"),
-    *("trocr", "whisper", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod", "reformer", "moshi", "ctrl"),
-    *("cpmant", "fuyu", "emu3", "got_ocr2", "moss_transcribe_diarize", "openai-gpt", "speech_to_text_2"),
-}
+    "big_bird": {"attention_type": "original_full"},
+    "rwkv": {"rescale_every": 0},
+    "kimi_linear": {"num_hidden_layers": 2},
+    "prophetnet": {"num_hidden_layers": None},
+    "xlm": {"is_encoder": False},
+    "zamba": {"tie_word_embeddings": False},
+    "xlstm": {"embedding_dim": 64, "num_blocks": 2, "num_hidden_layers": 2, "num_heads": 2, "v_head_dim": None,
+              "qk_head_dim": None},
+    "qwen4_exp_text": {
+        "layer_types": ["linear_attention", "indexed_attention"] * 3, "indexer_n_heads": 2, "indexer_kv_heads": 1,
+        "indexer_head_dim": 16, "indexer_budget": 64, "indexer_compress_ratio": 4, "hc_lowrank": 8,
+    },
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "linear_attention", "hybrid",
+                                     "linear_attention"]},
+    "cohere_compass_text": SLIDING | {"rope_parameters": dict.fromkeys(SLIDING["layer_types"], ROPE)},
+}  # fmt: skip
 
 
 @dataclass
@@ -130,18 +151,25 @@ def small_config(model_type: str):
     """Returns a configuration of a few thousand parameters."""
     from transformers import CONFIG_MAPPING
 
-    kind = CONFIG_MAPPING[model_type]
+    return CONFIG_MAPPING[model_type](**small_settings(CONFIG_MAPPING[model_type]))
+
+
+def small_settings(kind: type) -> dict:
+    """Returns the settings that make a small configuration of a class; of its blocks of images or sound, too."""
+    from transformers import CONFIG_MAPPING
+
     known = kind().to_dict()
-    if known.get("text_config") is not None:
-        raise ValueError("a model of text and something else; its text's is a type of its own")
     settings = {key: value for key, value in SMALL.items() if key in known or hasattr(kind, key)}
     for key in ("sliding_window", "head_dim", "num_local_experts"):
         if key in known and known[key] is None:
             settings.pop(key, None)
     if "kv_lora_rank" in known:
         settings |= {"head_dim": 8, "num_key_value_heads": 4, "qk_head_dim": 24}
-    settings |= MORE.get(model_type, {})
-    return kind(**{key: value for key, value in settings.items() if value is not None})
+    for name in kind.sub_configs:
+        if of_block := (known.get(name) or {}).get("model_type"):
+            settings[name] = {"model_type": of_block} | small_settings(CONFIG_MAPPING[of_block])
+    settings |= MORE.get(kind.model_type, {})
+    return {key: value for key, value in settings.items() if value is not None}
 
 
 def random_pairs(count: int = 3) -> list[SimpleNamespace]:
@@ -159,10 +187,11 @@ def random_pairs(count: int = 3) -> list[SimpleNamespace]:
 
 def save(model_type: str, folder: Path) -> torch.nn.Module:
     """Writes a small random model and returns it, as transformers computes it."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     config = small_config(model_type)
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    with_images = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)  # what a folder of such a type holds
+    kind = with_images or MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     kind = kind[0] if isinstance(kind, tuple) else kind
     with torch.device("meta"):
         size = sum(p.numel() for p in kind(config).parameters())
@@ -173,11 +202,16 @@ def save(model_type: str, folder: Path) -> torch.nn.Module:
     with torch.no_grad():
         for name, parameter in peer.named_parameters():
             if parameter.ndim >= 2:
-                parameter.normal_(0, parameter.shape[-1] ** -0.5)
+                parameter.normal_(0, 0.7 * parameter.shape[-1] ** -0.5)
             elif name.endswith("sinks"):
                 parameter.normal_()
+            elif name.endswith("q_norm.weight") and model_type.startswith("gemma4"):
+                parameter.mul_(0.25)  # which scales its scores, and nothing else does
+        for module in peer.modules():
+            if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx] = 0  # as it has been since their training; Youtu's is made so
     peer.save_pretrained(folder)
-    return peer
+    return kind.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
 
 
 def alone(peer: torch.nn.Module, pairs: list) -> torch.Tensor:
@@ -199,6 +233,19 @@ def gradients(model: torch.nn.Module, logps: torch.Tensor) -> dict[str, torch.Te
     return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
 
 
+def opened(folder: Path, pairs: list) -> tuple[torch.nn.Module, ModelFolder]:
+    """Returns a folder's model here, in the way in which it may take these pairs, and the folder."""
+    component = {"_component_": "pairtune.models.bridge.causal_lm", "path": str(folder)}
+    files = open_weights({"checkpoint_dir": str(folder), "model_type": "AUTO"}, component)
+    model = models.full(component, dtype="fp32")
+    models.disable_dropout(model)
+    make_ready(model, files.config, max_length=64)
+    models.load(model, Weights(files), world=CPU)
+    with redirect_stdout(io.StringIO()):
+        models.settle(model, pairs, CPU)
+    return model, files
+
+
 def try_type(model_type: str, folder: Path) -> Result:
     """Returns what comes of one model_type."""
     try:
@@ -207,16 +254,10 @@ def try_type(model_type: str, folder: Path) -> Result:
         wanted = gradients(peer, expected)
     except Exception as error:
         return Result(model_type, "not made", said=f"{type(error).__name__}: {one_line(error)}"[:160])
-    component = {"_component_": "pairtune.models.bridge.causal_lm", "path": str(folder)}
     try:
-        files = open_weights({"checkpoint_dir": str(folder), "model_type": "AUTO"}, component)
-        model = models.full(component, dtype="fp32")
-        models.disable_dropout(model)
-        make_ready(model, files.config, max_length=64)
-        models.load(model, Weights(files), world=CPU)
-        models.settle(model, pairs, CPU)
+        model, files = opened(folder, pairs)
     except UserError as error:
-        return Result(model_type, "refused", said=one_line(error).replace(str(folder), "FOLDER")[:160])
+        return Result(model_type, "refused", said=one_line(error).replace(str(folder), "FOLDER")[:240])
     logps = answer_token_logps(model, lay_out(pairs))
     found = gradients(model, logps)
     ours = (files.family.to_ours(name, value, files.config) for name, value in wanted.items())
@@ -240,7 +281,7 @@ def table(results: list[Result]) -> str:
         f"{version}: a small random model of each `model_type`, scored and differentiated by",
         "[the bridge](transformers.md) and by transformers on each conversation alone, in float32. Differences are the",
         "largest of a token's log-probability, in nats, and the norm of that of all gradients, over their norm. Of",
-        f"{len(results)} types: {told}.\n",
+        f"{len(results)} types: {told}. `tests/models/test_bridge_types.py` repeats some rows.\n",
         "shared: both answers follow one prompt; dense: the same, with attention over all pairs of a row's tokens;",
         "apart: each answer has a prompt of its own; refused: in a sentence, before training; not made: no small model",
         "came of the tool's settings, so that nothing is known of the type.\n",
@@ -253,27 +294,56 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def result_of(model_type: str, pipe) -> None:
+    """Sends what comes of one model_type: in a process of its own, which may be ended."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            pipe.send(try_type(model_type, Path(folder)))
+        except Exception:
+            traceback.print_exc()
+            pipe.send(Result(model_type, "traceback", said=traceback.format_exc().splitlines()[-1]))
+
+
+def within_limit(model_type: str) -> Result:
+    """Returns what comes of one model_type, or that it takes too long."""
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe()
+    process = fork.Process(target=result_of, args=(model_type, theirs))
+    process.start()
+    theirs.close()
+    try:
+        found = ours.recv() if ours.poll(SECONDS) else Result(model_type, "cut off", said=f"more than {SECONDS} s")
+    except EOFError:
+        found = Result(model_type, "traceback", said="the process ended")
+    process.kill()
+    process.join()
+    return found
+
+
 def main() -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", metavar="TYPE")
-    parser.add_argument("--write", metavar="PAGE", help="the page to write the table to")
+    parser.add_argument("--results", metavar="FILE", type=Path, help="JSON Lines, added to; types in it are skipped")
+    parser.add_argument("--write", metavar="PAGE", type=Path, help="the page to write the table to")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    results = []
-    for model_type in args.types or [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in NOT_MEANT]:
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                results.append(try_type(model_type, Path(folder)))
-            except Exception:
-                traceback.print_exc()
-                results.append(Result(model_type, "traceback", said=traceback.format_exc().splitlines()[-1]))
-        print(json.dumps(asdict(results[-1])), flush=True)
+    known = args.results.read_text().splitlines() if args.results and args.results.exists() else []
+    results = {result.model_type: result for result in (Result(**json.loads(line)) for line in known)}
+    for model_type in args.types or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        if model_type in results:
+            continue
+        results[model_type] = within_limit(model_type)
+        line = json.dumps(asdict(results[model_type]))
+        print(line, flush=True)
+        if args.results:
+            with args.results.open("a") as file:
+                file.write(line + "\n")
     if args.write:
-        Path(args.write).write_text(table(results))
-    if wrong := [r.model_type for r in results if r.is_wrong or r.way == "traceback"]:
+        args.write.write_text(table(list(results.values())))
+    if wrong := [r.model_type for r in results.values() if r.is_wrong or r.way in ("traceback", "cut off")]:
         sys.exit(f"wrong, or without a sentence: {', '.join(wrong)}")
 
 

@@ -33,6 +33,8 @@ from pairtune.models.bridge import packed
 from pairtune.models.bridge.files import Plan, Source
 from pairtune.models.build import DTYPES
 
+TABLES = (torch.int64, torch.int32, torch.bool)  # what some of transformers' models look up, such as a token's experts
+
 
 @dataclass(frozen=True)
 class ModelFolder:
@@ -59,7 +61,8 @@ class ModelFolder:
                 yield path, checkpointers.read_state_dict(self.reader, path, self.family.name)
             else:
                 also = packed.DTYPES if fewer_bits.kind_of(self.config) else ()
-                yield path, read_shard(path, ignored=self.family.ignored, also=also)
+                tables = TABLES if isinstance(self.family, BridgedFamily) else ()
+                yield path, read_shard(path, ignored=self.family.ignored, also=(*also, *tables))
 
     def plan(self, tensors: Mapping[str, Tensor]) -> Plan:
         """Returns where our weights come from in its files.

@@ -3,6 +3,7 @@
 A LoRA model is its own reference: with adapters off, or with a second, frozen set of them in the place of the first.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -21,6 +22,7 @@ COPIES = {  # an adapter's parameters, and where a frozen copy of them is
     "magnitude": "frozen_magnitude",
 }
 ADAPTED = (LoRALinear, DoRALinear, LoRAExpertsLinear)  # layers that have adapters
+MENTIONED = 0.01  # of all parameters: what is told of those that no adapter reaches
 _WRAPPED = "_checkpoint_wrapped_module."
 
 
@@ -54,10 +56,31 @@ def own_shapes(model: nn.Module) -> dict[str, torch.Size]:
 
 
 def sizes(model: nn.Module) -> str:
-    """Returns `num_parameters` in words, and how many are in fewer bits."""
+    """Returns `num_parameters` in words, how many are in fewer bits, and which matrices adapters do not reach."""
     num_all, num_trained = num_parameters(model)
     packed = frozen_base.summary(model)
-    return f"{num_all:,} parameters, {num_trained:,} trained{', ' * bool(packed)}{packed}"
+    words = f"{num_all:,} parameters, {num_trained:,} trained{', ' * bool(packed)}{packed}"
+    out_of_reach = _without_adapters(model) if num_trained < num_all else {}
+    share = sum(out_of_reach.values()) / num_all
+    if share < MENTIONED:
+        return words
+    return (
+        f"{words}; {share:.0%} of them are in {', '.join(sorted(out_of_reach))}, which this architecture computes by "
+        "itself: they have no adapters, and stay in the run's dtype"
+    )
+
+
+def _without_adapters(model: nn.Module) -> Counter[str]:
+    """Returns how many numbers are in matrices of layers that no module holds which an adapter could be beside."""
+    found: Counter[str] = Counter()
+    for layer in model.layers:
+        for path, module in layer.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding, ExpertsLinear, *ADAPTED)):
+                continue
+            for leaf, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim > 1:
+                    found[plain_name(f"{path}.{leaf}".lstrip("."))] += parameter.numel()
+    return found
 
 
 def num_parameters(model: nn.Module) -> tuple[int, int]:

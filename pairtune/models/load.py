@@ -10,7 +10,15 @@ from torchtune.modules import TransformerDecoder
 from pairtune.dist import World
 from pairtune.errors import UserError, listed
 from pairtune.models import frozen_base
-from pairtune.models.adapters import ADAPTED, adapter_shapes, fill_frozen_copy, frozen, own_shapes, plain_name
+from pairtune.models.adapters import (
+    ADAPTED,
+    adapter_shapes,
+    fill_frozen_copy,
+    frozen,
+    own_buffers,
+    own_shapes,
+    plain_name,
+)
 from pairtune.models.bridge.decoder import BridgedDecoder
 from pairtune.models.dora import DoRALinear
 from pairtune.models.shard import shard
@@ -56,6 +64,18 @@ def load(
             model.retie()
         if world.shards:
             shard(block, world, is_root=block is model)
+    if isinstance(model, BridgedDecoder):
+        _check_filled(model)
+
+
+def _check_filled(model: BridgedDecoder) -> None:
+    """Refuses an architecture whose constructors make a tensor that neither a file nor transformers gives numbers."""
+    left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    if left:
+        raise UserError(
+            f"model: {len(left)} tensors of transformers' {type(model.lm).__name__} are in no file and are not "
+            f"computed: it cannot be trained here\n{listed(left)}"
+        )
 
 
 @contextmanager
@@ -107,13 +127,19 @@ def check_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """
     adapters = adapter_shapes(model).keys()
     expected = {name: shape for name, shape in own_shapes(model).items() if name not in adapters}
-    found = {name: value.shape for name, value in getattr(weights, "empty", weights).items()}
+    there = getattr(weights, "empty", weights)
+    found = {name: value.shape for name, value in there.items()}
     lines = [f"not in the checkpoint: {_both(name, weights)}" for name in sorted(expected.keys() - found.keys())]
     lines += [f"not in the model: {_both(name, weights)}" for name in sorted(found.keys() - expected.keys())]
     for name in sorted(expected.keys() & found.keys()):
         if expected[name] != found[name]:
             shapes = f"{list(found[name])} in the checkpoint, {list(expected[name])} in the model"
             lines.append(f"{shapes}: {_both(name, weights)}")
+    tables = {name for name, buffer in own_buffers(model) if not buffer.is_floating_point()}
+    for name in sorted(expected.keys() & found.keys() - tables):
+        if not there[name].is_floating_point():
+            kind = str(there[name].dtype).removeprefix("torch.")
+            lines.append(f"{kind} in the checkpoint, and no table: quantized: {_both(name, weights)}")
     if lines:
         raise UserError(f"checkpointer: {len(lines)} weights do not fit: {_STRANGERS}\n{listed(lines)}")
 

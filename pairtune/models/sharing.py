@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
+from pairtune.config.rules import one_line
 from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.models.adapters import frozen
@@ -32,6 +33,8 @@ SOME = 2  # pairs: a row of several documents, and no more memory than a step ta
 # is not, moves those after it by tenths and more.
 ROUNDING = {"fp32": (1e-3, 2e-2), "bf16": (0.2, 2.0)}
 NOTHING = {"fp32": 1e-4, "bf16": 1e-2}  # a mean that needs no reason
+# What a model raises that does not know a kind of mask, or is broken.
+CANNOT = (TypeError, AttributeError, NotImplementedError, ValueError, LookupError, AssertionError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Difference:
 
     mean: float
     most: float
+    reason: str = ""  # why it cannot be computed so
 
     def is_rounding(self, dtype: str) -> bool:
         """Returns whether it may be no more than what numbers of this dtype, bf16 or fp32, make of it."""
@@ -49,11 +53,12 @@ class Difference:
     def is_like(self, other: "Difference", dtype: str) -> bool:
         """Returns whether it has no more reasons than another one, that of a model that computes the same otherwise."""
         beside = NOTHING[dtype]
-        return self.mean <= 2 * other.mean + beside and self.most <= 3 * other.most + 10 * beside
+        is_near = self.mean <= 2 * other.mean + beside and self.most <= 3 * other.most + 10 * beside
+        return is_near and math.isfinite(self.mean)
 
     def __str__(self) -> str:
         known = f"{self.mean:.2g} nats a token, {self.most:.2g} at most"
-        return known if math.isfinite(self.mean) else "it cannot compute so"
+        return f"it cannot compute so: {self.reason}" if self.reason else known
 
 
 def settle(model: nn.Module, pairs: Sequence, world: World) -> None:
@@ -70,26 +75,35 @@ def settle(model: nn.Module, pairs: Sequence, world: World) -> None:
     """
     some = [SimpleNamespace(prompt=p.prompt, chosen=p.chosen, rejected=p.rejected) for p in islice(pairs, SOME)]
     batch, dtype = lay_out(some).to(world.device), dtype_of(model)  # all tokens of an answer are scored
+    layers = [*model.modules()]
     with frozen(model), plainly(model):
         alone = torch.cat([_alone(model, *conversation, world) for conversation in _conversations(batch)])
         if not alone.isfinite().all():
             return  # nothing is equal to that; the dry run tells of weights that are not finite
+        _check_causal(model, *_conversations(batch)[0], alone, world, dtype)
         ways = model.ways if isinstance(model, BridgedDecoder) else [additions(model).sharing]
-        apart = next((way for way in ways if not way.prompts), ways[0])
-        rounding = world.agree(_try(model, apart, batch, alone))  # only that, if anything is right
+        for apart in [way for way in ways if not way.prompts] or ways[:1]:
+            rounding = world.agree(_try(model, apart, batch, alone))  # only that, if anything is right
+            if rounding.is_rounding(dtype):
+                break
         tried = []
         for way in ways:
             tried.append(world.agree(_try(model, way, batch, alone)))
             if tried[-1].is_like(rounding, dtype):
                 break
     forget_gathered(model)
+    if [*model.modules()] != layers:
+        raise UserError(
+            f"model: {type(model.lm).__name__} puts other layers in the place of its own while it computes, which have "
+            "dropout again: see config.json for how it attends (BigBird: attention_type=original_full)"
+        )
     if not tried[-1].is_rounding(dtype):
         raise UserError(
             "model: the log-probabilities of answers are not those that it computes of each conversation alone: "
             f"{tried[-1]}, which is more than rounding; it cannot be trained here, and no run with it was right"
         )
     if not way.prompts or way.dense:
-        world.print(_told(model, way, pairs, tried[0] if len(tried) > 1 else None))
+        world.print(_told(model, way, pairs, next((other for other in tried[:-1] if not other.reason), None)))
 
 
 def _try(model: nn.Module, way: Sharing, batch: PairBatch, alone: Tensor) -> Difference:
@@ -98,10 +112,10 @@ def _try(model: nn.Module, way: Sharing, batch: PairBatch, alone: Tensor) -> Dif
         model.share(way)
     try:
         difference = (answer_token_logps(model, batch) - alone).abs()
-    except (TypeError, AttributeError, NotImplementedError, ValueError, RuntimeError) as error:
+    except CANNOT as error:
         if isinstance(error, torch.OutOfMemoryError) or not isinstance(model, BridgedDecoder):
             raise
-        return Difference(math.inf, math.inf)
+        return Difference(math.inf, math.inf, one_line(error))
     return Difference(float(difference.mean()), float(difference.max()))
 
 
@@ -127,9 +141,43 @@ def _conversations(batch: PairBatch) -> list[tuple[list[int], list[int]]]:
     return [(prompt, answer) for prompt, answer in answers if answer]
 
 
+def _check_causal(model: nn.Module, prompt: list, answer: list, alone: Tensor, world: World, dtype: str) -> None:
+    """Refuses a model whose log-probabilities of an answer's beginning depend on what follows.
+
+    Args:
+        prompt, answer: The first conversation.
+        alone: Of all of them, the first one's first.
+    """
+    half = len(answer) // 2
+    if not half or not isinstance(model, BridgedDecoder):
+        return
+    difference = (_alone(model, prompt, answer[:half], world) - alone[:half]).abs()
+    off = world.agree(Difference(float(difference.mean()), float(difference.max())))
+    if not off.is_rounding(dtype):
+        raise UserError(
+            f"model: {type(model.lm).__name__} sees the tokens that it is to predict: without the second half of an "
+            f"answer, the first has other log-probabilities ({off}); take a causal language model"
+        )
+
+
 def _alone(model: nn.Module, prompt: list[int], answer: list[int], world: World) -> Tensor:
-    """Returns the log-probabilities of an answer's tokens, [tokens] float32, by the model's own forward."""
+    """Returns the log-probabilities of an answer's tokens, [tokens] float32, by the model's own forward.
+
+    Raises:
+        UserError: transformers' model cannot compute them.
+    """
     tokens = torch.tensor([prompt + answer], device=world.device)
     scored = torch.arange(len(prompt) - 1, tokens.shape[1] - 1, device=world.device)
-    logits = model(tokens, published=scored)[0] if isinstance(model, BridgedDecoder) else model(tokens)[0, scored]
+    if not isinstance(model, BridgedDecoder):
+        logits = model(tokens)[0, scored]
+    else:
+        try:
+            logits = model(tokens, published=scored)[0]
+        except CANNOT as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise UserError(
+                f"model: transformers' {type(model.lm).__name__} does not compute a conversation of {tokens.shape[1]} "
+                f"tokens: {one_line(error)}; see whether another version of transformers does"
+            ) from error
     return logits.float().log_softmax(-1).gather(-1, tokens[0, scored + 1][:, None])[:, 0]

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import (
-    ENVIRONMENT,
     NF4_SIZES,
     ROOT,
     SHARDED_SIZES,
@@ -22,6 +21,7 @@ from helpers import (
     run_recipe,
     save_llama,
     save_pairs,
+    start_two,
     tiny_llama,
 )
 from safetensors.torch import load_file
@@ -467,14 +467,6 @@ def test_two_processes_compute_every_loss_as_one_does(inputs, tmp_path):
         for key in weights:
             atol = 4 * rounding * float(expected[key].abs().max()) if name.endswith("bf16") else 1e-6
             torch.testing.assert_close(weights[key], expected[key], atol=atol, rtol=0, msg=f"{name}: {key}")
-
-
-def start_two(program, *words):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, str(program), *words], env=ENVIRONMENT, text=True, capture_output=True, timeout=300
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
 
 
 # Faults that other libraries have

@@ -1,6 +1,8 @@
 """A model of transformers, built from a folder's config.json on whatever device is the default one."""
 
 import json
+import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -47,7 +49,16 @@ def causal_lm(path: str) -> BridgedDecoder:
             f"{Path(path) / 'config.json'}: transformers {transformers.__version__} cannot make its "
             f"{type(config).__name__.removesuffix('Config')}: {one_line(error)}; see whether a newer version does"
         ) from error
+    if type(lm.config) is not type(config):
+        raise UserError(
+            f"{Path(path) / 'config.json'}: model_type={config.model_type}: is a text model, "
+            f"{lm.config.model_type}, with one of images around it, of which transformers builds the text model alone; "
+            "take a folder of the text model"
+        )
     experts.install(lm)
+    for module in lm.modules():
+        if hasattr(module, "_rescale_layers"):  # RWKV halves weights in place while it is not trained
+            module._rescale_layers = lambda: None
     _onto(torch.get_default_device(), lm)
     return BridgedDecoder(lm)
 
@@ -88,9 +99,26 @@ def import_transformers() -> ModuleType:
             f"model: this architecture is computed by transformers 5 or later, and {transformers.__version__} is "
             "installed: pip install -U 'pairtune[models]'"
         )
+    _quiet()
     visible.register()
     experts.register()
     return transformers
+
+
+def _quiet() -> None:
+    """Keeps from the console what transformers warns of that is decided here: token ids, masks, caches.
+
+    That a kernel is not installed is worth its line on a GPU, where it costs time.
+    """
+    if "TRANSFORMERS_VERBOSITY" in os.environ:
+        return
+    for handler in logging.getLogger("transformers").handlers:
+        if _concerns_a_user not in handler.filters:
+            handler.addFilter(_concerns_a_user)
+
+
+def _concerns_a_user(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR or ("falling back" in record.getMessage() and torch.cuda.is_available())
 
 
 def read_config(path: str):
@@ -129,8 +157,15 @@ def parse(content: Mapping, where: str = "config.json"):
 
 def settings(config) -> dict:
     """Returns what a configuration of transformers says of what its model computes, as JSON can hold it."""
-    said = json.loads(config.to_json_string(use_diff=False))
-    return {k: v for k, v in said.items() if k not in BESIDE and k[0] != "_" and not k.endswith("_token_id")}
+    return _computed(json.loads(config.to_json_string(use_diff=False)))
+
+
+def _computed(said):
+    """Returns it without what may differ, in blocks of it, too."""
+    if not isinstance(said, dict):
+        return said
+    names = [name for name in said if name not in BESIDE and name[0] != "_" and not name.endswith("_token_id")]
+    return {name: _computed(said[name]) for name in names}
 
 
 def check_same(model: BridgedDecoder, content: Mapping) -> None:

@@ -15,6 +15,7 @@ from pairtune.models.bridge import head, visible
 from pairtune.pairs.batch import ROW_MULTIPLE, PairBatch, apart
 
 _DROPOUT = re.compile(r"drop(out|_prob|$)|layerdrop")  # attributes of transformers' modules that hold a probability
+_JITTER = re.compile("jitter")  # of routers that choose by chance while they are trained, and by another rule then
 
 
 class BridgedDecoder(nn.Module):
@@ -26,6 +27,7 @@ class BridgedDecoder(nn.Module):
     Attributes:
         lm: transformers' model.
         max_seq_len: Positions that it was made for.
+        ties: Of weights of `lm` that have several names, the first one by each other.
     """
 
     def __init__(self, lm: nn.Module):
@@ -34,6 +36,9 @@ class BridgedDecoder(nn.Module):
         self.max_seq_len = _num_positions(lm.config.get_text_config())
         self._layers = _names_of_layers(lm)
         self._takes_functions = lm.config._attn_implementation == visible.NAME
+        self.ties = _ties(lm)
+        children = [child for child in lm.children() if any(True for _ in child.parameters())]
+        self._is_plain = len(children) == 2 and any(child is self.output for child in children)
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -102,8 +107,7 @@ class BridgedDecoder(nn.Module):
         if batch is not None:
             return self.unembed(self.hidden(batch))
         settings = {"use_cache": cache is not None} | ({} if cache is None else {"past_key_values": cache})
-        out = self.backbone(input_ids=tokens, attention_mask=mask, position_ids=input_pos, **settings)
-        hidden = out.last_hidden_state
+        hidden = self._before_output(input_ids=tokens, attention_mask=mask, position_ids=input_pos, **settings)
         logits = self.output(hidden if cache is None else hidden[:, -1:]) * head.scale_of(self.lm.config)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
@@ -113,15 +117,27 @@ class BridgedDecoder(nn.Module):
             batch = apart(batch, ROW_MULTIPLE if additions(self).takes_fixed_rows else 1)
         with visible.scoring(batch, additions(self).back_end):
             # With a mask of ones, transformers does not look for documents at positions that begin anew.
-            out = self.backbone(
+            hidden = self._before_output(
                 input_ids=batch.tokens,
                 position_ids=batch.input_pos,
                 attention_mask=torch.ones_like(batch.tokens),
                 use_cache=False,
             )
-        hidden = out.last_hidden_state.flatten(0, 1)[batch.source]
+        hidden = hidden.flatten(0, 1)[batch.source]
         scale = head.scale_of(self.lm.config)
         return hidden if scale == 1 else hidden * scale
+
+    def _before_output(self, **inputs) -> Tensor:
+        """Returns what the output layer is given, [B, S, D]: with layers between it and the backbone, theirs."""
+        if self._is_plain:
+            return self.backbone(**inputs).last_hidden_state
+        found: list[Tensor] = []
+        self.output.forward = lambda hidden: found.append(hidden) or hidden
+        try:
+            self.lm(**inputs)
+        finally:
+            del self.output.forward
+        return found[0]
 
     def new_cache(self):
         """Returns an empty cache of transformers for generation."""
@@ -150,18 +166,27 @@ class BridgedDecoder(nn.Module):
         return head.softcap_of(self.lm.config)
 
     def disable_dropout(self) -> bool:
-        """Sets every dropout probability to zero; returns whether any was above. nn.Dropout's are not looked at."""
+        """Sets every dropout probability to zero; returns whether any was above. nn.Dropout's are not looked at.
+
+        Routers that choose experts by chance while they are trained choose as they do later.
+        """
         found = False
         for module in self.modules():
-            for name, value in vars(module).items():
-                if _DROPOUT.search(name) and isinstance(value, float) and value > 0.0:
-                    setattr(module, name, 0.0)
-                    found = True
+            drawn = [name for name, value in vars(module).items() if isinstance(value, float) and value > 0.0]
+            for name in filter(_DROPOUT.search, drawn):
+                setattr(module, name, 0.0)
+                found = True
+            if any(map(_JITTER.search, drawn)):
+                module.eval()
+                module.train = lambda mode=True, module=module: module
+                found = True
         return found
 
     def retie(self) -> None:
         """Makes weights one again that are one, after the first of them was given its memory."""
-        self.lm.tie_weights()
+        for name, first in self.ties.items():
+            path, _, leaf = name.rpartition(".")
+            setattr(self.lm.get_submodule(path), leaf, self.lm.get_parameter(first))
 
     def computed_buffers(self) -> dict[str, Tensor]:
         """Returns the buffers that no file holds, such as a rotary embedding's angles, on the CPU by their names.
@@ -189,6 +214,14 @@ class BridgedDecoder(nn.Module):
 def _configs(lm: nn.Module) -> list:
     """Returns the configurations that its modules ask how to attend."""
     return [*{id(module.config): module.config for module in lm.modules() if hasattr(module, "config")}.values()]
+
+
+def _ties(lm: nn.Module) -> dict[str, str]:
+    """Returns, of parameters that a model has under several names, the first name by each other one."""
+    by_tensor: dict[int, str] = {}
+    named = lm.named_parameters(remove_duplicate=False)
+    first = {name: by_tensor.setdefault(id(parameter), name) for name, parameter in named}
+    return {name: other for name, other in first.items() if name != other}
 
 
 def _num_positions(config) -> int:

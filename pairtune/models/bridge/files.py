@@ -57,7 +57,7 @@ class Files:
         self._theirs = experts.their_names(model.lm)  # of what has another name here
         self._ours = {theirs: ours for ours, theirs in self._theirs.items()}
         self._shapes = {self._theirs.get(name, name): v.shape for name, v in model.lm.state_dict().items()}
-        self._first = _first_names(model)
+        self._first = model.ties
 
     def plan(self, tensors: Mapping[str, Tensor]) -> Plan:
         """Returns where the model's tensors come from in a folder.
@@ -136,12 +136,3 @@ def _on_its_own(value: Tensor) -> Tensor:
     """Returns a tensor that is no part of another, such as one expert's of a stack: which no file takes."""
     value = value.contiguous()
     return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
-
-
-def _first_names(model: BridgedDecoder) -> dict[str, str]:
-    """Returns, of tensors that a model has under several names, each other name with the first one."""
-    by_tensor: dict[int, str] = {}
-    first = {}
-    for name, parameter in model.lm.named_parameters(remove_duplicate=False):
-        first[name] = by_tensor.setdefault(id(parameter), name)
-    return {name: other for name, other in first.items() if name != other}

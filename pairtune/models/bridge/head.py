@@ -9,12 +9,14 @@ def scale_of(config) -> float:
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere; ...; Falcon-H1
         if getattr(config, name, None) is not None:
             return getattr(config, name)
-    scaling = getattr(config, "logits_scaling", None)  # Granite divides by it
-    if scaling is not None:
-        return scaling if config.model_type == "hyperclovax" else 1 / scaling
+    for name in ("logits_scaling", "logits_mup_width_multiplier"):  # Granite and Inkling divide by it
+        if getattr(config, name, None) is not None:
+            scaling = getattr(config, name)
+            return scaling if config.model_type == "hyperclovax" else 1 / scaling
     return 1.0
 
 
 def softcap_of(config) -> float | None:
     """Returns c where logits are c tanh(logits / c); None for a model without."""
-    return getattr(config, "final_logit_softcapping", None)
+    names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma; Griffin; xLSTM
+    return next((cap for name in names if (cap := getattr(config, name, None)) is not None), None)
