@@ -129,14 +129,21 @@ class World:
 
 
 def start(device: str) -> World:
-    """Returns a world of one process on `device`: cpu, cuda, cuda:N, or auto (a GPU where there is one).
+    """Returns `alone(device)`; what the process prints from here on is kept, see console.py.
 
-    What the process prints from here on is kept, see console.py.
+    Raises:
+        UserError: As alone.
+    """
+    console.start()
+    return alone(device)
+
+
+def alone(device: str) -> World:
+    """Returns a world of one process on `device`: cpu, cuda, cuda:N, or auto (a GPU where there is one).
 
     Raises:
         UserError: A GPU that this machine or this build of PyTorch does not have.
     """
-    console.start()
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
         device = "cuda" if found else "cpu"

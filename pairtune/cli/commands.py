@@ -17,6 +17,7 @@ import yaml
 
 from pairtune import console, torchao_names
 from pairtune.cli.after import evaluate, pairs, plot, report
+from pairtune.cli.ask import chat, generate
 from pairtune.cli.copies import cp, diff, update
 from pairtune.cli.find import (
     find,
@@ -278,7 +279,9 @@ def _check_keys(argv: list[str], parser: argparse.ArgumentParser, *more: str) ->
 
 COMMANDS = {
     command.__name__: command
-    for command in (download, ls, cp, cat, diff, update, validate, plan, run, plot, pairs, report, cache)
+    for command in (
+        *(download, ls, cp, cat, diff, update, validate, plan, run, plot, pairs, report, generate, chat, cache),
+    )
 }
 COMMANDS["eval"] = evaluate  # a name of Python's own
 

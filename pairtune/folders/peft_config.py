@@ -128,12 +128,45 @@ def _modules_of(target: str, family: Family) -> list[Module]:
 
 def _as_modules(layers: set[str], family: Family) -> str:
     """Returns what lora.modules says for these layers, the shortest way."""
+    return f"[{', '.join(_names_of(layers, family))}]"
+
+
+def _names_of(layers: set[str], family: Family) -> list[str]:
     names = []
     for name in family.lora_names:
         if (ours := set(LORA_LAYERS[name])) <= layers:
             names.append(name)
             layers = layers - ours
-    return f"[{', '.join([*names, *sorted(layers)])}]"
+    return [*names, *sorted(layers)]
+
+
+def lora_of(folder: Path, family: Family, key: str) -> dict:
+    """Returns the config's `lora` block for an adapter in PEFT's layout: its layers, rank and scale.
+
+    Args:
+        family: Of the base.
+
+    Raises:
+        UserError: It is no LoRA adapter that can be read here, or adapts nothing of this family.
+    """
+    config = read_config(folder, key)
+    check_kind(config, key)
+    targets = config.get("target_modules") or []
+    if targets == "all-linear":
+        modules = ["all-linear"]
+    else:
+        ends = targets if isinstance(targets, list) else [m.theirs for m in family.modules if _is_meant(m, targets)]
+        found = [m for target in map(str, ends) for m in _modules_of(target, family)]
+        modules = _names_of({models.without_numbers(part.name) for m in found for part in m.parts}, family)
+        modules = sorted({n if n in LORA_LAYERS else n.rpartition(".")[2] for n in modules})  # of transformers' classes
+    if not modules:
+        raise UserError(f"{key}: target_modules={show(targets)} names no layer of {family.name} that is adapted here")
+    switches = {name: bool(config.get(name)) for name in ("use_dora", "use_rslora")}
+    return {"rank": config["r"], "alpha": float(config["lora_alpha"]), "modules": modules, **switches}
+
+
+def _is_meant(module: Module, pattern: str) -> bool:
+    return module.is_adaptable and bool(re.fullmatch(pattern, module.theirs.replace("{}", "0")))
 
 
 def check_settings(config: dict, model: nn.Module, key: str) -> None:

@@ -95,6 +95,7 @@ class GroupedAttention(MultiHeadAttention):
         v = self.v_proj(y).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         if self.kv_cache is not None and self.cache_enabled:
             k, v = self.kv_cache.update(k, v)
+            k, v = (cached[:, :, : mask.shape[-1]] for cached in (k, v))  # what is filled
         dropout_p = self.attn_dropout if self.training else 0.0
         is_causal = self.kv_cache is None and mask is None and self.is_causal
         output = self._attention_call(q, k, v, mask=mask, dropout_p=dropout_p, is_causal=is_causal)

@@ -1,8 +1,11 @@
-"""A few prompts answered by the model as it is: what the numbers look like in words."""
+"""Prompts answered by a model as it is, a token at a time, with a cache of keys and values."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchtune.generation import generate, sample
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.common_utils import local_kv_cache
 
@@ -12,12 +15,47 @@ from pairtune.errors import UserError
 from pairtune.models.bridge.decoder import BridgedDecoder
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: of the likeliest `top_k`, of these the fewest that have a probability of `top_p`.
+
+    Attributes:
+        temperature: Logits are divided by it; 0 takes the likeliest token.
+        top_k, top_p: None for all.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def pick(self, logits: Tensor, rng: torch.Generator) -> Tensor:
+        """Returns a token each, [B], for logits [B, V]: in the order of transformers' generate, and drawn by `rng`."""
+        if not self.temperature:
+            return logits.argmax(-1)
+        # argmax of p / q with q of an exponential distribution is a draw by p, without waiting for the device
+        q = torch.empty_like(logits, dtype=torch.float32).exponential_(1, generator=rng)
+        return (self.kept(logits).softmax(-1) / q).argmax(-1)
+
+    def kept(self, logits: Tensor) -> Tensor:
+        """Returns logits in float32, by temperature, -inf for tokens that are not drawn."""
+        logits = logits.float() / self.temperature
+        if self.top_k is not None:
+            least = logits.topk(min(self.top_k, logits.shape[-1])).values[:, -1:]
+            logits = logits.masked_fill(logits < least, -torch.inf)
+        if self.top_p is not None:
+            ordered, order = logits.sort(-1)
+            is_tail = ordered.softmax(-1).cumsum(-1) <= 1 - self.top_p
+            is_tail[:, -1] = False  # the likeliest stays
+            logits = logits.masked_fill(is_tail.gather(-1, order.argsort(-1)), -torch.inf)
+        return logits
+
+
 def answers(
     model: TransformerDecoder,
     prompts: list[list[int]],
     *,
     world: World,
-    stop_ids: list[int],
+    stop_ids: Sequence[int],
     max_new_tokens: int,
     temperature: float = 0.0,
     seed: int = 0,
@@ -30,78 +68,103 @@ def answers(
         max_new_tokens: At most; an answer also ends where the model's positions do.
         temperature: 0 takes the likeliest token; above, answers depend on `seed` and on the batch a prompt is in.
     """
-    num_positions = model.pairtune.num_positions
     rng = torch.Generator(device=world.device).manual_seed(seed)
-    was_training = model.training
-    model.eval()
-    answered = []
+    how, answered = Sampling(temperature), []
     starts = range(0, len(prompts), batch_size)
     for start in console.progress(starts, "answers", shown=len(starts) > 1 and world.is_main):
         batch = prompts[start : start + batch_size]
-        width = max(map(len, batch))
-        room = min(max_new_tokens, num_positions - width)
-        if room < 1:
-            raise UserError(
-                f"samples: a prompt of {width} tokens leaves no room in the model's {num_positions} positions"
-            )
-        complete = _complete_bridged if isinstance(model, BridgedDecoder) else _complete
-        out = complete(model, batch, room, world=world, stop_ids=stop_ids, temperature=temperature, rng=rng)
-        answered += [_until_stop(row[width:].tolist(), set(stop_ids)) for row in out]
-    model.train(was_training)
+        found: list[list[int]] = [[] for _ in batch]
+        options = {"world": world, "stop_ids": stop_ids, "max_new_tokens": max_new_tokens}
+        for tokens in stream(model, batch, **options, sampling=how, rng=rng):
+            for answer, token in zip(found, tokens, strict=True):
+                answer += [] if token is None else [token]
+        answered += found
     return answered
 
 
-def _complete(
+@torch.no_grad()
+def stream(
     model: TransformerDecoder,
     prompts: list[list[int]],
-    room: int,
     *,
     world: World,
-    stop_ids: list[int],
-    temperature: float,
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+    sampling: Sampling,
     rng: torch.Generator,
-) -> Tensor:
-    """Returns prompts, padded on the left, and after them at most `room` tokens."""
-    device, width, used = world.device, max(map(len, prompts)), set().union(*prompts)
-    alike = _Alike(model, world) if world.size > 1 else model
-    # torchtune tells padding by its id: take one that no prompt holds, so that pad = eos or = bos does no harm.
-    pad_id = next(i for i in range(model.tok_embeddings.num_embeddings) if i not in used)
-    tokens = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts], device=device)
-    dtype = model.tok_embeddings.weight.dtype
-    how = {"batch_size": len(prompts), "device": device, "dtype": dtype, "decoder_max_seq_len": width + room}
-    with local_kv_cache(model, **how):
-        out, _ = generate(
-            alike, tokens, max_generated_tokens=room, pad_id=pad_id, temperature=temperature or 1.0,
-            top_k=None if temperature else 1, stop_tokens=list(stop_ids), rng=rng,
-        )  # fmt: skip
-    return out
+) -> Iterator[list[int | None]]:
+    """Yields the next token of each prompt, one step after the other; None for an answer that has ended.
+
+    Prompts of several lengths are padded on the left. Every process of a sharded model has to take every step.
+
+    Raises:
+        UserError: A prompt leaves no room in the model's positions.
+    """
+    width, positions = max(map(len, prompts)), model.pairtune.num_positions
+    room = min(max_new_tokens, positions - width)
+    if room < 1:
+        raise UserError(f"a prompt of {width:,} tokens leaves no room in the model's {positions:,} positions")
+    was_training = model.training
+    model.eval()
+    stops, ended = set(stop_ids), [False] * len(prompts)
+    steps = (_bridged if isinstance(model, BridgedDecoder) else _cached)(model, prompts, room, world)
+    try:
+        logits = next(steps)
+        for left in range(room, 0, -1):
+            tokens = sampling.pick(logits, rng)
+            found = tokens.tolist()
+            ended = [was or token in stops for was, token in zip(ended, found, strict=True)]
+            yield [None if is_over else token for is_over, token in zip(ended, found, strict=True)]
+            if all(ended) or left == 1:
+                return
+            logits = steps.send(tokens[:, None])
+    finally:
+        steps.close()  # the cache goes
+        model.train(was_training)
 
 
-@torch.no_grad()
-def _complete_bridged(
-    model: BridgedDecoder,
-    prompts: list[list[int]],
-    room: int,
-    *,
-    world: World,
-    stop_ids: list[int],
-    temperature: float,
-    rng: torch.Generator,
-) -> Tensor:
-    """Does the same with transformers' cache, which each architecture has its own of; padding is masked."""
-    device, width = world.device, max(map(len, prompts))
+def _padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns tokens, whether they are any, and their positions, [B, S] each."""
+    width = max(map(len, prompts))
     tokens = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    position = (mask.cumsum(1) - 1).clamp(min=0)
-    ended, stops = torch.zeros(len(prompts), dtype=torch.bool, device=device), torch.tensor(stop_ids, device=device)
-    alike, cache, step = _Alike(model, world) if world.size > 1 else model, model.new_cache(), tokens
-    while tokens.shape[1] < width + room and not ended.all():
-        logits = alike(step, mask=mask, input_pos=position, cache=cache)[:, -1]
-        drawn = torch.empty_like(logits).exponential_(1, generator=rng)  # else it would be torch's own generator
-        step = sample(logits, temperature=temperature or 1.0, top_k=None if temperature else 1, q=drawn).long()
-        tokens, ended = torch.cat([tokens, step], dim=1), ended | torch.isin(step[:, 0], stops)
-        mask, position = torch.cat([mask, torch.ones_like(step)], dim=1), position[:, -1:] + 1
-    return tokens
+    there = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts], device=device)
+    return tokens, there, (there.cumsum(1) - 1).clamp(min=0)
+
+
+def _cached(model: TransformerDecoder, prompts: list[list[int]], room: int, world: World):
+    """Yields logits [B, V] of the next token, and is sent that, [B, 1]: by torchtune's cache, as far as it goes."""
+    tokens, there, position = _padded(prompts, world.device)
+    width, alike = tokens.shape[1], _Alike(model, world) if world.size > 1 else model
+    how = {"batch_size": len(prompts), "device": world.device, "dtype": model.tok_embeddings.weight.dtype}
+    # A token sees those before it that are no padding; padding sees itself, since a softmax over nothing is NaN.
+    sees = torch.ones(width, width, dtype=torch.bool, device=world.device).tril() & there[:, None]
+    sees |= torch.eye(width, dtype=torch.bool, device=world.device)
+    with local_kv_cache(model, **how, decoder_max_seq_len=width + room), _last_only(model):
+        token = yield alike(tokens, mask=sees, input_pos=position)[:, -1]
+        while True:
+            there = torch.cat([there, torch.ones_like(there[:, :1])], 1)
+            position = position[:, -1:] + 1
+            token = yield alike(token, mask=there[:, None], input_pos=position)[:, -1]
+
+
+def _bridged(model: BridgedDecoder, prompts: list[list[int]], room: int, world: World):
+    """Does the same with transformers' cache, which each architecture has its own of."""
+    step, mask, position = _padded(prompts, world.device)
+    mask = mask.long()
+    alike, cache = _Alike(model, world) if world.size > 1 else model, model.new_cache()
+    while True:
+        step = yield alike(step, mask=mask, input_pos=position, cache=cache)[:, -1]
+        mask, position = torch.cat([mask, torch.ones_like(step)], 1), position[:, -1:] + 1
+
+
+@contextmanager
+def _last_only(model: TransformerDecoder) -> Iterator[None]:
+    """Has the model compute logits of a row's last token only: of a whole prompt they would be as wide as long."""
+    hook = model.norm.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, -1:], *inputs[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class _Alike:
@@ -114,14 +177,6 @@ class _Alike:
     def __init__(self, model: TransformerDecoder, world: World):
         self._model, self._world = model, world
 
-    def __getattr__(self, name):
-        return getattr(self._model, name)
-
     def __call__(self, *args, **kwargs):
         self._world.beat("answering prompts")
-        return self._world.from_main(self._model(*args, **kwargs)[:, -1:])  # torchtune looks at the last position only
-
-
-def _until_stop(tokens: list[int], stop_ids: set[int]) -> list[int]:
-    end = next((i for i, token in enumerate(tokens) if token in stop_ids), len(tokens))
-    return tokens[:end]
+        return self._world.from_main(self._model(*args, **kwargs)[:, -1:])

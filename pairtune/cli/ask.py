@@ -1,0 +1,176 @@
+"""`tune generate` and `tune chat`: a model's answers, in the terminal or in a file."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from pairtune import console
+from pairtune.cli.words import parser_of
+from pairtune.errors import UserError
+from pairtune.files import telling, write_text
+
+
+def generate(argv: list[str]) -> int:
+    """Answer prompts with a model's folder (an export, one of the Hub's, a run's, an adapter's)."""
+    parser = parser_of(generate)
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="a model's; of a run's, its export is taken")
+    parser.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="of a config: dtype=fp32, tokenizer.chat_template=plain, ..."
+    )
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given again")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt a line, or .jsonl; -: standard input")
+    parser.add_argument("--output", type=Path, metavar="JSONL", help="prompts and answers, an object a line")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts at a time; default: 8")
+    _add_how(parser)
+    args = parser.parse_intermixed_args(argv)
+    _check(args)
+    from pairtune.cli import asking  # and torch
+
+    asked = args.prompt + _read(args.prompts, asking.read_prompts)
+    if not asked:
+        raise UserError("what is asked? --prompt TEXT, --prompts FILE, or a prompt a line on standard input")
+    model = asking.Model(asking.Asked(args.folder, args.adapter, args.base_dtype, args.overrides))
+    prompts = [model.prompt(one, args.system) for one in asked]
+    how = {"max_new_tokens": args.max_new_tokens, "sampling": _sampling(args), "rng": model.generator(args.seed)}
+    answers: list[str] = []
+    starts = range(0, len(prompts), args.batch_size)
+    for start in console.progress(starts, "answers", shown=args.output is not None and len(starts) > 1):
+        batch = prompts[start : start + args.batch_size]
+        texts = [""] * len(batch)
+        streams = args.output is None and len(batch) == 1
+        if streams:
+            _print_asked(asked[start], alone=len(asked) == 1)
+        for added in model.answers(batch, **how):
+            texts = [text + more for text, more in zip(texts, added, strict=True)]
+            if streams:
+                print(added[0], end="", flush=True)
+        answers += texts
+        if streams:
+            print()
+        for one, text in zip(asked[start:], texts, strict=False) if args.output is None and not streams else ():
+            _print_asked(one)
+            print(text)
+    if args.output:
+        rows = [{"prompt": one, "answer": text} for one, text in zip(asked, answers, strict=True)]
+        with telling(args.output, "name another file: --output"):
+            write_text(args.output.expanduser(), "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+        print(f"{args.output}: {len(rows):,} answers")
+    return 0
+
+
+def chat(argv: list[str]) -> int:
+    """Talk with a model's folder in the terminal, or with two of them side by side.
+
+    An empty line is none, /new begins anew, /end or Ctrl-D ends; Ctrl-C ends an answer, and a second one the command.
+    """
+    parser = parser_of(chat)
+    parser.add_argument("words", metavar="FOLDER", nargs="+", help="a model's; one or two; then key=value of a config")
+    _add_how(parser, temperature=0.7)
+    args = parser.parse_intermixed_args(argv)
+    _check(args)
+    overrides = [word for word in args.words if "=" in word and not Path(word).is_dir()]
+    folders = [Path(word) for word in args.words if word not in overrides]
+    if not 0 < len(folders) < 3:
+        raise UserError(f"chat: {len(folders)} folders; one or two can be asked at a time")
+    from pairtune.cli import asking  # and torch
+
+    opened = [asking.Model(asking.Asked(folder, args.adapter, args.base_dtype, overrides)) for folder in folders]
+    histories: list[list[dict]] = [[] for _ in opened]
+    rngs = [model.generator(args.seed) for model in opened]
+    print("/new begins anew, /end ends", file=sys.stderr)
+    while (line := _line()) is not None:
+        if line == "/end":
+            break
+        if line == "/new":
+            histories = [[] for _ in opened]
+        elif line:
+            for folder, model, history, rng in zip(folders, opened, histories, rngs, strict=True):
+                if len(opened) > 1:
+                    print(f"{folder}:")
+                _answer(model, history, line, args, rng)
+    return 0
+
+
+def _line() -> str | None:
+    """Returns what the user says, None when there is no more; a Ctrl-C at the prompt ends the command."""
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return None
+
+
+def _answer(model, history: list[dict], line: str, args, rng) -> None:
+    """Prints an answer as it comes, and keeps both in the conversation; an answer that cannot be given is none."""
+    said, text = [*history, {"role": "user", "content": line}], ""
+    try:
+        prompt = model.prompt(said, args.system)
+        how = {"max_new_tokens": args.max_new_tokens, "sampling": _sampling(args), "rng": rng}
+        for (added,) in model.answers([prompt], **how):
+            text += added
+            print(added, end="", flush=True)
+    except KeyboardInterrupt:
+        print(" ...", end="")
+    except UserError as error:
+        print(f"{error}; /new begins anew", file=sys.stderr)
+        return
+    print("\n")
+    history[:] = [*said, {"role": "assistant", "content": text}]
+
+
+def _add_how(parser: argparse.ArgumentParser, temperature: float = 0.0) -> None:
+    parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="in PEFT's layout, laid on the model")
+    parser.add_argument("--base-dtype", choices=("nf4", "int8", "fp8"), help="linear layers in 4 or 8 bits")
+    parser.add_argument("--system", metavar="TEXT", help="a system message before every conversation")
+    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="default: 512")
+    known = "the likeliest token always" if not temperature else "0 takes the likeliest token always"
+    parser.add_argument(
+        "--temperature", type=float, default=temperature, metavar="T", help=f"default: {temperature}; {known}"
+    )
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens")
+    parser.add_argument("--top-p", type=float, metavar="P", help="among the fewest whose probability adds up to P")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn; default: 0")
+
+
+def _check(args) -> None:
+    """Refuses what is no number of tokens, probability or temperature, before torch is imported."""
+    rules = (
+        ("max_new_tokens", lambda v: v >= 1, "at least 1"),
+        ("batch_size", lambda v: v >= 1, "at least 1"),
+        ("temperature", lambda v: v >= 0, "0 or more"),
+        ("top_k", lambda v: v >= 1, "at least 1"),
+        ("top_p", lambda v: 0 < v <= 1, "above 0, and 1 at most"),
+    )
+    for name, holds, says in rules:
+        value = getattr(args, name, None)
+        if value is not None and not holds(value):
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be {says}")
+    if not args.temperature and (args.top_k or args.top_p):
+        given = "--top-k" if args.top_k else "--top-p"
+        raise UserError(f"{given}: has no effect with --temperature 0, which takes the likeliest token; give both")
+
+
+def _sampling(args):
+    from pairtune.models.generation import Sampling
+
+    return Sampling(args.temperature, args.top_k, args.top_p)
+
+
+def _read(path: Path | None, read) -> list:
+    """Returns the prompts of a file, or of standard input."""
+    if path is None:
+        return []
+    if str(path) == "-":
+        return read(Path("standard input"), sys.stdin.read())
+    try:
+        text = path.expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        told = getattr(error, "strerror", None) or "it is no text in UTF-8"
+        raise UserError(f"--prompts {path}: cannot be read: {told}; a text file, or - for standard input") from None
+    return read(path, text)
+
+
+def _print_asked(asked, *, alone: bool = False) -> None:
+    if not alone:
+        text = asked if isinstance(asked, str) else "\n".join(f"{m['role']}: {m.get('content')}" for m in asked)
+        print(f"\n> {text}")

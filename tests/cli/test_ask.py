@@ -1,0 +1,172 @@
+"""`tune generate` and `tune chat` answer as transformers does, with an adapter and over a base in 4 bits, too."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+
+import hf_peers
+import pytest
+import torch
+from helpers import ENVIRONMENT, NF4_SIZES, save_llama
+
+from pairtune.cli import main
+from pairtune.models.generation import Sampling
+
+PROMPTS = ["w5 w9 w100 w41", "w7", "w250 w12 w12 w88 w17 w301 w3 w9"]
+NEW = 24
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    work = tmp_path_factory.mktemp("ask")
+    save_llama(work / "base", sizes=NF4_SIZES)
+    (work / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
+    return work
+
+
+def ask(folder, *words):
+    """Returns the answers of `tune generate`."""
+    output = folder / "answers.jsonl"
+    how = ["--prompts", str(folder / "prompts.jsonl"), "--output", str(output), "--max-new-tokens", str(NEW)]
+    assert main(["generate", *words, *how, "dtype=fp32", "device=cpu"]) == 0
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == PROMPTS
+    return [row["answer"] for row in rows]
+
+
+def greedy(peer, folder):
+    """Returns transformers' answers, each prompt alone."""
+    from transformers import AutoTokenizer
+
+    tokenizer, found = AutoTokenizer.from_pretrained(folder), []
+    for prompt in PROMPTS:
+        tokens = tokenizer(prompt, return_tensors="pt")
+        out = peer.generate(**tokens, max_new_tokens=NEW, do_sample=False, eos_token_id=2, pad_token_id=2)
+        found.append(tokenizer.decode(out[0, tokens.input_ids.shape[1] :], skip_special_tokens=True))
+    return found
+
+
+def test_greedy_answers_are_those_of_transformers(folder):
+    from transformers import AutoModelForCausalLM
+
+    peer = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    expected = greedy(peer, folder / "base")
+    assert ask(folder, str(folder / "base")) == expected
+    assert ask(folder, str(folder / "base"), "--batch-size", "1") == expected
+    assert len(set(expected)) == len(expected)
+
+
+@pytest.mark.parametrize("name", ["Olmo2", "Gemma3Text", "Lfm2"])
+def test_so_are_those_of_transformers_classes(folder, name):
+    """With windows, a convolution's state, and a cache of each architecture's own."""
+    import transformers
+
+    settings = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
+                "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+                "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+    settings |= {"head_dim": 16, "sliding_window": 8} if name.startswith("Gemma") else {}
+    peer = hf_peers.save_peer(folder / name, getattr(transformers, f"{name}Config")(**settings))
+    assert ask(folder, str(folder / name)) == greedy(peer, folder / name)
+
+
+def test_an_adapter_of_peft_answers_as_it_does_there(folder):
+    """Laid on its base by --adapter, and named alone: its settings say which layers, rank and base."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    peer = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    peer = get_peft_model(peer, LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"])).eval()
+    torch.manual_seed(0)
+    for name, parameter in peer.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    peer.save_pretrained(folder / "adapter")
+    expected = greedy(peer, folder / "base")
+    assert ask(folder, str(folder / "base"), "--adapter", str(folder / "adapter")) == expected
+    assert ask(folder, str(folder / "adapter")) == expected != ask(folder, str(folder / "base"))
+
+
+def test_a_base_in_four_bits_answers_as_its_values_do(folder):
+    from torchao.dtypes.nf4tensor import to_nf4
+    from transformers import AutoModelForCausalLM
+
+    peer = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    with torch.no_grad():
+        for module in peer.model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.copy_(to_nf4(module.weight.float()).get_original_weight())
+    found = ask(folder, str(folder / "base"), "--base-dtype", "nf4")
+    assert found == greedy(peer, folder / "base") != ask(folder, str(folder / "base"))
+
+
+def test_what_is_drawn_depends_on_the_seed_alone(folder):
+    drawn = [ask(folder, str(folder / "base"), "--temperature", "1", "--seed", seed) for seed in ("1", "1", "2")]
+    assert drawn[0] == drawn[1] != drawn[2]
+    likeliest = ask(folder, str(folder / "base"))
+    assert ask(folder, str(folder / "base"), "--temperature", "1", "--top-k", "1") == likeliest
+    assert ask(folder, str(folder / "base"), "--temperature", "1", "--top-p", "1e-6") == likeliest
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, 0.9), (7, None), (12, 0.6), (None, 0.05)])
+def test_tokens_that_may_be_drawn_are_those_of_transformers(top_k, top_p):
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    logits = torch.randn(5, 50, generator=torch.Generator().manual_seed(3)) * 3
+    expected = TemperatureLogitsWarper(0.7)(None, logits)
+    expected = TopKLogitsWarper(top_k)(None, expected) if top_k else expected
+    expected = TopPLogitsWarper(top_p)(None, expected) if top_p else expected
+    how = Sampling(0.7, top_k, top_p)
+    torch.testing.assert_close(how.kept(logits).softmax(-1), expected.softmax(-1))
+    rng, row = torch.Generator().manual_seed(0), logits[:1].expand(20_000, -1)
+    counts = torch.bincount(how.pick(row, rng), minlength=50) / len(row)
+    torch.testing.assert_close(counts, expected[0].softmax(-1), atol=0.015, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["generate", "{base}"], "what is asked? --prompt TEXT"),
+        (["generate", "{base}/no", "--prompt", "w1"], "no such folder"),
+        (["generate", "{work}", "--prompt", "w1"], "holds no config.json"),
+        (["generate", "{base}", "--prompt", "w1", "--top-k", "0"], "--top-k 0: must be at least 1"),
+        (["generate", "{base}", "--prompt", "w1", "--top-p", "0.9"], "has no effect with --temperature 0"),
+        (["generate", "{base}", "--prompts", "{work}/none.txt"], "cannot be read: No such file"),
+        (["generate", "{base}", "--prompt", "w1 " * 200, "dtype=fp32"], "leaves no room in the model's 128 positions"),
+        (["chat", "{base}", "{base}", "{base}"], "3 folders; one or two"),
+    ],
+)
+def test_what_cannot_be_asked_is_told_in_a_sentence(folder, capsys, words, said):
+    assert main([word.format(work=folder, base=folder / "base") for word in words]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error
+
+
+def start_chat(folder, *words):
+    command = [sys.executable, "-m", "pairtune.cli", "chat", *words, "dtype=fp32", "device=cpu"]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen(command, env=ENVIRONMENT, text=True, bufsize=1, **pipes)
+
+
+def test_a_chat_survives_what_people_type_and_a_closed_pipe(folder):
+    """Two models side by side; an empty line, one of 100,000 characters, Ctrl-C in an answer, a pipe that closes."""
+    base = str(folder / "base")
+    chat = start_chat(folder, base, base, "--temperature", "0", "--max-new-tokens", "4")
+    out, said = chat.communicate("w5 w9\n\n" + "w7 " * 33_000 + "\n/new\nw5 w9\n")
+    assert chat.returncode == 0 and "Traceback" not in said
+    answered = re.findall(rf"{base}:\n(.+)\n\n", out)
+    assert len(answered) == 4 and len(set(answered)) == 1  # a conversation that begins anew begins as the first did
+    assert said.count("leaves no room in the model's 128 positions; /new begins anew") == 2
+    endless = folder / "endless"
+    save_llama(endless, sizes=NF4_SIZES | {"max_seq_len": 100_000})
+    chat = start_chat(folder, str(endless), "--max-new-tokens", "90000")
+    chat.stdin.write("w5\n")
+    assert chat.stdout.read(3)
+    chat.send_signal(signal.SIGINT)
+    chat.stdin.write("/new\nw5\n")
+    assert "..." in chat.stdout.readline()  # of the answer that was ended; the next one begins
+    chat.stdout.read(3)
+    chat.stdout.close()
+    assert chat.wait(60) == 128 + signal.SIGPIPE
+    assert "Traceback" not in chat.stderr.read()
