@@ -19,3 +19,16 @@ class Interrupt:
 
     def close(self):
         pass
+
+
+class KillParentOnce(Interrupt):
+    """The same, once, for the process that started this one; `note` is a file that says that it was sent."""
+
+    def __init__(self, step, note, sent="SIGKILL"):
+        super().__init__(step, sent)
+        self.note = note
+
+    def log_dict(self, metrics, step):
+        if step == self.step and "loss" in metrics and not os.path.exists(self.note):
+            with open(self.note, "x"):
+                os.kill(os.getppid(), self.sent)

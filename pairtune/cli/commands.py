@@ -23,11 +23,11 @@ from pairtune.cli.find import (
     find,
     first_line,
     is_torchtunes,
-    one_process_only,
     own,
     torchtune_registry,
     torchtunes,
 )
+from pairtune.cli.sweep import sweep
 from pairtune.cli.words import parser_of, prog
 from pairtune.errors import UserError, nearest
 
@@ -43,28 +43,14 @@ def run(argv: list[str]) -> int:
     A *_distributed recipe gets one process for each visible GPU. torchrun's options stand before RECIPE.
     """
     from pairtune.cli.check import check_run, read_words
-    from pairtune.cli.launch import execute, launch, torchrun_parser
+    from pairtune.cli.launch import execute, launch, read_start
 
-    name, *rest = argv or [""]
-    options = []  # torchrun's
-    if name.startswith("-"):
-        parser = torchrun_parser(run.__doc__)
-        _check_keys(argv, parser, "--config")
-        parsed = parser.parse_args(argv)
-        name, rest = parsed.training_script, parsed.training_script_args
-        options = argv[: len(argv) - len(rest) - 1]
-    if not name:
-        raise UserError("run: which recipe? tune run RECIPE --config CONFIG; `tune ls` lists both")
-    recipe = find("recipe", name)
+    options, recipe, rest = read_start(argv, "run", run.__doc__)
     if {"-h", "--help"} & set(rest):
         from pairtune.cli.recipe_help import recipe_help
 
         print(recipe_help(recipe))
         return 0
-    if options and one_process_only(recipe):
-        twin = name.replace("_single_device", "_distributed")
-        hint = f"use {twin}, or leave" if twin != name else "leave"
-        raise UserError(f"{options[0]}: {recipe.stem} runs in one process; {hint} torchrun's options out")
     configs, overrides = read_words(recipe, rest)
     check_run(recipe, configs, overrides)
     args = [word for path in configs for word in ("--config", str(path))] + overrides
@@ -280,7 +266,7 @@ def _check_keys(argv: list[str], parser: argparse.ArgumentParser, *more: str) ->
 COMMANDS = {
     command.__name__: command
     for command in (
-        *(download, ls, cp, cat, diff, update, validate, plan, run, plot, pairs, report, generate, chat, cache),
+        *(download, ls, cp, cat, diff, update, validate, plan, run, sweep, plot, pairs, report, generate, chat, cache),
     )
 }
 COMMANDS["eval"] = evaluate  # a name of Python's own

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pairtune import console
-from pairtune.cli.find import is_torchtunes
+from pairtune.cli.find import find, is_torchtunes, one_process_only
 from pairtune.cli.words import prog
+from pairtune.config.names_elsewhere import check_dashes
 from pairtune.errors import UserError
 
 
@@ -129,12 +130,36 @@ def _report_failure(rank: int, failure) -> int:
     return max(failure.exitcode, 1)
 
 
-def torchrun_parser(description: str = "") -> argparse.ArgumentParser:
+def read_start(argv: list[str], command: str, description: str | None) -> tuple[list[str], Path, list[str]]:
+    """Returns torchrun's options, the recipe, and the words behind it, of `tune run` and what starts recipes like it.
+
+    Raises:
+        UserError: There is no recipe, or it has no use for torchrun's options.
+    """
+    name, *rest = argv or [""]
+    options = []  # torchrun's
+    if name.startswith("-"):
+        parser = torchrun_parser(description or "", command)
+        check_dashes(argv, [*parser._option_string_actions, "--config"])
+        parsed = parser.parse_args(argv)
+        name, rest = parsed.training_script, parsed.training_script_args
+        options = argv[: len(argv) - len(rest) - 1]
+    if not name:
+        raise UserError(f"{command}: which recipe? tune {command} RECIPE --config CONFIG; `tune ls` lists both")
+    recipe = find("recipe", name)
+    if options and one_process_only(recipe) and not {"-h", "--help"} & set(rest):
+        twin = name.replace("_single_device", "_distributed")
+        hint = f"use {twin}, or leave" if twin != name else "leave"
+        raise UserError(f"{options[0]}: {recipe.stem} runs in one process; {hint} torchrun's options out")
+    return options, recipe, rest
+
+
+def torchrun_parser(description: str = "", command: str = "run") -> argparse.ArgumentParser:
     """Returns the parser of torchrun's options and what stands behind them."""
     from torch.distributed.run import get_args_parser
 
     parser = get_args_parser()
-    parser.prog = f"{prog()} run"
+    parser.prog = f"{prog()} {command}"
     parser.usage = f"{parser.prog} [torchrun's options] RECIPE --config CONFIG [--config MORE] [key=value | ~key ...]"
     parser.description = description
     ours = {"training_script": "RECIPE", "training_script_args": "--config CONFIG key=value"}

@@ -103,6 +103,9 @@ def _draw(logs: Mapping[str, Sequence[Mapping]], title: str):
         _draw_panel(axis, name, logs)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
+    if len(logs) > 1 and len(panels) < len(axes) and (names := axes[0].get_legend()):
+        names.remove()  # the names of many runs would cover a panel
+        axes[-1].legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="center")
     height = 3.3 * lines + 0.7
     figure.subplots_adjust(left=0.05, right=0.99, bottom=0.5 / height, top=1 - 0.95 / height, wspace=0.24, hspace=0.34)
     figure.suptitle(textwrap.fill(title, 150), y=1 - 0.12 / height, va="top", fontsize=11)
@@ -110,6 +113,8 @@ def _draw(logs: Mapping[str, Sequence[Mapping]], title: str):
 
 
 def _draw_panel(axis, name: str, logs: Mapping[str, Sequence[Mapping]]) -> None:
+    from matplotlib import colormaps
+
     wanted, start = PANELS[name]
     single = len(logs) == 1
     for number, (run, log) in enumerate(logs.items()):
@@ -121,7 +126,7 @@ def _draw_panel(axis, name: str, logs: Mapping[str, Sequence[Mapping]]) -> None:
                 if not steps:
                     continue
                 label = f"{what}, {key.rpartition('/')[2]}" if len(wanted) > 1 else what
-                color = RUNS[number % len(RUNS)]
+                color = RUNS[number] if len(logs) <= len(RUNS) else colormaps["turbo"](number / (len(logs) - 1))
                 if single:
                     color = REJECTED if key.endswith("rejected") else HELD_OUT if prefix else TRAINING
                     color = TRAINING if prefix and len(wanted) > 1 and key.endswith("chosen") else color
