@@ -69,8 +69,7 @@ def chat(argv: list[str]) -> int:
     _add_how(parser, temperature=0.7)
     args = parser.parse_intermixed_args(argv)
     _check(args)
-    overrides = [word for word in args.words if "=" in word and not Path(word).is_dir()]
-    folders = [Path(word) for word in args.words if word not in overrides]
+    folders, overrides = _folders(args.words)
     if not 0 < len(folders) < 3:
         raise UserError(f"chat: {len(folders)} folders; one or two can be asked at a time")
     from pairtune.cli import asking  # and torch
@@ -90,6 +89,12 @@ def chat(argv: list[str]) -> int:
                     print(f"{folder}:")
                 _answer(model, history, line, args, rng)
     return 0
+
+
+def _folders(words: list[str]) -> tuple[list[Path], list[str]]:
+    """Returns the folders among a command's words, and the key=value."""
+    overrides = [word for word in words if "=" in word and not Path(word).is_dir()]
+    return [Path(word) for word in words if word not in overrides], overrides
 
 
 def _line() -> str | None:
@@ -118,10 +123,12 @@ def _answer(model, history: list[dict], line: str, args, rng) -> None:
     history[:] = [*said, {"role": "assistant", "content": text}]
 
 
-def _add_how(parser: argparse.ArgumentParser, temperature: float = 0.0) -> None:
-    parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="in PEFT's layout, laid on the model")
+def _add_how(parser: argparse.ArgumentParser, temperature: float = 0.0, without: tuple[str, ...] = ()) -> None:
+    if "adapter" not in without:
+        parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="in PEFT's layout, laid on the model")
     parser.add_argument("--base-dtype", choices=("nf4", "int8", "fp8"), help="linear layers in 4 or 8 bits")
-    parser.add_argument("--system", metavar="TEXT", help="a system message before every conversation")
+    if "system" not in without:
+        parser.add_argument("--system", metavar="TEXT", help="a system message before every conversation")
     parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="default: 512")
     known = "the likeliest token always" if not temperature else "0 takes the likeliest token always"
     parser.add_argument(
@@ -174,3 +181,48 @@ def _print_asked(asked, *, alone: bool = False) -> None:
     if not alone:
         text = asked if isinstance(asked, str) else "\n".join(f"{m['role']}: {m.get('content')}" for m in asked)
         print(f"\n> {text}")
+
+
+def compare(argv: list[str]) -> int:
+    """Lay models' answers to the same prompts side by side; runs, by config, held-out pairs and curves, too.
+
+    The first folder is what the others are compared with. Without prompts, a run's held-out ones are asked.
+    """
+    parser = parser_of(compare)
+    parser.add_argument("words", metavar="FOLDER", nargs="+", help="a model's or a run's; then key=value of a config")
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given again")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt a line, or .jsonl; -: standard input")
+    parser.add_argument("--urial", action="store_true", help="the first model also with examples before the question")
+    parser.add_argument("--runs-only", action="store_true", help="of runs, no answers: nothing is loaded")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts at a time; default: 8")
+    parser.add_argument("--output", type=Path, metavar="JSONL", help="prompts and all answers, an object a line")
+    _add_how(parser, without=("adapter", "system"))
+    args = parser.parse_intermixed_args(argv)
+    _check(args)
+    from pairtune.cli import asking  # and torch
+    from pairtune.cli import compare as comparing
+
+    folders, overrides = _folders(args.words)
+    runs = comparing.runs_of(folders)
+    if len(runs) > 1:
+        from pairtune.run import curves
+
+        print(comparing.differences(runs))
+        target = Path("curves.png")
+        with telling(target, "go to another folder"):
+            curves.save(curves.draw_runs({str(run.folder): run.log for run in runs}), target)
+        print(target)
+    if args.runs_only:
+        return 0
+    asked = args.prompt + _read(args.prompts, asking.read_prompts)
+    asked = asked or (comparing.prompts_of(runs[-1].folder) if runs else [])
+    if not asked:
+        raise UserError("what is asked? --prompt TEXT, --prompts FILE, or a run's folder, whose held-out prompts are")
+    answers = comparing.ask_all(folders, asked, args, overrides)
+    print(comparing.side_by_side(asked, answers))
+    if args.output:
+        rows = [{"prompt": one, **{name: found[n] for name, found in answers.items()}} for n, one in enumerate(asked)]
+        with telling(args.output, "name another file: --output"):
+            write_text(args.output.expanduser(), "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+        print(f"{args.output}: {len(rows):,} prompts")
+    return 0

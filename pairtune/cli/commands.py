@@ -17,7 +17,7 @@ import yaml
 
 from pairtune import console, torchao_names
 from pairtune.cli.after import evaluate, pairs, plot, report
-from pairtune.cli.ask import chat, generate
+from pairtune.cli.ask import chat, compare, generate
 from pairtune.cli.copies import cp, diff, update
 from pairtune.cli.find import (
     find,
@@ -266,7 +266,8 @@ def _check_keys(argv: list[str], parser: argparse.ArgumentParser, *more: str) ->
 COMMANDS = {
     command.__name__: command
     for command in (
-        *(download, ls, cp, cat, diff, update, validate, plan, run, sweep, plot, pairs, report, generate, chat, cache),
+        *(download, ls, cp, cat, diff, update, validate, plan, run, sweep),
+        *(plot, pairs, report, generate, chat, compare, cache),
     )
 }
 COMMANDS["eval"] = evaluate  # a name of Python's own

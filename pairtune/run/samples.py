@@ -80,9 +80,11 @@ def show_samples(path: Path, count: int = 3) -> None:
     samples = _read_samples(path)
     for sample in samples[:count]:
         print("\n" + "\n".join(f"{name + ':':<8}{str(text).strip()}" for name, text in sample.items()))
-    changed = sum(sample["before"] != sample["after"] for sample in samples)
-    barely = ": the policy barely moved" if samples and not changed else ""
-    print(f"\n{changed} of {len(samples)} answers changed{barely}")
+    known = [sample for sample in samples if sample["before"] is not None]  # a run that was resumed may ask others
+    changed = sum(sample["before"] != sample["after"] for sample in known)
+    barely = ": the policy barely moved" if known and not changed else ""
+    others = f"; {len(samples) - len(known)} were not asked before training" if len(known) < len(samples) else ""
+    print(f"\n{changed} of {len(known)} answers changed{barely}{others}")
 
 
 def _read_samples(path: Path) -> list[dict]:

@@ -11,8 +11,9 @@ import pytest
 import torch
 from helpers import ENVIRONMENT, NF4_SIZES, save_llama
 
-from pairtune.cli import main
+from pairtune.cli import main, urial
 from pairtune.models.generation import Sampling
+from pairtune.run.samples import show_samples
 
 PROMPTS = ["w5 w9 w100 w41", "w7", "w250 w12 w12 w88 w17 w301 w3 w9"]
 NEW = 24
@@ -124,9 +125,61 @@ def test_tokens_that_may_be_drawn_are_those_of_transformers(top_k, top_p):
     torch.testing.assert_close(counts, expected[0].softmax(-1), atol=0.015, rtol=0)
 
 
+# tune compare
+
+
+def test_models_are_compared_by_the_same_prompts(folder, tmp_path, capsys):
+    """One with itself, and another one; URIAL's text before the question changes what a base answers."""
+    for name, seed in (("one", 0), ("other", 5)):
+        save_llama(tmp_path / name, sizes=NF4_SIZES | {"max_seq_len": 2048}, seed=seed)
+    one, other, output = str(tmp_path / "one"), str(tmp_path / "other"), tmp_path / "answers.jsonl"
+    how = ["--max-new-tokens", str(NEW), "dtype=fp32", "device=cpu", "--output", str(output)]
+    asked = ["--prompts", str(folder / "prompts.jsonl")]
+    assert main(["compare", one, other, "--urial", *asked, *how]) == 0
+    out = capsys.readouterr().out
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row[one] for row in rows] == ask(folder, one) and [row[other] for row in rows] == ask(folder, other)
+    changed = sum(row[one] != row[f"{one}, URIAL"] for row in rows)
+    assert changed and f"{one}, URIAL: {changed} of 3 answers changed against {one}; " in out
+    assert f"{other}: 3 of 3 answers changed" in out and "> w7" in out
+    (tmp_path / "again").symlink_to(tmp_path / "one")
+    assert main(["compare", one, str(tmp_path / "again"), *asked, *how]) == 0
+    assert "again: 0 of 3 answers changed against" in capsys.readouterr().out
+
+
+def test_the_examples_of_urial_are_not_in_an_answer():
+    text = urial.prompt("Why?")
+    assert text.count(urial.QUERY) == 4 and text.endswith("Why?\n```\n\n# Answer:\n```")
+    for answer in ("It is so.\n```\n\n# Question:\n```\nMy bread", "It is so.\n\n# Question:\nMy", "It is so.```"):
+        assert urial.cut(answer) == "It is so."
+
+
+def test_runs_are_compared_by_what_they_were_told_and_came_to(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, beta, loss in (("a", 0.1, 0.6), ("b", 0.3, 0.5)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(f"output_dir: {name}\nloss: {{beta: {beta}}}\nseed: 1\n")
+        held = {"eval/loss": loss, "eval/pairs": 200, "eval/rewards/accuracies": 0.75, "eval/rewards/margins": 0.2}
+        log = [{"step": 1, "loss": 0.69, "pairs_per_second": 1.0}, {"step": 1, **held}]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    assert main(["compare", "a", "b", "--runs-only"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["loss.beta", "0.1", "0.3"] in lines and ["held-out", "loss", "0.6", "0.5"] in lines
+    assert not any(line[0] in ("seed", "output_dir") for line in lines)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_answer_that_was_not_asked_for_before_has_not_changed(tmp_path, capsys):
+    rows = [{"prompt": "a", "before": None, "after": "x"}, {"prompt": "b", "before": "y", "after": "y"}]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    show_samples(tmp_path / "samples.jsonl")
+    assert "0 of 1 answers changed: the policy barely moved; 1 were not asked" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["compare", "{base}"], "what is asked? --prompt TEXT"),
         (["generate", "{base}"], "what is asked? --prompt TEXT"),
         (["generate", "{base}/no", "--prompt", "w1"], "no such folder"),
         (["generate", "{work}", "--prompt", "w1"], "holds no config.json"),

@@ -1,0 +1,114 @@
+"""`tune compare`: models' answers to the same prompts, side by side; and runs, by what they were told and came to."""
+
+import json
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from pairtune.run import places
+from pairtune.run.evaluations import held_of
+from pairtune.run.finished import Finished, open_run
+
+FROM_A_RUN = 10  # of its held-out prompts, where none are given
+
+
+def ask_all(folders: Sequence[Path], asked: Sequence, args, overrides: Sequence[str]) -> dict[str, list[str]]:
+    """Returns each model's answers by its name: one model at a time is in memory.
+
+    With `--urial` the first model answers a second time, with examples before the question in the place of a template.
+    """
+    from pairtune.cli import asking, urial
+    from pairtune.models.generation import Sampling
+
+    how = {"max_new_tokens": args.max_new_tokens, "sampling": Sampling(args.temperature, args.top_k, args.top_p)}
+    found: dict[str, list[str]] = {}
+    ways = [(str(folder), folder, False) for folder in folders]
+    ways[1:1] = [(f"{folders[0]}, URIAL", folders[0], True)] if args.urial else []
+    for name, folder, with_examples in ways:
+        words = [*overrides, "tokenizer.chat_template=plain"] if with_examples else overrides
+        model = asking.Model(asking.Asked(folder, None, args.base_dtype, words))
+        texts = [urial.prompt(_question(one)) for one in asked] if with_examples else asked
+        prompts = [model.prompt(one) for one in texts]
+        answers: list[str] = []
+        rng = model.generator(args.seed)
+        for start in range(0, len(prompts), args.batch_size):
+            batch = prompts[start : start + args.batch_size]
+            parts = [""] * len(batch)
+            for added in model.answers(batch, **how, rng=rng):
+                parts = [text + more for text, more in zip(parts, added, strict=True)]
+            answers += parts
+        found[name] = [urial.cut(answer) for answer in answers] if with_examples else answers
+    return found
+
+
+def _question(asked) -> str:
+    """Returns the last thing that a user says."""
+    if isinstance(asked, str):
+        return asked
+    return str(next((m.get("content") for m in reversed(asked) if m["role"] == "user"), ""))
+
+
+def side_by_side(asked: Sequence, answers: dict[str, list[str]]) -> str:
+    """Returns each prompt with all answers, then a line a model: how many differ from the first one's, and lengths."""
+    lines = []
+    for n, one in enumerate(asked):
+        lines += ["", f"> {_question(one).strip()}"]
+        for name, found in answers.items():
+            lines += [f"  {name}:", textwrap.indent(found[n].strip() or "(nothing)", "    ")]
+    first, base = next(iter(answers.items()))
+    lines.append("")
+    for name, found in answers.items():
+        words = sorted(len(answer.split()) for answer in found)
+        told = f"{len({*found}):,} distinct of {len(found):,}, {words[len(words) // 2]:,} words in the middle"
+        if name != first:
+            changed = sum(one != other for one, other in zip(base, found, strict=True))
+            told = f"{changed:,} of {len(found):,} answers changed against {first}; {told}"
+        lines.append(f"{name}: {told}")
+    return "\n".join(lines)
+
+
+def prompts_of(run_dir: Path) -> list[str]:
+    """Returns held-out prompts of a run, from where its config says that they are.
+
+    Raises:
+        UserError: They cannot be read, or there are none.
+    """
+    from pairtune.run.pair_texts import read_texts  # and torch
+
+    texts = read_texts(open_run(run_dir).config, held_out=True)
+    return list(dict.fromkeys(of_row[0][0] for of_row in texts.values() if of_row))[:FROM_A_RUN]
+
+
+def runs_of(folders: Sequence[Path]) -> list[Finished]:
+    """Returns those of the folders that are runs'."""
+    return [open_run(folder) for folder in folders if (folder.expanduser() / places.LOG).is_file()]
+
+
+def differences(runs: Sequence[Finished]) -> str:
+    """Returns what runs were told differently, and what each came to, in tables."""
+    flat = [_flat(run.config) for run in runs]
+    keys = dict.fromkeys(key for one in flat for key in one)
+    rows = [[key, *(one.get(key, "") for one in flat)] for key in keys if len({one.get(key) for one in flat}) > 1]
+    rows = [row for row in rows if row[0] != "output_dir"]
+    results = [["", *(run.name for run in runs)], *(rows or [["config", *["the same"] * len(runs)]])]
+    held = [[row for row in run.log if "eval/loss" in row] for run in runs]
+    results.append(["held-out loss", *(f"{one[-1]['eval/loss']:.4g}" if one else "" for one in held)])
+    results.append(["ranked rightly", *(_ranked(one[-1]) if one else "" for one in held)])
+    results.append(["verdict", *(run.verdict.name for run in runs)])
+    widths = [max(len(row[n]) for row in results) for n in range(len(results[0]))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in results)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _ranked(row: dict) -> str:
+    one = held_of(row)
+    if one.accuracy is None:
+        return ""
+    low, high = one.interval
+    return f"{one.accuracy:.1%} ({low:.1%} to {high:.1%})"
+
+
+def _flat(node, prefix: str = "") -> dict[str, str]:
+    if isinstance(node, dict) and node:
+        return {k: v for key, value in node.items() for k, v in _flat(value, f"{prefix}{key}.").items()}
+    return {prefix.removesuffix("."): json.dumps(node, ensure_ascii=False) if not isinstance(node, str) else node}
