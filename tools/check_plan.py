@@ -29,6 +29,7 @@ from torchtune.rlhf.loss import DPOLoss  # noqa: E402
 from pairtune import dist, models  # noqa: E402
 from pairtune.cli import plan  # noqa: E402
 from pairtune.folders.check_model import windows  # noqa: E402
+from pairtune.models.adapters import own_shapes  # noqa: E402
 from pairtune.models.logps import answer_logps  # noqa: E402
 from pairtune.pairs.batch import ROW_MULTIPLE  # noqa: E402
 from pairtune.reference.sources import frozen_model  # noqa: E402
@@ -140,7 +141,7 @@ def measure(case: Case, world: dist.World) -> int:
     """Returns the most bytes allocated at a time in training steps as the recipes make them, weights included."""
     torch.manual_seed(0)
     whole = models.full(case.component, dtype="fp32")
-    weights = {name: 0.02 * torch.randn(p.shape) for name, p in whole.named_parameters()}
+    weights = {name: 0.02 * torch.randn(shape) for name, shape in own_shapes(whole).items()}
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         policy, reference = _build(case, world)
         for model in (policy, reference):

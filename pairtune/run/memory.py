@@ -367,6 +367,8 @@ class _Ledger(TorchDispatchMode):
             inside = KERNEL_BYTES[operation](*args)
             self._add("logits", inside)
             self._add("logits", -inside)
+        if operation == aten._local_scalar_dense.default and args[0].is_meta and args[0].dtype == torch.bool:
+            return True  # whether a mask is all ones, which some of transformers' models ask: here it is
         result = operation(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, Tensor) and tensor.is_meta:
@@ -546,7 +548,7 @@ def _kernels_of(device: str):
     def attend(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
         if enable_gqa and not attention.takes_groups(device, q.dtype, attn_mask):
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        if dropout_p and device == "cpu":  # no fused kernel there
+        if device == "cpu" and (dropout_p or q.shape[-1] != v.shape[-1]):  # no fused kernel there
             how = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "enable_gqa": enable_gqa}
             return sdpa(q, k, v, **how)
         return _fused_attention(device, q, k, v, attn_mask, is_causal)
@@ -576,7 +578,7 @@ def _fused_attention(device: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor 
         mask = torch.where(mask, torch.zeros((), dtype=q.dtype, device=META), float("-inf"))
     if device == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, attn_mask=mask)[0]
-    if mask is None and q.dtype != torch.float32:
+    if mask is None and q.dtype != torch.float32 and q.shape[-1] == v.shape[-1]:
         return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
     mask = None if mask is None else mask.expand(*q.shape[:2], *mask.shape[-2:])
     return aten._scaled_dot_product_efficient_attention(q, k, v, mask, q.requires_grad, 0.0, is_causal)[0]

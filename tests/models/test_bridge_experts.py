@@ -231,12 +231,11 @@ def test_grouped_products_are_those_of_each_expert(dtype, transposed, width):
     assert (gradients[1][2] == 0).all()
 
 
-@pytest.mark.parametrize(("name", "method"), [("Qwen3Moe", "full"), ("GptOss", "lora"), ("GptOss", "qlora")])
-def test_what_a_run_exports_is_what_it_measured(name, method, tmp_path):
-    save(tmp_path / "base", name)
+def test_what_a_run_with_a_router_loss_exports_is_what_it_measured(tmp_path):
+    save(tmp_path / "base", "Qwen3Moe")
     changes = {"router_aux_loss_coef": 0.02, "enable_activation_checkpointing": True}
     hf_peers.write_config(tmp_path, component(tmp_path / "base"), "AUTO", lora=LORA, **changes)
-    hf_peers.check_run(tmp_path, method)
+    hf_peers.check_run(tmp_path, "full")
 
 
 @dataclass(frozen=True)
@@ -246,17 +245,14 @@ class Planned(TOOL["Case"]):
         return self.sizes
 
 
-@pytest.mark.parametrize(
-    ("name", "how"), [("Qwen3Moe", ("full", "fp32", 2, 60, 60)), ("GptOss", ("qlora", "bf16", 2, 60, 60))]
-)
-def test_predicted_peak_is_what_a_training_step_allocates(name, how, tmp_path):
+def check_plan(folder, config, method, **how):
+    """What `tune plan` counts is what two training steps allocate, in a model that is wide enough to tell."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # attention has buffers a thread
-    wider = {"vocab_size": 2000, "hidden_size": 128, "max_position_embeddings": 512}
-    config = getattr(transformers, f"{name}Config")(**SIZES | MIXTURES[name] | wider)
-    config.save_pretrained(tmp_path)
-    is_qlora = how[0] == "qlora"
-    case = Planned(*how, checkpointing=is_qlora, modules=("all-linear",), sizes=component(tmp_path))
+    config.update({"vocab_size": 2000, "hidden_size": 128, "max_position_embeddings": 512})
+    config.save_pretrained(folder)
+    dtype = "bf16" if method == "qlora" else "fp32"
+    case = Planned(method, dtype, 2, 60, 60, modules=("all-linear",), sizes=component(folder), **how)
     try:
         measured = TOOL["measure"](case, dist.start("cpu"))
     finally:
@@ -264,7 +260,6 @@ def test_predicted_peak_is_what_a_training_step_allocates(name, how, tmp_path):
     assert TOOL["predict"](case).total == pytest.approx(measured, rel=0.01)
 
 
-def test_two_processes_train_as_one_does(tmp_path):
-    save(tmp_path / "base", "GptOss")
-    hf_peers.write_config(tmp_path, component(tmp_path / "base"), "AUTO", lora=LORA, samples={"num_prompts": 0})
-    hf_peers.check_two_processes(tmp_path, "qlora")
+def test_predicted_peak_is_what_a_training_step_allocates(tmp_path):
+    config = transformers.GptOssConfig(**SIZES | MIXTURES["GptOss"])
+    check_plan(tmp_path, config, "qlora", checkpointing=True)
