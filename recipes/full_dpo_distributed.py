@@ -45,6 +45,7 @@ DEFAULTS = {
     # model: what the run starts from, or that of checkpoint_dir; cached: the same, computed once; none: zeros;
     # sync: what the run starts from, moved toward the policy
     "reference": {"name": "model", **keys.REFERENCE},
+    "enable_fp8_training": False,  # layers' products in fp8, on GPUs that have it: Ada, Hopper and later
     "optimizer": {"_component_": "torch.optim.AdamW", "lr": 5e-7, "weight_decay": 0.0},
     "decay_norms_and_biases": False,  # true: weight_decay shrinks parameters of one dimension, too
     # The pairs
@@ -84,6 +85,8 @@ def main(cfg):
     files = weights.open_weights(cfg.checkpointer, cfg.model)
     tokenizer = adapt(config.instantiate(cfg.tokenizer), cfg.tokenizer)
     model = models.full(cfg.model, dtype=cfg.dtype)
+    if cfg.enable_fp8_training:
+        world.print(models.convert_to_fp8(model, world.device))
     if cfg.disable_dropout and models.disable_dropout(model):
         world.print("disable_dropout=true: the model's dropout has no effect\n")
     make_ready(model, files.config, cfg.max_length, tokenizer.vocab_size)

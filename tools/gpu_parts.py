@@ -23,6 +23,7 @@ BITS_8 = "optimizer._component_=torchao.optim.AdamW8bit"
 OFFLOADED = "optimizer._component_=torchao.optim.CPUOffloadOptimizer"
 PAGED = "optimizer._component_=bitsandbytes.optim.PagedAdamW"
 AWAY = ["enable_activation_offloading=true"]
+FP8 = ["enable_fp8_training=true", "dtype=bf16"]
 RECIPES = {  # recipe, overrides, what the CPU takes in place of these, how far losses may differ
     "lora": (LORA, [], None, EXACT),
     "full": (FULL, [], None, EXACT),
@@ -40,6 +41,9 @@ RECIPES = {  # recipe, overrides, what the CPU takes in place of these, how far 
     "lora, offloaded": (LORA, AWAY, (LORA, []), EXACT),
     "qlora, offloaded, compiled": (QLORA, [*AWAY, "compile=true"], (QLORA, []), QUANTIZED),
     "full, distributed, activations offloaded": ("full_dpo_distributed", AWAY, (FULL, []), EXACT),
+    "full, fp8": (FULL, FP8, None, ROUGH),
+    "full, fp8, compiled": (FULL, [*FP8, "compile=true"], (FULL, FP8), ROUGH),
+    "full, distributed, fp8": ("full_dpo_distributed", FP8, (FULL, FP8), ROUGH),
     "lora, bf16": (LORA, ["dtype=bf16"], (LORA, []), ROUGH),
     "lora, bf16, varlen": (LORA, ["dtype=bf16", "attention=varlen"], (LORA, []), ROUGH),
     "lora, bf16, compiled": (LORA, ["dtype=bf16", "compile=true"], (LORA, []), ROUGH),
@@ -77,6 +81,7 @@ RUNS = {  # of speed, on configs/llama3_8b.yaml
     "lora live, mix": ("lora_dpo_single_device", MIX, FAST),
     "full cached": ("full_dpo_single_device", LONG, [*FAST, "reference=cached"]),
     "full cached, 8-bit AdamW": ("full_dpo_single_device", LONG, BITS_8_FULL),
+    "full cached, 8-bit AdamW, fp8": ("full_dpo_single_device", LONG, [*BITS_8_FULL, "enable_fp8_training=true"]),
     "lora live, eager": ("lora_dpo_single_device", LONG, ["compile=false"]),
     "qlora live, eager": ("qlora_dpo_single_device", LONG, ["compile=false"]),
 }

@@ -67,7 +67,7 @@ def settle(asked: Asked):
         paths, folder = [saved], exported
         base = yaml.safe_load(saved.read_text(encoding="utf-8"))["checkpointer"]
         words += ["model=auto", "checkpointer._component_=torchtune.training.FullModelHFCheckpointer"]
-        words += ["enable_activation_offloading=false"]  # there is no backward
+        words += ["enable_activation_offloading=false", "enable_fp8_training=false"]  # weights as they are; no backward
         words += ["~checkpointer.checkpoint_files"] if "checkpoint_files" in base else []
         reference = reference or Path(base["checkpoint_dir"])
     words += [f"checkpointer.checkpoint_dir={folder}", f"tokenizer.path={folder}"]

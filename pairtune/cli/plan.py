@@ -19,13 +19,14 @@ from pairtune.errors import UserError
 from pairtune.folders.opening import windows_of
 from pairtune.folders.weights import read_config
 from pairtune.losses.calling import needs
+from pairtune.models import fp8
 from pairtune.pairs.batch import ROW_MULTIPLE
 from pairtune.pairs.columns import as_plain
 from pairtune.pairs.mixture import counts_of, sources_of
 from pairtune.pairs.rows import read_rows
 from pairtune.pairs.steps import count_steps
 from pairtune.reference.cache import BATCHES
-from pairtune.reference.sources import KNOWN, check_reference, frozen_model, has_second_model
+from pairtune.reference.sources import KNOWN, check_reference, frozen_model, has_second_model, is_own
 from pairtune.run import choosing
 from pairtune.run.choosing import GIB, USABLE, Chosen
 from pairtune.run.memory import (
@@ -210,6 +211,7 @@ def plan_config(cfg: DictConfig, method: str, run: Run) -> Plan:
         setting=setting,
         num_processes=run.gpus,
         base_config=_config_of(cfg.checkpointer.checkpoint_dir, cfg.model),
+        in_fp8=cfg.get("enable_fp8_training", False),
     )
     prompt, answer = worst_pair(cfg.max_length, cfg.max_prompt_length, cfg.get("max_completion_length"))
     max_tokens = prompt + 2 * answer
@@ -221,8 +223,7 @@ def plan_config(cfg: DictConfig, method: str, run: Run) -> Plan:
     row_length = math.ceil(max_tokens / ROW_MULTIPLE) * ROW_MULTIPLE
     work = choosing.Work(uniform_pair(prompt, answer), row_length, cfg.pairs_per_step, num_steps=num_steps)
     memory = None if run.gpu_memory is None else round(run.gpu_memory * GIB)
-    asked = {key: cfg[key] for key in choosing.KEYS}
-    chosen = choosing.choose(asked, work, policy, live, optimizer, setting, memory)
+    chosen = choosing.choose({key: cfg[key] for key in choosing.KEYS}, work, policy, live, optimizer, setting, memory)
     batch_size = min(chosen.batch_size, math.ceil(cfg.pairs_per_step / run.gpus))
     micro_batches = math.ceil(cfg.pairs_per_step / (batch_size * run.gpus))
     setting = replace(setting, micro_batches=micro_batches, execution=chosen.execution)
@@ -262,12 +263,14 @@ def build(
     num_processes: int = 1,
     reference: Mapping | None = None,
     base_config: dict | None = None,
+    in_fp8: bool = False,
 ):
     """Returns a recipe's policy and its second model or None, on the meta device.
 
     Args:
         reference: The config's block; None: the method's default.
         base_config: The base folder's config.json, where it is here: it tells of sliding windows, which take masks.
+        in_fp8: The config's enable_fp8_training.
     """
     reference, second = reference or {"name": KNOWN[method][0]}, None
     processes = SimpleNamespace(num_shards=setting.num_shards, shards=setting.shards, size=num_processes)
@@ -279,9 +282,13 @@ def build(
     if not dropout:
         models.disable_dropout(policy)
     _fit(policy, base_config or {}, max_length)
+    if in_fp8:
+        models.convert_to_fp8(policy, torch.device(setting.device))
     if second is not None:
         folder, builder = reference.get("checkpoint_dir"), reference.get("model") or component
         _fit(second, _config_of(folder, builder) if folder else base_config or {}, max_length)
+        if is_own(reference, method, dtype):
+            fp8.convert_like(policy, second, torch.device(setting.device))
     return policy, second
 
 

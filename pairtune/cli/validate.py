@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from pairtune import config, models
@@ -83,7 +84,8 @@ class Validation:
 
         files = ("checkpointer", "tokenizer")
         answers["tokenizer"] = found = ask("tokenizer", lambda: self._tokenizer(cfg), *files)
-        sizes = ("model", "lora", "dtype", "max_length", "attention", "compile", "enable_activation_checkpointing")
+        sizes = ("model", "lora", "dtype", "enable_fp8_training", "max_length")
+        sizes += ("attention", "compile", "enable_activation_checkpointing")
         answers["model"] = ask(f"{method} model", lambda: _model(method, cfg, found.value), *files, *sizes)
         answers["weights"] = ask("weights", lambda: self._weights(cfg), "checkpointer", "model")
         if cfg.get("adapter"):
@@ -197,6 +199,8 @@ def _model(method: str, cfg: DictConfig, tokenizer) -> tuple[str, Any]:
     here = Path(cfg.checkpointer.checkpoint_dir).is_dir()
     known = base_config(cfg.checkpointer, cfg.model) if here else {}
     make_ready(model, known, cfg.max_length, tokenizer.vocab_size if tokenizer else 0)
+    if cfg.get("enable_fp8_training"):
+        models.convert_to_fp8(model, torch.device("cpu"))  # of the GPU, the run tells
     choosing.check(cfg.attention, cfg.compile, cfg.enable_activation_checkpointing)
     contract.check_router(model, cfg.get("router_aux_loss_coef", 0))
     compared = "as in config.json" if here else "not compared with config.json, which is not here"

@@ -290,6 +290,7 @@ _LEARNING = (
     Key("lora.use_dora"),
     Key("lora.use_rslora"),
     Key("adapter", rule=of_kind(str), resume="by result", nullable=True, recipes=_BY_ADAPTERS),
+    Key("enable_fp8_training", recipes="full_ recipes"),
     Key("optimizer", example="torch.optim.AdamW"),
     Key("optimizer.lr", rule=above(0)),
     Key("optimizer.weight_decay"),

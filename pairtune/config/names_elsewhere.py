@@ -187,6 +187,8 @@ ROWS = {
         _row("bf16 pure_bf16", ALL_HF, "dtype=bf16", false="dtype=fp32"),
         _row("fp16", "TRL, axolotl, LLaMA-Factory", "dtype=bf16; float16 is not there",
              false=f"{_LEAVE}: dtype is bf16 or fp32"),
+        _row("fp8", "axolotl", "enable_fp8_training={} in full_ recipes"),
+        _row("fp8_recipe_name", "torchtune", f"{_LEAVE}: enable_fp8_training=true takes torchao's rowwise_with_gw_hp"),
         _row("torch_dtype policy_dtype param_dtype", "handbook, dpo, EasyDeL", "dtype=bf16",
              float32="dtype=fp32", fp32="dtype=fp32"),
         _row("attn_implementation flash_attention flash_attn", "TRL scripts, handbook, axolotl, LLaMA-Factory",

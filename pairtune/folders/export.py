@@ -20,6 +20,7 @@ from pairtune.files import give_modes, read_object
 from pairtune.folders.opening import make_ready
 from pairtune.folders.peft_write import write_adapter
 from pairtune.folders.weights import ModelFolder, Weights, open_weights
+from pairtune.models import fp8
 from pairtune.models.additions import Sharing, additions
 from pairtune.models.bridge import BridgedDecoder
 from pairtune.models.logps import answer_logps
@@ -62,8 +63,8 @@ class Probe:
 
 
 def probe(model: TransformerDecoder, batch: PairBatch) -> Probe:
-    """Returns what the model says of these pairs now. Every process has to call it."""
-    with models.frozen(model):
+    """Returns what the model's weights say of these pairs now, without fp8. Every process has to call it."""
+    with models.frozen(model), fp8.off(model):
         return Probe(batch, answer_logps(model, batch), additions(model).sharing)
 
 

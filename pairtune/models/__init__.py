@@ -15,6 +15,7 @@ from pairtune.models.adapters import (
 )
 from pairtune.models.build import DTYPES, disable_dropout, dtype_of, full, lora, policy, qlora, without_numbers
 from pairtune.models.execution import Execution, execute, fit, plainly, prepare
+from pairtune.models.fp8 import convert as convert_to_fp8
 from pairtune.models.gather import gather_weights, merge_adapters, on_base, only_adapters
 from pairtune.models.load import check_weights, load, streamed
 from pairtune.models.shard import clip_gradients, forget_gathered, sync_gradients
@@ -27,6 +28,7 @@ __all__ = [
     "adapter_shapes",
     "check_weights",
     "clip_gradients",
+    "convert_to_fp8",
     "copied_parameters",
     "disable_dropout",
     "dtype_of",

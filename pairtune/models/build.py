@@ -47,7 +47,7 @@ def full(component: dict, *, dtype: str, quantize: bool = False, world: World | 
     model = _build(component, dtype)
     if quantize:
         num_shards = _num_shards(world, "nf4", "reference.quantize=true")
-        parts = _parts_of(model)
+        parts = parts_of(model)
 
         def make(name: str, layer: nn.Module) -> nn.Module | None:
             return None if UNQUANTIZED & parts[name] else frozen_base.hold(_without_adapter(layer), "nf4", num_shards)
@@ -91,7 +91,7 @@ def lora(
     _check_base(component["_component_"])
     model, scaled = _build(component, dtype), alpha * math.sqrt(rank) if use_rslora else alpha
     num_shards = _num_shards(world, base_dtype, "QLoRA") if quantize_base else 1
-    parts = _parts_of(model)
+    parts = parts_of(model)
     adapted = _layers_of(modules, model, parts)
 
     def make(name: str, layer: nn.Module) -> nn.Module | None:
@@ -153,7 +153,7 @@ def policy(
     return lora(component, **settings, quantize_base=method == "qlora", base_dtype=base_dtype)
 
 
-def _parts_of(model: nn.Module) -> dict[str, set[str]]:
+def parts_of(model: nn.Module) -> dict[str, set[str]]:
     """Returns, by the name of each linear layer, what it computes, in the words of rules.LORA_LAYERS."""
     if isinstance(model, BridgedDecoder):
         return roles.parts_of(model)

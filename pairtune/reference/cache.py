@@ -116,6 +116,8 @@ def identify(
         "ld_alpha": float(ld_alpha),
         "score_end": score_end,
     }
+    if additions(model).fp8:
+        content["fp8"] = additions(model).fp8
     if any(windows := additions(model).windows):  # they are in config.json, not among weights or arguments
         content["windows"] = windows
     return Identity(content, made_of=str(Path(weight_files[0]).resolve().parent))

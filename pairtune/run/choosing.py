@@ -19,7 +19,7 @@ from pairtune.config.components import plain
 from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.losses.calling import row_length
-from pairtune.models import execution
+from pairtune.models import execution, fp8
 from pairtune.models.bridge import BridgedDecoder
 from pairtune.models.dora import DoRALinear
 from pairtune.models.execution import SELECTIVE, Execution
@@ -321,6 +321,8 @@ def choose_and_execute(
         UserError: As `choose`.
     """
     setting, memory, ran_out = Setting.of(world), None, starting_again.take_note()
+    if reference.second is not None and reference.is_start:
+        fp8.convert_like(policy, reference.second, world.device)
     if setting.device == "cuda":
         memory = torch.cuda.get_device_properties(world.device).total_memory
     beside = reference.second if reference.second_stays else None

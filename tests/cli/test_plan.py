@@ -206,6 +206,15 @@ def test_full_dpo_without_a_second_model_is_planned_without_it(path, setting):
     assert live.parts["reference"] == live.parts["weights"] and "reference" not in without.parts
 
 
+def test_fp8_products_are_planned_with_a_second_model_and_compiled(path):
+    """They keep what other products do, and for a moment hold operands in 8 bits; without a compiler in 32, too."""
+    of = ("full_dpo_single_device", "device=cuda", "dtype=bf16", "enable_activation_checkpointing=true")
+    for compiled, most in (("compile=false", 1.2), ("compile=true", 1.05)):
+        plain, inside = (planned(path, *of, compiled, f"enable_fp8_training={on}") for on in ("false", "true"))
+        assert inside.memory.parts["weights"] == plain.memory.parts["weights"]
+        assert plain.memory.total <= inside.memory.total < most * plain.memory.total
+
+
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_a_second_model_is_planned_by_its_size_dtype_and_bits(path, method):
     weights = dict(tiny_llama(**SIZES).named_parameters())

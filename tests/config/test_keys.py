@@ -59,6 +59,7 @@ def test_a_row_says_which_recipes_have_its_key():
         "": lambda name: True,
         "distributed recipes": lambda name: name.endswith("_distributed"),
         "lora_ and qlora_ recipes": lambda name: not name.startswith("full_"),
+        "full_ recipes": lambda name: name.startswith("full_"),
         "qlora_ recipes": lambda name: name.startswith("qlora_"),
     }
     for key, row in keys.KEYS.items():

@@ -3,6 +3,7 @@
 import fcntl
 import gc
 import json
+import math
 import os
 import shutil
 import signal
@@ -220,6 +221,20 @@ def test_a_signal_as_an_evaluation_begins_saves_and_loses_nothing(work, loss):
     assert checkpoints(work) == ["step_3"]
     assert [row["step"] for row in read_log(work / "run" / "metrics.jsonl")] == [0, 1, 2, 3]
     assert numbers(run(work, recipe, "resume=true", *settings)) == numbers(straight)
+
+
+def test_fp8_starts_at_ln_2_and_resumed_with_a_cache_is_the_uninterrupted_run_bit_for_bit(work):
+    recipe, settings = "full_dpo_single_device", ("enable_fp8_training=true", "dtype=bf16", "epochs=1")
+    straight = run(work, recipe, f"output_dir={work / 'straight'}", "log_every_n_steps=1", *settings)
+    assert next(row["loss"] for row in straight if "loss" in row) == pytest.approx(math.log(2), abs=1e-6)
+    cached = ("log_every_n_steps=1", "reference=cached", f"reference.cache_dir={work / 'cache'}", *settings)
+    interrupted(work, recipe, 2, *cached)
+    resumed = run(work, recipe, "resume=true", *cached)
+    assert numbers(resumed) == numbers(straight)
+    weights, expected = exported(work / "run"), exported(work / "straight")
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    plain = run(work, recipe, f"output_dir={work / 'plain'}", "log_every_n_steps=1", *settings[1:])
+    assert [row.get("loss") for row in plain][2:] != [row.get("loss") for row in straight][2:]
 
 
 # What is kept, and what is refused
