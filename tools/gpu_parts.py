@@ -81,7 +81,7 @@ RUNS = {  # of speed, on configs/llama3_8b.yaml
     "lora live, mix": ("lora_dpo_single_device", MIX, FAST),
     "full cached": ("full_dpo_single_device", LONG, [*FAST, "reference=cached"]),
     "full cached, 8-bit AdamW": ("full_dpo_single_device", LONG, BITS_8_FULL),
-    "full cached, 8-bit AdamW, fp8": ("full_dpo_single_device", LONG, [*BITS_8_FULL, *FP8]),
+    "full, fp8, 8-bit AdamW": ("full_dpo_single_device", LONG, [*BITS_8_FULL, *FP8]),
     "lora live, eager": ("lora_dpo_single_device", LONG, ["compile=false"]),
     "qlora live, eager": ("qlora_dpo_single_device", LONG, ["compile=false"]),
 }
