@@ -11,7 +11,8 @@ from pairtune import models
 from pairtune.config import keys
 from pairtune.dist import World
 from pairtune.models.logps import answer_logps
-from pairtune.pairs.batch import lay_out, longest_row
+from pairtune.pairs.at_once import longest_row
+from pairtune.pairs.batch import lay_out
 
 SIZES = {
     "vocab_size": 320, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 256, "max_seq_len": 512,

@@ -17,7 +17,8 @@ from pairtune.config.rules import one_line
 from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.models.logps import AnswerScores, answer_scores
-from pairtune.pairs.batch import PairBatch, longest_row
+from pairtune.pairs.at_once import longest_row
+from pairtune.pairs.batch import PairBatch
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def policy_scores(model: TransformerDecoder, batch: PairBatch, loss_fn: Callable
 
 
 def row_length(loss_fn: Callable, pairs: list, max_length: int) -> int:
-    """Returns the length of rows, in tokens, that every batch of these pairs fits in, see batch.longest_row."""
+    """Returns the length of rows, in tokens, that every batch of these pairs fits in, see at_once.longest_row."""
     mixes = "kl" in needs(loss_fn).inputs  # KTO puts each prompt before the answers to another one
     return longest_row(pairs, mixed_within=max_length if mixes else None)
 

@@ -7,6 +7,7 @@ from torchtune.rlhf.loss import DPOLoss
 
 from pairtune.config.components import import_component
 from pairtune.losses.modules import LOSSES, Kto, Sigmoid
+from pairtune.pairs.at_once import lengths_of
 from pairtune.pairs.tokenize import Pair
 
 TRL_INDEX = (
@@ -86,7 +87,7 @@ def advice_for(loss: dict, lr: float | None, method: str, pairs: list[Pair] = ()
 
 def _of_weights(desirable: float, undesirable: float, pairs: list[Pair]) -> list[str]:
     """The KTO paper, 4.2: desirable answers altogether weigh as much as undesirable ones, or up to a third more."""
-    counts = sum(bool(pair.chosen) for pair in pairs), sum(bool(pair.rejected) for pair in pairs)
+    counts = [int((lengths > 0).sum()) for lengths in lengths_of(pairs)[1:]]
     if not all(counts):
         return []
     ratio = desirable * counts[0] / (undesirable * counts[1])

@@ -26,7 +26,8 @@ from pairtune.models.build import dtype_of
 from pairtune.models.execution import plainly
 from pairtune.models.logps import answer_token_logps
 from pairtune.models.shard import forget_gathered
-from pairtune.pairs.batch import PairBatch, document_length, lay_out
+from pairtune.pairs.at_once import document_lengths, lengths_of
+from pairtune.pairs.batch import PairBatch, lay_out
 
 SOME = 2  # pairs: a row of several documents, and no more memory than a step takes
 # Nats a token, the mean over tokens and the most: beyond this no rounding goes. Another token that is seen, or one that
@@ -126,8 +127,8 @@ def _told(model: BridgedDecoder, way: Sharing, pairs: Sequence, shared: Differen
         why = "has layers that keep a state of a row" if model.is_stateful else "adds its masks to scores"
     cost = "attention is computed with all scores of a row"
     if not way.prompts:
-        shared_tokens = sum(document_length(pair) for pair in pairs)
-        tokens = sum(len(p.prompt) + len(answer) for p in pairs for answer in (p.chosen, p.rejected) if answer)
+        shared_tokens, (prompt, *answers) = int(document_lengths(pairs).sum()), lengths_of(pairs)
+        tokens = int(sum((prompt * (answer > 0) + answer).sum() for answer in answers))
         cost = (
             f"each answer is computed behind a prompt of its own, {tokens:,} tokens in the place of {shared_tokens:,} "
             f"({tokens / shared_tokens:.2f} times as many)"

@@ -8,7 +8,6 @@ attention respects this is attention.py.
 B rows, S row length, P pairs, N scored tokens.
 """
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -186,25 +185,6 @@ def _lay_out_pair(pair) -> dict:
         "chosen": predicts_chosen,
         "rejected": predicts_rejected + (predicts_rejected >= prefix) * chosen,  # its tail lies behind the chosen one
     }
-
-
-def longest_row(pairs, multiple: int = ROW_MULTIPLE, *, mixed_within: int | None = None) -> int:
-    """Returns the row length that each of these pairs fits in: the longest's, rounded up to a multiple.
-
-    Rows of one length, several short pairs in one: few shapes for a compiler, little padding for a dense mask.
-
-    Args:
-        mixed_within: Every prompt has to fit with the answers of every other pair, too, where prompt and longer answer
-            have no more than so many tokens: see losses/calling.py, mismatched.
-    """
-    prompts, longest = sorted(len(p.prompt) for p in pairs), 0
-    for p in pairs:
-        length = document_length(p)
-        if mixed_within is not None:
-            room = mixed_within - max(len(p.chosen), len(p.rejected))
-            length += max(0, prompts[bisect_right(prompts, room) - 1] - len(p.prompt))
-        longest = max(longest, length)
-    return -(-longest // multiple) * multiple
 
 
 def document_length(pair) -> int:

@@ -17,6 +17,12 @@ from pairtune.tokenizer.template import ANSWER_END
 
 Span = tuple[int, int]
 _THOUGHT_TAGS = re.compile(r"</?(?:think|thinking|thought)>")
+_FORMS = (  # in which a template writes a text
+    lambda text: text,
+    lambda text: json.dumps(text, ensure_ascii=False)[1:-1],
+    lambda text: json.dumps(text)[1:-1],
+    lambda text: repr(text)[1:-1],
+)
 GIVE_ANOTHER = "Give a template that writes it, tokenizer.chat_template=FILE.jinja, or take it out of the rows."
 
 
@@ -158,8 +164,8 @@ def _find(packed: str, piece: str, at: int, least: int = 0) -> int | None:
     Args:
         at, least: Where it begins, and where it ends, at the earliest.
     """
-    forms = (piece, json.dumps(piece, ensure_ascii=False)[1:-1], json.dumps(piece)[1:-1], repr(piece)[1:-1])
-    for form in dict.fromkeys(map(_packed, forms)):
+    for write in _FORMS:
+        form = _packed(write(piece))
         place = packed.find(form, max(at, least - len(form)))
         if place >= 0:
             return place + len(form)

@@ -3,14 +3,36 @@ another digest would make strangers of the same pairs."""
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 
-from pairtune.pairs.tokenize import Pair
+import numpy as np
+
+from pairtune.pairs.packed import PARTS, PackedPairs
+from pairtune.pairs.pair import Pair
+
+UNSCORED = ("chosen_unscored", "rejected_unscored")
 
 
 def digest_pair(pair: Pair) -> bytes:
     """Returns 16 bytes that stand for the pair's tokens; its row does not matter."""
-    return _digest(_parts(pair), hashlib.blake2b(digest_size=16))
+    return digest_each([pair])[0]
+
+
+def digest_each(pairs: Sequence[Pair]) -> list[bytes]:
+    """Returns each pair's `digest_pair`."""
+    return [hashlib.blake2b(content, digest_size=16).digest() for content in _contents(pairs)]
+
+
+def digest_questions(pairs: Sequence[Pair]) -> Iterator[bytes]:
+    """Yields 16 bytes a pair that stand for its prompt and its chosen, or only, answer."""
+    for content in _contents(pairs):
+        tokens = np.frombuffer(content, np.int64)
+        answer = tokens[0] + 1  # where the chosen one's length is
+        if not tokens[answer]:
+            answer += 1
+        hashed = hashlib.blake2b(tokens[: tokens[0] + 1], digest_size=16)
+        hashed.update(tokens[answer + 1 : answer + 1 + tokens[answer]])
+        yield hashed.digest()
 
 
 def short_digest(pair: Pair) -> int:
@@ -20,18 +42,29 @@ def short_digest(pair: Pair) -> int:
 
 def digest_in_order(pairs: Sequence[Pair]) -> str:
     """Returns 16 hexadecimal digits that stand for the pairs' tokens, rows and order."""
-    parts = (part for p in pairs for part in ([p.row], *_parts(p)))
-    return _digest(parts, hashlib.sha256()).hex()[:16]
+    hashed = hashlib.sha256()
+    rows = pairs.rows.tolist() if isinstance(pairs, PackedPairs) else [pair.row for pair in pairs]
+    for row, content in zip(rows, _contents(pairs), strict=True):
+        hashed.update(_numbers([row]))
+        hashed.update(content)
+    return hashed.hexdigest()[:16]
 
 
-def _parts(pair: Pair) -> list[Sequence[int]]:
-    """Returns a pair's tokens; and, where there are such, what of its answers is not scored."""
-    spans = (getattr(pair, name, ()) for name in ("chosen_unscored", "rejected_unscored"))
-    unscored = [[i for span in of_one for i in span] for of_one in spans]
-    return [pair.prompt, pair.chosen, pair.rejected, *(unscored if any(unscored) else [])]
+def _contents(pairs: Sequence[Pair]) -> Iterator[memoryview | bytes]:
+    """Yields each pair's tokens; and, where there are such, what of its answers is not scored."""
+    if isinstance(pairs, PackedPairs):
+        for tokens, rest in pairs.written():
+            yield tokens.data if not rest else tokens.tobytes() + _unscored(rest)
+    else:
+        for pair in pairs:
+            tokens = b"".join(_numbers(getattr(pair, part)) for part in PARTS)
+            yield tokens + _unscored({name: getattr(pair, name, ()) for name in UNSCORED})
 
 
-def _digest(parts: Iterable[Sequence[int]], hashed) -> bytes:
-    for tokens in parts:
-        hashed.update(array("q", [len(tokens), *tokens]).tobytes())
-    return hashed.digest()
+def _unscored(found: dict) -> bytes:
+    spans = [[i for span in found.get(name, ()) for i in span] for name in UNSCORED]
+    return b"".join(map(_numbers, spans)) if any(spans) else b""
+
+
+def _numbers(values: Sequence[int]) -> bytes:
+    return array("q", [len(values), *values]).tobytes()

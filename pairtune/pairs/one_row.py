@@ -142,10 +142,13 @@ def _without_end_texts(example: Example, end_texts: list[str]) -> Example:
     ends = "|".join(map(re.escape, end_texts))
     pattern = re.compile(rf"(?:(?:{ends})\s*)+\Z")
 
+    def without(text: str) -> str:
+        return pattern.sub("", text) if any(end in text for end in end_texts) else text
+
     def take_off(answer: Answer | None) -> Answer | None:
         if isinstance(answer, list) and isinstance(answer[-1]["content"], str):
-            return [*answer[:-1], {**answer[-1], "content": pattern.sub("", answer[-1]["content"])}]
-        return pattern.sub("", answer) if isinstance(answer, str) else answer
+            return [*answer[:-1], {**answer[-1], "content": without(answer[-1]["content"])}]
+        return without(answer) if isinstance(answer, str) else answer
 
     written = example.written and (example.written[0], *map(take_off, example.written[1:]))
     return replace(example, chosen=take_off(example.chosen), rejected=take_off(example.rejected), written=written)

@@ -4,7 +4,7 @@ N pairs, R rows, T tokens.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import accumulate, chain
@@ -59,14 +59,44 @@ class Table:
         rest = structs.field("rest")
         self._rest = rest if rest.null_count < len(rest) else None
 
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of prompt, chosen and rejected answer, [3, N]."""
+        return np.array([np.diff(offsets) for offsets in self.offsets], np.int64)
+
+    @cached_property
+    def shared(self) -> np.ndarray:
+        """Tokens that both answers begin with, [N]."""
+        (_, chosen, rejected), (_, of_chosen, of_rejected) = self.values, self.offsets
+        count, some = np.zeros(len(of_chosen) - 1, np.int64), np.flatnonzero(self.lengths[1:].min(0))
+        shorter = self.lengths[1:].min(0)
+        while len(some):
+            at = count[some]
+            some = some[chosen[of_chosen[some] + at] == rejected[of_rejected[some] + at]]
+            count[some] += 1
+            some = some[count[some] < shorter[some]]
+        return count
+
+    def tokens_at(self, part: int, index: int) -> np.ndarray:
+        """Returns the token of this index, as of a list, in that part of each pair, [N]; -1 where there is none."""
+        length, found = self.lengths[part], np.full(len(self.offsets[part]) - 1, -1, np.int64)
+        has_it = np.flatnonzero(length >= (-index if index < 0 else index + 1))
+        start = self.offsets[part][:-1] if index >= 0 else self.offsets[part][1:]
+        found[has_it] = self.values[part][start[has_it] + index]
+        return found
+
+    def rest(self, index: int) -> dict:
+        """Returns what a pair has besides tokens and row."""
+        rest = None if self._rest is None else self._rest[index].as_py()
+        return {} if rest is None else _tuples(json.loads(rest))
+
     def pair(self, index: int, row: int) -> Pair:
         """Returns a pair by its place in the table, as that of a row of the source."""
         parts = [
             values[offsets[index] : offsets[index + 1]].tolist()
             for values, offsets in zip(self.values, self.offsets, strict=True)
         ]
-        rest = None if self._rest is None else self._rest[index].as_py()
-        return Pair(*parts, row, **({} if rest is None else _tuples(json.loads(rest))))
+        return Pair(*parts, row, **self.rest(index))
 
 
 def _tuples(found: dict) -> dict:
@@ -107,21 +137,50 @@ class PackedPairs(Sequence):
         for table, place, row in zip(*columns, strict=True):
             yield self.tables[table].pair(place, row)
 
-    def __add__(self, other: Sequence[Pair]):
+    @classmethod
+    def of(cls, pairs: Sequence[Pair]) -> "PackedPairs":
+        """Returns a list's pairs."""
+        count = len(pairs)
+        rows = np.array([pair.row for pair in pairs], np.int64)
+        return cls(
+            [Table(pack([[pair] for pair in pairs], [""] * count))], np.zeros(count, np.int32), np.arange(count), rows
+        )
+
+    def __add__(self, other: Sequence[Pair]) -> "PackedPairs":
         if not isinstance(other, PackedPairs):
-            return [*self, *other] if len(other) else self
+            return self + PackedPairs.of(other) if len(other) else self
         of_table = np.concatenate([self.of_table, other.of_table + len(self.tables)])
         places, rows = np.concatenate([self.places, other.places]), np.concatenate([self.rows, other.rows])
         return PackedPairs([*self.tables, *other.tables], of_table, places, rows)
 
-    def __radd__(self, other: Sequence[Pair]):
-        return [*other, *self] if len(other) else self
+    def __radd__(self, other: Sequence[Pair]) -> "PackedPairs":
+        return PackedPairs.of(other) + self if len(other) else self
 
-    @cached_property
+    def of_each(self, read: Callable[[Table], np.ndarray]) -> np.ndarray:
+        """Returns numbers of these pairs, [..., N], where `read` returns those of all pairs of a table."""
+        found = None
+        for n, table in enumerate(self.tables):
+            mine = np.flatnonzero(self.of_table == n)
+            if len(mine) or found is None:
+                numbers = read(table)
+                found = np.zeros((*numbers.shape[:-1], len(self)), np.int64) if found is None else found
+                found[..., mine] = numbers[..., self.places[mine]]
+        return found
+
+    @property
     def lengths(self) -> np.ndarray:
         """Tokens of prompt, chosen and rejected answer, [3, N]."""
-        found = np.zeros((len(PARTS), len(self)), np.int64)
-        for n, table in enumerate(self.tables):
-            mine = self.of_table == n
-            found[:, mine] = [np.diff(offsets)[self.places[mine]] for offsets in table.offsets]
-        return found
+        return self.of_each(lambda table: table.lengths)
+
+    def written(self) -> Iterator[tuple[np.ndarray, dict]]:
+        """Yields each pair's three parts as int64, each behind its length, and what else it has but its row."""
+        lengths = self.lengths
+        starts = np.concatenate([np.zeros((1, len(self)), np.int64), (lengths + 1).cumsum(0)])
+        columns = (self.of_table.tolist(), self.places.tolist(), lengths.T.tolist())
+        for (number, place, sizes), at in zip(zip(*columns, strict=True), starts.T.tolist(), strict=True):
+            table, content = self.tables[number], np.empty(at[-1], np.int64)
+            for values, offsets, size, start in zip(table.values, table.offsets, sizes, at, strict=False):
+                first = offsets[place]
+                content[start] = size
+                content[start + 1 : start + 1 + size] = values[first : first + size]
+            yield content, table.rest(place)

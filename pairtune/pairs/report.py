@@ -1,11 +1,10 @@
 """What became of a source's rows, as a table and in sentences."""
 
-import hashlib
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from pairtune.errors import UserError
+from pairtune.pairs.digests import digest_questions
 from pairtune.tokenizer.template import plain_text
 
 REFUSED = "refused by the chat template"
@@ -155,14 +154,10 @@ class Report:
 def count_overlap(train: list, held_out: list) -> int:
     """Returns how many held-out pairs have prompt and chosen (or only) answer in common with a training pair."""
 
-    def told_by(pair) -> bytes:
-        tokens = array("q", [len(pair.prompt), *pair.prompt, *(pair.chosen or pair.rejected)])
-        return hashlib.blake2b(tokens, digest_size=16).digest()
-
     if not len(held_out):
         return 0
-    seen = set(map(told_by, train))
-    return sum(told_by(pair) in seen for pair in held_out)
+    seen = set(digest_questions(train))
+    return sum(digest in seen for digest in digest_questions(held_out))
 
 
 def notes_of(report: Report, tokenizer, max_length: int, max_prompt_length: int | None) -> list[str]:

@@ -2,13 +2,17 @@
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
+from functools import reduce
+from operator import add
 
+import numpy as np
 import torch
 
 from pairtune.dist import World
 from pairtune.pairs import packing
+from pairtune.pairs.at_once import document_lengths, take
 from pairtune.pairs.batch import document_length
 from pairtune.pairs.tokenize import Pair
 
@@ -76,14 +80,17 @@ class Steps:
         """Returns a micro-batch for each process: of the pairs with most tokens, as many as a device holds."""
         batches: list[list[Pair]] = [[] for _ in range(self._world.size)]
         room = [self._rows or sys.maxsize] * len(batches)
-        lengths = [document_length(pair) for pair in self._pairs]
-        for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-            pair = self._pairs[i]
-            limit = sys.maxsize if self._rows else self._batch_size
-            n = next((n for n, b in enumerate(batches) if room[n] >= document_length(pair) and len(b) < limit), None)
+        most = sys.maxsize if self._rows else self._batch_size
+        lengths = document_lengths(self._pairs)
+        shortest = int(lengths.min(initial=sys.maxsize))
+        for i in np.argsort(-lengths, kind="stable").tolist():
+            length = int(lengths[i])
+            n = next((n for n, b in enumerate(batches) if room[n] >= length and len(b) < most), None)
             if n is not None:
-                batches[n].append(pair)
-                room[n] -= document_length(pair)
+                batches[n].append(self._pairs[i])
+                room[n] -= length
+            elif max(room) < shortest or all(len(b) == most for b in batches):
+                break
         return batches
 
     def some(self, pairs: list[Pair], count: int = 4) -> list[Pair]:
@@ -97,12 +104,10 @@ class Steps:
         """Returns the step's pairs, of all processes."""
         return [self._pairs[i] for i in self._members(step)]
 
-    def seen_in(self, num_steps: int, *others: Sequence[Pair]) -> Iterator[Pair]:
-        """Yields the pairs that the first `num_steps` steps look at, each once, and then others."""
-        for step in range(min(num_steps, self.per_epoch)):
-            yield from self.pairs(step)
-        for pairs in others:
-            yield from pairs
+    def seen_in(self, num_steps: int, *others: Sequence[Pair]) -> Sequence[Pair]:
+        """Returns the pairs that the first `num_steps` steps look at, each once, and then others."""
+        members = [i for step in range(min(num_steps, self.per_epoch)) for i in self._members(step)]
+        return reduce(add, others, take(self._pairs, members))
 
     def _members(self, step: int) -> list[int]:
         epoch, step_in_epoch = divmod(step, self.per_epoch)

@@ -13,6 +13,7 @@ from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.pairs import mixture
 from pairtune.pairs.already_rendered import AlreadyRendered
+from pairtune.pairs.at_once import lengths_of
 from pairtune.pairs.columns import as_plain
 from pairtune.pairs.formats import Format, doubtful
 from pairtune.pairs.gathering import ReadRow, gather
@@ -196,7 +197,7 @@ def tokenize_pairs(
         kept.read_by([form.name, rows.columns, sorted(asked["doubtful"]), getattr(form.example, "keywords", None)])
     pairs = _read_all(read_row, rows, report, kept, beat, progress=progress)
     report.num_kept = len(pairs)
-    report.num_desirable = None if form.is_paired else sum(bool(pair.chosen) for pair in pairs)
+    report.num_desirable = None if form.is_paired else int((lengths_of(pairs)[1] > 0).sum())
     report.notes = notes_of(report, tokenizer, max_length, max_prompt_length)
     rendered.check(report)
     report.check(key)

@@ -23,7 +23,7 @@ import re
 import shutil
 import struct
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent import futures
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
@@ -43,7 +44,8 @@ from pairtune.models.adapters import adapted_modules, plain_name
 from pairtune.models.additions import additions
 from pairtune.models.bridge import BridgedDecoder
 from pairtune.models.bridge.build import settings
-from pairtune.pairs.digests import digest_pair
+from pairtune.pairs.at_once import lengths_of, take
+from pairtune.pairs.digests import digest_each
 from pairtune.pairs.tokenize import Pair
 
 VERSION = 1  # part of every key: raise it when log-probabilities or records change
@@ -146,14 +148,14 @@ class ReferenceCache:
         cache.complete()
     """
 
-    def __init__(self, folder: Path, identity: Identity, pairs: Iterable[Pair], world: World):
+    def __init__(self, folder: Path, identity: Identity, pairs: Sequence[Pair], world: World):
         """
         Raises:
             UserError: The entry is damaged, or values are missing and it cannot be written.
         """
         self._folder, self._identity, self._world = folder, identity, world
-        distinct = {digest_pair(pair): pair for pair in pairs}
-        self._digests, self._pairs = list(distinct), list(distinct.values())
+        last = {digest: i for i, digest in enumerate(digest_each(pairs))}  # equal pairs have one value
+        self._digests, self._pairs = list(last), take(pairs, list(last.values()))
         self._index = {digest: i for i, digest in enumerate(self._digests)}
         fold = hashlib.sha256(b"".join(self._digests)).digest()
         if world.agree(fold) != fold:
@@ -169,10 +171,10 @@ class ReferenceCache:
         return len(self._pairs)
 
     @property
-    def missing(self) -> list[Pair]:
+    def missing(self) -> Sequence[Pair]:
         """The distinct pairs without a value, longest first: alike in a batch, and what does not fit shows at once."""
-        pairs = [self._pairs[i] for i in (~self._known()).nonzero()[:, 0].tolist()]
-        return sorted(pairs, key=lambda p: len(p.prompt) + len(p.chosen) + len(p.rejected), reverse=True)
+        pairs = take(self._pairs, (~self._known()).nonzero()[:, 0].tolist())
+        return take(pairs, np.argsort(-lengths_of(pairs).sum(0), kind="stable"))
 
     def put(self, pairs: list[Pair], chosen: Tensor, rejected: Tensor) -> None:
         """Takes the values [P] of a micro-batch, which may be empty. From time to time they go to the disk.
@@ -227,7 +229,7 @@ class ReferenceCache:
             )
 
     def _indices(self, pairs: list[Pair]) -> list[int]:
-        digests = [digest_pair(pair) for pair in pairs]
+        digests = digest_each(pairs)
         assert self._index.keys() >= set(digests), "a pair that the cache was not opened with"
         return [self._index[digest] for digest in digests]
 

@@ -5,9 +5,8 @@ policy, `follow` before each step, `logps` for each batch. Where the values come
 """
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain, islice
 
 import torch
 from torch import Tensor, nn
@@ -157,7 +156,7 @@ class Reference:
 
     # reference=cached
 
-    def open_cache(self, policy: nn.Module, pairs: Iterable[Pair], *, score_end: bool = True) -> None:
+    def open_cache(self, policy: nn.Module, pairs: Sequence[Pair], *, score_end: bool = True) -> None:
         """Finds what earlier runs have kept of these pairs, if the reference is cached.
 
         Args:
@@ -168,8 +167,7 @@ class Reference:
         Raises:
             UserError: See cache.ReferenceCache.
         """
-        pairs = iter(pairs)
-        self._some = list(islice(pairs, SOME))
+        self._some = list(pairs[:SOME])
         if self._block["name"] != "cached":
             return
         folder = cache.find_folder(self._block["cache_dir"])
@@ -184,7 +182,7 @@ class Reference:
             ld_alpha=self._ld_alpha,
             score_end=score_end,
         )
-        self._cache = cache.ReferenceCache(folder, identity, chain(self._some, pairs), self._world)
+        self._cache = cache.ReferenceCache(folder, identity, pairs, self._world)
 
     @contextmanager
     def alone(self) -> Iterator[None]:

@@ -26,7 +26,8 @@ from pairtune.models.execution import SELECTIVE, Execution
 from pairtune.models.experts import mixtures_of
 from pairtune.models.frozen_base import is_held
 from pairtune.pairs import packing
-from pairtune.pairs.batch import ROW_MULTIPLE, document_length, lay_out
+from pairtune.pairs.at_once import document_lengths
+from pairtune.pairs.batch import ROW_MULTIPLE, lay_out
 from pairtune.reference import Reference
 from pairtune.run import starting_again
 from pairtune.run.memory import Setting, step_memory
@@ -308,8 +309,8 @@ def work(pairs: list, loss_fn: Callable, max_length: int, pairs_per_step: int, n
         pairs: All that it looks at.
         loss_fn, max_length: As for losses.calling.row_length.
     """
-    longest, length = max(pairs, key=document_length), row_length(loss_fn, pairs, max_length)
-    return Work(longest, length, pairs_per_step, [document_length(pair) for pair in pairs], num_steps)
+    lengths, length = document_lengths(pairs), row_length(loss_fn, pairs, max_length)
+    return Work(pairs[int(lengths.argmax())], length, pairs_per_step, lengths.tolist(), num_steps)
 
 
 def choose_and_execute(

@@ -6,6 +6,7 @@ Each failure names its cause and a way out.
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -14,10 +15,12 @@ from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.losses.calling import needs
 from pairtune.models.experts import mixtures_of
+from pairtune.pairs.at_once import lengths_of, tokens_at
 from pairtune.pairs.tokenize import Pair
 from pairtune.run.metrics import RunLog
 from pairtune.run.optimizers import parameters_of
 
+NONE = -2  # stands for no token
 TOLERANCE = 0.01  # of losses and margins that are exact but for rounding, bf16 included
 
 
@@ -32,34 +35,42 @@ def check_pairs(pairs: list[Pair], tokenizer, *, score_end: bool = True, key: st
         UserError: A BOS that is doubled or that some prompts lack; no answer, or one that does not end in exactly one
             end token. Rows are named.
     """
-    begun = [pair.prompt[:1] == [tokenizer.bos_id] for pair in pairs]
-    for pair, has_bos in zip(pairs, begun, strict=True):
-        if pair.prompt[:2] == [tokenizer.bos_id] * 2:
-            raise UserError(
-                f"{key}, row {pair.row}: begins with two BOS tokens; take one out of the text or the template"
-            )
-        if has_bos != begun[0]:
-            some, other = (pairs[begun.index(value)].row for value in (True, False))
+    first, second = (tokens_at(pairs, "prompt", n) for n in (0, 1))
+    has_bos = first == (NONE if tokenizer.bos_id is None else tokenizer.bos_id)
+    lengths, doubtful = lengths_of(pairs), has_bos & (second == first) | (has_bos != has_bos[:1])
+    doubtful |= (lengths[1:] == 0).all(0)
+    for n, name in enumerate(("chosen", "rejected"), 1):
+        ends, before = (np.isin(tokens_at(pairs, name, at), list(tokenizer.end_ids)) for at in (-1, -2))
+        doubtful |= (lengths[n] > 0) & (~ends | before | ((lengths[n] == 1) & (not score_end)))
+    for i in np.flatnonzero(doubtful):
+        if has_bos[i] != has_bos[0] and first[i] != second[i]:
+            some, other = (pairs[int(np.flatnonzero(has_bos == value)[0])].row for value in (True, False))
             raise UserError(
                 f"{key}: row {some} begins with BOS, row {other} does not; a template that writes it for every "
                 "conversation goes into tokenizer.chat_template"
             )
-        if not (pair.chosen or pair.rejected):
-            raise UserError(f"{key}, row {pair.row}: has no token of an answer; remove the row")
-        for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-            if not answer:  # of an unpaired row
-                continue
-            if len(answer) == 1 and not score_end:
-                raise UserError(
-                    f"{key}, row {pair.row}: {name} is its end token alone, which score_end=false does not score; "
-                    "remove the row"
-                )
-            ends = [token in tokenizer.end_ids for token in answer[-2:]]
-            if not ends[-1] or ends[:-1] == [True]:
-                raise UserError(
-                    f"{key}, row {pair.row}: {name} must end in exactly one end token, which is trained; its last "
-                    f"tokens are {answer[-2:]}, end tokens are {sorted(tokenizer.end_ids)}. Look at the chat template"
-                )
+        _check_pair(pairs[int(i)], tokenizer, score_end=score_end, key=key)
+
+
+def _check_pair(pair: Pair, tokenizer, *, score_end: bool, key: str) -> None:
+    where = f"{key}, row {pair.row}"
+    if pair.prompt[:2] == [tokenizer.bos_id] * 2:
+        raise UserError(f"{where}: begins with two BOS tokens; take one out of the text or the template")
+    if not (pair.chosen or pair.rejected):
+        raise UserError(f"{where}: has no token of an answer; remove the row")
+    for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        if not answer:  # of an unpaired row
+            continue
+        if len(answer) == 1 and not score_end:
+            raise UserError(
+                f"{where}: {name} is its end token alone, which score_end=false does not score; remove the row"
+            )
+        ends = [token in tokenizer.end_ids for token in answer[-2:]]
+        if not ends[-1] or ends[:-1] == [True]:
+            raise UserError(
+                f"{where}: {name} must end in exactly one end token, which is trained; its last tokens are "
+                f"{answer[-2:]}, end tokens are {sorted(tokenizer.end_ids)}. Look at the chat template"
+            )
 
 
 def check_loss(
@@ -81,8 +92,8 @@ def check_loss(
             "dataset: all rows have the same prompt, and KTO's baseline comes from the answers to other prompts; "
             "loss=sigmoid, on pairs, needs none"
         )
-    has_pairs = any(pair.chosen and pair.rejected for pair in held_out)
-    has_margin = has_pairs or (any(pair.chosen for pair in held_out) and any(pair.rejected for pair in held_out))
+    has_answers = lengths_of(held_out)[1:] > 0  # [2, N]
+    has_pairs, has_margin = has_answers.all(0).any(), has_answers.any(1).all()
     if keep_best == "rewards/accuracies" and not has_pairs:
         raise UserError(
             "keep_best=rewards/accuracies: the held-out rows are unpaired, and accuracy compares the answers of a "

@@ -7,7 +7,6 @@ masks, so a pad token that is also the end token harms nothing. Where the answer
 import hashlib
 import json
 import re
-from bisect import bisect_right
 from collections.abc import Mapping
 from datetime import date as Date
 from inspect import signature
@@ -160,7 +159,7 @@ class HFTokenizer:
             return Rendered(encoding.ids, text)
         answer_stop = len(marked_text) - self._template.tail_length(marked, marked_text, **marked_options)
         # An end token written in the answer is content: only tokens behind it are looked at.
-        tail_start = bisect_right([stop for _, stop in encoding.offsets], answer_stop)
+        tail_start = encoding.num_before(answer_stop)
         return Rendered(_end_once(encoding.ids, tail_start, self), text)
 
     def render_text(self, prompt: str, answer: str | None = None) -> list[int]:
@@ -181,12 +180,14 @@ class HFTokenizer:
             return {key: item if key == "role" else self._marked_in(item) for key, item in value.items()}
         return [self._marked_in(item) for item in value] if isinstance(value, list) else value
 
-    def _encode(self, marked: str, text: str) -> tokenizers.Encoding | Encoded:
+    def _encode(self, marked: str, text: str) -> Encoded:
         """Returns the tokens of a text, and their places in it with its marks, if it has any."""
         try:
             if marked == text:
                 return self._pieces.encode(text)
-            return self._special_text.encode(marked, text)
+            encoding, encoded = self._special_text.encode(marked, text), Encoded()
+            encoded.add(encoding.ids, 0, len(marked), encoding)
+            return encoded
         except UserError:
             raise
         except Exception as error:  # the library raises bare Exception

@@ -7,8 +7,8 @@ vocabularies that `PieceEncoder` knows of: there it leaves the text whole.
 
 import json
 import re
+from bisect import bisect_right
 from collections import OrderedDict
-from typing import NamedTuple
 
 import tokenizers
 
@@ -20,11 +20,41 @@ PRE_TOKENIZERS = (
 )
 
 
-class Encoded(NamedTuple):
-    """Tokens, and for each the characters [start, stop) of the text that it stands for."""
+class Encoded:
+    """A text's tokens, piece by piece.
 
-    ids: list[int]
-    offsets: list[tuple[int, int]]
+    Attributes:
+        ids: The tokens.
+    """
+
+    def __init__(self):
+        self.ids: list[int] = []
+        # Each piece's first token, first and last character, and encoding; None of a special token
+        self._pieces: list[tuple[int, int, int, tokenizers.Encoding | None]] = []
+
+    def add(self, ids: list[int], start: int, stop: int, encoding: tokenizers.Encoding | None = None) -> None:
+        """Adds the tokens of a piece by the characters [start, stop) that it stands for."""
+        self._pieces.append((len(self.ids), start, stop, encoding))
+        self.ids += ids
+
+    @property
+    def offsets(self) -> list[tuple[int, int]]:
+        """For each token the characters [start, stop) of the text that it stands for."""
+        found = []
+        for _, start, stop, encoding in self._pieces:
+            found += [(a + start, b + start) for a, b in encoding.offsets] if encoding else [(start, stop)]
+        return found
+
+    def num_before(self, at: int) -> int:
+        """Returns how many tokens end at this character or before it."""
+        behind = len(self.ids)
+        for first, start, stop, encoding in reversed(self._pieces):
+            if stop <= at:
+                return behind
+            if start <= at and encoding:
+                return first + bisect_right([end for _, end in encoding.offsets], at - start)
+            behind = first
+        return behind
 
 
 class PieceEncoder:
@@ -41,34 +71,30 @@ class PieceEncoder:
         # As the library finds them: the first, and of those that begin there the longest.
         longest_first = sorted(self._ids, key=len, reverse=True)
         self._cut = re.compile("|".join(map(re.escape, longest_first))) if added and _is_local(backend) else None
-        self._known: OrderedDict[str, Encoded] = OrderedDict()
+        self._known: OrderedDict[str, tuple[list[int], tokenizers.Encoding]] = OrderedDict()
 
-    def encode(self, text: str) -> tokenizers.Encoding | Encoded:
+    def encode(self, text: str) -> Encoded:
         """Returns the text's tokens and their offsets."""
-        if self._cut is None:
-            return self._backend.encode(text, add_special_tokens=False)
-        ids, offsets, start = [], [], 0
-        for found in self._cut.finditer(text):
-            self._add(text[start : found.start()], start, ids, offsets)
-            ids.append(self._ids[found[0]])
-            offsets.append(found.span())
+        encoded, start = Encoded(), 0
+        for found in self._cut.finditer(text) if self._cut else ():
+            self._add(text[start : found.start()], start, encoded)
+            encoded.add([self._ids[found[0]]], *found.span())
             start = found.end()
-        self._add(text[start:], start, ids, offsets)
-        return Encoded(ids, offsets)
+        self._add(text[start:], start, encoded)
+        return encoded
 
-    def _add(self, piece: str, start: int, ids: list[int], offsets: list[tuple[int, int]]) -> None:
+    def _add(self, piece: str, start: int, encoded: Encoded) -> None:
         if not piece:
             return
         known = self._known.get(piece)
         if known is None:
             encoding = self._backend.encode(piece, add_special_tokens=False)
-            known = self._known[piece] = Encoded(encoding.ids, encoding.offsets)
+            known = self._known[piece] = encoding.ids, encoding
             if len(self._known) > REMEMBERED:
                 self._known.popitem(last=False)
         else:
             self._known.move_to_end(piece)
-        ids += known.ids
-        offsets += [(a + start, b + start) for a, b in known.offsets] if start else known.offsets
+        encoded.add(known[0], start, start + len(piece), known[1])
 
 
 def _is_local(backend: tokenizers.Tokenizer) -> bool:

@@ -9,7 +9,8 @@ from helpers import random_pairs
 
 from pairtune.losses.calling import mismatched
 from pairtune.models.visibility import dense_mask
-from pairtune.pairs.batch import lay_out, longest_row
+from pairtune.pairs.at_once import longest_row
+from pairtune.pairs.batch import lay_out
 from pairtune.pairs.tokenize import Pair
 
 PAIR = SimpleNamespace(prompt=[10, 11, 12], chosen=[20, 21, 2], rejected=[20, 31, 32, 2])

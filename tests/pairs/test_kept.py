@@ -4,21 +4,34 @@ import fcntl
 import json
 import multiprocessing
 import os
+import random
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from test_data import write_jsonl
 from test_tokenizer import CHATML, GEMMA, save
 
 from pairtune.cli.commands import main
 from pairtune.config.keys import ROWS
+from pairtune.dist import World
 from pairtune.errors import UserError
+from pairtune.losses.modules import build
 from pairtune.pairs import gathering, kept, tokenize
+from pairtune.pairs.at_once import document_lengths, lengths_of, longest_row, tokens_at
+from pairtune.pairs.batch import document_length
+from pairtune.pairs.digests import digest_each, digest_in_order, digest_pair
+from pairtune.pairs.packed import PackedPairs, Table
+from pairtune.pairs.pair import Pair
 from pairtune.pairs.spread import spread
+from pairtune.pairs.steps import Steps
 from pairtune.pairs.tokenize import count_overlap, read_pairs, read_rows, split_pairs, tokenize_pairs
+from pairtune.run import choosing, contract
 from pairtune.tokenizer.hf import hf_tokenizer
 
 LIMITS = {"max_length": 200, "max_prompt_length": 90, "max_completion_length": 120}
@@ -267,7 +280,13 @@ def test_who_is_killed_leaves_no_process_behind(tmp_path):
     """Each holds the writing end of a pipe: it is at its end when all are gone."""
     code = """
 import os, signal, sys
+from pairtune.pairs.at_once import document_lengths, lengths_of, longest_row, tokens_at
+from pairtune.pairs.batch import document_length
+from pairtune.pairs.digests import digest_each, digest_in_order, digest_pair
+from pairtune.pairs.packed import PackedPairs, Table
+from pairtune.pairs.pair import Pair
 from pairtune.pairs.spread import spread
+from pairtune.pairs.steps import Steps
 
 def work(part):
     os.write(int(sys.argv[1]), b"x")
@@ -286,3 +305,61 @@ list(spread(work, range(10_000), processes=2))
     run.wait()
     assert os.read(reading, 1) == b""
     os.close(reading)
+
+
+def unlike_pairs():
+    """Pairs of all kinds: with what answers share, of several turns, unpaired, equal ones."""
+    rng = random.Random(0)
+    found = []
+    for row in range(200):
+        prompt, chosen, rejected = ([rng.randrange(3, 9) for _ in range(rng.randrange(1, 30))] for _ in range(3))
+        shared = chosen[: rng.randrange(3)]
+        spans = ((1, 2),) if row % 7 == 0 else ()
+        found.append(Pair([1, *prompt], [*chosen, 2], [*shared, *rejected, 2], 3 * row, (), spans))
+    found[20] = replace(found[20], chosen=[])
+    found[21] = replace(found[21], rejected=[])
+    found[22] = replace(found[22], chosen=[5] * 50 + [2], rejected=[5] * 50 + [6, 2])
+    return [*found, *found[:9]]
+
+
+def test_what_is_asked_of_all_pairs_makes_no_pair_of_packed_ones(monkeypatch):
+    pairs, tokenizer = unlike_pairs(), SimpleNamespace(bos_id=1, end_ids={2})
+    packed = PackedPairs.of(pairs[:50]) + PackedPairs.of(pairs[50:])
+    packed, pairs = packed.take([*range(10, 209), *range(4)]), pairs[10:] + pairs[:4]
+    assert list(packed) == pairs and list(pairs[:3] + packed) == pairs[:3] + pairs
+
+    def answers(given):
+        for prompt_and_answer in (None, 64):
+            yield longest_row(given, mixed_within=prompt_and_answer)
+        yield from (digest_in_order(given), digest_each(given), count_overlap(given[:150], given[150:]))
+        yield from (array.tolist() for array in (lengths_of(given), document_lengths(given)))
+        yield from (tokens_at(given, part, n).tolist() for part in ("prompt", "rejected") for n in (0, 40, -1, -3))
+        yield contract.check_pairs(given, tokenizer)
+
+    work = build("kto"), 64, 8, 3
+    order = (
+        Steps(pairs, 8, 4, World(torch.device("cpu")), seed=0),
+        Steps(packed, 8, 4, World(torch.device("cpu")), seed=0),
+    )
+    heaviest, chosen = zip(*((steps.heaviest(), choosing.work(steps._pairs, *work)) for steps in order), strict=True)
+    assert heaviest[0] == heaviest[1] and chosen[0] == chosen[1]
+    assert order[1].heaviest()[0][0] == max(pairs, key=document_length)
+    assert document_lengths(packed).tolist() == list(map(document_length, pairs))
+    assert digest_each(packed) == list(map(digest_pair, pairs))
+    expected = list(answers(pairs))
+    monkeypatch.setattr(Table, "pair", None)
+    assert list(answers(packed)) == expected
+
+
+def test_what_is_wrong_with_packed_pairs_is_told_of_the_first():
+    pairs, tokenizer = unlike_pairs(), SimpleNamespace(bos_id=1, end_ids={2})
+    for row, change in (
+        (7, {"prompt": [1, 1, 4]}),
+        (8, {"prompt": [4]}),
+        (9, {"rejected": [4]}),
+        (9, {"chosen": [2, 2]}),
+    ):
+        wrong = [*pairs[:row], replace(pairs[row], **change), *pairs[row + 1 :], replace(pairs[0], chosen=[5])]
+        for given in (wrong, PackedPairs.of(wrong)):
+            with pytest.raises(UserError, match=rf"row {3 * row}\b"):
+                contract.check_pairs(given, tokenizer)

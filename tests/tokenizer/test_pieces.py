@@ -1,6 +1,7 @@
 """A text cut at special tokens gives what the library makes of it whole, ids and offsets, in all vocabularies."""
 
 import random
+from bisect import bisect_right
 
 import pytest
 import tokenizers
@@ -46,6 +47,8 @@ def test_a_text_in_pieces_gives_what_it_gives_whole(name):
         text = "".join(rng.choices(WORDS, k=rng.randrange(12)))
         whole, found = backend.encode(text, add_special_tokens=False), pieces.encode(text)
         assert (found.ids, found.offsets) == (whole.ids, whole.offsets), text
+        at, stops = rng.randrange(len(text) + 1), [stop for _, stop in whole.offsets]
+        assert found.num_before(at) == bisect_right(stops, at), (text, at)
 
 
 def test_a_mixture_of_tokens_that_are_looked_for_before_and_after_normalizing_is_not_cut():
