@@ -100,7 +100,9 @@ def validate(argv: list[str]) -> int:
     parser.add_argument("overrides", metavar="key=value", nargs="*")
     parser.add_argument("--config", dest="more", action="append", default=[], metavar="FILE", help=LAID_ON_TOP)
     parser.add_argument("--recipe", help="check for this one only")
-    parser.add_argument("--all", action="store_true", help="tokenize all rows; default: the first 100")
+    parser.add_argument(
+        "--all", action="store_true", help="tokenize all rows; default: the first 100, and of a large file 100 more"
+    )
     parser.add_argument("--torchtune", action="store_true", help="the config is for a recipe of torchtune's")
     _check_keys(argv, parser)
     args = parser.parse_intermixed_args(argv)

@@ -57,7 +57,7 @@ class Validation:
 
     Attributes:
         paths, overrides: The config.
-        num_rows: Rows of each source that are tokenized; None: all.
+        num_rows: Rows of each source that are tokenized, of a large one twice as many; None: all.
         may_be_absent: Whether the sources and folders that the file itself names need not be on this machine.
     """
 
@@ -165,11 +165,13 @@ class Validation:
             raise NotHere(f"{source.source} is a data set of the Hugging Face Hub")
         self._must_be_here(source.source, f"{key.partition('[')[0].removesuffix('.source')}.source")
         where = {name: source[name] for name in ("split", "name", "revision", "limit")}
-        rows = read_rows(source.source, **where, columns=as_plain(source.columns), key=key)
+        rows = read_rows(source.source, **where, columns=as_plain(source.columns), sample=self.num_rows, key=key)
+        is_sample, total = len(rows) < rows.total, rows.total
+        of_all = f"{'' if rows.is_counted else 'about '}{total:,}"
         if tokenizer is None:
             form, _ = recognise(rows, key)
-            return f"{len(rows):,} rows, {form.name}; not tokenized, for want of a tokenizer", len(rows), len(rows)
-        first = rows if self.num_rows is None else rows.first(self.num_rows)
+            return f"{of_all} rows, {form.name}; not tokenized, for want of a tokenizer", total, total
+        first = rows if self.num_rows is None or is_sample else rows.first(self.num_rows)
         pairs, report = tokenize_pairs(
             first, tokenizer, max_length=cfg.max_length, max_prompt_length=cfg.max_prompt_length,
             max_completion_length=cfg.get("max_completion_length"),
@@ -177,11 +179,14 @@ class Validation:
             unpaired=takes_unpaired(config.instantiate(cfg.loss)),
             progress=False, key=key,
         )  # fmt: skip
-        num_pairs = len(pairs) if len(first) == len(rows) else len(rows)
+        num_pairs = len(pairs) if len(first) == total else total
+        read = f"{len(first):,} rows" if len(first) == total else f"the first {len(first):,} of {of_all} rows"
+        if is_sample and rows.numbers[-1] >= len(rows):
+            read = f"{len(first):,} of {of_all} rows (the first, and some of all parts)"
         if source.get("val_fraction"):
             train, _ = split_pairs(range(num_pairs), source.val_fraction)
             num_pairs = len(train)
-        return "; ".join([_told(report, len(rows)), *report.columns(), *report.notes]), num_pairs, len(rows)
+        return "; ".join([_told(report, read), *report.columns(), *report.notes]), num_pairs, total
 
 
 def _answer(question: Callable[[], tuple[str, Any]]) -> Answer:
@@ -208,10 +213,9 @@ def _model(method: str, cfg: DictConfig, tokenizer) -> tuple[str, Any]:
     return "; ".join([f"{models.sizes(model)}, {compared}", *advice]), None
 
 
-def _told(report: Report, num_rows: int) -> str:
-    read = f"{report.num_rows:,}" if report.num_rows == num_rows else f"the first {report.num_rows:,} of {num_rows:,}"
+def _told(report: Report, read: str) -> str:
     dropped = [f"{len(rows):,} dropped ({reason}; row {rows[0]})" for reason, rows in report.dropped.items()]
-    return ", ".join([f"{read} rows, {report.format}: {report.num_kept:,} kept", *dropped])
+    return ", ".join([f"{read}, {report.format}: {report.num_kept:,} kept", *dropped])
 
 
 def _steps(cfg: DictConfig, num_pairs: int | None) -> tuple[str, Any]:

@@ -68,7 +68,19 @@ def _json_lines(text: str, path: Path) -> list[dict]:
         _object([], f"{path}, line 1")
     # Not splitlines: a JSON string may hold U+2028 and its like as they are.
     lines = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
-    return [_object(_parse(line, path, number), f"{path}, line {number}") for number, line in lines]
+    return [parse_line(line, path, number) for number, line in lines]
+
+
+def parse_line(line: str, path: Path, number: int) -> dict:
+    """Returns a row of JSON Lines.
+
+    Args:
+        number: The line's, from 1.
+
+    Raises:
+        UserError: It is no object. File and line are named.
+    """
+    return _object(_parse(line, path, number), f"{path}, line {number}")
 
 
 def _json_list(text: str, path: Path) -> list[dict]:
@@ -128,14 +140,16 @@ def _csv_rows(text: str, path: Path) -> list[dict]:
     try:
         check_names(reader.fieldnames or [], f"{path}, line 1")
         for row in reader:
-            if None in row or None in row.values():
-                raise UserError(
-                    f"{path}, line {reader.line_num}: not as many cells as the first line has columns. {MEND}"
-                )
+            check_cells(row, f"{path}, line {reader.line_num}")
             rows.append(row)
     except csv.Error as error:  # the row begins behind the last one that was whole
         raise UserError(f"{path}, line {reader.line_num + 1}: invalid CSV, {error}. {MEND}") from error
     return rows
+
+
+def check_cells(row: dict, where: str) -> None:
+    if None in row or None in row.values():
+        raise UserError(f"{where}: not as many cells as the first line has columns. {MEND}")
 
 
 def check_names(names: Sequence[str], where: str) -> None:

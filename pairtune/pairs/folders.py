@@ -68,29 +68,50 @@ def read_folder(path: Path, name: str | None, key: str) -> dict[str, Sequence]:
     Raises:
         UserError: There are none, or a file cannot be read.
     """
+    found = files_of_splits(path, name, key)
+    if found is None:
+        with _told(path, key), tempfile.TemporaryDirectory() as cache, _without_bars():
+            if _is_saved(path):
+                data = datasets.load_from_disk(str(path))
+                return data if isinstance(data, dict) else {"train": data}
+            return datasets.load_dataset(str(path), name, cache_dir=cache, keep_in_memory=True)
+    return {split: Shards([(file, read_file(file, key), 0) for file in files]) for split, files in found.items()}
+
+
+def files_of_splits(path: Path, name: str | None, key: str) -> dict[str, list[Path]] | None:
+    """Returns a folder's files by split; None where `datasets` has to read them.
+
+    Raises:
+        UserError: There are none, or a file cannot be read.
+    """
     for file in path.rglob("*.csv"):  # pandas would rename the second column
         try:
             with file.open(newline="", encoding="utf-8-sig", errors="replace") as text:
                 check_names(next(csv.reader(text), []), f"{file}, line 1")
         except (OSError, csv.Error) as error:
             raise UserError(f"{key}.source={path}: {file} cannot be read: {error}. Mend it, or take it out.") from error
+    if _is_saved(path):
+        return None
+    # The usual cache would keep every version
+    with _told(path, key), tempfile.TemporaryDirectory() as cache, _without_bars():
+        builder = datasets.load_dataset_builder(str(path), name, cache_dir=cache)
+    found = {str(split): [Path(file) for file in files] for split, files in (builder.config.data_files or {}).items()}
+    return found if found and all(_is_read(file) for files in found.values() for file in files) else None
+
+
+def _is_saved(path: Path) -> bool:
+    return (path / "dataset_dict.json").exists() or (path / "state.json").exists()
+
+
+@contextmanager
+def _told(path: Path, key: str) -> Iterator[None]:
     try:
-        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-            data = datasets.load_from_disk(str(path))
-            return data if isinstance(data, dict) else {"train": data}
-        with tempfile.TemporaryDirectory() as cache, _without_bars():  # the usual cache would keep every version
-            builder = datasets.load_dataset_builder(str(path), name, cache_dir=cache)
-            found = {
-                split: [Path(file) for file in files] for split, files in (builder.config.data_files or {}).items()
-            }
-            if not found or not all(_is_read(file) for files in found.values() for file in files):
-                return datasets.load_dataset(str(path), name, cache_dir=cache, keep_in_memory=True)
+        yield
     except Exception as error:  # boundary: builders raise whatever their readers raise
         raise UserError(
             f"{key}.source={path}: the folder cannot be read as a dataset: {_cause(error)}. "
             f"It should hold {', '.join(FILE_TYPES)} files of one form; or name one file."
         ) from error
-    return {str(split): Shards([(file, read_file(file, key), 0) for file in files]) for split, files in found.items()}
 
 
 def _is_read(file: Path) -> bool:

@@ -10,10 +10,9 @@ from pairtune.errors import UserError
 from pairtune.pairs.formats import SINGLE, Format, detect_format, fitting_format
 from pairtune.pairs.layouts import guess, known_layouts, names_of, values_in
 from pairtune.pairs.ranked import TIE_WORDS, Choice, as_word, from_choice, trees_of
-from pairtune.pairs.rows import Rows
+from pairtune.pairs.rows import MESSAGES_OF_TREES, Rows
 
 FIRST = 10  # rows that are looked at
-MESSAGES_OF_TREES = {"message_id", "parent_id", "text", "role", "rank"}  # Open Assistant's, a message a row
 
 
 def recognise(rows: Rows, key: str, *, single: bool = False) -> tuple[Format, Rows]:

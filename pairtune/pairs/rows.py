@@ -9,9 +9,12 @@ import datasets
 from pairtune.errors import UserError
 from pairtune.pairs.columns import Renaming, as_plain, check_columns, look_up, unpacked
 from pairtune.pairs.files import read_file
-from pairtune.pairs.folders import Shards, read_folder, read_hub
+from pairtune.pairs.folders import Shards, files_of_splits, read_folder, read_hub
 from pairtune.pairs.formats import OUR_COLUMNS
+from pairtune.pairs.sampling import is_large, sample_file
 from pairtune.pairs.sources import check_source
+
+MESSAGES_OF_TREES = {"message_id", "parent_id", "text", "role", "rank"}  # Open Assistant's, a message a row
 
 
 class Rows(Sequence):
@@ -25,10 +28,13 @@ class Rows(Sequence):
         columns: Our names to theirs, for columns that have another name; None leaves a column out. See layouts.py.
         numbers: Index in the source of each row, where it is not its index in `data`.
         key: Where the config describes the rows, for messages.
+
+    Attributes:
+        total: Rows of the source, where these are a sample of it; `is_counted`: it is no estimate.
     """
 
     def __init__(self, data, *, source: str = "rows", columns: dict | None = None, numbers=None, key: str = "dataset"):
-        self.source = source
+        self.source, self.total, self.is_counted = source, len(data), True
         self.numbers = range(len(data)) if numbers is None else numbers
         self._data = data
         self._is_arrow = not isinstance(data, list)
@@ -89,6 +95,7 @@ def read_rows(
     limit: int | None = None,
     columns: dict | None = None,
     revision: str | None = None,
+    sample: int | None = None,
     key: str = "dataset",
 ) -> Rows:
     """Returns the rows of a file, a folder or a Hub dataset. Nothing of a local source is cached.
@@ -100,6 +107,7 @@ def read_rows(
         name, revision: Configuration and version of a Hub dataset.
         limit: The first so many rows, after the split.
         columns: Our names to theirs, such as {"prompt": "question"}; None leaves a column out. See layouts.py.
+        sample: Of a large file or folder, so many of the first rows and as many of the others are enough.
         key: Where the config describes these rows, for messages.
 
     Raises:
@@ -113,6 +121,10 @@ def read_rows(
         raise UserError(f"{key}.name={name} has no effect on {source}. Remove it.")
     if revision is not None and path.exists():
         raise UserError(f"{key}.revision={revision} has no effect on {source}. Remove it.")
+    if sample and path.exists() and is_large(path):
+        rows = _read_sample(path, source, split, name=name, limit=limit, columns=columns, count=sample, key=key)
+        if rows is not None:
+            return rows
     if path.is_file():
         splits = {"train": read_file(path, key)}
     else:
@@ -123,14 +135,52 @@ def read_rows(
     return Rows(data, source=source, columns=columns, numbers=numbers, key=key)
 
 
+def _read_sample(path: Path, source: str, split: str, *, name, limit, columns, count: int, key: str) -> Rows | None:
+    """Returns a sample of a large source's rows; None where all have to be read."""
+    files = {"train": [path]} if path.is_file() else files_of_splits(path, name, key)
+    if files is None:
+        return None
+    runs, sizes, is_counted = {}, dict.fromkeys(files, 0), True  # runs of a split: file, rows, first in file, in split
+    for part, paths in files.items():
+        runs[part] = []
+        for file in paths:
+            found = sample_file(file, key, -(-count // len(paths)))
+            if found is None:
+                return None
+            runs[part] += [(file, rows, first, sizes[part] + first) for rows, first in found.runs]
+            sizes[part], is_counted = sizes[part] + found.total, is_counted and found.is_counted
+    parts, numbers, total = [], [], 0
+    for wanted in _wanted(split, sizes, source, key):
+        stop = wanted.to if limit is None else min(wanted.to, wanted.from_ + limit - total)
+        for file, rows, first, number in runs[wanted.splitname]:
+            low, high = max(wanted.from_ - number, 0), min(stop - number, len(rows))
+            if low < high:
+                parts.append((file, _part(rows, low, high), first + low))
+                numbers += range(number + low, number + high)
+        total += max(0, stop - wanted.from_)
+    if not parts:
+        return None
+    is_plain = path.is_file() and isinstance(parts[0][1], list)
+    data = list(chain.from_iterable(rows for _, rows, _ in parts)) if is_plain else Shards(parts)
+    found = Rows(data, source=source, columns=columns, numbers=numbers, key=key)
+    if set(found.found) >= MESSAGES_OF_TREES:  # a row is part of a conversation
+        return None
+    found.total, found.is_counted = total, is_counted
+    return found
+
+
+def _wanted(split: str, sizes: dict[str, int], source: str, key: str) -> list:
+    """Returns the parts of splits that a `split` asks for, each with `splitname`, `from_` and `to`."""
+    try:
+        return datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
+    except (ValueError, AssertionError) as error:
+        told = ", ".join(f"{name} ({size:,} rows)" for name, size in sizes.items())
+        raise UserError(f"{key}.split={split!r} does not fit {source}, which has {told}: {error}") from error
+
+
 def _slice(splits: dict[str, Sequence], split: str, source: str, key: str) -> tuple[Sequence, list[int]]:
     """Returns a split's rows and their numbers in the source."""
-    try:
-        spec = datasets.ReadInstruction.from_spec(split)
-        parts = spec.to_absolute({name: len(data) for name, data in splits.items()})
-    except (ValueError, AssertionError) as error:
-        sizes = ", ".join(f"{name} ({len(data):,} rows)" for name, data in splits.items())
-        raise UserError(f"{key}.split={split!r} does not fit {source}, which has {sizes}: {error}") from error
+    parts = _wanted(split, {name: len(data) for name, data in splits.items()}, source, key)
     pieces = [_part(splits[part.splitname], part.from_, part.to) for part in parts]
     numbers = [number for part in parts for number in range(part.from_, part.to)]
     if isinstance(pieces[0], list):

@@ -1,9 +1,13 @@
 """`tune validate` finds what is wrong with a config and the files that it names, without loading a weight."""
 
+import csv
+import gzip
 import json
 import shutil
 import sys
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from helpers import NF4_SIZES, random_pairs, save_llama, save_pairs
@@ -14,6 +18,7 @@ from pairtune.cli.commands import main
 from pairtune.cli.find import find, own
 from pairtune.folders import peft as adapters
 from pairtune.folders import weights as checkpoint
+from pairtune.pairs.rows import read_rows
 
 SIX = sorted(own("recipe"))
 
@@ -266,3 +271,50 @@ def test_a_fraction_held_out_is_of_all_rows(work, validate, fraction, status):
 def test_no_weight_is_read(work, validate):
     break_weights(work, lambda tensors: tensors["lm_head.weight"].fill_(float("nan")))
     assert validate("my.yaml", "--recipe", LORA)[0] == 0  # a run finds it, when it loads
+
+
+@pytest.fixture
+def large(work, monkeypatch):
+    """5,000 rows, of which number 4,321 is no JSON, as of a file of many megabytes."""
+    monkeypatch.setattr("pairtune.pairs.sampling.LARGE", 1)
+    lines = [json.dumps({"prompt": f"Q{i}", "chosen": f"good {i}", "rejected": "bad"}) for i in range(5_000)]
+    lines[4_321] = "{"
+    return lines
+
+
+def test_of_a_large_file_the_first_rows_and_some_of_all_parts_are_looked_at(large, work, validate):
+    (work / "pairs.jsonl").write_text("\n\n".join(large))
+    status, tables = validate("my.yaml", "--recipe", LORA)
+    said = "198 of 5,000 rows (the first, and some of all parts), prompt with answers: 198 kept"
+    assert tables[LORA]["dataset"].startswith(f"ok: {said}") and not status
+    assert tables[LORA]["steps"] == "ok: 79, at most"
+    status, tables = validate("my.yaml", "--recipe", LORA, "--all")
+    assert status == 1 and "line 8643: invalid JSON" in tables[LORA]["dataset"]
+    _, tables = validate("my.yaml", "--recipe", LORA, "dataset.split=train[80%:]", "dataset.limit=700")
+    assert "of 700 rows (the first, and some of all parts)" in tables[LORA]["dataset"]
+
+
+def test_a_row_of_a_sample_is_told_by_its_number_and_file(large, work, tmp_path):
+    rows = [json.loads(line) for line in large if line != "{"]
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    (folder / "train-0.jsonl").write_bytes("\n".join(map(json.dumps, rows[:2_000])).encode())
+    (folder / "train-1.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows[2_000:])).encode()))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "p.parquet", row_group_size=90)
+    write_csv(tmp_path / "c.csv", rows)
+    for name in ("shards", "p.parquet", "c.csv"):
+        found = read_rows(str(tmp_path / name), sample=20)
+        assert [found[i] for i in range(len(found))] == [rows[number] for number in found.numbers], name
+        assert abs(found.total / len(rows) - 1) < (0 if found.is_counted else 0.2) + 1e-9, name
+        assert 20 <= len(found) <= 60 and found.is_counted == (name != "c.csv")
+        assert (max(found.numbers) > 4_500) == (name != "c.csv"), name
+    found = read_rows(str(folder), sample=20)
+    last = found.numbers[-1]
+    assert found.place(len(found) - 1) == f"{folder / 'train-1.jsonl.gz'}, row {last - 2_000} (from 0)"
+
+
+def write_csv(path, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
