@@ -21,6 +21,7 @@ from pairtune.folders import weights
 from pairtune.folders.opening import make_ready
 from pairtune.losses.calling import policy_scores, takes_unpaired
 from pairtune.losses.whole_step import WholeStep
+from pairtune.pairs.at_once import sets_of
 from pairtune.pairs.batch import lay_out
 from pairtune.pairs.steps import Steps
 from pairtune.pairs.tokenize import read_train_and_held_out
@@ -98,7 +99,7 @@ def evaluate(cfg) -> tuple[dict[str, float], np.ndarray]:
     reference.build(cfg.model, files, tokenizer, cfg.max_length)
     budget = cfg.max_length, cfg.max_prompt_length, takes_unpaired(loss_fn), cfg.max_completion_length
     train, held_out = read_train_and_held_out(cfg.dataset, cfg.eval_dataset, tokenizer, world, *budget, seed=cfg.seed)
-    pairs = [*(held_out or train)]
+    pairs, sets = held_out or train, {name: metrics.identities(part) for name, part in sets_of(held_out).items()}
     contract.check_pairs(pairs, tokenizer, score_end=cfg.score_end)
     asked = {key: cfg[key] for key in choosing.KEYS}
     work = choosing.work(pairs, loss_fn, cfg.max_length, len(pairs), 1)
@@ -124,7 +125,8 @@ def evaluate(cfg) -> tuple[dict[str, float], np.ndarray]:
             meter.add_pairs(batch, scores, *loss_fn(*given, **whole.inputs(batch, scores)), kl=whole.kl)
     (seen,) = metrics.seen_by_all([meter.take_pairs()], world)
     table = pair_log.records(0, seen, is_held_out=True)
-    return meter.read(world, "eval/") | pair_log.held_out_numbers(table, table[:0]), table
+    numbers = pair_log.held_out_numbers(table, table[:0]) | pair_log.set_numbers(table, table[:0], sets)
+    return meter.read(world, "eval/") | numbers, table
 
 
 def report(cfg, results: dict[str, float], table: np.ndarray) -> str:

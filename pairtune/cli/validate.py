@@ -155,7 +155,8 @@ class Validation:
             sizes = [len(split_pairs(range(size), cfg[key].val_fraction)[0]) for size in sizes]
         counts = counts_of(sizes, [block for _, block in blocks])
         told_each = [f"{block['source']}: {text}" for (_, block), text in zip(blocks, texts, strict=True)]
-        of_all = f"{sum(num_rows):,} rows of {len(blocks)} sources, {sum(counts):,} pairs in an epoch"
+        of_all = f"{sum(num_rows):,} rows of {len(blocks)} sources"
+        of_all += f", {sum(counts):,} pairs in an epoch" if key == "dataset" else ""
         return "; ".join([of_all, *told_each]), sum(counts)
 
     def _source(self, key: str, block: dict, cfg: DictConfig, tokenizer) -> tuple[str, int, int]:

@@ -4,8 +4,8 @@ import math
 from typing import Any
 
 from pairtune.config import keys, names_elsewhere
-from pairtune.config.rules import AUTO, REQUIRED, fits, kind_words, show, wrong_kind
-from pairtune.errors import UserError, nearest
+from pairtune.config.rules import AUTO, REQUIRED, fits, kind_words, set_and_metric, show, wrong_kind
+from pairtune.errors import UserError, close_to, nearest
 
 
 def check_values(cfg: dict, defaults: dict, prefix: str = "") -> None:
@@ -158,6 +158,13 @@ def _check_evaluated(cfg: dict) -> None:
                 f"{key}={cfg[key]}: there is nothing to evaluate on; "
                 f"set eval_dataset.source or dataset.val_fraction, or {key}=null"
             )
+    name, metric = set_and_metric(cfg.get("keep_best") or "")
+    names = list(source) if isinstance(source, dict) else []
+    if name and name not in names:
+        raise UserError(
+            f"keep_best={cfg['keep_best']}: eval_dataset.source names {', '.join(names) or 'no held-out sets'}; "
+            f"nearest valid: keep_best={(close_to(name, names) + '/') if names else ''}{metric}"
+        )
     steps, epochs = cfg.get("eval_every_n_steps"), cfg.get("eval_every_n_epochs")
     if cfg.get("early_stop") and not (steps or epochs):
         raise UserError(

@@ -21,6 +21,7 @@ from pairtune.config.rules import (
     from_to,
     of_kind,
     one_of,
+    set_and_metric,
     some_text,
     switch_or,
 )
@@ -68,7 +69,12 @@ _COUNT = Rule(
 _DEVICE = Rule(
     lambda v: v in ("auto", "cpu", "cuda") or v.startswith("cuda:") and v[5:].isdecimal(), "auto, cpu, cuda or cuda:N"
 )
-_METRIC = Rule(lambda v: v in HIGHER_IS_BETTER, f"one of {', '.join(HIGHER_IS_BETTER)}, or null", lambda v: "loss", str)
+_METRIC = Rule(
+    lambda v: set_and_metric(v)[1] in HIGHER_IS_BETTER,
+    f"one of {', '.join(HIGHER_IS_BETTER)}, or null; of held-out pairs with a name NAME/loss and so on",
+    lambda v: "loss",
+    str,
+)
 _CHECKPOINT = Rule(lambda v: v != "", "true, false, auto, or the path of a checkpoint", None, bool | str)
 _PROMPTS = Rule(lambda v: all(isinstance(prompt, str) for prompt in v), 'a list of text, numbers in quotes: ["1","2"]')
 _TEMPERATURE = Rule(lambda v: v >= 0, "at least 0 (0 is greedy)", lambda v: 0.0)
@@ -95,6 +101,12 @@ _SOURCE = Rule(
     "text, and not empty, or a list of such or of blocks with a source each",
     None,
     str | list,
+)
+_HELD_OUT = Rule(
+    lambda v: isinstance(v, str) and v.strip() or isinstance(v, list | dict) and v,
+    "text, and not empty, or a list of such or of blocks with a source each, or names with one of these each",
+    None,
+    str | list | dict,
 )
 _FOLDER = Rule(lambda v: v is False or isinstance(v, str) and v, "a folder, null or false", None, object)
 _EPOCHS = Rule(lambda v: 0 < v <= 1_000_000, "above 0, such as 1, 3 or 0.5", lambda v: 1, float)
@@ -413,7 +425,13 @@ _PAIRS = (
     *(replace(row, name=f"dataset.{row.name}") for row in _ROWS),
     Key("dataset.val_fraction", rule=_FRACTION, nullable=True),
     Key("eval_dataset", resume="yes", nullable=True),
-    *(replace(row, name=f"eval_dataset.{row.name}") for row in _ROWS),
+    Key(
+        "eval_dataset.source",
+        REQUIRED,
+        "as of dataset; or names with one each: evaluated apart, too",
+        _HELD_OUT,
+    ),
+    *(replace(row, name=f"eval_dataset.{row.name}") for row in _ROWS[1:]),
 )
 
 

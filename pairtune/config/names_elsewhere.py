@@ -218,7 +218,7 @@ ROWS = {
         _row("eval_file validation_file", "others", "eval_dataset.source={}"),
         _row("datasets dataset_mixer dataset_mixture", "axolotl, handbook, dpo",
              "dataset.source takes a list: [FIRST, {source: SECOND, weight: 0.5}]"),
-        _row("test_datasets", "axolotl", "eval_dataset.source takes a list"),
+        _row("test_datasets", "axolotl", "eval_dataset.source takes a list, or names: {math: FILE, code: FILE}"),
         _row("dataset_streaming", "TRL scripts", f"{_LEAVE}: all pairs are tokenized before the first step"),
         _row("max_samples max_train_samples", "LLaMA-Factory, others", "dataset.limit={}"),
         _row("max_eval_samples n_eval_examples", "dpo, others", "eval_dataset.limit={}"),

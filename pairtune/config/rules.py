@@ -99,6 +99,13 @@ LORA_LAYERS = {
 OUR_LAYERS = ("q_proj", "k_proj", "v_proj", "output_proj", "mlp", "output", "router", "all-linear")
 HIGHER_IS_BETTER = {"loss": False, "rewards/accuracies": True, "rewards/margins": True}  # what keep_best goes by
 
+
+def set_and_metric(name: str) -> tuple[str | None, str]:
+    """Returns what keep_best names: of held-out pairs that have a name, SET/METRIC, that name; and the metric."""
+    found = next((metric for metric in HIGHER_IS_BETTER if name.endswith(f"/{metric}")), None)
+    return (name.removesuffix(f"/{found}"), found) if found else (None, name)
+
+
 KIND_NAMES = {
     bool: "true or false",
     int: "a whole number",

@@ -43,12 +43,21 @@ def spelled_out(name: str, value: Any, default: Any, *, holds_component: bool) -
     if holds_component:
         return _component(name, value)
     main = MAIN.get(name)
+    if name == "eval_dataset" and isinstance(value, dict) and _names_sets(value, default):
+        return {main: value}
     if isinstance(default, dict) and main in default and not isinstance(value, dict):
         is_off = value is None and default[main] is None  # eval_dataset=null
         return {main: value} if value is not None or is_off else value
     if name == "lora.modules" and isinstance(value, str):
         return [module.strip() for module in value.split(",")]
     return [value] if name == "samples.prompts" and isinstance(value, str) else value
+
+
+def _names_sets(value: dict, keys: dict) -> bool:
+    """eval_dataset={math: FILE, code: FILE}: no name is a key, or nearly one."""
+    return bool(value) and not any(
+        name in keys or nearest(name, keys) or not isinstance(one, str | list | dict) for name, one in value.items()
+    )
 
 
 def _component(name: str, value: Any) -> Any:

@@ -31,6 +31,11 @@ def tokens_at(pairs: Sequence[Pair], part: str, index: int) -> np.ndarray:
     return np.array([(getattr(pair, part)[nth] or [-1])[0] for pair in pairs], np.int64)
 
 
+def sets_of(pairs: Sequence[Pair]) -> dict[str, Sequence[Pair]]:
+    """Returns the parts of held-out pairs that have names, by these; none where they have none."""
+    return {name: pairs[part] for name, part in getattr(pairs, "sets", {}).items()}
+
+
 def take(pairs: Sequence[Pair], indices: Sequence[int]) -> Sequence[Pair]:
     """Returns the pairs at these indices."""
     return pairs.take(indices) if isinstance(pairs, PackedPairs) else [pairs[i] for i in indices]

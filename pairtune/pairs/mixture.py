@@ -1,12 +1,15 @@
 """Several sources in one block of a config: what each is read by, and how many of its pairs an epoch has."""
 
 import random
+import re
 from collections.abc import Mapping, Sequence
 
 from pairtune.errors import UserError, nearest
 
 OF_ALL = ("val_fraction", "cache_dir")  # what is said of the sources together
-OF_ONE = ("weight", "share")  # what is said of one of several
+OF_ONE = ("weight", "share")  # what is said of one of several to train on
+# What evaluations say of all held-out pairs begins so
+NO_NAMES = ("loss", "rewards", "logps", "pairs", "like_length", "length_controlled", "chosen_lost", "auc", "answers")
 
 
 def sources_of(block: Mapping, key: str) -> list[tuple[str, dict]]:
@@ -19,19 +22,38 @@ def sources_of(block: Mapping, key: str) -> list[tuple[str, dict]]:
         UserError: A source is neither text nor a block, names an unknown key, or has a weight or share that is none.
     """
     source, rest = block["source"], {name: value for name, value in block.items() if name not in OF_ALL}
-    if isinstance(source, str) or not isinstance(source, Sequence):
+    if isinstance(source, str) or not isinstance(source, Sequence | Mapping):
         return [(key, {**block})]
-    found = []
-    for number, one in enumerate(source):
-        where, own = f"{key}.source[{number}]", {"source": one} if isinstance(one, str) else one
+    if isinstance(source, Mapping):
+        _check_names(list(source), key)
+        each = [(f"{key}.source.{name}", one) for name, one in source.items()]
+    else:
+        each = [(f"{key}.source[{number}]", one) for number, one in enumerate(source)]
+    found, known = [], [*rest, *(OF_ONE if key == "dataset" else ())]
+    for where, one in each:
+        own = {"source": one} if isinstance(one, str) else one
         if not isinstance(own, Mapping) or not isinstance(own.get("source"), str):
             raise UserError(f"{where}={one}: must be a file, a folder or a Hub id, or a block with a `source`")
         for name in own:
-            if name not in (*rest, *OF_ONE):
-                raise UserError(f"{where}.{name}: unknown key{nearest(name, [*rest, *OF_ONE])}")
+            if name not in known:
+                raise UserError(f"{where}.{name}: unknown key{nearest(name, known)}")
         found.append((where, {**rest, **own}))
     _check(found)
     return found
+
+
+def names_of(block: Mapping) -> list[str]:
+    """Returns the names of a block's held-out sets, in their order; none where they have none."""
+    return list(block["source"]) if isinstance(block["source"], Mapping) else []
+
+
+def _check_names(names: Sequence[str], key: str) -> None:
+    for name in names:
+        if not re.fullmatch(r"[\w.-]+", str(name)) or name in NO_NAMES:
+            raise UserError(
+                f"{key}.source.{name}: names what evaluations say of these pairs, eval/{name}/loss: must be letters, "
+                f"digits, _, - and ., and none of {', '.join(NO_NAMES)}"
+            )
 
 
 def _check(found: list[tuple[str, dict]]) -> None:

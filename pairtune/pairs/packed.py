@@ -4,8 +4,8 @@ N pairs, R rows, T tokens.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import accumulate, chain
 
@@ -113,12 +113,14 @@ class PackedPairs(Sequence):
     Args:
         tables: Where their tokens are.
         of_table, places, rows: Of each pair, [N]: which table, its place there, and its row in the source.
+        sets: Parts of them that have names, which are evaluated apart.
     """
 
     tables: list[Table]
     of_table: np.ndarray
     places: np.ndarray
     rows: np.ndarray
+    sets: Mapping[str, slice] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -155,6 +157,15 @@ class PackedPairs(Sequence):
 
     def __radd__(self, other: Sequence[Pair]) -> "PackedPairs":
         return PackedPairs.of(other) + self if len(other) else self
+
+    @classmethod
+    def named(cls, parts: Mapping[str, Sequence[Pair]]) -> "PackedPairs":
+        """Returns the pairs of all parts, one behind the other, which know the parts' names."""
+        whole, sets = cls.of([]), {}
+        for name, pairs in parts.items():
+            sets[name] = slice(len(whole), len(whole) + len(pairs))
+            whole = whole + pairs
+        return replace(whole, sets=sets)
 
     def of_each(self, read: Callable[[Table], np.ndarray]) -> np.ndarray:
         """Returns numbers of these pairs, [..., N], where `read` returns those of all pairs of a table."""

@@ -21,6 +21,7 @@ from pairtune.pairs.keeping import entry_of, read_once
 from pairtune.pairs.kept import KeptTokens
 from pairtune.pairs.limits import Limits
 from pairtune.pairs.one_row import row_reader
+from pairtune.pairs.packed import PackedPairs
 from pairtune.pairs.pair import Pair
 from pairtune.pairs.ranked import check_worse
 from pairtune.pairs.recognise import recognise
@@ -98,7 +99,8 @@ def read_train_and_held_out(
 ) -> tuple[Sequence[Pair], Sequence[Pair]]:
     """Returns the pairs to train on and the held-out ones, and prints the table of what became of the rows.
 
-    Held out are those of `eval_dataset`, or the last `val_fraction` of each source of `dataset`, or none.
+    Held out are those of `eval_dataset`, or the last `val_fraction` of each source of `dataset`, or none. Sets of them
+    that have names can be had by at_once.sets_of.
 
     Args:
         dataset, eval_dataset: The config's blocks.
@@ -127,11 +129,16 @@ def read_train_and_held_out(
         parts.append(pairs)
         blocks.append(block)
     train = _mixed(parts, blocks, seed, world)
-    for key, block in mixture.sources_of(as_plain(eval_dataset), "eval_dataset") if eval_dataset["source"] else ():
+    evaluated = as_plain(eval_dataset)
+    names, sets = mixture.names_of(evaluated), {}
+    for key, block in mixture.sources_of(evaluated, "eval_dataset") if evaluated["source"] else ():
         pairs, report = read(block, key=key)
-        world.print(f"Held-out pairs: {block['source']}\n{report.with_split(train, pairs)}\n")
+        name = f"{names[len(sets)]}, " if names else ""
+        world.print(f"Held-out pairs: {name}{block['source']}\n{report.with_split(train, pairs)}\n")
         held_out = held_out + pairs
-    return train, held_out
+        if names:
+            sets[names[len(sets)]] = pairs
+    return train, PackedPairs.named(sets) if sets else held_out
 
 
 def _mixed(parts: list[Sequence[Pair]], blocks: list[dict], seed: int, world: World) -> Sequence[Pair]:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pairtune.config.rules import set_and_metric
 from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.losses.calling import needs
 from pairtune.models.experts import mixtures_of
-from pairtune.pairs.at_once import lengths_of, tokens_at
+from pairtune.pairs.at_once import lengths_of, sets_of, tokens_at
 from pairtune.pairs.tokenize import Pair
 from pairtune.run.metrics import RunLog
 from pairtune.run.optimizers import parameters_of
@@ -92,17 +93,19 @@ def check_loss(
             "dataset: all rows have the same prompt, and KTO's baseline comes from the answers to other prompts; "
             "loss=sigmoid, on pairs, needs none"
         )
-    has_answers = lengths_of(held_out)[1:] > 0  # [2, N]
+    name, metric = set_and_metric(keep_best or "")
+    has_answers = lengths_of(sets_of(held_out)[name] if name else held_out)[1:] > 0  # [2, N]
     has_pairs, has_margin = has_answers.all(0).any(), has_answers.any(1).all()
-    if keep_best == "rewards/accuracies" and not has_pairs:
+    prefix = f"{name}/" if name else ""
+    if metric == "rewards/accuracies" and not has_pairs:
         raise UserError(
-            "keep_best=rewards/accuracies: the held-out rows are unpaired, and accuracy compares the answers of a "
-            f"pair; nearest valid: keep_best={'rewards/margins' if has_margin else 'loss'}"
+            f"keep_best={keep_best}: the held-out rows are unpaired, and accuracy compares the answers of a "
+            f"pair; nearest valid: keep_best={prefix}{'rewards/margins' if has_margin else 'loss'}"
         )
-    if keep_best == "rewards/margins" and not has_margin:
+    if metric == "rewards/margins" and not has_margin:
         raise UserError(
-            "keep_best=rewards/margins: the held-out rows have one label only, and a margin takes desirable and "
-            "undesirable answers; nearest valid: keep_best=loss"
+            f"keep_best={keep_best}: the held-out rows have one label only, and a margin takes desirable and "
+            f"undesirable answers; nearest valid: keep_best={prefix}loss"
         )
 
 

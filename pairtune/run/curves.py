@@ -7,7 +7,7 @@ from io import BytesIO
 from pathlib import Path
 
 from pairtune.files import write_bytes
-from pairtune.run.log_file import read_log
+from pairtune.run.log_file import read_log, set_names
 
 # Panel: keys, and the reference line; None: what step 1 logged, since each loss starts at a value of its own
 PANELS: dict[str, tuple[tuple[str, ...], float | None]] = {
@@ -49,9 +49,9 @@ def save(figure, png_path: Path) -> None:
 def draw_curves(log: Sequence[Mapping], title: str = ""):
     """Returns a matplotlib Figure of what one run logged, a panel for each of PANELS that it has.
 
-    Lines are training, dots and lines the held-out pairs. The grey line is where an untrained policy stands: at the
-    loss of step 1, which is before the first update (a log without a step 1 has none); at chance; at zero. The dotted
-    one of the accuracy is what length alone would rank rightly.
+    Lines are training, dots and lines the held-out pairs, and each set of them that has a name. The grey line is where
+    an untrained policy stands: at the loss of step 1, which is before the first update (a log without a step 1 has
+    none); at chance; at zero. The dotted one of the accuracy is what length alone would rank rightly.
     """
     return _draw({"": log}, title)
 
@@ -118,10 +118,12 @@ def _draw_panel(axis, name: str, logs: Mapping[str, Sequence[Mapping]]) -> None:
     wanted, start = PANELS[name]
     single = len(logs) == 1
     for number, (run, log) in enumerate(logs.items()):
+        sets = list(dict.fromkeys(one for row in log for one in set_names(row))) if single else []
         if name == "loss" and single:
             start = start_of(log, "loss")
         for key in wanted:
-            for prefix, what in (("", "training"), ("eval/", "held out")):
+            kinds = {"": "training", "eval/": "held out", **{f"eval/{one}/": one for one in sets if len(wanted) == 1}}
+            for prefix, what in kinds.items():
                 steps, values = points(log, prefix + key)
                 if not steps:
                     continue
@@ -130,6 +132,7 @@ def _draw_panel(axis, name: str, logs: Mapping[str, Sequence[Mapping]]) -> None:
                 if single:
                     color = REJECTED if key.endswith("rejected") else HELD_OUT if prefix else TRAINING
                     color = TRAINING if prefix and len(wanted) > 1 and key.endswith("chosen") else color
+                    color = RUNS[2 + sets.index(what) % (len(RUNS) - 2)] if what in sets else color
                 elif len(wanted) > 1:
                     label = f"{run}, {label}"
                 else:

@@ -1,6 +1,7 @@
 """metrics.jsonl: an object a logged step, in lines; what a kill has cut short is no line. No torch."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from pairtune.files import write_text
@@ -18,6 +19,12 @@ def keep_lines(path: Path, step: int, evaluated: int) -> None:
     rows = ((line, json.loads(line)) for line in _lines(path))
     kept = [line for line, row in rows if row["step"] <= (evaluated if "eval/loss" in row else step)]
     write_text(path, "".join(kept))
+
+
+def set_names(row: Mapping, prefix: str = "eval/") -> list[str]:
+    """Returns the names of the held-out sets that an evaluation tells of, each by itself: eval/NAME/loss."""
+    ends = [key.removeprefix(prefix) for key in row if prefix and key.startswith(prefix) and key.endswith("/loss")]
+    return [end.removesuffix("/loss") for end in ends if "/" in end]
 
 
 def _lines(path: Path) -> list[str]:

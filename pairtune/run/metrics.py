@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,13 +22,14 @@ from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.files import telling, write_text
 from pairtune.models.logps import AnswerScores
+from pairtune.pairs.at_once import sets_of
 from pairtune.pairs.batch import PairBatch
 from pairtune.pairs.digests import short_digest
 from pairtune.pairs.pair import Pair
 from pairtune.run import pair_log, report, verdict
 from pairtune.run.curves import draw_curves, plot_curves
 from pairtune.run.finished import open_run
-from pairtune.run.log_file import FILE, keep_lines, read_log
+from pairtune.run.log_file import FILE, keep_lines, read_log, set_names
 from pairtune.run.pair_texts import decoder
 from pairtune.run.verdict import Verdict
 
@@ -156,6 +158,13 @@ class Meter:
         return {prefix + name: value for name, value in means.items()}
 
 
+def identities(pairs: Sequence) -> np.ndarray:
+    """Returns pair_log.identity of each pair that a run will see, [N]."""
+    table = np.zeros(len(pairs), pair_log.RECORD)
+    table["row"], table["digest"] = [pair.row for pair in pairs], list(map(short_digest, pairs))
+    return pair_log.identity(table)
+
+
 class SeenPairs(NamedTuple):
     """What pairs came to, on this process; its values stay on the device until `seen_by_all` reads them."""
 
@@ -199,13 +208,15 @@ class RunLog:
         Args:
             logger: The config's `metric_logger`.
             cfg: The whole config, which a logger notes.
-            held_out, tokenizer: The report shows some of these pairs in words.
+            held_out, tokenizer: The report shows some of these pairs in words. Sets of them that have names are told
+                of by themselves, too.
         """
         self.path, self._pairs_path = run_dir / FILE, run_dir / pair_log.FILE
         self._world, self._file, self._pairs = world, None, None
         self._start = pair_log.records(0, [], is_held_out=True)  # held-out pairs before the first step
         self._unwritten: dict[int, SeenPairs] = {}  # by step
         self._drawn, self._draw_after = None, 0.0
+        self._sets = {name: identities(pairs) for name, pairs in sets_of(held_out).items()}
         self._text_of = decoder(held_out, tokenizer)
         self._exports_best = bool(cfg.get("export_best"))
         if world.is_main:
@@ -246,7 +257,7 @@ class RunLog:
         Every process has to call it.
 
         Returns:
-            The meter's means, and pair_log.held_out_numbers.
+            The meter's means, pair_log.held_out_numbers and set_numbers.
         """
         self._append_pairs()
         (seen,) = seen_by_all([meter.take_pairs()], self._world)
@@ -255,7 +266,9 @@ class RunLog:
         if step == 0:
             self._start = now
         self._append(now)
-        numbers = pair_log.held_out_numbers(now, self._start) if self._world.is_main and len(now) else {}
+        numbers = {}
+        if self._world.is_main and len(now):
+            numbers = pair_log.held_out_numbers(now, self._start) | pair_log.set_numbers(now, self._start, self._sets)
         results |= self._world.agree(numbers)
         self.write(step, results)
         self.conclude("no")
@@ -328,11 +341,14 @@ class RunLog:
 
 
 def summary(results: dict[str, float], prefix: str = "") -> str:
-    """Returns loss, accuracy and margin in words, as far as there are any; no ranking where rewards are alike."""
+    """Returns loss, accuracy and margin in words, as far as there are any; no ranking where rewards are alike. Held-out
+    pairs that have a name have a line each."""
     shown = {"loss": "loss {:.4f}", "rewards/accuracies": "accuracy {:.3f}", "rewards/margins": "margin {:+.3f}"}
     if results.get(f"{prefix}rewards/margins") == 0:
         shown = {"loss": shown["loss"]}
-    return ", ".join(words.format(results[prefix + key]) for key, words in shown.items() if prefix + key in results)
+    words = ", ".join(words.format(results[prefix + key]) for key, words in shown.items() if prefix + key in results)
+    of_sets = [f"  {name}: {summary(results, f'{prefix}{name}/')}" for name in set_names(results, prefix)]
+    return "\n".join([words, *of_sets])
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -6,7 +6,7 @@ update, and held-out pairs at every evaluation. What a kill has cut short is no 
 P pairs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +92,39 @@ def held_out_numbers(now: np.ndarray, start: np.ndarray) -> dict[str, float]:
     if len(now) > 1:
         found["loss_stderr"] = float(now["loss"].std(ddof=1, dtype=np.float64) / np.sqrt(len(now)))
     return {f"eval/{name}": value for name, value in (found | _of_lengths(now) | _lost(now, start) | _auc(now)).items()}
+
+
+def set_numbers(now: np.ndarray, start: np.ndarray, sets: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Returns the means and `held_out_numbers` of each set of held-out pairs by itself: eval/SET/loss and so on.
+
+    Args:
+        now, start: As for held_out_numbers.
+        sets: By name, the `identity` of each pair.
+    """
+    known, first = np.unique(identity(now), return_index=True)
+    found = {}
+    for name, of_pairs in sets.items():
+        own = now[first[np.searchsorted(known, of_pairs)]]
+        numbers = {f"eval/{key}": value for key, value in _means(own).items()} | held_out_numbers(own, start)
+        found |= {f"eval/{name}/{key.removeprefix('eval/')}": value for key, value in numbers.items()}
+    return found
+
+
+def _means(now: np.ndarray) -> dict[str, float]:
+    """The means that metrics.Meter has of all pairs."""
+    has_chosen, has_rejected = now["chosen_length"] > 0, now["rejected_length"] > 0
+    values = {
+        "loss": now["loss"],
+        "rewards/chosen": now["chosen_reward"][has_chosen],
+        "rewards/rejected": now["rejected_reward"][has_rejected],
+        "rewards/accuracies": margins(now)[has_chosen & has_rejected] > 0,
+        "logps/chosen": now["chosen_logp"][has_chosen],
+        "logps/rejected": now["rejected_logp"][has_rejected],
+    }
+    means = {name: float(column.mean(dtype=np.float64)) for name, column in values.items() if len(column)}
+    if {"rewards/chosen", "rewards/rejected"} <= means.keys():
+        means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
+    return means
 
 
 def _of_lengths(now: np.ndarray) -> dict[str, float]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from pairtune.config.rules import HIGHER_IS_BETTER
+from pairtune.config.rules import HIGHER_IS_BETTER, set_and_metric
 from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.models.adapters import plain_name
@@ -35,7 +35,7 @@ class TrainState:
         best: The best evaluation so far by keep_best: `step`, `metric` and `value`; None before the first. That before
             the first step is none: there is nothing to keep.
         lowest: The evaluation with the lowest held-out loss so far, in the same form, that before the first step
-            included; num_worse: evaluations since.
+            included; of the held-out set that keep_best names, if it names one. num_worse: evaluations since.
     """
 
     def __init__(
@@ -100,7 +100,9 @@ class TrainState:
         """
         self.evaluated = self.step
         self.num_worse += 1
-        if is_better(loss := results.get("eval/loss", math.nan), self.lowest, "loss"):
+        name, _ = set_and_metric(metric or "")
+        loss = results.get(f"eval/{name}/loss" if name else "eval/loss", math.nan)
+        if is_better(loss, self.lowest, "loss"):
             self.lowest, self.num_worse = {"step": self.step, "metric": "loss", "value": loss}, 0
         if metric and self.step and is_better(value := results[f"eval/{metric}"], self.best, metric):
             self.best = {"step": self.step, "metric": metric, "value": value}
@@ -241,4 +243,5 @@ def is_better(value: float, best: dict | None, metric: str) -> bool:
     """Returns whether an evaluation's value is the best so far; what is not a number never is."""
     if not math.isfinite(value):
         return False
-    return best is None or (value > best["value"] if HIGHER_IS_BETTER[metric] else value < best["value"])
+    higher = HIGHER_IS_BETTER[set_and_metric(metric)[1]]
+    return best is None or (value > best["value"] if higher else value < best["value"])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pairtune.files import write_text
 from pairtune.run.evaluations import SAME, Held, Run, held_of, interval
+from pairtune.run.log_file import set_names
 
 FILE = "verdict.json"
 ENOUGH = 100  # held-out pairs: an accuracy of one half is known to 0.1; below, "no better than chance" is not known
@@ -203,6 +204,12 @@ def _numbers(run: Run, best: Held | None) -> list[str]:
         f"held-out loss {_loss(start.loss)} {before}, {_loss(last.loss)} at step {last.step}; "
         f"best {_loss(best.loss)} {'before training' if best.step == 0 else f'at step {best.step}'}"
     )
+    for name in set_names(last.row):
+        first, now = (held_of(_of_set(one.row, name)) for one in (start, last))
+        ranked = f"; {_ranks(now)}" if now.is_ranking and now.accuracy is not None else ""
+        lines.append(
+            f"{name}: held-out loss {_loss(first.loss)} {before}, {_loss(now.loss)} at step {last.step}{ranked}"
+        )
     if last.get("length_baseline") is not None:
         among, tied = last.get("like_length/accuracies"), last.get("length_correlation")
         line = f"by length alone {last.get('length_baseline'):.1%} would be ranked rightly"
@@ -214,6 +221,12 @@ def _numbers(run: Run, best: Held | None) -> list[str]:
         word = "lost" if lost > 0 else "gained"
         lines.append(f"chosen answers {word} {abs(lost):.3f} nats a token; {share:.0%} of them became less likely")
     return lines
+
+
+def _of_set(row: Mapping, name: str) -> dict:
+    """Returns an evaluation's row as if the held-out pairs of this name were all."""
+    own = {f"eval/{key.removeprefix(f'eval/{name}/')}": row[key] for key in row if key.startswith(f"eval/{name}/")}
+    return {"step": row["step"], "eval/loss": None, **own}
 
 
 def _still_words(run: Run) -> str:

@@ -217,6 +217,13 @@ def test_what_stands_below_gives_way_and_is_named(load, text, overrides, off, to
         ("eval_dataset: {source: null}\neval_every_n_steps: 5", [], "eval_every_n_steps=5: there is nothing to eval"),
         (EVALUATED, ["eval_dataset=null", "keep_best=loss"], "keep_best=loss: there is nothing to evaluate on"),
         (EVALUATED, ["eval_dataset=null", "export_best=true"], "export_best=true: set keep_best"),
+        (
+            "",
+            ["eval_dataset={math: a, code: b}", "keep_best=cod/loss"],
+            "names math, code; nearest .* keep_best=code/loss",
+        ),
+        ("", ["eval_dataset=b", "keep_best=math/loss"], "names no held-out sets; nearest valid: keep_best=loss"),
+        ("", ["eval_dataset={sorce: b}"], "eval_dataset.sorce"),
         ("", ["dataset.val_fraction=0.5", "eval_dataset=b"], "keep one of the two"),
         ("", ["eval_dataset=b", "eval_every_n_steps=5", "eval_every_n_epochs=1"], "says the same in another way"),
         (

@@ -10,6 +10,7 @@ from test_tokenizer import CHATML, save
 from pairtune.config.keys import ROWS
 from pairtune.errors import UserError
 from pairtune.pairs import tokenize
+from pairtune.pairs.at_once import sets_of
 from pairtune.pairs.mixture import counts_of, sources_of
 from pairtune.pairs.tokenize import read_train_and_held_out
 from pairtune.tokenizer.hf import hf_tokenizer
@@ -109,3 +110,23 @@ def test_a_source_that_is_not_there_or_broken_is_named_by_its_place(sources, tok
         read([sources[0], str(tmp_path / "z.jsonl")], tokenizer)
     with pytest.raises(UserError, match=r"dataset.source\[1\].columns.chosen=worse: .* has no such column"):
         read([sources[0], {"source": sources[1], "columns": {"chosen": "worse"}}], tokenizer)
+
+
+def test_held_out_sets_have_names(sources, tokenizer):
+    a, b, _ = sources
+    told, named = [], {"first": a, "second": {"source": b, "limit": 7}}
+    _, held_out = read([a, b], tokenizer, told, held_out=OFF | {"source": named, "overlong": "error"})
+    sets = sets_of(held_out)
+    assert {name: len(pairs) for name, pairs in sets.items()} == {"first": 40, "second": 7} and len(held_out) == 47
+    assert [tokenizer.decode(sets["second"][i].prompt) for i in (0, 6)] == [
+        tokenizer.decode(held_out[i].prompt) for i in (40, 46)
+    ]
+    assert any(text.startswith(f"Held-out pairs: second, {b}\n") for text in told)
+    for wrong, said in (
+        ({"my set": a}, r"eval_dataset.source.my set: .* letters, digits"),
+        ({"rewards": a}, "eval_dataset.source.rewards: .* none of loss, rewards"),
+        ({"x": {"source": a, "weight": 2}}, r"eval_dataset.source.x.weight: unknown key"),
+        ({"x": 5}, "eval_dataset.source.x=5: must be a file"),
+    ):
+        with pytest.raises(UserError, match=said):
+            sources_of(OFF | {"source": wrong}, "eval_dataset")

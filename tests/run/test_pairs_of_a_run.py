@@ -22,6 +22,7 @@ from pairtune.run import pair_log, places
 from pairtune.run.card import write_card
 from pairtune.run.dynamics import contradictions, courses
 from pairtune.run.metrics import RunLog, read_log
+from pairtune.run.resuming import read_values
 from pairtune.run.signed import is_unedited
 
 
@@ -123,6 +124,33 @@ def test_finished_runs_are_plotted_alone_and_over_each_other(made, tmp_path, cap
     assert (made / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert main(["plot", str(made / "run"), str(made / "run"), "--output", str(tmp_path / "two.png")]) == 0
     assert (tmp_path / "two.png").read_bytes().startswith(b"\x89PNG") and "run: " in capsys.readouterr().out
+
+
+# held-out sets with names
+
+
+def test_each_held_out_set_with_a_name_is_evaluated_by_itself(made, tmp_path, capsys):
+    lines = (made / "held_out.jsonl").read_text().splitlines(keepends=True)
+    for name, part in (("math", lines[:5]), ("code", lines[5:] + lines[:1])):  # one of them is in both
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+    source = {"math": str(tmp_path / "math.jsonl"), "code": {"source": str(tmp_path / "code.jsonl"), "limit": 9}}
+    cfg = run_config(made, sizes=SIZES, output_dir=str(tmp_path / "run"), eval_dataset=source, max_steps=2)
+    cfg |= {"keep_best": "code/loss", "eval_every_n_steps": 1, "samples": {"num_prompts": 0}, "optimizer": {"lr": 1e-3}}
+    (tmp_path / "c.yaml").write_text(json.dumps(cfg))
+    rows = run_recipe("full_dpo_single_device", config_paths=[tmp_path / "c.yaml"])
+    out = capsys.readouterr().out
+    (last,) = [row for row in rows if row["step"] == 2 and "eval/loss" in row]
+    assert last["eval/loss"] == pytest.approx((5 * last["eval/math/loss"] + 9 * last["eval/code/loss"]) / 14)
+    assert main(["eval", str(tmp_path / "run"), "--dataset", str(tmp_path / "code.jsonl"), "dataset.limit=9"]) == 0
+    alone = dict(re.findall(r"^  eval/(\S+) +(\S+)$", capsys.readouterr().out, re.MULTILINE))
+    assert {f"eval/code/{name}" for name in alone} <= set(last) and last["eval/math/pairs"] == 5
+    for name in ("loss", "rewards/margins", "rewards/accuracies", "logps/rejected", "pairs", "loss_stderr"):
+        assert last[f"eval/code/{name}"] == pytest.approx(float(alone[name]), rel=1e-5, abs=1e-6), name
+    best = read_values(tmp_path / "run" / "checkpoints" / "step_2")["best"]
+    assert (best["metric"], best["value"]) == ("code/loss", last["eval/code/loss"])
+    assert "\n  code: loss " in out and re.search(
+        r"\n  math: held-out loss 0.69\S+ before training, 0\.\d+ at step 2", out
+    )
 
 
 # tune eval
