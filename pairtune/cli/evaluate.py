@@ -21,7 +21,6 @@ from pairtune.folders import weights
 from pairtune.folders.opening import make_ready
 from pairtune.losses.calling import policy_scores, takes_unpaired
 from pairtune.losses.whole_step import WholeStep
-from pairtune.pairs.at_once import sets_of
 from pairtune.pairs.batch import lay_out
 from pairtune.pairs.steps import Steps
 from pairtune.pairs.tokenize import read_train_and_held_out
@@ -99,7 +98,7 @@ def evaluate(cfg) -> tuple[dict[str, float], np.ndarray]:
     reference.build(cfg.model, files, tokenizer, cfg.max_length)
     budget = cfg.max_length, cfg.max_prompt_length, takes_unpaired(loss_fn), cfg.max_completion_length
     train, held_out = read_train_and_held_out(cfg.dataset, cfg.eval_dataset, tokenizer, world, *budget, seed=cfg.seed)
-    pairs, sets = held_out or train, {name: metrics.identities(part) for name, part in sets_of(held_out).items()}
+    pairs, sets = held_out or train, metrics.identities(held_out)
     contract.check_pairs(pairs, tokenizer, score_end=cfg.score_end)
     asked = {key: cfg[key] for key in choosing.KEYS}
     work = choosing.work(pairs, loss_fn, cfg.max_length, len(pairs), 1)

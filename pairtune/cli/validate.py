@@ -17,8 +17,9 @@ from pairtune.folders.check_model import positions
 from pairtune.folders.opening import make_ready
 from pairtune.folders.peft import read_adapter
 from pairtune.folders.weights import Weights, base_config, open_weights
-from pairtune.losses.calling import takes_unpaired
+from pairtune.losses.calling import check_takes, takes_unpaired
 from pairtune.pairs.columns import as_plain
+from pairtune.pairs.context import NUMBERS
 from pairtune.pairs.mixture import counts_of, sources_of
 from pairtune.pairs.recognise import recognise
 from pairtune.pairs.sources import looks_like_path
@@ -166,6 +167,8 @@ class Validation:
             raise NotHere(f"{source.source} is a data set of the Hugging Face Hub")
         self._must_be_here(source.source, f"{key.partition('[')[0].removesuffix('.source')}.source")
         where = {name: source[name] for name in ("split", "name", "revision", "limit")}
+        numbers, loss_fn = [n for n in NUMBERS if (source.columns or {}).get(n)], config.instantiate(cfg.loss)
+        check_takes(loss_fn, numbers, key)
         rows = read_rows(source.source, **where, columns=as_plain(source.columns), sample=self.num_rows, key=key)
         is_sample, total = len(rows) < rows.total, rows.total
         of_all = f"{'' if rows.is_counted else 'about '}{total:,}"
@@ -177,7 +180,7 @@ class Validation:
             first, tokenizer, max_length=cfg.max_length, max_prompt_length=cfg.max_prompt_length,
             max_completion_length=cfg.get("max_completion_length"),
             overlong=source.overlong, on_bad_row=source.on_bad_row, rejected=source.rejected,
-            unpaired=takes_unpaired(config.instantiate(cfg.loss)),
+            unpaired=takes_unpaired(loss_fn),
             progress=False, key=key,
         )  # fmt: skip
         num_pairs = len(pairs) if len(first) == total else total

@@ -48,9 +48,13 @@ class Loss(nn.Module):
         aliases: Further such names.
         beta_key: The option that publications call beta, by which rewards are scaled.
         needs: What it is called with.
+        takes_weights: Pairs may have weights: `pair_weights` [P] multiply their losses.
+        takes_margins: Pairs may have margins: `margins` [P], by which rewards have to differ.
     """
 
     aliases: ClassVar[tuple[str, ...]] = ()
+    takes_weights: ClassVar[bool] = True
+    takes_margins: ClassVar[bool] = False
     beta_key: ClassVar[str] = "beta"
     needs: ClassVar[Needs] = Needs()
 
@@ -63,6 +67,10 @@ class Loss(nn.Module):
                 f"{cls.__name__}: the default of an option needs its type, too: {sorted(bare)[0]}: float = ..."
             )
         dataclass(cls, eq=False, repr=False)
+
+    def __call__(self, *logps: Tensor | None, pair_weights: Tensor | None = None, **inputs) -> Values:
+        losses, *rewards = super().__call__(*logps, **inputs)
+        return losses if pair_weights is None else losses * pair_weights, *rewards
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -118,12 +126,15 @@ class PairLoss(Loss):
         rejected_lengths: Tensor | None = None,
         chosen_weights: Tensor | None = None,
         rejected_weights: Tensor | None = None,
+        margins: Tensor | None = None,
     ) -> Values:
         chosen_ratios = policy_chosen_logps - reference_chosen_logps
         rejected_ratios = policy_rejected_logps - reference_rejected_logps
         chosen, rejected = self.score(chosen_ratios), self.score(rejected_ratios)
         if self.averaged:
             chosen, rejected = chosen / chosen_lengths, rejected / rejected_lengths
+        if margins is not None:  # beta (chosen - rejected) - margin, in a loss of this difference alone
+            chosen = chosen - margins / self.beta
         losses = self.formula(chosen, rejected)
         if self.wpo:
             losses = losses * (chosen_weights * rejected_weights).detach()
@@ -181,6 +192,7 @@ class AverageLoss(Loss):
 class WholeStepLoss(Loss):
     """A loss of all pairs of a step at once, in `of_step`; micro-batches then have their part of that: `step`."""
 
+    takes_weights = False
     needs = Needs(whole_step=True)
 
     def of_step(self, *logps: Tensor | None, **inputs) -> Values:

@@ -5,7 +5,7 @@ P pairs.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -19,6 +19,7 @@ from pairtune.errors import UserError
 from pairtune.models.logps import AnswerScores, answer_scores
 from pairtune.pairs.at_once import longest_row
 from pairtune.pairs.batch import PairBatch
+from pairtune.pairs.digests import NUMBERS
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,26 @@ def needs(loss_fn: Callable) -> Needs:
 def takes_unpaired(loss_fn: Callable) -> bool:
     """Returns whether this loss learns from rows with one answer and a label, too, as KTO does."""
     return needs(loss_fn).takes_unpaired
+
+
+def check_takes(loss_fn: Callable, names: Iterable[str], where: str) -> None:
+    """Refuses weights or margins of pairs that this loss does not take.
+
+    Args:
+        names: weight, margin, or both.
+        where: The config's block that has them.
+
+    Raises:
+        UserError: With the losses that take them.
+    """
+    for name in names:
+        if not getattr(loss_fn, f"takes_{name}s", False):
+            called = getattr(loss_fn, "name", type(loss_fn).__name__)
+            way = "loss=sigmoid, hinge, sigmoid_norm and robust do" if name == "margin" else "loss=sigmoid does"
+            way += ", and is torchtune's DPOLoss" if called == "DPOLoss" else ""
+            raise UserError(
+                f"{where}.columns.{name}: the loss {called} takes no {name}s of pairs; {way}; or leave it out"
+            )
 
 
 def policy_scores(model: TransformerDecoder, batch: PairBatch, loss_fn: Callable) -> AnswerScores:
@@ -97,6 +118,7 @@ def loss_inputs(
     *,
     mean_chosen_length: float | None = None,
     kl: Tensor | None = None,
+    mean_weight: float = 1.0,
 ) -> dict[str, Tensor | float]:
     """Returns the keyword arguments that this loss takes for this batch.
 
@@ -104,13 +126,25 @@ def loss_inputs(
         scores: Of the policy, made with this loss's ld_alpha and weights.
         mean_chosen_length: For sft: chosen tokens / pairs, both of the whole step.
         kl: For kto: scalar of the whole step, from formulas.kto_kl over answers of `mismatched` pairs.
+        mean_weight: Of the whole step's pairs: divided by it, weights leave a step's mean loss a weighted mean.
     """
     known = vars(scores) | {"mean_chosen_length": mean_chosen_length, "kl": kl}
     names = needs(loss_fn).inputs
     if "chosen_lengths" in names:
         lengths = torch.tensor(batch.answer_lengths, device=batch.target.device)
         known["chosen_lengths"], known["rejected_lengths"] = lengths.chunk(2)
-    return {name: known[name] for name in names}
+    return {name: known[name] for name in names} | _of_pairs(batch, mean_weight)
+
+
+def _of_pairs(batch: PairBatch, mean_weight: float) -> dict[str, Tensor]:
+    """Returns weights and margins where a pair has one of its own: contract.check_loss has refused them elsewhere."""
+    weights, margins = ([getattr(pair, name, default) for pair in batch.pairs] for name, default in NUMBERS.items())
+    found = {}
+    if mean_weight != 1 or any(weight != 1 for weight in weights):
+        found["pair_weights"] = torch.tensor([weight / mean_weight for weight in weights], device=batch.target.device)
+    if any(margins):
+        found["margins"] = torch.tensor(margins, device=batch.target.device)
+    return found
 
 
 def mismatched(pairs: list, max_length: int) -> list:
@@ -280,20 +314,23 @@ def _not_a_pair_loss(path: str, reason: str) -> UserError:
     )
 
 
-def loss_of(loss_fn: Callable, *logps: Tensor) -> float:
+def loss_of(loss_fn: Callable, *logps: Tensor, margin: float = 0.0) -> float:
     """Returns the loss of one pair from its log-probabilities alone, [1] each, in the order of a loss's arguments."""
-    inputs = example_inputs(loss_fn, 1)
+    inputs = example_inputs(loss_fn, 1) | ({"margins": torch.tensor([margin])} if margin else {})
     with torch.no_grad(), unchanged(loss_fn):
         return float(loss_fn(*(values.detach().cpu() for values in logps), **inputs)[0])
 
 
-def loss_at_start(loss_fn: Callable, *, has_chosen: bool = True, has_rejected: bool = True) -> float | None:
+def loss_at_start(
+    loss_fn: Callable, *, has_chosen: bool = True, has_rejected: bool = True, margin: float = 0.0
+) -> float | None:
     """Returns the loss of a pair whose policy is the reference, or None if it depends on more than that.
 
     None: without a reference, with an sft term, with WPO's weights.
 
     Args:
         has_chosen, has_rejected: Of an unpaired row, one.
+        margin: The pair's own.
     """
     if not needs(loss_fn).reference:
         return None
@@ -303,6 +340,7 @@ def loss_at_start(loss_fn: Callable, *, has_chosen: bool = True, has_rejected: b
         chosen, rejected = torch.tensor([logps[0] * has_chosen]), torch.tensor([logps[1] * has_rejected])
         lengths = lengths[0] * has_chosen, lengths[1] * has_rejected
         inputs = example_inputs(loss_fn, 1, lengths=lengths, weights=weights, whole_chosen_logp=float(chosen))
+        inputs |= {"margins": torch.tensor([margin])} if margin else {}
         with torch.no_grad(), unchanged(loss_fn):
             values.append(float(loss_fn(chosen, rejected, chosen, rejected, **inputs)[0]))
     return values[0] if math.isclose(*values, rel_tol=1e-5, abs_tol=1e-6) else None

@@ -49,6 +49,7 @@ class Sigmoid(MarginLoss):
     """
 
     name = "sigmoid"
+    takes_margins = True
     aliases = ("dpo",)
     label_smoothing: float = option(0.0, between(0, 0.5))
 
@@ -61,6 +62,7 @@ class SigmoidNorm(MarginLoss):
     """Length-normalised DPO of Tulu 3, arXiv 2411.15124. Rewards are beta r, not averaged, as in TRL."""
 
     name = "sigmoid_norm"
+    takes_margins = True
     averaged = True
     beta: float = 5.0
 
@@ -72,6 +74,7 @@ class Hinge(MarginLoss):
     """SLiC's hinge on DPO's margin: RSO, arXiv 2309.06657, as torchtune's RSOLoss, whose gamma is this beta."""
 
     name = "hinge"
+    takes_margins = True
 
     def formula(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         return F.relu(1 - self.beta * (chosen - rejected))
@@ -105,6 +108,7 @@ class Robust(MarginLoss):
     """Robust DPO, arXiv 2403.00409: unbiased if label_smoothing is the share of swapped pairs; it can be negative."""
 
     name = "robust"
+    takes_margins = True
     beta: float = 0.01
     label_smoothing: float = option(0.1, between(0, 0.5))
 

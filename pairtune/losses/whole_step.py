@@ -21,6 +21,7 @@ from pairtune.losses.calling import (
 )
 from pairtune.losses.formulas import kto_kl
 from pairtune.pairs.batch import PairBatch
+from pairtune.pairs.digests import numbers_of
 from pairtune.pairs.steps import Steps
 from pairtune.pairs.tokenize import Pair
 
@@ -60,6 +61,7 @@ class WholeStep:
         """
         self.num_pairs, self.kl = len(pairs), None
         self._loss_fn, self._micro = loss_fn, micro
+        self._mean_weight = float(numbers_of(pairs, "weight").mean()) if pairs else 1.0
         self._mean_chosen_length = mean_chosen_length(pairs, score_end=score_end)
         self._has_baseline = "kl" in needs(loss_fn).inputs
         others = mismatched(pairs, max_length) if self._has_baseline else []
@@ -103,7 +105,7 @@ class WholeStep:
 
     @property
     def _known(self) -> dict:
-        return {"mean_chosen_length": self._mean_chosen_length, "kl": self.kl}
+        return {"mean_chosen_length": self._mean_chosen_length, "kl": self.kl, "mean_weight": self._mean_weight}
 
     def inputs(self, batch: PairBatch, scores: AnswerScores) -> dict:
         """Returns the keyword arguments that the loss takes beside log-probabilities; none for DPO.

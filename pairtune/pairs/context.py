@@ -1,11 +1,13 @@
 """What a row holds beside its question and answers: what comes before the question, tools, arguments of the template;
 and columns that may be part of the question, which nobody may leave out in silence."""
 
+import math
+from contextlib import suppress
 from dataclasses import replace
 
 from pairtune.errors import UserError
 from pairtune.pairs.cells import is_empty, kind_of, read_literal, shown
-from pairtune.pairs.example import BadRow, Example
+from pairtune.pairs.example import BadRow, Example, Skip
 from pairtune.pairs.messages import read_message, strings_in, text_of
 from pairtune.pairs.readers import system, user
 
@@ -15,6 +17,7 @@ CONTEXT = {"system": TEXT, "history": "pairs|messages", "context": TEXT, "input"
 OTHER_NAMES = {"system_prompt": "system", "system_message": "system"}
 TOOLS = ("tools", "functions")
 ARGUMENTS = "chat_template_kwargs"
+NUMBERS = ("weight", "margin")  # which are read where `columns` says what they are, and only then
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 # Which may be part of the question, and do not say how: told, unless the prompt holds what they hold
 _OF_A_QUESTION = ("query", "question", "instruction", "passage", "passages", "document", "documents", "background")
@@ -87,6 +90,28 @@ def arguments_of(row: dict) -> dict | None:
             f"column {ARGUMENTS!r} is no object",
         )
     return {name: value for name, value in arguments.items() if value is not None}
+
+
+def number_of(row: dict, name: str) -> float:
+    """Returns a row's weight or margin, which CSV has as text.
+
+    Raises:
+        BadRow: It is no finite number, or a weight below 0.
+        Skip: A weight of 0.
+    """
+    cell, found = row.get(name), None
+    if isinstance(cell, int | float | str) and not isinstance(cell, bool):
+        with suppress(ValueError):
+            found = float(cell)
+    if found is None or not math.isfinite(found) or (name == "weight" and found < 0):
+        least = ", at least 0" if name == "weight" else ""
+        raise BadRow(
+            f"{name}: holds {shown(cell)}, expected a finite number{least}. Mend or remove the row.",
+            f"{name}: no finite number{least}",
+        )
+    if name == "weight" and not found:
+        raise Skip("weight of 0")
+    return found
 
 
 def check_doubtful(example: Example, row: dict, columns: list[str], key: str) -> None:

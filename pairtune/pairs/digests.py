@@ -10,6 +10,7 @@ import numpy as np
 from pairtune.pairs.packed import PARTS, PackedPairs
 from pairtune.pairs.pair import Pair
 
+NUMBERS = {"weight": 1.0, "margin": 0.0}  # of a pair that has none of its own
 UNSCORED = ("chosen_unscored", "rejected_unscored")
 
 
@@ -41,13 +42,24 @@ def short_digest(pair: Pair) -> int:
 
 
 def digest_in_order(pairs: Sequence[Pair]) -> str:
-    """Returns 16 hexadecimal digits that stand for the pairs' tokens, rows and order."""
+    """Returns 16 hexadecimal digits that stand for the pairs' tokens, rows and order, and weights and margins."""
     hashed = hashlib.sha256()
     rows = pairs.rows.tolist() if isinstance(pairs, PackedPairs) else [pair.row for pair in pairs]
     for row, content in zip(rows, _contents(pairs), strict=True):
         hashed.update(_numbers([row]))
         hashed.update(content)
+    numbers = np.stack([numbers_of(pairs, name) for name in ("weight", "margin")])
+    if (numbers[0] != 1).any() or numbers[1].any():
+        hashed.update(numbers.tobytes())
     return hashed.hexdigest()[:16]
+
+
+def numbers_of(pairs: Sequence[Pair], name: str) -> np.ndarray:
+    """Returns each pair's weight or margin, [N] float64."""
+    default = NUMBERS[name]
+    if isinstance(pairs, PackedPairs):
+        return pairs.numbers(name, default)
+    return np.array([getattr(pair, name, default) for pair in pairs], np.float64)
 
 
 def _contents(pairs: Sequence[Pair]) -> Iterator[memoryview | bytes]:

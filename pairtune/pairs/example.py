@@ -18,6 +18,7 @@ class Example:
             tokenization uses it, so that a transcript is reproduced byte by byte.
         tools: Descriptions of what may be called, as the chat template takes them.
         arguments: What else the row gives to the chat template, such as enable_thinking.
+        weight, margin: See pair.py.
     """
 
     prompt: list[dict]
@@ -26,6 +27,8 @@ class Example:
     written: tuple[str, str | None, str | None] | None = None
     tools: list | None = None
     arguments: dict | None = None
+    weight: float = 1.0
+    margin: float = 0.0
 
     @property
     def answers(self) -> list[list[dict]]:

@@ -5,7 +5,7 @@ ranked.py; published data sets whose columns have other names are in layouts.py,
 context.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from pairtune.errors import UserError
@@ -15,12 +15,14 @@ from pairtune.pairs.context import (
     ARGUMENTS,
     CONTEXT,
     DOUBTFUL,
+    NUMBERS,
     OTHER_NAMES,
     TEXT,
     TOOLS,
     arguments_of,
     check_doubtful,
     in_context,
+    number_of,
     tools_of,
 )
 from pairtune.pairs.example import BadRow, Example
@@ -51,12 +53,21 @@ class Format:
         """Columns that a row may have beside those of its form: what comes before a question, and their kinds."""
         return {column: kinds for column, kinds in CONTEXT.items() if column not in self.columns | self.optional}
 
-    def read(self, row: dict, *, worse: str = "all", doubtful: list[str] | None = None, key: str = "dataset"):
+    def read(
+        self,
+        row: dict,
+        *,
+        worse: str = "all",
+        doubtful: list[str] | None = None,
+        numbers: Sequence[str] = (),
+        key: str = "dataset",
+    ) -> list[Example]:
         """Returns the row's Examples, one but for rows of several answers.
 
         Args:
             worse: Of several worse answers: all, the best or the worst.
             doubtful: Columns that are not used and may be part of the question: see `unused`.
+            numbers: Those of context.NUMBERS that `columns` speaks of.
             key: Where the config describes the rows.
 
         Raises:
@@ -75,11 +86,11 @@ class Format:
                     f"column {column!r} holds {kind}",
                 )
         examples = self._examples(row, worse)
-        tools, arguments = tools_of(row), arguments_of(row)
+        given = {"tools": tools_of(row), "arguments": arguments_of(row)} | {n: number_of(row, n) for n in numbers}
         for example in examples:
             check_doubtful(example, row, doubtful or [], key)
         read = [in_context(example, row, self.beside.keys()) for example in examples]
-        return [check_characters(replace(example, tools=tools, arguments=arguments)) for example in read]
+        return [check_characters(replace(example, **given)) for example in read]
 
     def _examples(self, row: dict, worse: str) -> list[Example]:
         found = self.example(row)
@@ -258,4 +269,5 @@ OUR_COLUMNS = [
     *CONTEXT,
     *TOOLS,
     ARGUMENTS,
+    *NUMBERS,
 ]

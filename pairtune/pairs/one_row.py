@@ -81,7 +81,8 @@ def _tokenize(example: Example, number: int, tokenizer, *, limits: Limits, repor
     for name, tokens in zip(report.lengths, (prompt, chosen, rejected), strict=True):
         report.lengths[name].append(len(tokens))
     fitted = limits.fit(prompt, max(len(chosen), len(rejected)), bos_id=tokenizer.bos_id)
-    pair = Pair(fitted, chosen, rejected, number, chosen_unscored, rejected_unscored)
+    more = chosen_unscored, rejected_unscored, example.weight, example.margin
+    pair = Pair(fitted, chosen, rejected, number, *more)
     _tell(report, whole, example, prompt, written, pair, tokenizer)
     return pair
 

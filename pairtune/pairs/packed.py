@@ -85,6 +85,11 @@ class Table:
         found[has_it] = self.values[part][start[has_it] + index]
         return found
 
+    @property
+    def has_rest(self) -> bool:
+        """Whether any of its pairs has more than tokens."""
+        return self._rest is not None
+
     def rest(self, index: int) -> dict:
         """Returns what a pair has besides tokens and row."""
         rest = None if self._rest is None else self._rest[index].as_py()
@@ -182,6 +187,14 @@ class PackedPairs(Sequence):
     def lengths(self) -> np.ndarray:
         """Tokens of prompt, chosen and rejected answer, [3, N]."""
         return self.of_each(lambda table: table.lengths)
+
+    def numbers(self, name: str, default: float) -> np.ndarray:
+        """Returns what each pair has under this name besides tokens, [N] float64."""
+        found = np.full(len(self), default)
+        for n in np.flatnonzero([table.has_rest for table in self.tables]):
+            mine = np.flatnonzero(self.of_table == n)
+            found[mine] = [self.tables[n].rest(int(place)).get(name, default) for place in self.places[mine]]
+        return found
 
     def written(self) -> Iterator[tuple[np.ndarray, dict]]:
         """Yields each pair's three parts as int64, each behind its length, and what else it has but its row."""

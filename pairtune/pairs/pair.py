@@ -14,6 +14,7 @@ class Pair:
         row: Index of its row in the source, from 0.
         chosen_unscored, rejected_unscored: Spans [start, stop) of these answers that are not the assistant's, such as
             what tools return: read, and neither scored nor learned.
+        weight, margin: How much it counts in its step, and by how much its rewards have to differ: losses/base.py.
     """
 
     prompt: list[int]
@@ -22,3 +23,5 @@ class Pair:
     row: int
     chosen_unscored: tuple[tuple[int, int], ...] = ()
     rejected_unscored: tuple[tuple[int, int], ...] = ()
+    weight: float = 1.0
+    margin: float = 0.0

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from pairtune.errors import UserError
+from pairtune.pairs.context import NUMBERS
 from pairtune.pairs.digests import digest_questions
 from pairtune.tokenizer.template import plain_text
 
@@ -124,6 +125,9 @@ class Report:
             said.append(f"columns read beside these: {', '.join(self.beside)}")
         if self.unused:
             said.append(f"columns not used: {', '.join(name or repr(name) for name in self.unused)}")
+        for name in NUMBERS:
+            if name in self.unused:
+                said.append(f"dataset.columns={{{name}: {name}}} would take the column {name!r} for each pair's {name}")
         return said
 
     def _counted(self, facts: dict[str, list[int]]) -> list[str]:

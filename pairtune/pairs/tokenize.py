@@ -15,6 +15,7 @@ from pairtune.pairs import mixture
 from pairtune.pairs.already_rendered import AlreadyRendered
 from pairtune.pairs.at_once import lengths_of
 from pairtune.pairs.columns import as_plain
+from pairtune.pairs.context import NUMBERS
 from pairtune.pairs.formats import Format, doubtful
 from pairtune.pairs.gathering import ReadRow, gather
 from pairtune.pairs.keeping import entry_of, read_once
@@ -197,8 +198,9 @@ def tokenize_pairs(
     limits = Limits(max_length, max_prompt_length, max_completion_length, overlong, key)
     _check_policies(on_bad_row, rejected, key)
     tokenizer, (form, rows) = adapt(tokenizer), _format_of(_as_rows(rows, columns, key), key, unpaired=unpaired)
-    report, rendered = _report_of(rows, form, tokenizer), AlreadyRendered(tokenizer)
-    asked = {"worse": rejected, "doubtful": doubtful(report.unused), "key": key}
+    numbers = [name for name in NUMBERS if rows.columns.get(name)]
+    report, rendered = _report_of(rows, form, tokenizer, numbers), AlreadyRendered(tokenizer)
+    asked = {"worse": rejected, "doubtful": doubtful(report.unused), "numbers": numbers, "key": key}
     read_row = row_reader(rows, form, tokenizer, limits, rendered, on_bad_row, **asked)
     if kept:
         kept.read_by([form.name, rows.columns, sorted(asked["doubtful"]), getattr(form.example, "keywords", None)])
@@ -258,10 +260,10 @@ def _format_of(rows: Rows, key: str, *, unpaired: bool) -> tuple[Format, Rows]:
     return form, rows
 
 
-def _report_of(rows: Rows, form: Format, tokenizer) -> Report:
+def _report_of(rows: Rows, form: Format, tokenizer, numbers: list[str]) -> Report:
     report = Report(rows.source, form.name, tokenizer.style, len(rows), special_as=tokenizer.special_tokens_in_text)
-    report.unused = form.unused(rows.column_names)
-    report.beside = form.read_beside(rows.column_names)
+    report.unused = [name for name in form.unused(rows.column_names) if name not in numbers]
+    report.beside = [*form.read_beside(rows.column_names), *numbers]
     return report
 
 

@@ -14,9 +14,10 @@ from torch.optim import Optimizer
 from pairtune.config.rules import set_and_metric
 from pairtune.dist import World
 from pairtune.errors import UserError
-from pairtune.losses.calling import needs
+from pairtune.losses.calling import check_takes, needs
 from pairtune.models.experts import mixtures_of
 from pairtune.pairs.at_once import lengths_of, sets_of, tokens_at
+from pairtune.pairs.digests import NUMBERS, numbers_of
 from pairtune.pairs.tokenize import Pair
 from pairtune.run.metrics import RunLog
 from pairtune.run.optimizers import parameters_of
@@ -93,6 +94,8 @@ def check_loss(
             "dataset: all rows have the same prompt, and KTO's baseline comes from the answers to other prompts; "
             "loss=sigmoid, on pairs, needs none"
         )
+    for where, pairs in (("dataset", train), ("eval_dataset", held_out)):
+        check_takes(loss_fn, [one for one, usual in NUMBERS.items() if (numbers_of(pairs, one) != usual).any()], where)
     name, metric = set_and_metric(keep_best or "")
     has_answers = lengths_of(sets_of(held_out)[name] if name else held_out)[1:] > 0  # [2, N]
     has_pairs, has_margin = has_answers.all(0).any(), has_answers.any(1).all()

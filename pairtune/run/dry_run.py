@@ -241,13 +241,14 @@ class DryStep:
         if not any(torch.equal(values, losses.detach()) for _, values in self._calls):
             return  # an edited loop: its loss is not the config's, and its value here is not known
         for i, (pair, loss) in enumerate(zip(self._pairs, losses.tolist(), strict=True)):
-            has = {"has_chosen": bool(pair.chosen), "has_rejected": bool(pair.rejected)}
+            margin = getattr(pair, "margin", 0.0)
+            has = {"has_chosen": bool(pair.chosen), "has_rejected": bool(pair.rejected), "margin": margin}
             expected = loss_at_start(self._loss_fn, **has)
             if expected is None:
                 continue
             allowed = LOSS_TOLERANCE * max(1.0, abs(expected))
             if not abs(loss - expected) <= allowed:
-                rounded = loss_of(self._loss_fn, *(logps[i : i + 1] for logps in (*policy, *base)))
+                rounded = loss_of(self._loss_fn, *(logps[i : i + 1] for logps in (*policy, *base)), margin=margin)
                 allowed += 2 * abs(rounded - expected)
             if not abs(loss - expected) <= allowed:
                 raise UserError(

@@ -24,7 +24,7 @@ from pairtune.files import telling, write_text
 from pairtune.models.logps import AnswerScores
 from pairtune.pairs.at_once import sets_of
 from pairtune.pairs.batch import PairBatch
-from pairtune.pairs.digests import short_digest
+from pairtune.pairs.digests import numbers_of, short_digest
 from pairtune.pairs.pair import Pair
 from pairtune.run import pair_log, report, verdict
 from pairtune.run.curves import draw_curves, plot_curves
@@ -158,11 +158,15 @@ class Meter:
         return {prefix + name: value for name, value in means.items()}
 
 
-def identities(pairs: Sequence) -> np.ndarray:
-    """Returns pair_log.identity of each pair that a run will see, [N]."""
-    table = np.zeros(len(pairs), pair_log.RECORD)
-    table["row"], table["digest"] = [pair.row for pair in pairs], list(map(short_digest, pairs))
-    return pair_log.identity(table)
+def identities(held_out: Sequence) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Returns what pair_log.set_numbers takes, of each held-out set that has a name."""
+    found, sets = {}, sets_of(held_out)
+    mean = numbers_of(held_out, "weight").mean() if sets else 1.0
+    for name, pairs in sets.items():
+        table = np.zeros(len(pairs), pair_log.RECORD)
+        table["row"], table["digest"] = [pair.row for pair in pairs], list(map(short_digest, pairs))
+        found[name] = pair_log.identity(table), numbers_of(pairs, "weight") / mean
+    return found
 
 
 class SeenPairs(NamedTuple):
@@ -216,7 +220,7 @@ class RunLog:
         self._start = pair_log.records(0, [], is_held_out=True)  # held-out pairs before the first step
         self._unwritten: dict[int, SeenPairs] = {}  # by step
         self._drawn, self._draw_after = None, 0.0
-        self._sets = {name: identities(pairs) for name, pairs in sets_of(held_out).items()}
+        self._sets = identities(held_out)
         self._text_of = decoder(held_out, tokenizer)
         self._exports_best = bool(cfg.get("export_best"))
         if world.is_main:

@@ -94,17 +94,20 @@ def held_out_numbers(now: np.ndarray, start: np.ndarray) -> dict[str, float]:
     return {f"eval/{name}": value for name, value in (found | _of_lengths(now) | _lost(now, start) | _auc(now)).items()}
 
 
-def set_numbers(now: np.ndarray, start: np.ndarray, sets: Mapping[str, np.ndarray]) -> dict[str, float]:
+def set_numbers(
+    now: np.ndarray, start: np.ndarray, sets: Mapping[str, tuple[np.ndarray, np.ndarray]]
+) -> dict[str, float]:
     """Returns the means and `held_out_numbers` of each set of held-out pairs by itself: eval/SET/loss and so on.
 
     Args:
         now, start: As for held_out_numbers.
-        sets: By name, the `identity` of each pair.
+        sets: By name, the `identity` of each pair, and its weight in place of a mean of 1 over all held-out pairs.
     """
     known, first = np.unique(identity(now), return_index=True)
     found = {}
-    for name, of_pairs in sets.items():
+    for name, (of_pairs, weights) in sets.items():
         own = now[first[np.searchsorted(known, of_pairs)]]
+        own["loss"] /= weights.mean()  # a weighted mean of this set's, then
         numbers = {f"eval/{key}": value for key, value in _means(own).items()} | held_out_numbers(own, start)
         found |= {f"eval/{name}/{key.removeprefix('eval/')}": value for key, value in numbers.items()}
     return found

@@ -57,9 +57,14 @@ def loss_of(name, options):
 MAX_LENGTH = 60
 
 
-def as_pairs(count):
-    """Random pairs; prompts of every other one from the fourth on leave no more room than its own answers take."""
+def as_pairs(count, loss_fn=None):
+    """Random pairs; prompts of every other one from the fourth on leave no more room than its own answers take. They
+    have weights and margins, where a loss takes them."""
     pairs = [Pair(p.prompt, p.chosen, p.rejected, p.row) for p in random_pairs(count)]
+    if getattr(loss_fn, "takes_weights", False):
+        pairs = [replace(pair, weight=0.5 + pair.row % 3) for pair in pairs]
+    if getattr(loss_fn, "takes_margins", False):
+        pairs = [replace(pair, margin=pair.row % 3 - 0.5) for pair in pairs]
     for i in range(3, count, 2):
         room = MAX_LENGTH - max(len(pairs[i].chosen), len(pairs[i].rejected))
         pairs[i] = replace(pairs[i], prompt=(pairs[i].prompt * room)[:room])
@@ -70,6 +75,7 @@ def train_step(loss_fn, model, reference, pairs, batch_size, world):
     """Returns the step's mean loss, and d (mean loss) / d log-probabilities by pair; the gradients are the model's."""
     model.zero_grad()
     needed, known = needs(loss_fn), {"mean_chosen_length": mean_chosen_length(pairs)}
+    known["mean_weight"] = sum(pair.weight for pair in pairs) / len(pairs)
     if "kl" in needed.inputs:
         known["kl"] = kl_of(model, reference, pairs, batch_size, world)
         assert known["kl"] > 0  # where it is cut, it would be alike however it is computed
@@ -127,7 +133,8 @@ def measure(world, batch_size):
         models.load(either, tiny_llama(seed=seed, **SHARDED_SIZES).state_dict(), world=world)
     results = []
     for name, options in STEPS:
-        loss, gradients = train_step(loss_of(name, options), model, reference, as_pairs(7), batch_size, world)
+        loss_fn = loss_of(name, options)
+        loss, gradients = train_step(loss_fn, model, reference, as_pairs(7, loss_fn), batch_size, world)
         norms = [p.grad.norm() for p in model.parameters()]
         norms = [float(n.full_tensor() if hasattr(n, "full_tensor") else n) for n in norms]
         results.append({"loss": loss, "gradients": gradients, "norms": norms})

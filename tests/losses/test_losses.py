@@ -8,6 +8,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -773,7 +774,8 @@ def test_every_loss_and_option_for_scores_is_among_the_steps():
 @each(STEPS)
 def test_a_step_does_not_depend_on_its_micro_batches(name, options):
     """Eight of one are one of eight, and three, three and two."""
-    loss_fn, model, reference, pairs = loss_of(name, options), prepared(1), prepared(0), as_pairs(8)
+    loss_fn, model, reference = loss_of(name, options), prepared(1), prepared(0)
+    pairs = as_pairs(8, loss_fn)
 
     def step(batch_size):
         loss, by_pair = train_step(loss_fn, model, reference, pairs, batch_size, dist.start("cpu"))
@@ -801,6 +803,54 @@ def test_a_step_does_not_depend_on_the_number_of_processes(tmp_path):
         for which in ("gradients", "norms"):
             ours, theirs = torch.tensor(got[which]), torch.tensor(expected[which])
             assert theirs.any() and (ours - theirs).norm() / theirs.norm() < 1e-4, (case, which)
+
+
+def test_a_pair_of_weight_two_counts_as_two_and_a_margin_is_what_rewards_have_to_differ_by():
+    """The loss is sum(w_i l_i) / sum(w_i), and l of -log sigmoid(z - margin), of max(0, 1 - (z - margin))."""
+    model, reference, pairs = prepared(1), prepared(0), as_pairs(4)
+    world, twice = dist.start("cpu"), [*pairs, pairs[2]]
+    weighted = [replace(pair, weight=3.0 * (1 + (pair is pairs[2]))) for pair in pairs]
+    for name in ("sigmoid", "orpo", "nca_pair"):
+        losses_of = [train_step(build(name), model, reference, some, 9, world)[0] for some in (twice, weighted)]
+        assert losses_of[0] == pytest.approx(losses_of[1], rel=1e-6)
+    logps = [
+        torch.tensor(values, dtype=torch.float64) for values in ([-3.0, -9.0], [-4.0, -5.0], [-3.5, -8.0], [-4.0, -7])
+    ]
+    z, margins = 0.5 * ((logps[0] - logps[2]) - (logps[1] - logps[3])), torch.tensor([0.3, -1.2], dtype=torch.float64)
+    e = 0.2
+    naive_losses = {
+        "sigmoid": -ls(z - margins),
+        "sigmoid_norm": -ls(0.5 * ((logps[0] - logps[2]) / 4 - (logps[1] - logps[3]) / 2) - margins),
+        "hinge": (1 - (z - margins)).clamp(min=0),
+        "robust": (-(1 - e) * ls(z - margins) + e * ls(-(z - margins))) / (1 - 2 * e),
+    }
+    assert naive_losses.keys() == {name for name, kind in LOSSES.items() if kind.takes_margins}
+    lengths = {"chosen_lengths": torch.tensor([4.0, 4.0]), "rejected_lengths": torch.tensor([2.0, 2.0])}
+    for name, expected in naive_losses.items():
+        loss_fn = build(name, beta=0.5, **({"label_smoothing": e} if name == "robust" else {}))
+        found, *_ = loss_fn(*logps, margins=margins, **(lengths if name == "sigmoid_norm" else {}))
+        torch.testing.assert_close(found, expected)
+
+
+def test_weights_and_margins_are_refused_by_losses_that_take_none():
+    for loss_fn, names, said in (
+        (build("ipo"), ["weight", "margin"], "dataset.columns.margin: the loss ipo takes no margins"),
+        (build("aot"), ["weight"], "dataset.columns.weight: the loss aot takes no weights"),
+        (
+            DPOLoss(),
+            ["weight"],
+            "loss DPOLoss takes no weights of pairs; loss=sigmoid does, and is torchtune's DPOLoss",
+        ),
+        (
+            build("mixture", terms=[{"name": "sigmoid"}, {"name": "sft"}]),
+            ["weight"],
+            "the loss mixture takes no weights",
+        ),
+    ):
+        with pytest.raises(UserError, match=said):
+            loss_needs.check_takes(loss_fn, names, "dataset")
+    loss_needs.check_takes(build("kto"), ["weight"], "dataset")
+    loss_needs.check_takes(build("sigmoid"), ["weight", "margin"], "dataset")
 
 
 @each([("aot", {"beta": 1.0}), ("aot_unpaired", {"beta": 1.0}), ("sft", {})])

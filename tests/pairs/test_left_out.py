@@ -3,6 +3,7 @@ are rendered already, rows that are broken, and a folder's files of different co
 
 import csv
 import json
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -10,6 +11,8 @@ from test_data import ROWS, one, read_rows, text, tokenize
 from test_tokenizer import CHATML, LLAMA_3, chat, save
 
 from pairtune.errors import UserError
+from pairtune.pairs.digests import digest_each, digest_in_order
+from pairtune.pairs.packed import PackedPairs
 from pairtune.tokenizer.hf import hf_tokenizer
 
 ROW = {"prompt": "Q", "chosen": "B", "rejected": "W"}
@@ -64,6 +67,23 @@ def test_columns_that_nobody_reads_are_named(chatml):
     assert "columns not used: id, score_chosen, note" in str(report)
     _, report = tokenize([ROW], chatml)
     assert "columns" not in str(report)
+
+
+def test_weights_and_margins_are_read_where_columns_name_them_and_only_there(chatml, tmp_path):
+    rows = [{**ROW, "prompt": f"Q{i}", "weight": 0.5 + i, "score": {"gap": str(i)}} for i in range(40)]
+    pairs, report = tokenize(rows, chatml)
+    assert {(pair.weight, pair.margin) for pair in pairs} == {(1.0, 0.0)}
+    assert "columns not used: weight, score\ndataset.columns={weight: weight} would take the column" in str(report)
+    columns = {"weight": "weight", "margin": "score.gap"}
+    rows[3], rows[7], rows[9] = ({**rows[i], "weight": weight} for i, weight in ((3, 0), (7, -1), (9, None)))
+    pairs, report = tokenize(rows, chatml, columns=columns)
+    assert [(pair.weight, pair.margin) for pair in pairs] == [(i + 0.5, i) for i in range(40) if i not in (3, 7, 9)]
+    assert "columns read beside these: weight, margin" in str(report) and report.unused == []
+    assert report.dropped == {"weight of 0": [3], "weight: no finite number, at least 0": [7, 9]}
+    packed = PackedPairs.of(pairs)
+    assert list(packed) == pairs and digest_in_order(packed) == digest_in_order(pairs)
+    other = [replace(pairs[0], weight=9.0), *pairs[1:]]
+    assert digest_in_order(other) != digest_in_order(pairs) and digest_each(other) == digest_each(packed)
 
 
 @pytest.mark.parametrize("name", ["query", "question", "documents", "persona", "conversations"])
