@@ -19,6 +19,7 @@ from pairtune import console, torchao_names
 from pairtune.cli.after import evaluate, pairs, plot, report
 from pairtune.cli.ask import chat, compare, generate
 from pairtune.cli.copies import cp, diff, update
+from pairtune.cli.data import data
 from pairtune.cli.find import (
     find,
     first_line,
@@ -268,7 +269,7 @@ def _check_keys(argv: list[str], parser: argparse.ArgumentParser, *more: str) ->
 COMMANDS = {
     command.__name__: command
     for command in (
-        *(download, ls, cp, cat, diff, update, validate, plan, run, sweep),
+        *(download, ls, cp, cat, diff, update, validate, data, plan, run, sweep),
         *(plot, pairs, report, generate, chat, compare, cache),
     )
 }

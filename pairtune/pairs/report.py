@@ -113,7 +113,7 @@ class Report:
             lines.append(self._line("held out", self.num_held_out))
             lines.append(self._line("of these, also in training", self.num_overlap))
         if self.lengths["prompt"]:
-            lines.append(f"{'tokens, before limits':32} {'median':>8} {'95 %':>8} {'max':>8}")
+            lines.append(f"{'tokens, before limits':{self._width}} {'median':>8} {'95 %':>8} {'max':>8}")
             lines += [self._lengths_line(name, lengths) for name, lengths in self._all_lengths().items()]
         lines += [f"format: {self.format}", *self.columns(), self.style, *self.notes]
         return "\n".join(lines)
@@ -130,12 +130,18 @@ class Report:
                 said.append(f"dataset.columns={{{name}: {name}}} would take the column {name!r} for each pair's {name}")
         return said
 
+    @property
+    def _width(self) -> int:
+        """Of the first column: what rows were dropped for may be longer than its other words."""
+        return max([32, *(len(f"dropped: {reason}") for reason in self.dropped)])
+
     def _counted(self, facts: dict[str, list[int]]) -> list[str]:
         return [self._line(title, len(rows), rows) for title, rows in facts.items() if rows]
 
     def _line(self, title: str, count: int, rows: Sequence[int] = ()) -> str:
         examples = ", ".join(map(str, rows[:3])) + (", ..." if len(rows) > 3 else "")
-        return f"{title:32} {count:8,} {100 * count / self.num_rows:6.1f} %" + (f"   row {examples}" if rows else "")
+        told = f"{title:{self._width}} {count:8,} {100 * count / self.num_rows:6.1f} %"
+        return told + (f"   row {examples}" if rows else "")
 
     def _all_lengths(self) -> dict[str, list[int]]:
         total = [prompt + max(answers) for prompt, *answers in zip(*self.lengths.values(), strict=True)]
@@ -152,7 +158,7 @@ class Report:
     def _lengths_line(self, name: str, lengths: list[int]) -> str:
         ranked = sorted(lengths)
         median, most, longest = (ranked[-(-len(ranked) * percent // 100) - 1] for percent in (50, 95, 100))
-        return f"  {name:30} {median:8,} {most:8,} {longest:8,}"
+        return f"  {name:{self._width - 2}} {median:8,} {most:8,} {longest:8,}"
 
 
 def count_overlap(train: list, held_out: list) -> int:

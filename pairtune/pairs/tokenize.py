@@ -18,6 +18,7 @@ from pairtune.pairs.columns import as_plain
 from pairtune.pairs.context import NUMBERS
 from pairtune.pairs.formats import Format, doubtful
 from pairtune.pairs.gathering import ReadRow, gather
+from pairtune.pairs.glance import glance
 from pairtune.pairs.keeping import entry_of, read_once
 from pairtune.pairs.kept import KeptTokens
 from pairtune.pairs.limits import Limits
@@ -126,7 +127,8 @@ def read_train_and_held_out(
         if dataset["val_fraction"]:
             pairs, rest = split_pairs(pairs, dataset["val_fraction"])
             report, held_out = report.with_split(pairs, rest), held_out + rest
-        world.print(f"Training pairs: {block['source']}\n{report}\n")
+        facts = f"\n{glance(pairs)}" if world.is_main else ""
+        world.print(f"Training pairs: {block['source']}\n{report}{facts}\n")
         parts.append(pairs)
         blocks.append(block)
     train = _mixed(parts, blocks, seed, world)

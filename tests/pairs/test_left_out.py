@@ -80,6 +80,8 @@ def test_weights_and_margins_are_read_where_columns_name_them_and_only_there(cha
     assert [(pair.weight, pair.margin) for pair in pairs] == [(i + 0.5, i) for i in range(40) if i not in (3, 7, 9)]
     assert "columns read beside these: weight, margin" in str(report) and report.unused == []
     assert report.dropped == {"weight of 0": [3], "weight: no finite number, at least 0": [7, 9]}
+    lines = [line.partition("   row ")[0] for line in str(report).splitlines() if " %" in line and "95 %" not in line]
+    assert len(lines) > 3 and len({len(line) for line in lines}) == 1  # a long reason shifts no column of the table
     packed = PackedPairs.of(pairs)
     assert list(packed) == pairs and digest_in_order(packed) == digest_in_order(pairs)
     other = [replace(pairs[0], weight=9.0), *pairs[1:]]
