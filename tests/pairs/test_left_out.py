@@ -3,6 +3,7 @@ are rendered already, rows that are broken, and a folder's files of different co
 
 import csv
 import json
+import re
 from dataclasses import replace
 
 import datasets
@@ -208,7 +209,7 @@ def test_broken_rows_are_dropped_and_counted_up_to_one_in_twenty(chatml, broken)
         tokenize(rows, chatml)
     message = str(refused.value)
     assert "3 rows of 40 are broken, 7.5 %: row 3, 17, 30" in message and "row 3 (from 0): column" in message
-    assert "kept                                   37" in message
+    assert re.search(r"kept +37 ", message)
     with pytest.raises(UserError, match=rf"row 3 \(from 0\): column '{column}' holds"):
         tokenize(rows, chatml, on_bad_row="error")
 
