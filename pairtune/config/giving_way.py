@@ -38,7 +38,7 @@ def said_twice(layers: list[Layer]) -> list[str]:
 def give_way(cfg: dict, defaults: dict, layers: list[Layer]) -> tuple[dict, list[str]]:
     """Returns the resolved config without what gave way, and what that is, in sentences."""
     settled = _Settled(cfg, _given(layers))
-    for check in (_held_out, _evaluation, _interval, _best, _reference, _warmup, _divergence):
+    for check in (_prompt, _held_out, _evaluation, _interval, _best, _reference, _warmup, _divergence):
         check(settled)
     return settled.cfg, _no_evaluation(settled, layers) + settled.told + _carried(cfg, defaults, layers)
 
@@ -76,6 +76,15 @@ class _Settled:
     def _place(self, name: str) -> tuple[int, str]:
         found = [place for key, place in self._given.items() if name == key or name.startswith(f"{key}.")]
         return max(found, default=(-1, "default"))
+
+
+def _prompt(settled: _Settled) -> None:
+    """A default of the prompt's length that a shorter max_length leaves no room for."""
+    prompt, total = (settled.get(name) for name in ("max_prompt_length", "max_length"))
+    if isinstance(prompt, int) and isinstance(total, int) and prompt >= total and settled.rank("max_prompt_length") < 0:
+        told = f"{settled.written('max_prompt_length')} gives way: {settled.written('max_length')} alone decides"
+        settled.told.append(told)
+        settled.cfg = _with(settled.cfg, ["max_prompt_length"], None)
 
 
 def _held_out(settled: _Settled) -> None:

@@ -644,7 +644,7 @@ OPTIONS = [
     ("lora.dropout=1", ["lora.dropout=1: must be at least 0 and below 1"]),
     ("lora.modules=[]", ["lora.modules=[]: must be a list of at least one of q_proj"]),
     ("max_length=1", ["max_length=1: must be at least 2"]),
-    ("max_length=512", ["max_prompt_length=512: must be below max_length=512"]),
+    ("max_prompt_length=1024", ["max_prompt_length=1024: must be below max_length=1024"]),
     ("batch_size=5", ["batch_size=5: must divide pairs_per_step=64"]),
     ("batch_size=0", ["batch_size=0: must be auto, or a whole number, at least 1; nearest valid: batch_size=1"]),
     ("pairs_per_step=1000000000007", ["pairs_per_step=1000000000007: must be"]),

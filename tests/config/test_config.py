@@ -290,7 +290,7 @@ def test_what_a_run_starts_from_is_not_passed_over(load):
         ("lora.modules=[q_proj,o_projj]", ["lora.modules=[q_proj,o_projj]", "output_proj", "[q_proj]"]),
         ("dtype=float32", ["dtype=float32", "bf16, fp32", "nearest valid: dtype=fp32"]),
         ("epochs=0", ["epochs=0", "above 0", "epochs=1"]),
-        ("max_length=512", ["max_prompt_length=512", "max_length=512", "nothing", "max_prompt_length=511"]),
+        ("max_prompt_length=1024", ["max_prompt_length=1024", "max_length=1024", "nothing", "max_prompt_length=1023"]),
         ("batch_size=5", ["batch_size=5", "divide pairs_per_step=64", "batch_size=4", "pairs_per_step=65"]),
         ("eval_every_n_steps=10", ["eval_every_n_steps=10", "nothing to evaluate on"]),
         ("~optimizer.lr", ["optimizer.lr", "needs a learning rate"]),

@@ -198,6 +198,8 @@ EVALUATED = "eval_dataset: {source: held_out.jsonl}\neval_every_n_steps: 50\nkee
         ("lr_scheduler: {_component_: pairtune.schedules.linear, num_warmup_steps: 7}",
          ["lr_scheduler.warmup_ratio=0.5", "lr_scheduler=pairtune.schedules.cosine"], ["lr_scheduler.num_warmup_steps"],
          ["lr_scheduler.num_warmup_steps=7 ("]),
+        ("", ["max_length=256"], ["max_prompt_length"],
+         ["max_prompt_length=512 (default) gives way: max_length=256 (command line) alone decides"]),
         ("loss: {name: sigmoid, f_divergence: alpha, f_alpha: 0.0}", ["loss.f_divergence=js"], ["loss.f_alpha"],
          ["loss.f_alpha=0.0 (", "loss.f_divergence=js (command line) does without it"]),
         ("metric_logger: {_component_: wandb, project: x}", ["metric_logger=none"], ["metric_logger"], []),
