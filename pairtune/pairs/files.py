@@ -86,6 +86,12 @@ def parse_line(line: str, path: Path, number: int) -> dict:
 def _json_list(text: str, path: Path) -> list[dict]:
     content = _parse(text, path, 1)
     if isinstance(content, dict):
+        sizes = {len(value) for value in content.values() if isinstance(value, list)}
+        if len(content) > 1 and len(sizes) == 1 and all(isinstance(value, list) for value in content.values()):
+            raise UserError(
+                f"{path} is one object of columns, {', '.join(content)}, not a list of rows. Write its rows, as by "
+                f"pandas: pandas.read_json({path.name!r}).to_json('rows.jsonl', orient='records', lines=True)."
+            )
         lists = [key for key, value in content.items() if isinstance(value, list)]
         raise UserError(
             f"{path} is one object, not a list of rows; its keys that hold a list: {', '.join(lists) or 'none'}. "
@@ -139,12 +145,20 @@ def _csv_rows(text: str, path: Path) -> list[dict]:
     rows = []
     try:
         check_names(reader.fieldnames or [], f"{path}, line 1")
+        check_commas(reader.fieldnames or [], f"{path}, line 1")
         for row in reader:
             check_cells(row, f"{path}, line {reader.line_num}")
             rows.append(row)
     except csv.Error as error:  # the row begins behind the last one that was whole
         raise UserError(f"{path}, line {reader.line_num + 1}: invalid CSV, {error}. {MEND}") from error
     return rows
+
+
+def check_commas(names: Sequence[str], where: str) -> None:
+    """Refuses a header of one name that holds another mark between names."""
+    mark = next((mark for mark in (";", "\t", "|") if len(names) == 1 and mark in names[0]), None)
+    if mark:
+        raise UserError(f"{where}: columns are separated by {mark!r}, expected commas. Save the file with commas.")
 
 
 def check_cells(row: dict, where: str) -> None:

@@ -166,6 +166,8 @@ def guess(rows: Sequence[dict], values_of: Callable[[str], Iterable]) -> tuple[d
         described["input"] = "input"
     others = [name for name in kinds if name not in (*answers, question)]
     by_name = [name for name in (*CHOICES, *others) if name in others]
+    rated = [name for name in others if _is_number(row[name]) and _suffixes([name])]
+    pairs = [pair for pair in combinations(rated, 2) if _suffixes(pair) == _suffixes(answers)]
     for column in dict.fromkeys(by_name):
         values = values_in(values_of(column))
         if values is None:
@@ -173,9 +175,12 @@ def guess(rows: Sequence[dict], values_of: Callable[[str], Iterable]) -> tuple[d
         names = names_of(answers, values)
         if names:
             return described | {"choice": column}, bool(question or whole) and column in CHOICES
-        if column in CHOICES or column == others[-1]:
-            return described | {"choice": {column: sorted(values - set(TIE_WORDS))[:2]}}, False
-    return described, False
+        words = sorted(values - set(TIE_WORDS), reverse=values <= {"true", "false"})[:2]  # true: the first is better
+        if len(words) == 2 and not pairs and (column in CHOICES or column == others[-1]):
+            return described | {"choice": {column: words}}, False
+    if pairs:
+        return described | {"ranks" if "rank" in pairs[0][0] else "scores": list(pairs[0])}, False
+    return described | {"choice": {"COLUMN": ["FIRST", "SECOND"]}}, False  # to be filled in
 
 
 def _rated(row: dict) -> dict:
@@ -222,14 +227,15 @@ def _likely(row: dict, values_of: Callable[[str], Iterable]) -> dict:
         return {}
     if choice is None:
         return {"prompt": question, "chosen": answers[0], "rejected": answers[1]}
-    return {"prompt": question, "answers": answers, "choice": {choice: few[choice]}}
+    values = few[choice] if len(few[choice]) > 1 else ["FIRST", "SECOND"]  # to be filled in
+    return {"prompt": question, "answers": answers, "choice": {choice: values}}
 
 
 def _labels(cells: Iterable) -> list[str]:
     """Returns the first two words that a column of short words holds; none where it holds other things."""
     cells = list(cells)
     values = values_in(cells) or set()
-    words = sorted(values - set(TIE_WORDS))
+    words = sorted(values - set(TIE_WORDS), reverse=values <= {"true", "false"})
     repeat = len(cells) > len(values)
     short = words and max(map(len, words)) <= _SHORT and (repeat or not any(" " in word for word in words))
     return words[:2] if short else []

@@ -123,6 +123,7 @@ def look(rows: Rows, key: str, *, held_out: Rows | None = None, single: bool = F
     scripts = [_languages(text) for text in texts]
     apart = [text.row for text, (asked, *given) in zip(texts, scripts, strict=True) if _differs(asked, given)]
     findings.append(Finding("an answer in another script than its prompt", apart, is_fault=False))
+    findings += _scores(rows)
     if held_out is not None:
         findings += _shared(texts, _texts(held_out, "held-out", single=single)[1])
     facts = [*_of_lengths(texts), *_of_phrases(texts), *_of_languages([asked for asked, *_ in scripts])]
@@ -187,6 +188,25 @@ def _repeated(texts: list[Text]) -> list[Finding]:
         Finding("contradict an earlier pair", against),
         Finding("near-duplicates of an earlier pair", [row for row in near if row not in against], is_fault=False),
     ]
+
+
+def _scores(rows: Rows) -> list[Finding]:
+    """Numbers of both answers, such as score_chosen and score_rejected, that say the opposite of the columns' names."""
+    found = []
+    for better in rows.found:
+        worse = better.replace("chosen", "rejected")
+        if worse == better or worse not in rows.found:
+            continue
+        cells = zip(rows.numbers, rows.cells(better), rows.cells(worse), strict=True)
+        both = [(number, a, b) for number, a, b in cells if _is_number(a) and _is_number(b)]
+        is_rank = "rank" in better
+        against = [number for number, a, b in both if (a > b if is_rank else a < b)]
+        found.append(Finding(f"{better} is {'above' if is_rank else 'below'} {worse}", against))
+    return found
+
+
+def _is_number(cell) -> bool:
+    return isinstance(cell, int | float) and not isinstance(cell, bool)
 
 
 def _shared(texts: list[Text], held_out: list[Text]) -> list[Finding]:

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from pairtune.errors import UserError
-from pairtune.pairs.files import check_cells, check_names, parse_line
+from pairtune.pairs.files import check_cells, check_commas, check_names, parse_line
 
 LARGE = 2**25  # bytes of a source: fewer are read in a moment
 
@@ -112,6 +112,7 @@ def _of_csv(file: IO[bytes], path: Path, count: int) -> Sample:
 
     reader = csv.DictReader(lines(), strict=True)
     check_names(reader.fieldnames or [], f"{path}, line 1")
+    check_commas(reader.fieldnames or [], f"{path}, line 1")
     rows = []
     for row in islice(reader, 2 * count):
         check_cells(row, f"{path}, line {reader.line_num}")

@@ -313,6 +313,10 @@ def test_one_line_of_columns_describes_what_is_not_recognised(row, columns):
         ([{"q": "Which?", "m": {"x": {"t": "It is so."}, "y": {"t": "It is not so."}}, "won": won}
           for won in ("[[A]]", "[[B]]", "[[A]]")],
          'dataset.columns={prompt: q, answers: [m.x.t, m.y.t], choice: {won: ["[[a]]", "[[b]]"]}}'),
+        ([{"prompt": "Q", "reply_a": "x", "reply_b": "y", "score_a": 4.5, "score_b": 2.0 + n} for n in range(2)],
+         "dataset.columns={prompt: prompt, answers: [reply_a, reply_b], scores: [score_a, score_b]}"),
+        ([{"question": "Q", "answer_1": "x", "answer_2": "y", "is_first_better": n != 1} for n in range(3)],
+         "dataset.columns={prompt: question, answers: [answer_1, answer_2], choice: {is_first_better: [true, false]}}"),
         ([{"instruction": "Which?", "input": "", "output": ["It is so.", "It is not so."]}],
          "dataset.columns={prompt: instruction, chosen: output.0, rejected: output.1}"),
         ([{"problem": f"Is it {n}, or another number?", "good": f"It is {n}, I think.", "bad": f"It is not {n}."}
@@ -326,6 +330,22 @@ def test_the_error_shows_the_line_filled_in_where_values_do_not_name_an_answer(r
     assert line in str(refused.value)
     form, renamed = recognise(Rows(rows, columns=_columns(line)), "dataset")
     assert len(form.read(renamed[0])) == 1  # the line as it stands is one that works
+
+
+@pytest.mark.parametrize("beside", [{"preferred": "x"}, {"p_a_better": 0.7}, {}])
+def test_a_choice_that_nobody_can_guess_is_left_to_be_filled_in(beside):
+    with pytest.raises(UserError, match=r"answers: \[reply_a, reply_b\], choice: \{\w+: \[FIRST, SECOND\]\}\}"):
+        read([{"prompt": "Q", "reply_a": "x", "reply_b": "y", **beside}])
+
+
+def test_files_of_columns_and_of_other_marks_are_named_for_what_they_are(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"prompt": ["Q"], "chosen": ["B"], "rejected": ["W"]}))
+    with pytest.raises(UserError, match="one object of columns, prompt, chosen, rejected, .*orient='records'"):
+        read_rows(str(tmp_path / "a.json"))
+    for mark in (";", "\t"):
+        (tmp_path / "b.csv").write_text(f"prompt{mark}chosen{mark}rejected\nQ{mark}B{mark}W\n")
+        with pytest.raises(UserError, match="line 1: columns are separated by .*, expected commas"):
+            read_rows(str(tmp_path / "b.csv"))
 
 
 def _columns(line):

@@ -67,6 +67,12 @@ def test_each_fault_is_found_in_the_rows_that_have_it(rows):
     assert page.count("\n  row ") == 20
 
 
+def test_scores_that_say_the_opposite_are_found(rows):
+    rows = [{**row, "score_chosen": 5.0, "score_rejected": float(n), "rank_chosen": 1, "rank_rejected": 2}
+            for n, row in enumerate(rows)]  # fmt: skip
+    assert found(rows[:8])[0] == {"score_chosen is below score_rejected": [6, 7]}
+
+
 def test_what_training_has_of_held_out_prompts_is_found(rows):
     like = {**rows[4], "prompt": rows[4]["prompt"] + " ok"}
     held_out = [{**rows[2], "chosen": "x"}, like, {**rows[0], "prompt": "new"}]
