@@ -158,7 +158,7 @@ def check_commas(names: Sequence[str], where: str) -> None:
     """Refuses a header of one name that holds another mark between names."""
     mark = next((mark for mark in (";", "\t", "|") if len(names) == 1 and mark in names[0]), None)
     if mark:
-        raise UserError(f"{where}: columns are separated by {mark!r}, expected commas. Save the file with commas.")
+        raise UserError(f"{where}: columns are separated by {mark!r}, expected commas. Mend that: save it with commas.")
 
 
 def check_cells(row: dict, where: str) -> None:
