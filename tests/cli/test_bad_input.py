@@ -215,7 +215,7 @@ FILES = [
     ("CSV without header", "a.csv", "Q,B,W\nQ2,B2,W2\n", {},
      ["a.csv: no known format", "Q: text, 'Q2'", "columns.prompt"]),
     ("CSV, a column twice", "a.csv", "prompt,chosen,chosen\nQ,B,W\n", {}, ["a.csv, line 1: columns of one name"]),
-    ("CSV, semicolons", "a.csv", COMMAS.replace(",", ";"), {}, ["a.csv, line 1: columns are separated by ", "expected commas"]),
+    ("CSV, semicolons", "a.csv", COMMAS.replace(",", ";"), {}, ["a.csv, line 1: columns are separated by", "commas"]),
     ("parquet, zero bytes", "a.parquet", b"", {}, ["a.parquet cannot be read"]),
     ("parquet, garbage", "a.parquet", b"PAR1" + b"\0" * 40 + b"PAR1", {}, ["a.parquet cannot be read"]),
     ("parquet, a column twice", "a.parquet", parquet(prompt=["Q"], chosen=["B"], chosen_=["C"], rejected=["W"]), {},
