@@ -28,6 +28,7 @@ from pairtune.cli.find import (
     torchtune_registry,
     torchtunes,
 )
+from pairtune.cli.push import push
 from pairtune.cli.sweep import sweep
 from pairtune.cli.words import parser_of, prog
 from pairtune.errors import UserError, nearest
@@ -269,7 +270,7 @@ def _check_keys(argv: list[str], parser: argparse.ArgumentParser, *more: str) ->
 COMMANDS = {
     command.__name__: command
     for command in (
-        *(download, ls, cp, cat, diff, update, validate, data, plan, run, sweep),
+        *(download, push, ls, cp, cat, diff, update, validate, data, plan, run, sweep),
         *(plot, pairs, report, generate, chat, compare, cache),
     )
 }

@@ -94,11 +94,12 @@ class Hub(BaseHTTPRequestHandler):
             return self.reply(403, message="Please enable access to public gated repositories in your token's settings")
         if files is None:
             return self.reply(404 if token else 401, error="RepoNotFound")
-        if revision not in ("main", COMMIT):
+        if revision not in self.server.revisions:
             return self.reply(404, error="RevisionNotFound")
         if verb == "revision":
             siblings = [{"rfilename": file} for file in files]
-            return self.reply_json({"id": f"{owner}/{name}", "sha": COMMIT, "siblings": siblings})
+            about = {"id": f"{owner}/{name}", "sha": COMMIT, "private": f"{owner}/{name}" in self.server.private}
+            return self.reply_json(about | {"siblings": siblings})
         if verb == "tree":
             rows = [self.row(file, body) for file, body in files.items()]
             if self.server.pages_at:  # two pages: the first here, the second there
@@ -154,7 +155,7 @@ class Hub(BaseHTTPRequestHandler):
         for key, value in headers.items():
             self.send_header(key, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body[:cut])
         self.close_connection = cut is not None
 
@@ -167,12 +168,13 @@ def sha256(content):
 
 
 @contextmanager
-def serve():
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+def serve(handler=Hub):
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     httpd.repos = {f"models/{name}": dict(MODEL) for name in ("org/tiny", "org/gated", LLAMA3_8B)}
     httpd.repos["datasets/org/pairs"] = {"README.md": b"# Pairs\n", "data/train.jsonl": ROWS, "data/test.jsonl": ROWS}
     httpd.pretended_sizes, httpd.fetched, httpd.sent = {}, [], {}
     httpd.tokens_in_store, httpd.tokens_at_hub, httpd.leads_to, httpd.pages_at = [], [], None, None
+    httpd.private, httpd.revisions = set(), {"main", COMMIT}
     httpd.cuts, httpd.down, httpd.spoilt, httpd.busy = {}, set(), {}, {}
     httpd.url = f"http://127.0.0.1:{httpd.server_port}"
     thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
