@@ -110,4 +110,6 @@ def _explained(error: Exception, source: Source) -> UserError:
             f"{source.repo_id}: {source.host} forbids it to your token ({said}); allow it to write there at "
             f"{source.host}/settings/tokens, or give another one: --hf-token TOKEN"
         )
+    if isinstance(error, OfflineModeIsEnabled):
+        return UserError(f"{source.repo_id}: HF_HUB_OFFLINE is set, so {source.host} is not asked; unset it to upload")
     return explained(error, source)
