@@ -3,6 +3,7 @@
     python tools/bench.py                                    # LoRA on a CPU: 4 layers, width 256, vocabulary 32,000
     python tools/bench.py --lengths 512/128/128 --method full --systems ours torchtune trl
     python tools/bench.py --device cuda --model 1b --lengths mix --systems ours:compiled ours:cached torchtune:compiled
+    python tools/bench.py --trl-env runs/trl                 # TRL's newest, which pip puts there the first time
     python tools/bench.py --plot scaling.png                 # time and memory as the work grows
     python tools/bench.py --folder gemma-3-270m --source pairs.json --pairs 8 --lr 5e-5 --systems ours trl
                                                              # a model and pairs that are there
@@ -38,6 +39,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import random_work as work
+import trl_env
 
 TOOLS = Path(__file__).resolve().parent
 NAMES = ("ours", "torchtune", "trl")
@@ -63,6 +65,7 @@ class Task:
     threads: int = 1
     drawn: bool = False  # weights are drawn by each system, and no file is read
     paths: tuple[tuple[str, str], ...] = ()  # folders that a system has on its PYTHONPATH, by name
+    trl_python: str = sys.executable  # TRL's, in an environment of its own
     real: str | None = None  # a model's folder, in the place of a random one of `sizes`
     source: str | None = None  # rows of pairs, in the place of random ones of `lengths`
     lr: float | None = None
@@ -106,7 +109,7 @@ class System:
         # Held open from both ends: neither waits for the other to open it.
         self._results, self._commands = (os.open(path, os.O_RDWR) for path in gate.values())
         spec = task.spec(name, flags, processes=processes, gate={**gate, "device": task.device})
-        command = [sys.executable]
+        command = [task.trl_python if name == "trl" else sys.executable]
         if processes > 1:
             command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         paths = [str(TOOLS), str(TOOLS.parent), *(path for owner, path in task.paths if owner == name)]
@@ -290,6 +293,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["fp32", "bf16"], help="fp32 on a CPU, bf16 on a GPU")
     parser.add_argument("--threads", type=int, default=1, help="of a system on a CPU")
     parser.add_argument("--path", action="append", default=[], metavar="NAME=FOLDERS", help="a system's PYTHONPATH")
+    parser.add_argument("--trl-env", type=Path, metavar="DIR", help="TRL's newest is there, or put there by pip")
     parser.add_argument("--json", type=Path, help="a file to which the results are appended")
     parser.add_argument("--plot", type=Path, help="a PNG: time and memory as length, pairs, vocabulary, processes grow")
     args = parser.parse_args()
@@ -306,6 +310,7 @@ def main() -> None:
             args.device, args.dtype or ("bf16" if args.device == "cuda" else "fp32"), args.rank, args.pairs,
             args.threads, paths=tuple(tuple(text.split("=", 1)) for text in args.path), real=args.folder,
             source=args.source, lr=args.lr, steps=args.steps,
+            trl_python=trl_env.python_of(args.trl_env) if args.trl_env else sys.executable,
         )  # fmt: skip
         if args.plot:
             from bench_plot import plot
@@ -333,6 +338,8 @@ def compare(args: argparse.Namespace, task: Task) -> int:
         told = f"{args.model}, vocabulary {task.sizes['vocab_size']:,}, {args.lengths}: {task.pairs_per_step} pairs of "
         told += f"{tokens:.0f} tokens a step"
     print(f"{task.method}, {task.dtype}, {told}; matrix products reach {peak:.4g} TFLOP/s.\n{versions(task.device)}")
+    if args.trl_env:
+        print(f"TRL's environment: {trl_env.versions_of(args.trl_env)}")
     if args.json:
         with args.json.open("a") as file:
             for row in rows:

@@ -21,15 +21,22 @@ def tools_find_each_other(monkeypatch):
 
 
 def test_a_benchmark_makes_the_same_steps_by_ours_torchtune_and_trl(tmp_path):
-    """Losses 1e-4 apart, or its status is 1; a system that cannot run is named and left out."""
+    """Losses 1e-4 apart, or its status is 1; a system that cannot run is named and left out. TRL has its own Python."""
+    python = tmp_path / "trl" / "bin" / "python"  # an environment that is there
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path / "used"}\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    (tmp_path / "trl" / "made.json").write_text('{"trl": "9.9"}')
     systems = ["ours", "ours:cached", "torchtune", "trl:completions", "ours:sead=1"]
     words = ["--model", "tiny", "--lengths", "~24/8/8", "--steps", "3", "--json", tmp_path / "rows.jsonl"]
+    words += ["--trl-env", tmp_path / "trl"]
     command = [sys.executable, TOOLS / "bench.py", *words, "--systems", *systems]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [row["system"] for row in rows] == systems[:-1]
     assert re.search("left out: ours:sead=1: .*unknown key sead", done.stdout)
+    assert (tmp_path / "used").read_text().count("peers.py") == 1 and "TRL's environment: trl 9.9" in done.stdout
     losses = rows[0]["losses"]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6) and abs(losses[-1] - losses[0]) > 1e-3
     assert all(row["seconds"] > 0 < row["tflops"] for row in rows)
