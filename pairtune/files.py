@@ -2,7 +2,9 @@
 
 import json
 import os
-from collections.abc import Iterator
+import re
+import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
@@ -118,3 +120,23 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def entries(folder: Path, name: re.Pattern) -> list[Path]:
+    """Returns what a cache's folder holds under such names; nothing where there is no folder."""
+    return [path for path in folder.iterdir() if name.fullmatch(path.name)] if folder.is_dir() else []
+
+
+def remove_entries(folder: Path, name: re.Pattern, keys: Sequence[str]) -> list[str]:
+    """Removes a cache's entries, all of them if no key is named; returns the keys of those it removed.
+
+    Raises:
+        UserError: There is no such entry; none is removed then.
+    """
+    known = {entry.name: entry for entry in entries(folder, name)}
+    if unknown := [key for key in keys if key not in known]:
+        raise UserError(f"{unknown[0]}: no such entry in {folder}; `tune cache ls` lists them")
+    removed = list(dict.fromkeys(keys or known))
+    for key in removed:
+        shutil.rmtree(known[key].rename(folder / f".{key}.{os.getpid()}"))  # gone at once for whoever looks
+    return removed

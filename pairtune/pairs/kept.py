@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 
 from pairtune.errors import UserError
-from pairtune.files import write_bytes, write_text
+from pairtune.files import entries, remove_entries, write_bytes, write_text
 from pairtune.pairs.packed import PackedPairs, Table
 
 ENTRY, LOCK = "entry.json", "lock"
@@ -287,29 +286,15 @@ def _digest(content) -> str:
 
 def table(folder: Path) -> str:
     """Returns what `tune cache ls` prints of tokens: a line an entry, the one that was written last on top."""
-    lines = [_line(entry) for entry in sorted(_entries(folder), key=_written, reverse=True)]
+    lines = [_line(entry) for entry in sorted(entries(folder, KEY), key=_written, reverse=True)]
     if not lines:
         return f"{folder} holds no tokens"
     return "\n".join([f"{folder}", f"{'KEY':23} {'ROWS':>9} {'MiB':>9}  {'WRITTEN':16}  TOKENIZER", *lines])
 
 
 def remove(folder: Path, keys: Sequence[str]) -> list[str]:
-    """Removes entries, all of them if no key is named; returns the keys of those it removed.
-
-    Raises:
-        UserError: There is no such entry; none is removed then.
-    """
-    known = {entry.name: entry for entry in _entries(folder)}
-    if unknown := [key for key in keys if key not in known]:
-        raise UserError(f"{unknown[0]}: no such entry in {folder}; `tune cache ls` lists them")
-    removed = list(dict.fromkeys(keys or known))
-    for key in removed:
-        shutil.rmtree(known[key].rename(folder / f".{key}.{os.getpid()}"))  # gone at once for whoever looks
-    return removed
-
-
-def _entries(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if KEY.fullmatch(path.name)] if folder.is_dir() else []
+    """Removes entries, all of them if no key is named: files.remove_entries."""
+    return remove_entries(folder, KEY, keys)
 
 
 def _written(entry: Path) -> float:

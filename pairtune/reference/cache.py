@@ -20,7 +20,6 @@ import mmap
 import os
 import random
 import re
-import shutil
 import struct
 import time
 from collections.abc import Iterator, Sequence
@@ -38,7 +37,7 @@ from torch import Tensor, nn
 
 from pairtune.dist import World
 from pairtune.errors import UserError
-from pairtune.files import write_text
+from pairtune.files import entries, remove_entries, write_text
 from pairtune.folders.digests import digest_files
 from pairtune.models.adapters import adapted_modules, plain_name
 from pairtune.models.additions import additions
@@ -360,30 +359,15 @@ def _way_out(folder: Path, key: str) -> str:
 
 def table(folder: Path) -> str:
     """Returns what `tune cache ls` prints: a line an entry, the one that was written last on top."""
-    lines = [_line(entry) for entry in sorted(_entries(folder), key=_written, reverse=True)]
+    lines = [_line(entry) for entry in sorted(entries(folder, KEY), key=_written, reverse=True)]
     if not lines:
         return f"{folder} holds no entry"
     return "\n".join([f"{folder}", f"{'KEY':16} {'PAIRS':>9} {'KiB':>9}  {'WRITTEN':16}  MODEL", *lines])
 
 
 def remove(folder: Path, keys: Sequence[str]) -> list[str]:
-    """Removes entries, all of them if no key is named; returns the keys of those it removed.
-
-    Raises:
-        UserError: There is no such entry; none is removed then.
-    """
-    known = {entry.name: entry for entry in _entries(folder)}
-    unknown = [key for key in keys if key not in known]
-    if unknown:
-        raise UserError(f"{unknown[0]}: no such entry in {folder}; `tune cache ls` lists them")
-    removed = list(dict.fromkeys(keys or known))
-    for key in removed:
-        shutil.rmtree(known[key].rename(folder / f".{key}.{os.getpid()}"))  # gone at once for whoever looks
-    return removed
-
-
-def _entries(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if KEY.fullmatch(path.name)] if folder.is_dir() else []
+    """Removes entries, all of them if no key is named: files.remove_entries."""
+    return remove_entries(folder, KEY, keys)
 
 
 def _written(entry: Path) -> float:

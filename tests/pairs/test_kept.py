@@ -280,13 +280,7 @@ def test_who_is_killed_leaves_no_process_behind(tmp_path):
     """Each holds the writing end of a pipe: it is at its end when all are gone."""
     code = """
 import os, signal, sys
-from pairtune.pairs.at_once import document_lengths, lengths_of, longest_row, tokens_at
-from pairtune.pairs.batch import document_length
-from pairtune.pairs.digests import digest_each, digest_in_order, digest_pair
-from pairtune.pairs.packed import PackedPairs, Table
-from pairtune.pairs.pair import Pair
 from pairtune.pairs.spread import spread
-from pairtune.pairs.steps import Steps
 
 def work(part):
     os.write(int(sys.argv[1]), b"x")
