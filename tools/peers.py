@@ -64,7 +64,7 @@ def our_config(spec: dict) -> dict:
         cfg["checkpointer"] = {"checkpoint_dir": str(folder / "base")}
         cfg["model"] = {"_component_": "pairtune.models.bridge.causal_lm", "path": str(folder / "base")}
     if spec["lr"]:
-        cfg["lr_scheduler"] = {"_component_": "pairtune.schedules.cosine"}
+        cfg["lr_scheduler"] = {"_component_": "pairtune.schedules.cosine", "warmup_ratio": 0.0}
     if spec["method"] != "full":
         cfg["lora"] = {"rank": spec["rank"], "alpha": 2 * spec["rank"], "dropout": 0.0}
     if "cached" in flags:

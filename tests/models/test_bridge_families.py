@@ -1,13 +1,14 @@
 """Twelve families of transformers from a folder to an export, by every method: by one process and by two; resumed."""
 
 import json
+import runpy
 import shutil
 from pathlib import Path
 
 import hf_peers
 import pytest
 import torch
-from helpers import from_first_step, random_pairs, run_recipe, start_two
+from helpers import ROOT, from_first_step, random_pairs, run_recipe, save_tokenizer, start_two
 from safetensors.torch import load_file
 from test_bridge import APART, DENSE, SIZES, component
 from test_bridge_experts import MIXTURES, check_plan
@@ -98,3 +99,21 @@ def test_a_run_goes_on_bit_for_bit(root, name, method):
 @pytest.mark.parametrize(("name", "method"), ROTATING)
 def test_what_is_planned_is_what_a_step_allocates(name, method, tmp_path):
     check_plan(tmp_path, config_of(name), method)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_what_a_model_has_for_images_is_exported_as_it_was(method, tmp_path):
+    """Gemma 3 with a vision tower, whose small configuration is the sweep's: pairs of texts leave it alone."""
+    sweep = runpy.run_path(str(ROOT / "tools" / "sweep_transformers.py"))
+    sweep["SMALL"]["vocab_size"] = 320
+    sweep["save"]("gemma3", tmp_path / "base").bfloat16().save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base", 320)
+    lora = {"rank": 4, "alpha": 8.0, "modules": ["all-linear"]}
+    more = {"lora": lora, "samples": {"num_prompts": 0}, "dtype": "bf16"}
+    hf_peers.write_config(tmp_path, {"_component_": "auto"}, "AUTO", **more)
+    run_recipe(f"{method}_dpo_single_device", config_paths=[tmp_path / "config.yaml"])
+    before, after = (load_file(tmp_path / f / "model.safetensors") for f in ("base", "run/export"))
+    seen = [key for key in before if "vision_tower" in key or "multi_modal_projector" in key]
+    assert before.keys() == after.keys() and len(seen) > 50
+    assert all(torch.equal(before[key], after[key]) for key in seen)
+    assert any(not torch.equal(before[key], after[key]) for key in before if "language_model" in key)
