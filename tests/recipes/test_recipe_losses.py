@@ -450,12 +450,8 @@ def test_two_processes_compute_every_loss_as_one_does(inputs, tmp_path):
     runs = [["lora_dpo_distributed", path, [*o, f"output_dir={tmp_path / 'two' / n}"]] for n, o in overrides.items()]
     start_two(Path(__file__).with_name("recipe_worker.py"), json.dumps(runs))
     # Margins are near zero: rounding may turn their sign, and a correlation divides by how little they differ
-    at_a_tie = {
-        "rewards/accuracies",
-        "eval/rewards/accuracies",
-        "eval/like_length/accuracies",
-        "eval/length_correlation",
-    }
+    at_a_tie = {"rewards/accuracies", "eval/rewards/accuracies", "eval/length_correlation"}
+    counted = {"eval/like_length/accuracies", "eval/chosen_lost/share"}  # of few pairs, beyond a threshold
     for name, its_overrides in overrides.items():
         one = run_recipe(
             "lora_dpo_single_device", *its_overrides, f"output_dir={tmp_path / 'one' / name}", config_paths=[Path(path)]
@@ -464,7 +460,7 @@ def test_two_processes_compute_every_loss_as_one_does(inputs, tmp_path):
         rounding = 2**-8 if name.endswith("bf16") else 1e-5  # of a number
         assert len(one) == 3
         for row, expected in zip(two, one, strict=True):
-            for key in expected.keys() - SPEED - at_a_tie:
+            for key in expected.keys() - SPEED - at_a_tie - (counted if name.endswith("bf16") else set()):
                 assert row[key] == pytest.approx(expected[key], rel=rounding, abs=rounding), (name, row["step"], key)
         exports = (tmp_path / n / name / "export" / "adapter" / "adapter_model.safetensors" for n in ("two", "one"))
         weights, expected = map(load_file, exports)
