@@ -104,7 +104,7 @@ def our_loss(loss_fn, answers):
     lengths = tuple(map(len, policy))
     weights = torch.stack([(a - c).mean().exp() for a, c in zip(policy, log_collision, strict=True)]).chunk(2)
     scores = AnswerScores(*answer_sums(policy, ld_alpha), answer_sums(policy)[0], *weights)
-    batch = SimpleNamespace(answer_lengths=lengths, target=torch.zeros(1))
+    batch = SimpleNamespace(pairs=(), answer_lengths=lengths, target=torch.zeros(1))
     inputs = loss_inputs(loss_fn, batch, scores, mean_chosen_length=sum(lengths[:half]) / half)
     logps = scores.chosen_logps, scores.rejected_logps, *answer_sums(reference, ld_alpha)
     return [value.mean() for value in loss_fn(*logps, **inputs)]
