@@ -152,8 +152,7 @@ def run_on_a_terminal(folder, *words, nohup=False):
     """Starts `tune run`, closes its terminal when a step is told; returns the exit status."""
     pid, terminal = pty.fork()
     if pid == 0:  # the session's leader, which is sent SIGHUP when the terminal goes
-        if nohup:
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)  # whatever the tests run under
         command = [sys.executable, "-m", "pairtune.cli", "run", *words, "--config", str(folder / "config.yaml")]
         os.execve(sys.executable, command, ENVIRONMENT)
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 160, 0, 0))
