@@ -1,4 +1,4 @@
-"""A run's config.yaml: resolved, with the command that repeats the run, and behind each value that is not the
+"""A run's config.yaml: resolved, with the command that repeats the run, and above each value that is not the
 recipe's default, what that is."""
 
 import os
@@ -17,7 +17,7 @@ from pairtune.config.rules import REQUIRED, show
 from pairtune.errors import UserError
 from pairtune.files import write_text
 
-MARK = "  # default: "
+MARK = "# default: "
 NONE = "none"  # what is shown where there is no default
 OTHERS = object()
 
@@ -46,32 +46,32 @@ def save(cfg: DictConfig, path: Path, recipe: str, defaults: Mapping | None = No
 
 
 def marked(text: str, defaults: Mapping) -> str:
-    """Returns a config's YAML with the default behind each value that is another one."""
+    """Returns a config's YAML with the default above each value that is another one, in a line of its own."""
     lines, cfg = text.splitlines(), yaml.safe_load(text)
     for key, value, line in _leaves(yaml.compose(text)):
         default = _default(key, defaults, cfg)
         if default is not OTHERS and default != value:
             told = NONE if default in (REQUIRED, NONE) else show(default)
-            lines[line] += MARK + textwrap.shorten(told, 60, placeholder=" ...")
+            indent = lines[line][: len(lines[line]) - len(lines[line].lstrip())]
+            lines[line] = f"{indent}{MARK}{textwrap.shorten(told, 60, placeholder=' ...')}\n{lines[line]}"
     return "\n".join(lines) + "\n"
 
 
 def changes(text: str) -> list[tuple[str, str, str]]:
     """Returns key, value and default of what `marked` has marked, as one writes them in key=value."""
     lines = text.splitlines()
-    found = ((key, value, lines[line].rpartition(MARK)) for key, value, line in _leaves(yaml.compose(text)))
-    return [(".".join(key), show(value), default) for key, value, (_, mark, default) in found if mark]
+    found = ((key, value, lines[line - 1].strip()) for key, value, line in _leaves(yaml.compose(text)))
+    return [(".".join(k), show(value), above.removeprefix(MARK)) for k, value, above in found if above.startswith(MARK)]
 
 
 def _leaves(node: yaml.Node | None, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any, int]]:
-    """Yields key, value, and the line behind which a comment may stand, of what is no block of keys."""
+    """Yields key, value, and the line where the key is, of what is no block of keys."""
     for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
         name = (*above, str(key.value))
         if isinstance(value, yaml.MappingNode) and value.value:
             yield from _leaves(value, name)
-            continue
-        on_one_line = isinstance(value, yaml.ScalarNode) and value.style not in ("|", ">")
-        yield name, _value(value), value.end_mark.line if on_one_line else key.start_mark.line
+        else:
+            yield name, _value(value), key.start_mark.line
 
 
 def _value(node: yaml.Node) -> Any:
