@@ -23,7 +23,7 @@ from pairtune.models.experts import with_router_loss
 from pairtune.pairs.batch import lay_out
 from pairtune.pairs.steps import Steps, count_steps
 from pairtune.pairs.tokenize import read_train_and_held_out
-from pairtune.reference import Reference
+from pairtune.reference import KL_PAIRS, Reference
 from pairtune.run import checkpoints, choosing, contract, dry_run, folder, metrics, optimizers, rehearsal, resuming
 from pairtune.run.card import write_card
 from pairtune.run.fingerprint import check_same, fingerprint
@@ -180,6 +180,8 @@ def main(cfg):
             for pairs in interruption.unless_stopped(world.progress(micro, "evaluation")):
                 world.beat("evaluation")
                 pair_losses(pairs, whole, held_out_meter)
+            for pairs in steps.share(held_out[:KL_PAIRS] if state.step else []):  # token by token
+                held_out_meter.add(kl_per_token=reference.divergence(model, batch_of(pairs)))
         model.train()
         if interruption.requested():  # the loop's top makes up for it after resuming
             return

@@ -186,4 +186,4 @@ def test_a_terminal_that_is_closed_ends_a_run_after_its_step_and_under_nohup_not
     assert "SIGHUP: this step is finished and saved first" in log and "stopped after step" in log
     (step,) = [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()]
     logged = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert step == f"step_{logged[-1]}"
+    assert step == f"step_{max(logged)}"

@@ -24,7 +24,7 @@ from pairtune.losses.whole_step import WholeStep
 from pairtune.pairs.batch import lay_out
 from pairtune.pairs.steps import Steps
 from pairtune.pairs.tokenize import read_train_and_held_out
-from pairtune.reference import Reference
+from pairtune.reference import KL_PAIRS, Reference
 from pairtune.run import choosing, contract, metrics, pair_log, places
 from pairtune.run.evaluations import interval
 from pairtune.run.pair_texts import read_cells
@@ -122,6 +122,8 @@ def evaluate(cfg) -> tuple[dict[str, float], np.ndarray]:
             scores = policy_scores(model, batch, loss_fn)
             given = scores.chosen_logps, scores.rejected_logps, *reference.logps(batch)
             meter.add_pairs(batch, scores, *loss_fn(*given, **whole.inputs(batch, scores)), kl=whole.kl)
+        for some in steps.share(pairs[:KL_PAIRS]):
+            meter.add(kl_per_token=reference.divergence(model, batch_of(some).to(world.device)))
     (seen,) = metrics.seen_by_all([meter.take_pairs()], world)
     table = pair_log.records(0, seen, is_held_out=True)
     numbers = pair_log.held_out_numbers(table, table[:0]) | pair_log.set_numbers(table, table[:0], sets)

@@ -37,6 +37,7 @@ class Additions:
         mixtures: Its mixtures of experts, in the order of layers, from experts.mixtures_of.
         batch: While a batch is scored: that one. Without it the model returns logits, as torchtune's.
         log_collision: While WPO's weights are computed: [N], which the forward fills.
+        uniform: While tokens are drawn: [N] in [0, 1); the forward returns the tokens that they stand for.
         fp8: The torchao recipe of its products, where they are in fp8.
     """
 
@@ -49,6 +50,7 @@ class Additions:
     mixtures: list[MixtureOfExperts | RecordedRouter] = field(default_factory=list)
     batch: PairBatch | None = None
     log_collision: Tensor | None = None
+    uniform: Tensor | None = None
     fp8: str | None = None
 
     @property

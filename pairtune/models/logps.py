@@ -6,7 +6,7 @@ logits exist only for scored tokens, and only a chunk of them at a time.
 N scored tokens, P pairs, V vocabulary, D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
@@ -139,10 +139,22 @@ def _score(model: TransformerDecoder | BridgedDecoder, hidden: Tensor) -> Tensor
     """Returns log-probabilities [N] from the scored positions' hidden states [N, D], normalised and scaled."""
     batch, log_collision = model.pairtune.batch, model.pairtune.log_collision
     softcap = getattr(model if isinstance(model, BridgedDecoder) else model.output, "softcap", None)
+    if model.pairtune.uniform is not None:
+        return _drawn_tokens(hidden, model.output, model.pairtune.uniform, softcap)
     weight = _plain_weight(model.output)
     if weight is None:
         return _checkpointed_token_logps(hidden, batch.target, model.output, softcap, log_collision)
     return token_logps(hidden, weight, batch.target, softcap=softcap, log_collision=log_collision)
+
+
+def _drawn_tokens(hidden: Tensor, output: Callable, uniform: Tensor, softcap: float | None) -> Tensor:
+    """Returns the tokens [N] where the probabilities, added up by id, reach `uniform` [N]."""
+    vocabulary = output(hidden[:1]).shape[-1]
+    tokens = [uniform.new_zeros(0, dtype=torch.long)]
+    for h, u in _chunks(_chunk_size(hidden.device, vocabulary), hidden, uniform):
+        reached = _capped(output(h), softcap).softmax(-1).cumsum(-1)
+        tokens.append(torch.searchsorted(reached, u[:, None] * reached[:, -1:], right=True)[:, 0])
+    return torch.cat(tokens).clamp_(max=vocabulary - 1)
 
 
 def _plain_weight(output) -> Tensor | None:

@@ -1,5 +1,5 @@
 """Where reference log-probabilities come from."""
 
-from pairtune.reference.reference import Reference
+from pairtune.reference.reference import KL_PAIRS, Reference
 
-__all__ = ["Reference"]
+__all__ = ["KL_PAIRS", "Reference"]

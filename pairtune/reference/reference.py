@@ -17,7 +17,8 @@ from pairtune.errors import UserError
 from pairtune.folders import peft
 from pairtune.folders.weights import ModelFolder
 from pairtune.losses.calling import needs
-from pairtune.models.logps import answer_logps
+from pairtune.models.divergence import token_divergence
+from pairtune.models.logps import answer_logps, answer_token_logps
 from pairtune.models.sharing import SOME
 from pairtune.pairs.batch import PairBatch
 from pairtune.pairs.digests import digest_pair
@@ -35,6 +36,7 @@ from pairtune.reference.sources import (
     open_second_model,
 )
 
+KL_PAIRS = 64  # held-out ones along whose answers `divergence` is asked for: some thousand tokens tell it well
 NUM_COMPARED = 16  # values of earlier runs that are computed again, to notice a reference that has changed
 
 
@@ -289,6 +291,21 @@ class Reference:
         if first_pass:
             self._first_pass.append((batch, values))
         return values
+
+    def divergence(self, policy: nn.Module, batch: PairBatch) -> Tensor:
+        """Returns how far the policy is from the reference at each scored position, see models/divergence.py.
+
+        Nothing, [0], where the reference's distributions cannot be had any more: of a model whose values alone are
+        kept, or that the policy was when it began and holds no copy of.
+        """
+        if self._live is None or isinstance(self._live, AsItStarts):
+            return torch.zeros(0, device=self._world.device)
+
+        def token_logps(drawn: PairBatch) -> Tensor:
+            with self._live.weights() as model:
+                return answer_token_logps(model, drawn)
+
+        return token_divergence(policy, token_logps, batch)
 
     @contextmanager
     def remembered(self) -> Iterator[None]:

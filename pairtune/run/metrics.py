@@ -237,11 +237,15 @@ class RunLog:
             self._logger.log_config(cfg)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Appends a line."""
+        """Appends a line; the first step's goes before that of the evaluation which precedes it."""
         if self._file:
             finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}  # JSON has no NaN
+            line = json.dumps({"step": step, **finite}) + "\n"
             with telling(self.path, WAY_ON):
-                self._file.write(json.dumps({"step": step, **finite}) + "\n")
+                if step == 1 and "loss" in metrics:  # on top, where readers of logs look for where the loss starts
+                    line += self.path.read_text()
+                    self._file.truncate(0)
+                self._file.write(line)
                 self._file.flush()
         if self._logger is not None:
             self._logger.log_dict(metrics, step)

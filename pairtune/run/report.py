@@ -30,6 +30,7 @@ SHOWN = {  # of the evaluations before and after
     "eval/logps/chosen": "log-probability of chosen, nats",
     "eval/logps/rejected": "of rejected",
     "eval/chosen_lost/nats_per_token": "chosen lost, nats a token",
+    "eval/kl_per_token": "KL from the reference, nats a token",
     "eval/pairs": "pairs",
 }
 WIDTH, HEIGHT, LEFT, BOTTOM = 360, 200, 48, 22  # of a panel, and its margins

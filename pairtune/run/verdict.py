@@ -220,6 +220,8 @@ def _numbers(run: Run, best: Held | None) -> list[str]:
         share = last.get("chosen_lost/share")
         word = "lost" if lost > 0 else "gained"
         lines.append(f"chosen answers {word} {abs(lost):.3f} nats a token; {share:.0%} of them became less likely")
+    if (kl := last.get("kl_per_token")) is not None:
+        lines.append(f"the policy's next tokens are {kl:.3g} nats a token from the reference's (KL)")
     return lines
 
 

@@ -35,7 +35,8 @@ from pairtune.errors import UserError
 from pairtune.folders import peft as adapters
 from pairtune.folders import weights as checkpoint
 from pairtune.folders.export import export
-from pairtune.models.logps import answer_logps
+from pairtune.models.divergence import token_divergence
+from pairtune.models.logps import answer_logps, answer_token_logps
 from pairtune.pairs.batch import lay_out
 from pairtune.reference.sources import AdapterCopy, AdaptersOff, SecondModel, open_second_model
 from pairtune.tokenizer.hf import HFTokenizer
@@ -686,6 +687,46 @@ def test_gradients_are_those_beside_a_reference_model_of_its_own(changes, checkp
         torch.testing.assert_close(p.grad, wanted.grad, atol=1e-7, rtol=1e-5)
         assert wanted.grad.abs().max() > 0
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+@pytest.mark.parametrize("start", ["fresh", "sft"])
+def test_the_divergence_of_next_tokens_is_that_of_both_whole_distributions(start):
+    model, pairs = loaded(start=start), random_pairs(64, seed=3, answer=(20, 40))
+    reference = AdaptersOff(model)
+    for parameter in trained_values(model):
+        model.get_parameter(parameter).data.mul_(2)  # a policy that has gone far
+
+    def distributions(one):
+        """[N, V] float64 log-probabilities where an answer's tokens are predicted, by a forward an answer."""
+        found = []
+        for answer in ("chosen", "rejected"):
+            for pair in pairs:
+                tokens = torch.tensor([pair.prompt + getattr(pair, answer)])
+                found.append(one(tokens)[0, len(pair.prompt) - 1 : -1].double().log_softmax(-1))
+        return torch.cat(found)
+
+    def reference_logps(batch):
+        with reference.weights() as base:
+            return answer_token_logps(base, batch)
+
+    with torch.no_grad():
+        policy = distributions(model)
+        with reference.weights() as base:
+            exact = (policy.exp() * (policy - distributions(base))).sum(-1)
+    estimate = token_divergence(model, reference_logps, lay_out(pairs)).double()
+    assert len(estimate) == len(exact) and (estimate >= 0).all()
+    if start == "fresh":
+        assert estimate.mean() == exact.mean() == 0
+        return
+    assert exact.mean() > 0.05
+    stderr = (estimate - exact).std() / len(exact) ** 0.5
+    assert abs((estimate - exact).mean()) < 3 * stderr < 0.2 * exact.mean()
+    # A pair's own numbers, whatever batch it is in and wherever it stands there
+    apart = [token_divergence(model, reference_logps, lay_out(some)) for some in (pairs[:5], pairs[5:8][::-1])]
+    lengths = [len(pair.chosen) for pair in pairs]
+    torch.testing.assert_close(apart[0][: sum(lengths[:5])].double(), estimate[: sum(lengths[:5])], atol=1e-5, rtol=0)
+    last = sum(lengths[:7])
+    torch.testing.assert_close(apart[1][: lengths[7]].double(), estimate[last : last + lengths[7]], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("use_dora", [False, True])

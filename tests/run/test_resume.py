@@ -219,7 +219,7 @@ def test_a_signal_as_an_evaluation_begins_saves_and_loses_nothing(work, loss):
     straight = run(work, recipe, f"output_dir={work / 'straight'}", *settings)
     interrupted(work, recipe, 3, *settings)  # an evaluation is due
     assert checkpoints(work) == ["step_3"]
-    assert [row["step"] for row in read_log(work / "run" / "metrics.jsonl")] == [0, 1, 2, 3]
+    assert sorted(row["step"] for row in read_log(work / "run" / "metrics.jsonl")) == [0, 1, 2, 3]
     assert numbers(run(work, recipe, "resume=true", *settings)) == numbers(straight)
 
 
