@@ -106,7 +106,6 @@ def validate(argv: list[str]) -> int:
         "--all", action="store_true", help="tokenize all rows; default: the first 100, and of a large file 100 more"
     )
     parser.add_argument("--torchtune", action="store_true", help="the config is for a recipe of torchtune's")
-    _check_keys(argv, parser)
     args = parser.parse_intermixed_args(argv)
     from pairtune.cli import alone
 
@@ -145,7 +144,6 @@ def plan(argv: list[str]) -> int:
     parser.add_argument("--recipe", help="a name of `tune ls`, or a file")
     parser.add_argument("--gpus", type=int, metavar="N", help="default: those that are visible, or one")
     parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="of each; default: that of the visible ones")
-    _check_keys(argv, parser)
     args = parser.parse_intermixed_args(argv)
     for option, value in (("--gpus", args.gpus), ("--gpu-memory", args.gpu_memory)):
         if value is not None and value <= 0:
@@ -258,13 +256,6 @@ def cache(argv: list[str]) -> int:
         elif keys or args.all:
             print("\n".join(f"Removed {key}" for key in found.remove(folder, keys)))
     return 0
-
-
-def _check_keys(argv: list[str], parser: argparse.ArgumentParser, *more: str) -> None:
-    """Refuses keys that are written as options; `more` are options that the parser does not know."""
-    from pairtune.config.names_elsewhere import check_dashes
-
-    check_dashes(argv, [*parser._option_string_actions, *more])
 
 
 COMMANDS = {

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pairtune import console
 from pairtune.cli.find import find, is_torchtunes, one_process_only
-from pairtune.cli.words import prog
+from pairtune.cli.words import Words, prog
 from pairtune.config.names_elsewhere import check_dashes
 from pairtune.errors import UserError
 
@@ -159,6 +159,7 @@ def torchrun_parser(description: str = "", command: str = "run") -> argparse.Arg
     from torch.distributed.run import get_args_parser
 
     parser = get_args_parser()
+    parser.__class__ = Words  # says what is wrong as ours do
     parser.prog = f"{prog()} {command}"
     parser.usage = f"{parser.prog} [torchrun's options] RECIPE --config CONFIG [--config MORE] [key=value | ~key ...]"
     parser.description = description

@@ -382,6 +382,39 @@ def test_kaggle_downloads_go_to_torchtune(folder, capsys):
     assert "Invalid model handle" in capsys.readouterr().err  # kagglehub's words, before any request
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("generate base --promt hello", "--promt: tune generate has no such option; nearest: --prompt"),
+        ("generate --promt", "--promt: tune generate has no such option; nearest: --prompt"),
+        ("compare a b --jugde=x", "--jugde: tune compare has no such option; nearest: --judge"),
+        ("chat base --dtype fp32", "--dtype: a key is set without dashes, as key=value; set dtype=fp32"),
+        (
+            "generate base --learning_rate=1",
+            "a key is set without dashes, as key=value; here it is called optimizer.lr",
+        ),
+        ("plot --outputs x", "--outputs: tune plot has no such option; nearest: --output"),
+        ("report x --zzz", "--zzz: tune report has no such option; it has --output"),
+        ("ls --all", "--all: tune ls has no such option; it has none"),
+        ("ls here", "tune ls: here: more than it takes; tune ls --help tells more"),
+        ("generate", "tune generate: FOLDER is missing; tune generate --help"),
+        ("generate base --batch-size x", "tune generate: --batch-size x: must be a whole number"),
+        ("generate base --prompt", "tune generate: --prompt: needs one value"),
+        ("cache lss", "tune cache: action lss: must be ls or rm; nearest: ls"),
+        ("cp -k a b", "-k: tune cp has no such option"),
+        (
+            "run --nproc_per_nodes 2 lora_dpo_distributed",
+            "--nproc_per_nodes: tune run has no such option; nearest: --nproc",
+        ),
+        ("sweep --nproc_per_nodes 2 lora_dpo_distributed", "--nproc_per_nodes: tune sweep has no such option; nearest"),
+    ],
+)
+def test_a_mistyped_word_is_told_in_a_sentence_with_the_nearest_option(capsys, words, said):
+    assert main(words.split()) == 2
+    out, error = capsys.readouterr()
+    assert said in error and error.startswith("tune: error: ") and error.count("\n") == 1 and "usage" not in out + error
+
+
 def test_every_mistake_is_a_value_error_in_python(folder):
     with pytest.raises(UserError, match="no such recipe"):
         cli.run(["nothing", "--config", "first"])
