@@ -14,6 +14,7 @@ MOVED = {
     "pairtune.mixtral": "pairtune.models.mixtral",
     "pairtune.qwen3": "pairtune.models.qwen3",
     "pairtune.preference_losses": "pairtune.losses.modules",
+    "pairtune.schedules": "pairtune.run.schedules",
 }
 
 

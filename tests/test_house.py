@@ -8,8 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # From the top
-ROOMS = ("cli", "run", "reference", "hub", "losses", "folders", "models", "pairs", "config", "tokenizer")
-LEAVES = ("console", "dist", "errors", "files", "schedules", "torchao_names")  # on the ground: they use each other only
+ROOMS = ("cli", "judge", "run", "reference", "hub", "losses", "folders", "models", "pairs", "config", "tokenizer")
+LEAVES = ("console", "dist", "errors", "files", "torchao_names")  # on the ground: they use each other only
 LONGEST = 60  # lines of a function
 RECIPE = 295  # lines of one, DEFAULTS included
 DEEPEST = 3  # blocks within blocks in a recipe's main

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from pairtune import console
+from pairtune.cli import judging
 from pairtune.cli.words import parser_of
 from pairtune.errors import UserError
 from pairtune.files import telling, write_text
@@ -186,43 +187,55 @@ def _print_asked(asked, *, alone: bool = False) -> None:
 def compare(argv: list[str]) -> int:
     """Lay models' answers to the same prompts side by side; runs, by config, held-out pairs and curves, too.
 
-    The first folder is what the others are compared with. Without prompts, a run's held-out ones are asked.
+    The first folder is what the others are compared with. Without prompts, a run's held-out ones are asked. With
+    --judge, how often each model's answers are better than the first one's, with intervals.
     """
     parser = parser_of(compare)
-    parser.add_argument("words", metavar="FOLDER", nargs="+", help="a model's or a run's; then key=value of a config")
+    parser.add_argument("words", metavar="FOLDER", nargs="*", help="a model's or a run's; then key=value of a config")
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given again")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt a line, or .jsonl; -: standard input")
     parser.add_argument("--urial", action="store_true", help="the first model also with examples before the question")
     parser.add_argument("--runs-only", action="store_true", help="of runs, no answers: nothing is loaded")
+    parser.add_argument("--answers", type=Path, metavar="JSONL", help="what --output wrote, in the place of folders")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts at a time; default: 8")
     parser.add_argument("--output", type=Path, metavar="JSONL", help="prompts and all answers, an object a line")
     _add_how(parser, without=("adapter", "system"))
+    judging.add_options(parser)
     args = parser.parse_intermixed_args(argv)
     _check(args)
-    from pairtune.cli import asking  # and torch
+    folders, overrides = _folders(args.words)
+    if args.answers is None and not folders:
+        raise UserError("compare: which models? folders of models or runs, or --answers FILE that --output wrote")
+    if args.answers is not None and (args.words or args.prompt or args.prompts or args.urial or args.runs_only):
+        raise UserError("--answers: has prompts and answers already; leave out folders, prompts, --urial, --runs-only")
+    with judging.judge_of(args) as judge:
+        if judge and args.answers is None and len(folders) + args.urial < 2:
+            raise UserError("--judge: compares models' answers, and one is named; name another folder, or --urial")
+        return _compare(folders, overrides, args, judge)
+
+
+def _compare(folders: list[Path], overrides: list[str], args, judge) -> int:
     from pairtune.cli import compare as comparing
 
-    folders, overrides = _folders(args.words)
-    runs = comparing.runs_of(folders)
-    if len(runs) > 1:
-        from pairtune.run import curves
+    if args.answers is not None:
+        rows, answers = comparing.read_answers(args.answers)
+    else:
+        runs = comparing.runs_of(folders)
+        if len(runs) > 1:
+            comparing.show_runs(runs)
+        if args.runs_only:
+            return 0
+        from pairtune.cli import asking  # and torch
 
-        print(comparing.differences(runs))
-        target = Path("curves.png")
-        with telling(target, "go to another folder"):
-            curves.save(curves.draw_runs({str(run.folder): run.log for run in runs}), target)
-        print(target)
-    if args.runs_only:
-        return 0
-    asked = args.prompt + _read(args.prompts, asking.read_prompts)
-    asked = asked or (comparing.prompts_of(runs[-1].folder) if runs else [])
-    if not asked:
-        raise UserError("what is asked? --prompt TEXT, --prompts FILE, or a run's folder, whose held-out prompts are")
-    answers = comparing.ask_all(folders, asked, args, overrides)
-    print(comparing.side_by_side(asked, answers))
+        rows = [{"prompt": one} for one in args.prompt] + _read(args.prompts, asking.read_rows)
+        rows = rows or [{"prompt": one} for one in (comparing.prompts_of(runs[-1].folder) if runs else [])]
+        if not rows:
+            raise UserError("what is asked? --prompt TEXT, --prompts FILE, or a run, whose held-out prompts are taken")
+        answers = comparing.ask_all(folders, [row["prompt"] for row in rows], args, overrides)
+    print(comparing.side_by_side([row["prompt"] for row in rows], answers))
     if args.output:
-        rows = [{"prompt": one, **{name: found[n] for name, found in answers.items()}} for n, one in enumerate(asked)]
-        with telling(args.output, "name another file: --output"):
-            write_text(args.output.expanduser(), "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+        comparing.write_answers(args.output, rows, answers)
         print(f"{args.output}: {len(rows):,} prompts")
+    if judge:
+        print(judging.told(judge, rows, answers))
     return 0

@@ -124,14 +124,19 @@ def _settle(folder: Path, adapter: Path | None) -> tuple[Path, Path | None]:
 
 
 def read_prompts(path: Path, text: str) -> list[str | list[dict]]:
-    """Returns what is asked, of a file's text: a prompt a line; of .jsonl, `prompt` (text or messages) or `messages`.
+    """Returns what is asked, of a file's text; as `read_rows`."""
+    return [row["prompt"] for row in read_rows(path, text)]
+
+
+def read_rows(path: Path, text: str) -> list[dict]:
+    """Returns rows with what is asked as `prompt`: a line each; of .jsonl, `prompt` (text or messages) or `messages`.
 
     Raises:
         UserError: A line that is none of these.
     """
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [line for line in text.split("\n") if line.strip()]  # a text may hold other line separators
     if path.suffix not in (".jsonl", ".json"):
-        return lines
+        return [{"prompt": line} for line in lines]
     found = []
     for number, line in enumerate(lines, 1):
         try:
@@ -142,5 +147,5 @@ def read_prompts(path: Path, text: str) -> list[str | list[dict]]:
         is_messages = isinstance(asked, list) and asked and all(isinstance(m, dict) and "role" in m for m in asked)
         if not isinstance(asked, str) and not is_messages:
             raise UserError(f"{path}, line {number}: must have a `prompt`, text or messages, or `messages`")
-        found.append(asked)
+        found.append({**(row if isinstance(row, dict) else {}), "prompt": asked})
     return found

@@ -2,9 +2,11 @@
 
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pairtune.errors import UserError
+from pairtune.files import telling, write_text
 from pairtune.run import places
 from pairtune.run.evaluations import held_of
 from pairtune.run.finished import Finished, open_run
@@ -39,6 +41,40 @@ def ask_all(folders: Sequence[Path], asked: Sequence, args, overrides: Sequence[
             answers += parts
         found[name] = [urial.cut(answer) for answer in answers] if with_examples else answers
     return found
+
+
+def write_answers(path: Path, rows: Sequence[Mapping], answers: Mapping[str, Sequence[str]]) -> None:
+    """Writes an object a prompt: `prompt`, each model's answer by its name, and what else the prompt's row has, `row`.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    lines = []
+    for n, row in enumerate(rows):
+        more = {"row": row} if row.keys() - {"prompt"} else {}
+        line = {"prompt": row["prompt"], **more, **{name: found[n] for name, found in answers.items()}}
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    with telling(path, "name another file: --output"):
+        write_text(path.expanduser(), "".join(lines))
+
+
+def read_answers(path: Path) -> tuple[list[dict], dict[str, list[str]]]:
+    """Returns rows and answers that `write_answers` wrote.
+
+    Raises:
+        UserError: It is no such file.
+    """
+    try:
+        lines = [json.loads(line) for line in path.expanduser().read_text(encoding="utf-8").split("\n") if line.strip()]
+        rows = [{**line.pop("row", {}), "prompt": line.pop("prompt")} for line in lines]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        told = getattr(error, "strerror", None) or "is not what --output of `tune compare` writes"
+        raise UserError(f"--answers {path}: {told}; an object a line, its prompt and each model's answer") from None
+    names = list(lines[0]) if lines else []
+    are_answers = all(list(line) == names and all(isinstance(v, str) for v in line.values()) for line in lines)
+    if len(names) < 2 or not are_answers:
+        raise UserError(f"--answers {path}: must have, in each line, answers (texts) of the same two models or more")
+    return rows, {name: [line[name] for line in lines] for name in names}
 
 
 def _question(asked) -> str:
@@ -77,6 +113,21 @@ def prompts_of(run_dir: Path) -> list[str]:
 
     texts = read_texts(open_run(run_dir).config, held_out=True)
     return list(dict.fromkeys(of_row[0][0] for of_row in texts.values() if of_row))[:FROM_A_RUN]
+
+
+def show_runs(runs: Sequence[Finished]) -> None:
+    """Prints what runs were told differently and came to, and draws their curves over each other.
+
+    Raises:
+        UserError: The picture cannot be written.
+    """
+    from pairtune.run import curves
+
+    print(differences(runs))
+    target = Path("curves.png")
+    with telling(target, "go to another folder"):
+        curves.save(curves.draw_runs({str(run.folder): run.log for run in runs}), target)
+    print(target)
 
 
 def runs_of(folders: Sequence[Path]) -> list[Finished]:

@@ -72,9 +72,10 @@ def look_up(path: str) -> Module | Definition | None:
 def public_classes(module: str) -> list[str]:
     """Returns the public classes that a module or its submodules define, in order; in a module of functions, those."""
     home = look_up(module)
-    names = [name for name in _bindings(home) if not name.startswith("_")] if isinstance(home, Module) else []
-    found = {name: _member(home, name) for name in names}
-    mine = {n: d for n, d in found.items() if isinstance(d, Definition) and f"{d.name}.".startswith(f"{module}.")}
+    if not isinstance(home, Module):
+        return []
+    found = {name: _member(home, name) for name in _bindings(home) if not name.startswith("_")}
+    mine = {n: d for n, d in found.items() if isinstance(d, Definition) and f"{d.name}.".startswith(f"{home.name}.")}
     classes = [name for name, defined in mine.items() if isinstance(defined.node, ast.ClassDef)]
     return classes or list(mine)
 

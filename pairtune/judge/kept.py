@@ -1,0 +1,81 @@
+"""What an endpoint has said, a line each, on the disk as it comes: nothing that was paid for is asked again."""
+
+import fcntl
+import json
+import os
+import threading
+from collections import Counter
+from pathlib import Path
+
+from pairtune.errors import UserError
+from pairtune.files import telling
+
+WAY_OUT = "name another file: --verdicts"
+
+
+class Kept:
+    """A file of replies, held by one process at a time.
+
+    Attributes:
+        values: Verdicts by their question's key.
+        requests: How many lines there are: requests that may have been paid for.
+        tokens: As endpoints counted them.
+    """
+
+    def __init__(self, path: Path):
+        """
+        Raises:
+            UserError: Another process holds it, or it is something else, or cannot be written.
+        """
+        self.path = path.expanduser()
+        with telling(self.path, WAY_OUT):
+            self._file = self.path.open("a+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{path}: another process keeps verdicts there; let it end, or {WAY_OUT}") from None
+        self.values: dict[str, float] = {}
+        self.requests, self.tokens = 0, 0
+        self._without: Counter[str] = Counter()
+        self._why: dict[str, str] = {}
+        self._lock = threading.Lock()
+        self._read()
+
+    def _read(self) -> None:
+        self._file.seek(0)
+        content = self._file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                row = json.loads(line)
+                self._count(row["key"], row["value"], row.get("why", ""), row.get("tokens", 0))
+            except (ValueError, TypeError, KeyError):
+                raise UserError(f"{self.path}, line {number}: is no verdict that was kept; {WAY_OUT}") from None
+        if whole != content:  # a line that a kill cut
+            self._file.truncate(len(whole))
+
+    def add(self, key: str, *, value: float | None, why: str = "", reply: str = "", tokens: int = 0) -> None:
+        """Keeps one reply; it is on the disk when this returns. Threads may call it."""
+        row = {"key": key, "value": value, "why": why, "tokens": tokens, "reply": reply}
+        with self._lock:
+            self._count(key, value, why, tokens)
+            with telling(self.path, "make room"):
+                self._file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+                self._file.flush()
+                os.fsync(self._file.fileno())
+
+    def _count(self, key: str, value: float | None, why: str, tokens: int) -> None:
+        self.requests += 1
+        self.tokens += tokens
+        if value is not None:
+            self.values[key] = float(value)
+        else:
+            self._without[key] += 1
+            self._why[key] = why
+
+    def without(self, key: str) -> tuple[int, str]:
+        """Returns how many replies to a question had no verdict, and why the last one had none."""
+        return self._without[key], self._why.get(key, "")
+
+    def close(self) -> None:
+        self._file.close()
