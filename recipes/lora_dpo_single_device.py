@@ -55,7 +55,7 @@ DEFAULTS = {
     "optimizer": {"_component_": "torch.optim.AdamW", "lr": 5e-6, "weight_decay": 0.0},
     "decay_norms_and_biases": False,  # true: weight_decay shrinks parameters of one dimension, too
     # The pairs
-    "dataset": {**keys.ROWS, **keys.TOKENS, "val_fraction": None},  # val_fraction=0.1 holds out the last tenth
+    "dataset": {**keys.ROWS, **keys.TOKENS, **keys.STREAM, "val_fraction": None},  # 0.1: the last tenth is held out
     "eval_dataset": {**keys.ROWS, "source": None},  # null: val_fraction, or no evaluation
     "max_length": 1024,  # tokens of prompt and longer answer
     "max_prompt_length": 512,  # tokens of the prompt; null: max_length alone decides
@@ -98,7 +98,7 @@ def main(cfg):
     # 3. Preference pairs
     budget = cfg.max_length, cfg.max_prompt_length, takes_unpaired(loss_fn), cfg.max_completion_length
     train, held_out = read_train_and_held_out(cfg.dataset, cfg.eval_dataset, tokenizer, world, *budget, seed=cfg.seed)
-    total_steps = count_steps(len(train), cfg.pairs_per_step, cfg.epochs, cfg.max_steps)
+    total_steps = count_steps(train, cfg.pairs_per_step, cfg.epochs, cfg.max_steps)
     # What says `auto` is chosen by the device's memory and the work to do; none of it changes a result
     work = choosing.work(train + held_out, loss_fn, cfg.max_length, cfg.pairs_per_step, total_steps)
     asked = {key: cfg[key] for key in choosing.KEYS}
@@ -147,7 +147,8 @@ def main(cfg):
     contract.check_trained(model, optimizer)
     torch.manual_seed(cfg.seed + world.rank)  # dropout, if it is on, differs between processes
     meter = metrics.Meter()
-    state = TrainState(model, optimizer, scheduler, meter, world, identity, loss_fn=loss_fn, reference=reference)
+    parts = model, optimizer, scheduler, meter, world, identity
+    state = TrainState(*parts, loss_fn=loss_fn, reference=reference, steps=steps)
     if resumed:
         state.load(resumed, run_dir, best_metric=cfg.keep_best)
     saved = checkpoints.Checkpoints(run_dir, world, cfg.keep_last_n, cfg.keep_best, cfg.on_save_failure)
@@ -242,12 +243,14 @@ def main(cfg):
         state.step = step
         progress.update()
         if step == 1 or state.is_due(cfg.log_every_n_steps, total_steps):
-            results = meter.read(world) | {"epoch": steps.epoch(step), "lr": lr} | meter.read_speed(world)
+            results = meter.read(world) | steps.seen(step) | {"lr": lr} | meter.read_speed(world)
             log.write(step, results)
             progress.tell(f"{metrics.summary(results)}, {results['pairs_per_second']:.1f} pairs/s")
     progress.close()
     saved.close()
     log.close()
+    for table in steps.account():  # of dataset.streaming=true: what became of the rows
+        world.print(f"\n{table}")
     stop = interruption.requested()  # again: it may have come while the last checkpoint was written
     interruption.end()
     if stop:

@@ -20,19 +20,21 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
+import datasets
 import psutil
 import torch
 from helpers import ROOT, SHARDED_SIZES, random_pairs, run_config, save_llama, save_pairs
 from safetensors.torch import load_file
 
+from pairtune.run import pair_log
 from pairtune.run.metrics import read_log
 
 SPEED = {"pairs_per_second", "tokens_per_second", "peak_memory_gib"}
 MOMENTS = ("any time", "training", "saving", "saving")
 
 
-def write_inputs(folder: Path) -> None:
-    """28 pairs in steps of 8, ten epochs of 4 steps, a checkpoint a step, dropout on."""
+def write_inputs(folder: Path, *, streams: bool) -> None:
+    """28 pairs in steps of 8, ten epochs of 4 steps, or 40 steps of a stream, a checkpoint a step, dropout on."""
     save_llama(folder / "base", sizes=SHARDED_SIZES)
     save_pairs(folder / "train.jsonl", random_pairs(28, seed=1))
     save_pairs(folder / "held_out.jsonl", random_pairs(6, seed=2))
@@ -52,7 +54,24 @@ def write_inputs(folder: Path) -> None:
         optimizer={"lr": 2e-3},
         resume="auto",
     )
+    if streams:
+        cfg |= {"dataset": write_mixture(folder), "max_steps": 40, "shuffle": True}
+        del cfg["epochs"]
     (folder / "config.yaml").write_text(json.dumps(cfg))
+
+
+def write_mixture(folder: Path) -> dict:
+    """Three sources: JSON Lines, CSV, and a folder of two parquet files."""
+    rows = [[json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]]
+    for seed, count in ((3, 11), (4, 50)):
+        save_pairs(folder / "some.jsonl", random_pairs(count, seed=seed))
+        rows.append([json.loads(line) for line in (folder / "some.jsonl").read_text().splitlines()])
+    datasets.Dataset.from_list(rows[1]).to_csv(folder / "b.csv")
+    (folder / "c").mkdir()
+    for name, part in (("0", rows[2][:20]), ("1", rows[2][20:])):
+        datasets.Dataset.from_list(part).to_parquet(folder / "c" / f"{name}.parquet")
+    b, c = {"source": str(folder / "b.csv"), "weight": 2}, {"source": str(folder / "c"), "share": 0.4}
+    return {"source": [str(folder / "train.jsonl"), b, c], "streaming": True, "shuffle_buffer": 16}
 
 
 def start(folder: Path, run_dir: Path, method: str, processes: int) -> subprocess.Popen:
@@ -116,21 +135,33 @@ def same(one: tuple[list, dict], other: tuple[list, dict]) -> bool:
     return one[0] == other[0] and all(torch.equal(value, other[1][name]) for name, value in one[1].items())
 
 
+def pairs_of_steps(run_dir: Path) -> list:
+    """Which pairs a run has learned from, in which step."""
+    seen = pair_log.read(run_dir / pair_log.FILE)
+    seen = seen[seen["is_held_out"] == 0]
+    return sorted(zip(*(seen[name].tolist() for name in ("step", "row", "digest")), strict=True))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--method", default="lora", choices=["full", "lora", "qlora"])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stream", action="store_true", help="a mixture of three sources, streamed")
     parser.add_argument("--kills-a-run", type=int, default=10)
     args = parser.parse_args()
     rng, kills, losses, number = random.Random(args.seed), Counter(), 0, 0
     folder = Path(tempfile.mkdtemp(prefix="kill_runs_"))
-    write_inputs(folder)
+    write_inputs(folder, streams=args.stream)
     assert start(folder, folder / "straight", args.method, args.processes).wait() == 0, (
         folder / "output.txt"
     ).read_text()
     expected = result(folder / "straight")
+    if args.stream and args.processes > 1:
+        assert start(folder, folder / "alone", args.method, 1).wait() == 0, (folder / "output.txt").read_text()
+        assert pairs_of_steps(folder / "alone") == pairs_of_steps(folder / "straight")
+        print(f"one process has the same pairs in the same steps as {args.processes}", flush=True)
     while kills.total() < args.kills:
         number, killed = number + 1, 0
         run_dir = folder / f"run_{number}"

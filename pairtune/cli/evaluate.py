@@ -75,6 +75,7 @@ def settle(asked: Asked):
     words += [] if reference is None else [f"reference.checkpoint_dir={reference}"]
     if asked.dataset:
         words += [f"dataset={asked.dataset}", "eval_dataset=null", "dataset.val_fraction=null"]
+        words += ["dataset.streaming=false", "dataset.shuffle_buffer=null"]
     elif not is_run:
         raise UserError(f"{folder}: which pairs? --dataset FILE; of a run's folder, its held-out pairs are taken")
     method, defaults = read_recipe(RECIPE)

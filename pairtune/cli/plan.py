@@ -22,6 +22,7 @@ from pairtune.losses.calling import needs
 from pairtune.models import fp8
 from pairtune.pairs.batch import ROW_MULTIPLE
 from pairtune.pairs.columns import as_plain
+from pairtune.pairs.limits import worst_pair
 from pairtune.pairs.mixture import counts_of, sources_of
 from pairtune.pairs.rows import read_rows
 from pairtune.pairs.steps import count_steps
@@ -37,7 +38,6 @@ from pairtune.run.memory import (
     step_memory,
     uniform_batch,
     uniform_pair,
-    worst_pair,
 )
 
 ASSUMED = f"""\
@@ -76,6 +76,7 @@ class Plan:
     max_tokens: int  # of a pair
     num_rows: int | None  # of the data set, where it is here
     num_steps: int | None
+    streams: bool  # its data set
     export: int
     num_checkpoints: int  # that lie on the disk at a time
     reference_pass: int = 0  # bytes a device at its fullest moment; 0 without a second model that fills a cache
@@ -145,6 +146,8 @@ class Plan:
         return f"{self.run.gpus} {kind}{'s' * (self.run.gpus > 1)}{memory}"
 
     def _steps(self) -> str:
+        if self.streams:
+            return f"{self.num_steps:,}, of a stream"
         if self.num_rows is None:
             known = "" if self.num_steps is None else f"at most {self.num_steps:,}; "
             return f"{known}unknown: the data set is not here"
@@ -217,8 +220,7 @@ def plan_config(cfg: DictConfig, method: str, run: Run) -> Plan:
     max_tokens = prompt + 2 * answer
     live, passing = (None, second) if reference["name"] == "cached" else (second, None)
     num_parameters, num_trained = models.num_parameters(policy)
-    num_rows = _num_rows(cfg.dataset)
-    num_steps = count_steps(num_rows, cfg.pairs_per_step, cfg.epochs, cfg.max_steps) if num_rows else cfg.max_steps
+    num_rows, num_steps = _rows_and_steps(cfg)
     optimizer = OmegaConf.to_container(cfg.optimizer)
     row_length = math.ceil(max_tokens / ROW_MULTIPLE) * ROW_MULTIPLE
     work = choosing.Work(uniform_pair(prompt, answer), row_length, cfg.pairs_per_step, num_steps=num_steps)
@@ -245,6 +247,7 @@ def plan_config(cfg: DictConfig, method: str, run: Run) -> Plan:
         max_tokens=max_tokens,
         num_rows=num_rows,
         num_steps=num_steps,
+        streams=bool(cfg.dataset.get("streaming")),
         export=num_parameters * policy.tok_embeddings.weight.element_size(),  # NF4 weights are exported in full
         num_checkpoints=_num_checkpoints(cfg.get("keep_last_n", 0), cfg.get("keep_best")),
     )
@@ -307,9 +310,16 @@ def _num_shards(gpus: int, copies: int) -> int:
     return gpus // copies
 
 
+def _rows_and_steps(cfg: DictConfig) -> tuple[int | None, int | None]:
+    num_rows = _num_rows(cfg.dataset)
+    num_steps = count_steps(num_rows, cfg.pairs_per_step, cfg.epochs, cfg.max_steps) if num_rows else cfg.max_steps
+    return num_rows, num_steps
+
+
 def _num_rows(dataset: DictConfig) -> int | None:
-    """Rows to train on in an epoch, of data sets that are here."""
-    blocks = [block for _, block in sources_of(as_plain(dataset), "dataset")] if dataset.source else []
+    """Rows to train on in an epoch, of data sets that are here, and that are no stream."""
+    is_known = dataset.source and not dataset.get("streaming")
+    blocks = [block for _, block in sources_of(as_plain(dataset), "dataset")] if is_known else []
     if not blocks or not all(Path(block["source"]).expanduser().exists() for block in blocks):
         return None
     sizes = []

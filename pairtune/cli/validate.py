@@ -20,10 +20,11 @@ from pairtune.folders.weights import Weights, base_config, open_weights
 from pairtune.losses.calling import check_takes, takes_unpaired
 from pairtune.pairs.columns import as_plain
 from pairtune.pairs.context import NUMBERS
-from pairtune.pairs.mixture import counts_of, sources_of
+from pairtune.pairs.mixture import counts_of, rates_of, sources_of, told_of_stream
 from pairtune.pairs.recognise import recognise
 from pairtune.pairs.sources import looks_like_path
 from pairtune.pairs.steps import count_steps
+from pairtune.pairs.streaming import read_first
 from pairtune.pairs.tokenize import Report, read_rows, split_pairs, tokenize_pairs
 from pairtune.reference import Reference
 from pairtune.reference.sources import KNOWN, is_own
@@ -152,6 +153,9 @@ class Validation:
         if len(found) == 1:
             return found[0][:2]
         texts, sizes, num_rows = zip(*found, strict=True)
+        if cfg[key].get("streaming"):
+            parts = told_of_stream([block["source"] for _, block in blocks], rates_of([block for _, block in blocks]))
+            return "; ".join([parts, *texts]), None
         if cfg[key].get("val_fraction"):
             sizes = [len(split_pairs(range(size), cfg[key].val_fraction)[0]) for size in sizes]
         counts = counts_of(sizes, [block for _, block in blocks])
@@ -169,7 +173,11 @@ class Validation:
         where = {name: source[name] for name in ("split", "name", "revision", "limit")}
         numbers, loss_fn = [n for n in NUMBERS if (source.columns or {}).get(n)], config.instantiate(cfg.loss)
         check_takes(loss_fn, numbers, key)
-        rows = read_rows(source.source, **where, columns=as_plain(source.columns), sample=self.num_rows, key=key)
+        is_stream = cfg.dataset.get("streaming") and key.startswith("dataset")
+        if is_stream:
+            rows = read_first(block, key, self.num_rows)
+        else:
+            rows = read_rows(source.source, **where, columns=as_plain(source.columns), sample=self.num_rows, key=key)
         is_sample, total = len(rows) < rows.total, rows.total
         of_all = f"{'' if rows.is_counted else 'about '}{total:,}"
         if tokenizer is None:
@@ -185,6 +193,7 @@ class Validation:
         )  # fmt: skip
         num_pairs = len(pairs) if len(first) == total else total
         read = f"{len(first):,} rows" if len(first) == total else f"the first {len(first):,} of {of_all} rows"
+        read = f"the first {len(first):,} rows of a stream" if is_stream else read
         if is_sample and rows.numbers[-1] >= len(rows):
             read = f"{len(first):,} of {of_all} rows (the first, and some of all parts)"
         if source.get("val_fraction"):
@@ -223,10 +232,12 @@ def _told(report: Report, read: str) -> str:
 
 
 def _steps(cfg: DictConfig, num_pairs: int | None) -> tuple[str, Any]:
-    total = cfg.max_steps or UNKNOWN_STEPS
-    if num_pairs:
+    total, is_stream = cfg.max_steps or UNKNOWN_STEPS, cfg.dataset.get("streaming")
+    if num_pairs and not is_stream:
         total = count_steps(num_pairs, cfg.pairs_per_step, cfg.epochs, cfg.max_steps)
     rehearsal.rehearse(cfg.optimizer, cfg.lr_scheduler, cfg.loss, num_training_steps=total)
+    if is_stream:
+        return f"{total:,}", None
     return f"{total:,}, at most" if num_pairs else "optimizer, schedule and loss work together", None
 
 

@@ -104,6 +104,7 @@ def check_together(cfg: dict) -> None:
     _check_kept(cfg)
     _check_rate(cfg)
     _check_reference(cfg.get("reference") or {})
+    _check_streaming(cfg)
 
 
 def _check_sizes(cfg: dict) -> None:
@@ -218,6 +219,37 @@ def _check_reference(reference: dict) -> None:
             f"reference.model={reference['model']['_component_']}: the run's own weights are those of `model`; name "
             "the folder of this one's: reference.checkpoint_dir=..., or set reference.model=null"
         )
+
+
+def _check_streaming(cfg: dict) -> None:
+    dataset = cfg.get("dataset") or {}
+    if not dataset.get("streaming"):
+        if dataset.get("shuffle_buffer"):
+            raise UserError(
+                f"dataset.shuffle_buffer={dataset['shuffle_buffer']}: has no effect: all rows are shuffled among each "
+                "other; nearest valid: dataset.shuffle_buffer=null, or dataset.streaming=true"
+            )
+        return
+    every, fraction, kept = cfg.get("eval_every_n_epochs"), dataset.get("val_fraction"), dataset.get("cache_dir")
+    refused = (
+        (not cfg.get("max_steps"), "its rows are not counted before it ends; set max_steps, such as max_steps=1000"),
+        (cfg.get("epochs", 1) != 1, f"epochs={cfg.get('epochs')} cannot be told; leave it out, and set max_steps"),
+        (every, f"eval_every_n_epochs={every} cannot be told; set eval_every_n_steps"),
+        (fraction, f"what dataset.val_fraction={fraction} of it is cannot be told; set eval_dataset.source"),
+        (kept, f"dataset.cache_dir={kept} keeps no tokens of it; leave it out"),
+        (
+            (cfg.get("reference") or {}).get("name") == "cached",
+            "reference=cached computes the values of all pairs before the first step; reference=model computes them "
+            "as they come",
+        ),
+        (
+            dataset.get("shuffle_buffer") and cfg.get("shuffle") is False,
+            "shuffle=false leaves rows in their order, and dataset.shuffle_buffer has no effect; keep one of them",
+        ),
+    )
+    for is_so, why in refused:
+        if is_so:
+            raise UserError(f"dataset.streaming=true: {why}")
 
 
 def unknown_keys(values: dict, schema: dict, where: str, prefix: str) -> UserError:

@@ -1,8 +1,8 @@
 """Every key of a config, a row each: default, comment, rule, who has it, and whether it may change on resuming.
 
-RUN, DISTRIBUTED, FILES, REFERENCE and ROWS are the defaults that recipes share, to be spread into their DEFAULTS. What
-is learned, and how, keeps default and comment in the recipe: its row has the rest. A key that is in no row, such as one
-that a copied recipe adds, has the type of its default.
+RUN, DISTRIBUTED, FILES, REFERENCE, ROWS, TOKENS and STREAM are the defaults that recipes share, to be spread into their
+DEFAULTS. What is learned, and how, keeps default and comment in the recipe: its row has the rest. A key that is in no
+row, such as one that a copied recipe adds, has the type of its default.
 """
 
 from collections.abc import Iterable
@@ -419,9 +419,23 @@ _TOKENS = (
         "yes",
     ),
 )
+_STREAM = (
+    Key(
+        "streaming",
+        False,
+        "true: rows are read while it trains, and never held whole; max_steps ends the run",
+    ),
+    Key(
+        "shuffle_buffer",
+        None,
+        "streaming: so many rows are shuffled among each other; null: 10,000",
+        at_least(1),
+    ),
+)
 _PAIRS = (
     Key("dataset", resume="by result"),
     *(replace(row, name=f"dataset.{row.name}") for row in _TOKENS),
+    *(replace(row, name=f"dataset.{row.name}") for row in _STREAM),
     *(replace(row, name=f"dataset.{row.name}") for row in _ROWS),
     Key("dataset.val_fraction", rule=_FRACTION, nullable=True),
     Key("eval_dataset", resume="yes", nullable=True),
@@ -454,6 +468,7 @@ FILES = _defaults(_FILES)
 REFERENCE = _defaults(_REFERENCE, "reference.")  # of the block `reference`, but for its name
 ROWS = _defaults(_ROWS)  # of the blocks `dataset` and `eval_dataset`
 TOKENS = _defaults(_TOKENS)  # of `dataset`, for both
+STREAM = _defaults(_STREAM)  # of `dataset`
 
 KEYS = {row.name: row for row in (*_RUN, *_DISTRIBUTED, *_FILES, *_LEARNING, *_REFERENCE, *_PAIRS)}
 

@@ -1,6 +1,7 @@
 """Prompts that somebody has rendered with a chat template already: one more would write it twice."""
 
 import re
+from collections.abc import Sequence
 
 from pairtune.errors import UserError
 from pairtune.pairs.example import Example
@@ -57,15 +58,18 @@ class AlreadyRendered:
         Raises:
             UserError: With the two settings that take them as they are.
         """
-        rows, num_rows = report.rendered, report.num_rows
-        if len(rows) <= MOST * num_rows:
+        self.check_count(report.source, len(report.rendered), report.rendered[:3], report.num_rows)
+
+    def check_count(self, source: str, count: int, rows: Sequence[int], num_rows: int) -> None:
+        """Does so for a count of them; `rows` are the first ones' numbers."""
+        if count <= MOST * num_rows:
             return
-        shown = ", ".join(map(str, rows[:3])) + (", ..." if len(rows) > 3 else "")
+        shown = ", ".join(map(str, rows)) + (", ..." if count > len(rows) else "")
         settings = "tokenizer.chat_template=plain tokenizer.special_tokens_in_text=control"
         if self._is_torchtunes:
             settings = f"tokenizer._component_=pairtune.tokenizer.hf_tokenizer {settings}"
         raise UserError(
-            f"{report.source}: {len(rows):,} of {num_rows:,} prompts are rendered with a chat template already (row "
+            f"{source}: {count:,} of {num_rows:,} prompts are rendered with a chat template already (row "
             f"{shown}): its special tokens are in their text, and would be written twice, and as ordinary characters. "
             f"Take them as they are: {settings}"
         )

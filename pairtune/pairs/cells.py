@@ -101,3 +101,12 @@ def read_literal(text: str):
 
 def _read_numpy(text: str):
     return ast.literal_eval(_BETWEEN_MESSAGES.sub("}, {", text))
+
+
+def without_nulls(value):
+    """Returns what Arrow made of lists and objects without the nulls by which it fills keys that an object lacks."""
+    if isinstance(value, dict):
+        return {name: without_nulls(item) for name, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value

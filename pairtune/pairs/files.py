@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Sequence
 from itertools import count, islice
 from pathlib import Path
+from typing import IO
 
 import datasets
 import pyarrow.parquet
@@ -31,10 +32,7 @@ def read_file(path: Path, key: str) -> list[dict] | datasets.Dataset:
     Raises:
         UserError: It is none of these, or a row cannot be read: file and line are named.
     """
-    kind = Path(path.name.removesuffix(".gz")).suffix
-    if kind not in FILE_TYPES or path.name.endswith(".parquet.gz"):
-        types = ", ".join(FILE_TYPES)
-        raise UserError(f"{key}.source={path}: of files, {types} are read, all but the last also as .gz.")
+    kind = kind_of_file(path, key)
     try:
         if kind == ".parquet":
             check_names(pyarrow.parquet.read_schema(path).names, str(path))
@@ -54,6 +52,24 @@ def read_file(path: Path, key: str) -> list[dict] | datasets.Dataset:
     return _json_lines(text, path) if kind == ".jsonl" or _is_lines(text) else _json_list(text, path)
 
 
+def kind_of_file(path: Path, key: str) -> str:
+    """Returns one of FILE_TYPES.
+
+    Raises:
+        UserError: It is none of these.
+    """
+    kind = Path(path.name.removesuffix(".gz")).suffix
+    if kind not in FILE_TYPES or path.name.endswith(".parquet.gz"):
+        types = ", ".join(FILE_TYPES)
+        raise UserError(f"{key}.source={path}: of files, {types} are read, all but the last also as .gz.")
+    return kind
+
+
+def opened(path: Path) -> IO[bytes]:
+    """Returns a file's bytes, of a .gz file unpacked."""
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+
+
 def _is_lines(text: str) -> bool:
     """Says whether a text is several lines that start with an object: many a .json file is JSON Lines."""
     first, _, rest = text.lstrip().partition("\n")
@@ -65,7 +81,7 @@ def _is_lines(text: str) -> bool:
 
 def _json_lines(text: str, path: Path) -> list[dict]:
     if text.lstrip()[:1] == "[":  # perhaps over many lines
-        _object([], f"{path}, line 1")
+        as_row([], f"{path}, line 1")
     # Not splitlines: a JSON string may hold U+2028 and its like as they are.
     lines = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
     return [parse_line(line, path, number) for number, line in lines]
@@ -80,7 +96,7 @@ def parse_line(line: str, path: Path, number: int) -> dict:
     Raises:
         UserError: It is no object. File and line are named.
     """
-    return _object(_parse(line, path, number), f"{path}, line {number}")
+    return as_row(_parse(line.rstrip("\r\n"), path, number), f"{path}, line {number}")
 
 
 def _json_list(text: str, path: Path) -> list[dict]:
@@ -101,7 +117,7 @@ def _json_list(text: str, path: Path) -> list[dict]:
         raise UserError(
             f"{path} holds {type(content).__name__}, expected a list of objects. Put all rows into one list."
         )
-    return [_object(row, f"{path}, row {number} (from 0)") for number, row in enumerate(content)]
+    return [as_row(row, f"{path}, row {number} (from 0)") for number, row in enumerate(content)]
 
 
 def _parse(text: str, path: Path, first_line: int):
@@ -132,7 +148,8 @@ def _unique_keys(text: str):
     return to_dict
 
 
-def _object(row, where: str) -> dict:
+def as_row(row, where: str) -> dict:
+    """Returns a row, if it is an object."""
     if not isinstance(row, dict):
         way_out = "One list of all rows belongs in a .json file." if isinstance(row, list) else MEND
         raise UserError(f"{where}: holds {type(row).__name__}, expected an object with columns. {way_out}")

@@ -4,7 +4,7 @@ import csv
 import os
 import tempfile
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, chain
 from pathlib import Path
@@ -72,10 +72,24 @@ def read_folder(path: Path, name: str | None, key: str) -> dict[str, Sequence]:
     if found is None:
         with _told(path, key), tempfile.TemporaryDirectory() as cache, _without_bars():
             if _is_saved(path):
-                data = datasets.load_from_disk(str(path))
-                return data if isinstance(data, dict) else {"train": data}
+                return _saved(path)
             return datasets.load_dataset(str(path), name, cache_dir=cache, keep_in_memory=True)
     return {split: Shards([(file, read_file(file, key), 0) for file in files]) for split, files in found.items()}
+
+
+def open_other(path: Path, name: str | None, key: str) -> Mapping[str, datasets.Dataset | datasets.IterableDataset]:
+    """Returns the rows by split, to be read one by one, of a folder for which files_of_splits returns None.
+
+    Raises:
+        UserError: There are none.
+    """
+    with _told(path, key), _without_bars():
+        return _saved(path) if _is_saved(path) else datasets.load_dataset(str(path), name, streaming=True)
+
+
+def _saved(path: Path) -> Mapping[str, datasets.Dataset]:
+    data = datasets.load_from_disk(str(path))
+    return data if isinstance(data, dict) else {"train": data}
 
 
 def files_of_splits(path: Path, name: str | None, key: str) -> dict[str, list[Path]] | None:
@@ -120,11 +134,20 @@ def _is_read(file: Path) -> bool:
 
 def read_hub(source: str, name: str | None, revision: str | None, key: str) -> dict[str, datasets.Dataset]:
     """Returns the rows of a data set of the Hub by split, from its cache on this disk if they are there."""
+    return _from_hub(source, name, revision, key)
+
+
+def open_hub(source: str, name: str | None, revision: str | None, key: str) -> dict[str, datasets.IterableDataset]:
+    """Returns the rows of a data set of the Hub by split, to be read one by one: nothing is kept on this disk."""
+    return _from_hub(source, name, revision, key, streaming=True)
+
+
+def _from_hub(source: str, name: str | None, revision: str | None, key: str, **how):
     if os.environ.get("RANK", "0") == "0":  # one process speaks
         print(f"{key}.source={source}: read from the Hugging Face Hub, or from its cache on this disk", flush=True)
     try:
         with _without_bars():
-            return datasets.load_dataset(source, name, revision=revision)
+            return datasets.load_dataset(source, name, revision=revision, **how)
     except Exception as error:  # boundary: errors of network, permission and builders have no common type
         raise UserError(
             f"{key}.source={source}, name={name}, revision={revision}: not on this disk, and the Hugging Face Hub "

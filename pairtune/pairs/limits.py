@@ -63,3 +63,15 @@ class Limits:
         if self.overlong == "drop" or room <= len(bos):  # one token of the question must remain
             raise Skip("too long")
         return bos + prompt[len(prompt) - room + len(bos) :]
+
+
+def worst_pair(
+    max_length: int, max_prompt_length: int | None = None, max_completion_length: int | None = None
+) -> tuple[int, int]:
+    """Returns how many tokens prompt and either answer have in the pair that takes most memory.
+
+    A prompt of one token and two answers that fill max_length; where answers have to be shorter, the prompt is what
+    they leave of it.
+    """
+    answer = min(max_length - 1, max_completion_length or max_length)
+    return min(max_length - answer, max_prompt_length or max_length), answer

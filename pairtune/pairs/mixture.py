@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from pairtune.errors import UserError, nearest
 
-OF_ALL = ("val_fraction", "cache_dir")  # what is said of the sources together
+OF_ALL = ("val_fraction", "cache_dir", "streaming", "shuffle_buffer")  # what is said of the sources together
 OF_ONE = ("weight", "share")  # what is said of one of several to train on
 # What evaluations say of all held-out pairs begins so
 NO_NAMES = ("loss", "rewards", "logps", "pairs", "like_length", "length_controlled", "chosen_lost", "auc", "answers")
@@ -97,6 +97,15 @@ def counts_of(sizes: Sequence[int], blocks: Sequence[Mapping]) -> list[int]:
     return [round(total * share) if share else count for share, count in zip(shares, own, strict=True)]
 
 
+def rates_of(blocks: Sequence[Mapping]) -> list[float]:
+    """Returns each source's part of the rows that are read of a stream, whose sources nobody has counted: its share;
+    and of what the shares leave, by weight."""
+    shares = [block.get("share") or 0 for block in blocks]
+    weights = [0 if block.get("share") else block.get("weight") or 1 for block in blocks]
+    rest = (1 - sum(shares)) / (sum(weights) or 1)
+    return [float(share or rest * weight) for share, weight in zip(shares, weights, strict=True)]
+
+
 def drawn(pairs: Sequence, count: int, seed: str) -> Sequence:
     """Returns so many of the pairs, in their order: all as often as they go, and then some that the seed draws."""
     times, rest = divmod(count, len(pairs))
@@ -120,3 +129,8 @@ def told(sources: Sequence[str], sizes: Sequence[int], counts: Sequence[int]) ->
         for source, size, count in zip(sources, sizes, counts, strict=True)
     ]
     return f"an epoch of {total:,} pairs: {', '.join(parts)}"
+
+
+def told_of_stream(sources: Sequence[str], rates: Sequence[float]) -> str:
+    """Returns a line that says what a stream is made of."""
+    return "rows are drawn from " + ", ".join(f"{s} {100 * r:.1f} %" for s, r in zip(sources, rates, strict=True))

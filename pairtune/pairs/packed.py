@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import accumulate, chain
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -119,6 +120,7 @@ class PackedPairs(Sequence):
         tables: Where their tokens are.
         of_table, places, rows: Of each pair, [N]: which table, its place there, and its row in the source.
         sets: Parts of them that have names, which are evaluated apart.
+        stream: What more pairs come from, where these are the first ones of a stream: streaming.Stream.
     """
 
     tables: list[Table]
@@ -126,6 +128,7 @@ class PackedPairs(Sequence):
     places: np.ndarray
     rows: np.ndarray
     sets: Mapping[str, slice] = field(default_factory=dict)
+    stream: Any = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -158,7 +161,7 @@ class PackedPairs(Sequence):
             return self + PackedPairs.of(other) if len(other) else self
         of_table = np.concatenate([self.of_table, other.of_table + len(self.tables)])
         places, rows = np.concatenate([self.places, other.places]), np.concatenate([self.rows, other.rows])
-        return PackedPairs([*self.tables, *other.tables], of_table, places, rows)
+        return PackedPairs([*self.tables, *other.tables], of_table, places, rows, stream=self.stream)
 
     def __radd__(self, other: Sequence[Pair]) -> "PackedPairs":
         return PackedPairs.of(other) + self if len(other) else self

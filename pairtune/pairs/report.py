@@ -10,6 +10,23 @@ from pairtune.tokenizer.template import plain_text
 
 REFUSED = "refused by the chat template"
 MOST_BROKEN = 0.05  # of all rows
+# Report's lists that its table has a line for: above those of what was dropped, and below them
+ABOVE = {
+    "trimmed": "of these, prompt trimmed",
+    "unordered": "of these, roles out of order",
+    "ends_taken_off": "end token's text taken off",
+    "special": "special tokens, as {special_as}",
+    "unknown": "with unknown tokens",
+    "thoughts": "with reasoning_content",
+    "several_turns": "tools' results, not scored",
+}
+BELOW = {
+    "respaced": "white space as the template's",
+    "left_out": "prompt not written whole",
+    "served_apart": "served with another prompt",
+    "opened": "begun by the template",
+    "merges": "boundary merges",
+}
 
 
 @dataclass
@@ -64,19 +81,14 @@ class Report:
         Raises:
             UserError: With the first of each kind that is broken, and the table.
         """
-        if len(self.broken) <= MOST_BROKEN * self.num_rows:
+        if not is_too_many(len(self.broken), self.num_rows):
             if not self.num_kept:
                 raise UserError(f"{key}: there is nothing left of {self.source}.\n{self}")
             return
         reasons = [rows[0] for rows in self.dropped.values() if rows[0] in self.broken]
         sentences = "\n".join(dict.fromkeys(self.broken[row] for row in reasons))
-        percent, numbers = 100 * len(self.broken) / self.num_rows, ", ".join(map(str, list(self.broken)[:10]))
-        numbers += ", ..." if len(self.broken) > 10 else ""
-        told = f"{len(self.broken):,} rows of {self.num_rows:,} are broken, {percent:.1f} %: row {numbers}"
-        raise UserError(
-            f"{sentences}\n{key}: {told}. Up to {100 * MOST_BROKEN:.0f} % are dropped ({key}.on_bad_row=drop), more "
-            f"are a mistake.\n{self}"
-        )
+        told = told_of_broken(list(self.broken), len(self.broken), self.num_rows, key)
+        raise UserError(f"{sentences}\n{told}\n{self}")
 
     def with_split(self, train: list, held_out: list) -> "Report":
         """Returns the report with two lines more: the held-out pairs, and how many of them training sees."""
@@ -87,28 +99,10 @@ class Report:
         if self.num_desirable is not None:
             lines.append(self._line("of these, desirable", self.num_desirable))
             lines.append(self._line("of these, undesirable", self.num_kept - self.num_desirable))
-        lines += self._counted(
-            {
-                "of these, prompt trimmed": self.trimmed,
-                "of these, roles out of order": self.unordered,
-                "end token's text taken off": self.ends_taken_off,
-                f"special tokens, as {self.special_as}": self.special,
-                "with unknown tokens": self.unknown,
-                "with reasoning_content": self.thoughts,
-                "tools' results, not scored": self.several_turns,
-            }
-        )
+        lines += self._counted(ABOVE)
         for reason, rows in sorted(self.dropped.items(), key=lambda item: -len(item[1])):
             lines.append(self._line(f"dropped: {reason}", len(rows), rows))
-        lines += self._counted(
-            {
-                "white space as the template's": self.respaced,
-                "prompt not written whole": self.left_out,
-                "served with another prompt": self.served_apart,
-                "begun by the template": self.opened,
-                "boundary merges": self.merges,
-            }
-        )
+        lines += self._counted(BELOW)
         if self.num_held_out is not None:
             lines.append(self._line("held out", self.num_held_out))
             lines.append(self._line("of these, also in training", self.num_overlap))
@@ -135,8 +129,9 @@ class Report:
         """Of the first column: what rows were dropped for may be longer than its other words."""
         return max([32, *(len(f"dropped: {reason}") for reason in self.dropped)])
 
-    def _counted(self, facts: dict[str, list[int]]) -> list[str]:
-        return [self._line(title, len(rows), rows) for title, rows in facts.items() if rows]
+    def _counted(self, facts: dict[str, str]) -> list[str]:
+        found = [(title.format(special_as=self.special_as), getattr(self, name)) for name, title in facts.items()]
+        return [self._line(title, len(rows), rows) for title, rows in found if rows]
 
     def _line(self, title: str, count: int, rows: Sequence[int] = ()) -> str:
         examples = ", ".join(map(str, rows[:3])) + (", ..." if len(rows) > 3 else "")
@@ -159,6 +154,21 @@ class Report:
         ranked = sorted(lengths)
         median, most, longest = (ranked[-(-len(ranked) * percent // 100) - 1] for percent in (50, 95, 100))
         return f"  {name:{self._width - 2}} {median:8,} {most:8,} {longest:8,}"
+
+
+def is_too_many(num_broken: int, num_rows: int) -> bool:
+    """Says whether more than one in twenty rows are broken."""
+    return num_broken > MOST_BROKEN * num_rows
+
+
+def told_of_broken(first: Sequence[int], num_broken: int, num_rows: int, key: str) -> str:
+    """Returns two sentences about more broken rows than are dropped; `first` are numbers of some."""
+    numbers = ", ".join(map(str, first[:10])) + (", ..." if num_broken > len(first[:10]) else "")
+    percent = 100 * num_broken / num_rows
+    return (
+        f"{key}: {num_broken:,} rows of {num_rows:,} are broken, {percent:.1f} %: row {numbers}. Up to "
+        f"{100 * MOST_BROKEN:.0f} % are dropped ({key}.on_bad_row=drop), more are a mistake."
+    )
 
 
 def count_overlap(train: list, held_out: list) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 import datasets
 
 from pairtune.errors import UserError
+from pairtune.pairs.cells import without_nulls
 from pairtune.pairs.columns import Renaming, as_plain, check_columns, look_up, unpacked
 from pairtune.pairs.files import read_file
 from pairtune.pairs.folders import Shards, files_of_splits, read_folder, read_hub
@@ -54,7 +55,7 @@ class Rows(Sequence):
         return map(self._read, self._data)
 
     def _read(self, row: dict) -> dict:
-        row = {name: _without_nulls(cell) for name, cell in row.items()} if self._is_arrow else row
+        row = {name: without_nulls(cell) for name, cell in row.items()} if self._is_arrow else row
         return self._renaming(unpacked(row))
 
     def first(self, count: int) -> "Rows":
@@ -192,12 +193,3 @@ def _slice(splits: dict[str, Sequence], split: str, source: str, key: str) -> tu
 
 def _part(data, start: int, stop: int):
     return data[start:stop] if isinstance(data, list) else data.select(range(start, stop))
-
-
-def _without_nulls(value):
-    """Returns what Arrow made of lists and objects without the nulls by which it fills keys that an object lacks."""
-    if isinstance(value, dict):
-        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    return value

@@ -5,7 +5,6 @@ first rows are read, and their number is estimated. A list of JSON, which is one
 """
 
 import csv
-import gzip
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from pairtune.errors import UserError
-from pairtune.pairs.files import check_cells, check_commas, check_names, parse_line
+from pairtune.pairs.files import check_cells, check_commas, check_names, opened, parse_line
 
 LARGE = 2**25  # bytes of a source: fewer are read in a moment
 
@@ -54,7 +53,7 @@ def sample_file(path: Path, key: str, count: int) -> Sample | None:
     try:
         if kind == ".parquet":
             return _of_parquet(path, count)
-        with _opened(path) as file:
+        with opened(path) as file:
             if kind == ".csv":
                 return _of_csv(file, path, count)
             first = file.readline().lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
@@ -66,10 +65,6 @@ def sample_file(path: Path, key: str, count: int) -> Sample | None:
         raise
     except (OSError, EOFError, ValueError, csv.Error) as error:  # arrow's are of these types, too
         raise UserError(f"{key}.source={path} cannot be read: {error}") from error
-
-
-def _opened(path: Path) -> IO[bytes]:
-    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
 
 
 def _of_lines(file: IO[bytes], path: Path, count: int) -> Sample:

@@ -20,7 +20,8 @@ from pairtune.pairs.tokenize import Pair
 class Steps:
     """Training steps over pairs: every pair once an epoch, the last step of an epoch holding what is left.
 
-    `steps[n]`, n from 0 over all epochs, is what this process does in that step: micro-batches, see `share`.
+    `steps[n]`, n from 0 over all epochs, is what this process does in that step: micro-batches, see `share`. Those of a
+    stream are asked for in their order, and `state` says where it is.
     """
 
     def __init__(
@@ -46,10 +47,33 @@ class Steps:
         self._world = world
         self._rows = rows
         self._order: tuple[int, list[int]] = (-1, [])  # the epoch it belongs to, and indices
+        stream = getattr(pairs, "stream", None)
+        self._stream = stream and stream.in_steps(pairs_per_step, seed=seed, shuffle=shuffle)
 
     def epoch(self, step: int) -> float:
-        """Returns how many times all pairs have been seen after so many steps."""
-        return step / self.per_epoch
+        """Returns how many times all pairs have been seen after so many steps; of a stream, as far as it has come."""
+        return self._stream.epoch if self._stream else step / self.per_epoch
+
+    def seen(self, step: int) -> dict[str, float]:
+        """Returns what metrics.jsonl says of pairs after so many steps: `epoch`; of a stream, rows, too."""
+        return {"epoch": self.epoch(step), **(self._stream.seen() if self._stream else {})}
+
+    def account(self) -> list[str]:
+        """Returns, of a stream, what became of its rows, a table for each source."""
+        return self._stream.account() if self._stream else []
+
+    def state(self) -> dict | None:
+        """Returns where a stream is, as JSON can hold it; of other pairs the step says that."""
+        return self._stream.state() if self._stream else None
+
+    def load(self, state: dict | None) -> None:
+        """Goes on from where a stream was.
+
+        Raises:
+            UserError: Its sources are not as they were.
+        """
+        if self._stream and state:
+            self._stream.load(state)
 
     @property
     def per_epoch(self) -> int:
@@ -78,20 +102,26 @@ class Steps:
 
     def heaviest(self) -> list[list[Pair]]:
         """Returns a micro-batch for each process: of the pairs with most tokens, as many as a device holds."""
+        pairs = self._longest() if self._stream else self._pairs
         batches: list[list[Pair]] = [[] for _ in range(self._world.size)]
         room = [self._rows or sys.maxsize] * len(batches)
         most = sys.maxsize if self._rows else self._batch_size
-        lengths = document_lengths(self._pairs)
+        lengths = document_lengths(pairs)
         shortest = int(lengths.min(initial=sys.maxsize))
         for i in np.argsort(-lengths, kind="stable").tolist():
             length = int(lengths[i])
             n = next((n for n, b in enumerate(batches) if room[n] >= length and len(b) < most), None)
             if n is not None:
-                batches[n].append(self._pairs[i])
+                batches[n].append(pairs[i])
                 room[n] -= length
             elif max(room) < shortest or all(len(b) == most for b in batches):
                 break
         return batches
+
+    def _longest(self) -> list[Pair]:
+        """The longest pair that a stream may bring, as often as devices hold it."""
+        pair = self._pairs.stream.longest
+        return [pair] * self._world.size * (self._rows // document_length(pair) if self._rows else self._batch_size)
 
     def some(self, pairs: list[Pair], count: int = 4) -> list[Pair]:
         """Returns the first of any pairs, at most `count`, that fit one micro-batch: the same in every process."""
@@ -102,10 +132,14 @@ class Steps:
 
     def pairs(self, step: int) -> list[Pair]:
         """Returns the step's pairs, of all processes."""
+        if self._stream:
+            return self._stream.pairs(step)
         return [self._pairs[i] for i in self._members(step)]
 
     def seen_in(self, num_steps: int, *others: Sequence[Pair]) -> Sequence[Pair]:
-        """Returns the pairs that the first `num_steps` steps look at, each once, and then others."""
+        """Returns the pairs that the first `num_steps` steps look at, each once, and then others; none of a stream."""
+        if self._stream:
+            return reduce(add, others, self._pairs[:0])
         members = [i for step in range(min(num_steps, self.per_epoch)) for i in self._members(step)]
         return reduce(add, others, take(self._pairs, members))
 
@@ -124,11 +158,18 @@ class Steps:
         return torch.randperm(len(self._pairs), generator=generator).tolist()
 
 
-def count_steps(num_pairs: int, pairs_per_step: int, epochs: float, max_steps: int | None = None) -> int:
-    """Returns the number of steps in a run: `epochs` times all pairs, or `max_steps` if those are fewer.
+def count_steps(pairs: int | Sequence[Pair], pairs_per_step: int, epochs: float, max_steps: int | None = None) -> int:
+    """Returns the number of steps in a run: `epochs` times all pairs, or `max_steps` if those are fewer; of a stream
+    `max_steps`.
 
     A fraction of an epoch is that of its steps, rounded up, as in transformers' Trainer: 0.5 of 13 steps are 7.
+
+    Args:
+        pairs: Those of an epoch, or how many they are.
     """
+    if max_steps and getattr(pairs, "stream", None):
+        return max_steps
+    num_pairs = pairs if isinstance(pairs, int) else len(pairs)
     return min(math.ceil(exactly(epochs) * -(-num_pairs // pairs_per_step)), max_steps or sys.maxsize)
 
 

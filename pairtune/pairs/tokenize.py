@@ -5,6 +5,7 @@ tokenizer/, how many rows are shared out and kept in gathering.py and keeping.py
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial, reduce
 from operator import add
 
@@ -31,6 +32,7 @@ from pairtune.pairs.report import Report, count_overlap, notes_of
 from pairtune.pairs.rows import Rows, read_rows
 from pairtune.pairs.sources import check_source
 from pairtune.pairs.spread import num_cores
+from pairtune.pairs.streaming import BUFFER, UNSEEN, Stream, read_first, streamed_source
 from pairtune.tokenizer.hf import adapt
 
 __all__ = [
@@ -121,6 +123,26 @@ def read_train_and_held_out(
         beat=world.beat,
         cache_dir=dataset.get("cache_dir", False),
     )
+    held_out: Sequence[Pair] = []
+    if dataset.get("streaming"):
+        train = _stream(dataset, tokenizer, (max_length, max_prompt_length, max_completion_length), unpaired, world)
+    else:
+        train, held_out = _train(dataset, read, seed, world)
+    evaluated = as_plain(eval_dataset)
+    names, sets = mixture.names_of(evaluated), {}
+    for key, block in mixture.sources_of(evaluated, "eval_dataset") if evaluated["source"] else ():
+        pairs, report = read(block, key=key)
+        name = f"{names[len(sets)]}, " if names else ""
+        report = report if dataset.get("streaming") else report.with_split(train, pairs)
+        world.print(f"Held-out pairs: {name}{block['source']}\n{report}\n")
+        held_out = held_out + pairs
+        if names:
+            sets[names[len(sets)]] = pairs
+    return train, PackedPairs.named(sets) if sets else held_out
+
+
+def _train(dataset: Mapping, read: Callable, seed: int, world: World) -> tuple[Sequence[Pair], Sequence[Pair]]:
+    """Returns the pairs of an epoch, and what val_fraction holds out of each source."""
     parts, held_out, blocks = [], [], []
     for key, block in mixture.sources_of(as_plain(dataset), "dataset"):
         pairs, report = read(block, key=key)
@@ -131,17 +153,7 @@ def read_train_and_held_out(
         world.print(f"Training pairs: {block['source']}\n{report}{facts}\n")
         parts.append(pairs)
         blocks.append(block)
-    train = _mixed(parts, blocks, seed, world)
-    evaluated = as_plain(eval_dataset)
-    names, sets = mixture.names_of(evaluated), {}
-    for key, block in mixture.sources_of(evaluated, "eval_dataset") if evaluated["source"] else ():
-        pairs, report = read(block, key=key)
-        name = f"{names[len(sets)]}, " if names else ""
-        world.print(f"Held-out pairs: {name}{block['source']}\n{report.with_split(train, pairs)}\n")
-        held_out = held_out + pairs
-        if names:
-            sets[names[len(sets)]] = pairs
-    return train, PackedPairs.named(sets) if sets else held_out
+    return _mixed(parts, blocks, seed, world), held_out
 
 
 def _mixed(parts: list[Sequence[Pair]], blocks: list[dict], seed: int, world: World) -> Sequence[Pair]:
@@ -153,6 +165,38 @@ def _mixed(parts: list[Sequence[Pair]], blocks: list[dict], seed: int, world: Wo
     drawn = [mixture.drawn(pairs, counts[n], f"{seed} {n}") for n, pairs in enumerate(parts)]
     world.print(f"{mixture.told([block['source'] for block in blocks], sizes, counts)}\n")
     return reduce(add, drawn)
+
+
+def _stream(
+    dataset: Mapping, tokenizer, budget: tuple[int, int | None, int | None], unpaired: bool, world: World
+) -> PackedPairs:
+    """Returns the first pairs of a stream, which they know.
+
+    Args:
+        budget: max_length, max_prompt_length, max_completion_length.
+    """
+    named = mixture.sources_of(as_plain(dataset), "dataset")
+    blocks = [block for _, block in named]
+    rates, sources, looked_at, numbers = mixture.rates_of(blocks), [], PackedPairs.of([]), set()
+    tokenizer = adapt(tokenizer)
+    for (key, block), rate in zip(named, rates, strict=True):
+        limits = Limits(*budget, block["overlong"], key)
+        rows = read_first(block, key)
+        pairs, report = tokenize_pairs(
+            rows, tokenizer, max_length=budget[0], max_prompt_length=budget[1], max_completion_length=budget[2],
+            overlong=block["overlong"], on_bad_row=block["on_bad_row"], rejected=block["rejected"], unpaired=unpaired,
+            progress=world.is_main, beat=world.beat, key=key,
+        )  # fmt: skip
+        world.print(f"Pairs of a stream: {block['source']}, its first {len(rows):,} rows\n{report}\n")
+        form, rows = _format_of(rows, key, unpaired=unpaired)
+        sources.append(streamed_source(block, rows, form, tokenizer, limits, report, rate=rate, key=key))
+        looked_at, numbers = looked_at + pairs, numbers | {name for name in NUMBERS if rows.columns.get(name)}
+    if len(blocks) > 1:
+        world.print(f"{mixture.told_of_stream([block['source'] for block in blocks], rates)}\n")
+    world.print(UNSEEN)
+    example = next((pair for pair in looked_at if pair.chosen and pair.rejected), looked_at[0])
+    stream = Stream(sources, dataset.get("shuffle_buffer") or BUFFER, limits, example, sorted(numbers))
+    return replace(looked_at, stream=stream)
 
 
 def tokenize_pairs(

@@ -26,8 +26,8 @@ from pairtune.models.execution import SELECTIVE, Execution
 from pairtune.models.experts import mixtures_of
 from pairtune.models.frozen_base import is_held
 from pairtune.pairs import packing
-from pairtune.pairs.at_once import document_lengths
-from pairtune.pairs.batch import ROW_MULTIPLE, lay_out
+from pairtune.pairs.at_once import document_lengths, longest_row
+from pairtune.pairs.batch import ROW_MULTIPLE, document_length, lay_out
 from pairtune.reference import Reference
 from pairtune.run import starting_again
 from pairtune.run.memory import Setting, step_memory
@@ -306,11 +306,15 @@ def work(pairs: list, loss_fn: Callable, max_length: int, pairs_per_step: int, n
     """Returns what a run has to do.
 
     Args:
-        pairs: All that it looks at.
+        pairs: All that it looks at; of a stream, some.
         loss_fn, max_length: As for losses.calling.row_length.
     """
     lengths, length = document_lengths(pairs), row_length(loss_fn, pairs, max_length)
-    return Work(pairs[int(lengths.argmax())], length, pairs_per_step, lengths.tolist(), num_steps)
+    longest = pairs[int(lengths.argmax())]
+    if stream := getattr(pairs, "stream", None):  # whatever it may bring
+        longest = max(longest, stream.longest, key=document_length)
+        length = max(length, longest_row([longest]))
+    return Work(longest, length, pairs_per_step, lengths.tolist(), num_steps)
 
 
 def choose_and_execute(

@@ -27,7 +27,7 @@ TOLERANCE = 0.01  # of losses and margins that are exact but for rounding, bf16 
 
 
 def check_pairs(pairs: list[Pair], tokenizer, *, score_end: bool = True, key: str = "dataset") -> None:
-    """Refuses pairs that a model would learn nonsense from.
+    """Refuses pairs that a model would learn nonsense from; those of a stream as they come, too.
 
     Args:
         tokenizer: From tokenizer.adapt: knows `bos_id` and `end_ids`.
@@ -52,6 +52,9 @@ def check_pairs(pairs: list[Pair], tokenizer, *, score_end: bool = True, key: st
                 "conversation goes into tokenizer.chat_template"
             )
         _check_pair(pairs[int(i)], tokenizer, score_end=score_end, key=key)
+    if stream := getattr(pairs, "stream", None):
+        first = pairs[:1]
+        stream.checks.append(lambda step: check_pairs([*first, *step], tokenizer, score_end=score_end, key=key))
 
 
 def _check_pair(pair: Pair, tokenizer, *, score_end: bool, key: str) -> None:
@@ -95,7 +98,9 @@ def check_loss(
             "loss=sigmoid, on pairs, needs none"
         )
     for where, pairs in (("dataset", train), ("eval_dataset", held_out)):
-        check_takes(loss_fn, [one for one, usual in NUMBERS.items() if (numbers_of(pairs, one) != usual).any()], where)
+        stream = getattr(pairs, "stream", None)  # whose columns say what may come
+        has = stream.numbers if stream else [n for n, usual in NUMBERS.items() if (numbers_of(pairs, n) != usual).any()]
+        check_takes(loss_fn, has, where)
     name, metric = set_and_metric(keep_best or "")
     has_answers = lengths_of(sets_of(held_out)[name] if name else held_out)[1:] > 0  # [2, N]
     has_pairs, has_margin = has_answers.all(0).any(), has_answers.any(1).all()

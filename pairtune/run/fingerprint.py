@@ -41,13 +41,15 @@ def _adapter_files(folder: str | None) -> list[Path]:
 
 
 def digest_pairs(pairs: list[Pair]) -> dict:
-    """Returns the number of pairs and a digest of every block of them: tokens, rows and order."""
+    """Returns the number of pairs and a digest of every block of them: tokens, rows and order; of a stream, the first
+    ones', and what it is made of."""
     size = max(1, -(-len(pairs) // BLOCKS))
     blocks = [pairs[i : i + size] for i in range(0, len(pairs), size)]
     return {
         "num": len(pairs),
         "first_rows": [b[0].row for b in blocks],
         "digests": [digest_in_order(b) for b in blocks],
+        **({"stream": stream.identity} if (stream := getattr(pairs, "stream", None)) else {}),
     }
 
 
@@ -101,6 +103,8 @@ def _file_differences(what: str, saved: dict, now: dict) -> list[str]:
 def _pair_differences(saved: dict, now: dict) -> list[str]:
     if saved == now:
         return []
+    if saved.get("stream") != now.get("stream"):
+        return ["dataset: another stream: other sizes of files, weights, shares, limits, shuffle_buffer or streaming"]
     if saved["num"] != now["num"]:
         return [f"training pairs: {saved['num']:,} then, {now['num']:,} now"]
     block = next(i for i, digest in enumerate(saved["digests"]) if digest != now["digests"][i])

@@ -31,6 +31,7 @@ from pairtune.errors import UserError
 from pairtune.models import attention, logps, nf4, offloading
 from pairtune.models.execution import SELECTIVE, Execution, checkpointed
 from pairtune.pairs.batch import PairBatch, lay_out
+from pairtune.pairs.limits import worst_pair
 from pairtune.run import optimizers
 from pairtune.run.compiled_memory import as_compiled
 
@@ -183,18 +184,6 @@ def pass_memory(reference: TransformerDecoder, batch: PairBatch, setting: Settin
         sharding.forward()
         logps.answer_logps(reference, batch)
     return round(sum(ledger.peak.values()))
-
-
-def worst_pair(
-    max_length: int, max_prompt_length: int | None = None, max_completion_length: int | None = None
-) -> tuple[int, int]:
-    """Returns how many tokens prompt and either answer have in the pair that takes most memory.
-
-    A prompt of one token and two answers that fill max_length; where answers have to be shorter, the prompt is what
-    they leave of it.
-    """
-    answer = min(max_length - 1, max_completion_length or max_length)
-    return min(max_length - answer, max_prompt_length or max_length), answer
 
 
 def worst_batch(batch_size: int, max_length: int, row_length: int | None = None) -> PairBatch:

@@ -49,17 +49,19 @@ class TrainState:
         *,
         loss_fn: Callable | None = None,
         reference=None,
+        steps=None,
     ):
         """
         Args:
             loss_fn: If it is a module, its buffers are part of the state, such as bco_pair's running mean.
             reference: One that moves while training: its `tensors` are part of the state.
+            steps: Of a stream, whose `state` is part of this one.
         """
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # in a run of one process it is
         self.step, self.evaluated, self.best, self.origin = 0, -1, None, None
         self.lowest, self.num_worse = None, 0
         self.fingerprint = fingerprint
-        self._model, self._reference = model, reference
+        self._model, self._reference, self._steps = model, reference, steps
         buffers = loss_fn.state_dict() if isinstance(loss_fn, nn.Module) else {}
         self._loss = {f"loss.{name}": buffer for name, buffer in buffers.items()}
         self._trained = {plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
@@ -136,6 +138,7 @@ class TrainState:
             "optimizer": self._kept.values(),
             "param_groups": self._kept.groups(),
             "fingerprint": self.fingerprint,
+            "stream": self._steps.state() if self._steps else None,
         }
 
     def load(self, folder: Path, run_dir: Path, *, best_metric: str | None = None) -> None:
@@ -161,6 +164,8 @@ class TrainState:
             found.update(saved)
             return self._templates(saved, values)
 
+        if self._steps:
+            self._steps.load(values.get("stream"))
         wanted = read_tensors(folder, templates, self._world)
         self._kept.load(wanted, values["optimizer"], values["param_groups"], found)
         if self._scheduler:

@@ -157,6 +157,8 @@ def test_steps_are_counted_where_the_data_set_is_here(path):
     assert (held_out.num_rows, held_out.num_steps) == (30, 4)
     elsewhere = planned(path, "lora_dpo_single_device", "dataset.source=org/pairs")
     assert elsewhere.num_steps is None and "unknown: the data set is not here" in str(elsewhere)
+    stream = planned(path, "lora_dpo_single_device", "dataset.streaming=true", "max_steps=90")
+    assert stream.num_steps == 90 and "90, of a stream" in str(stream)
 
 
 def test_a_step_is_cut_into_as_many_micro_batches_as_the_recipes_make(path):

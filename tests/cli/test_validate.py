@@ -260,6 +260,18 @@ def test_the_first_hundred_rows_are_read_and_all_when_asked(work, validate):
     assert status == 1 and "row 140 (from 0): column 'chosen' holds int" in tables[LORA]["dataset"]
 
 
+def test_a_stream_is_looked_at_from_its_beginning_and_its_steps_are_max_steps(work, validate):
+    stream = ("my.yaml", "--recipe", LORA, "dataset.streaming=true", "max_steps=70")
+    status, tables = validate(*stream)
+    assert status == 0 and tables[LORA]["dataset"].startswith("ok: the first 100 rows of a stream, prompt with answers")
+    assert tables[LORA]["steps"] == "ok: 70"
+    _, tables = validate(*stream, "dataset.source=[pairs.jsonl,{source: held_out.jsonl, share: 0.1}]", "--all")
+    assert "drawn from pairs.jsonl 90.0 %, held_out.jsonl 10.0 %" in tables[LORA]["dataset"]
+    assert "the first 150 rows of a stream" in tables[LORA]["dataset"]
+    status, tables = validate("my.yaml", "--recipe", LORA, "dataset.streaming=true")
+    assert status == 1 and "set max_steps" in tables[LORA]["config"]
+
+
 @pytest.mark.parametrize(("fraction", "status"), [(0.5, 0), (0.01, 0), (0.001, 1)])
 def test_a_fraction_held_out_is_of_all_rows(work, validate, fraction, status):
     found, tables = validate(

@@ -50,7 +50,7 @@ def test_recipes_have_the_shared_defaults(group):
 def test_recipes_have_the_shared_defaults_of_blocks():
     for defaults in DEFAULTS.values():
         assert defaults["reference"] == {**keys.REFERENCE, "name": defaults["reference"]["name"]}
-        assert defaults["dataset"] == {**keys.ROWS, **keys.TOKENS, "val_fraction": None}
+        assert defaults["dataset"] == {**keys.ROWS, **keys.TOKENS, **keys.STREAM, "val_fraction": None}
         assert defaults["eval_dataset"] == {**keys.ROWS, "source": None}
 
 

@@ -478,6 +478,22 @@ def test_another_run_is_refused_with_the_difference(work, setting, words):
     assert run(work, "lora_dpo_single_device", "resume=true")[-1]["step"] == 12  # nothing was spoiled
 
 
+def test_a_resumed_stream_is_the_uninterrupted_one_bit_for_bit_and_no_other_is_taken(work, capsys):
+    """In steps of 8 of a source of 28 rows: stopped within its second pass."""
+    stream = ("epochs=1", "max_steps=9", "dataset.streaming=true", "dataset.shuffle_buffer=20")
+    straight = run(work, "lora_dpo_single_device", f"output_dir={work / 'straight'}", *stream)
+    interrupted(work, "lora_dpo_single_device", 4, *stream)
+    for other in ("dataset.shuffle_buffer=21", "dataset.limit=27"):
+        with pytest.raises(UserError, match="another stream"):
+            run(work, "lora_dpo_single_device", "resume=true", *stream, other)
+    capsys.readouterr()
+    assert numbers(run(work, "lora_dpo_single_device", "resume=true", *stream)) == numbers(straight)
+    assert "Streamed: " in capsys.readouterr().out and straight[-2]["rows/read"] == 72
+    weights, expected = exported(work / "run"), exported(work / "straight")
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert (work / "run" / "pairs.bin").read_bytes() == (work / "straight" / "pairs.bin").read_bytes()
+
+
 def test_changed_pairs_and_base_weights_are_refused(work):
     interrupted(work, "lora_dpo_single_device", 4)
     train = work / "train.jsonl"
@@ -581,10 +597,10 @@ def test_a_hangup_is_a_signal_to_stop_unless_it_was_ignored_from_the_start(ignor
 # Killed
 
 
-@pytest.mark.parametrize(("processes", "kills"), [(1, 4), (2, 3)])
-def test_runs_that_are_killed_at_random_end_as_if_they_had_been_left_alone(processes, kills):
+@pytest.mark.parametrize(("processes", "kills", "pairs"), [(1, 4, []), (2, 3, ["--stream"])])
+def test_runs_that_are_killed_at_random_end_as_if_they_had_been_left_alone(processes, kills, pairs):
     script = str(ROOT / "tests" / "kill_runs.py")
-    command = [sys.executable, script, "--kills", str(kills), "--processes", str(processes)]
+    command = [sys.executable, script, "--kills", str(kills), "--processes", str(processes), *pairs]
     done = subprocess.run(command, text=True, capture_output=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{kills} kills" in done.stdout and "0 losses" in done.stdout
