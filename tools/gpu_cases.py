@@ -112,8 +112,8 @@ def _lacks(overrides: list[str], device: str) -> str:
             return f"{override} is not known here: {keys.rule(key).says}"
         if override == parts.PAGED and not importlib.util.find_spec("bitsandbytes"):
             return "bitsandbytes is not installed"
-        if override in (parts.PAGED, parts.OFFLOADED, *parts.AWAY) and device == "cpu":
-            return "needs a GPU"
+        if override in (parts.PAGED, parts.OFFLOADED, *parts.AWAY, "attention=flex") and device == "cpu":
+            return "needs a GPU"  # FlexAttention for its backward
     return ""
 
 

@@ -78,6 +78,8 @@ def answers_before(path: Path, prompts: list[str]) -> list[str | None]:
 def show_samples(path: Path, count: int = 3) -> None:
     """Prints the first samples of a run that has ended, and how many answers it changed."""
     samples = _read_samples(path)
+    if not samples:  # none were asked for
+        return
     for sample in samples[:count]:
         print("\n" + "\n".join(f"{name + ':':<8}{str(text).strip()}" for name, text in sample.items()))
     known = [sample for sample in samples if sample["before"] is not None]  # a run that was resumed may ask others
