@@ -2,13 +2,16 @@
 and columns that may be part of the question, which nobody may leave out in silence."""
 
 import math
+import re
 from contextlib import suppress
 from dataclasses import replace
 
 from pairtune.errors import UserError
 from pairtune.pairs.cells import is_empty, kind_of, read_literal, shown
 from pairtune.pairs.example import BadRow, Example, Skip
+from pairtune.pairs.layouts import CHOICES
 from pairtune.pairs.messages import read_message, strings_in, text_of
+from pairtune.pairs.ranked import TIE_WORDS, as_word
 from pairtune.pairs.readers import system, user
 
 TEXT = "text|transcript"
@@ -23,6 +26,12 @@ _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _OF_A_QUESTION = ("query", "question", "instruction", "passage", "passages", "document", "documents", "background")
 _OF_A_QUESTION += ("knowledge", "persona", "conversation", "conversations", "messages", "dialogue", "dialog", "turns")
 DOUBTFUL = (*_MEDIA, *_OF_A_QUESTION)
+# Which may say that a row's better answer is another one than its columns say
+SWAPS = ("swapped", "swap", "is_swapped", "flipped", "flip", "is_flipped", "reversed", "is_reversed", "inverted")
+SIDES = (*CHOICES, *SWAPS)
+_SIDES = re.compile(
+    r"-1|[012ab]|true|false|yes|no|first|second|left|right|(model|response|answer|output|option)[_ ]?[012ab]"
+)
 
 
 def in_context(example: Example, row: dict, columns: set[str]) -> Example:
@@ -118,7 +127,7 @@ def check_doubtful(example: Example, row: dict, columns: list[str], key: str) ->
     """Refuses a row of which part of the question may be in a column that nobody reads.
 
     Args:
-        columns: Those of DOUBTFUL that are not used.
+        columns: That are not used; those of DOUBTFUL are looked at.
         key: Where the config describes the rows.
 
     Raises:
@@ -129,6 +138,8 @@ def check_doubtful(example: Example, row: dict, columns: list[str], key: str) ->
     for name in columns:
         cell = row.get(name)
         if is_empty(cell):
+            continue
+        if name in SIDES:
             continue
         if name in _MEDIA:
             raise BadRow(
@@ -143,6 +154,41 @@ def check_doubtful(example: Example, row: dict, columns: list[str], key: str) ->
                 f"question. Say what it is: {key}.columns={{input: {name}}} writes it behind the prompt, "
                 f"{{context: {name}}} before it, {{{name}: null}} leaves it out."
             )
+
+
+def as_chosen(example: Example, row: dict, columns: list[str], key: str) -> Example:
+    """Returns a pair with its answers where a column that nobody else reads says that they belong: chosen or rejected.
+
+    Args:
+        columns: Those of SIDES that are not used.
+        key: Where the config describes the rows.
+
+    Raises:
+        Skip: It says that neither is better.
+        UserError: It says which is better in other words, which may be otherwise than the pair's columns do.
+    """
+    for name in columns:
+        cell = row.get(name)
+        if is_empty(cell) or not isinstance(cell, str | int | float):
+            continue
+        word = as_word(cell)
+        if word in ("chosen", "rejected") and name not in SWAPS:
+            example = example if word == "chosen" else _turned(example)
+        elif word in TIE_WORDS and name not in SWAPS:
+            raise Skip("a tie")
+        elif _SIDES.fullmatch(word) and not (name in SWAPS and word in ("false", "no", "0")):
+            raise UserError(
+                f"column {name!r} holds {shown(cell)}, and may say which answer is better, beside columns that say so. "
+                f"Say what it is: {key}.columns={{answers: [FIRST, SECOND], choice: {{{name}: [VALUE, VALUE]}}}}, with "
+                "the answers' columns and what stands for each, and your own names in place of these words; or "
+                f"{key}.columns={{{name}: null}} leaves it out."
+            )
+    return example
+
+
+def _turned(example: Example) -> Example:
+    written = example.written and (example.written[0], example.written[2], example.written[1])
+    return replace(example, chosen=example.rejected, rejected=example.chosen, written=written)
 
 
 def _is_in(cell, asked: str) -> bool:

@@ -17,9 +17,11 @@ from pairtune.pairs.context import (
     DOUBTFUL,
     NUMBERS,
     OTHER_NAMES,
+    SIDES,
     TEXT,
     TOOLS,
     arguments_of,
+    as_chosen,
     check_doubtful,
     in_context,
     number_of,
@@ -66,7 +68,7 @@ class Format:
 
         Args:
             worse: Of several worse answers: all, the best or the worst.
-            doubtful: Columns that are not used and may be part of the question: see `unused`.
+            doubtful: Columns that are not used, and may be part of the question, or say which answer is better.
             numbers: Those of context.NUMBERS that `columns` speaks of.
             key: Where the config describes the rows.
 
@@ -89,6 +91,9 @@ class Format:
         given = {"tools": tools_of(row), "arguments": arguments_of(row)} | {n: number_of(row, n) for n in numbers}
         for example in examples:
             check_doubtful(example, row, doubtful or [], key)
+        if self.is_paired:
+            sides = [name for name in doubtful or [] if name in SIDES]
+            examples = [as_chosen(example, row, sides, key) for example in examples]
         read = [in_context(example, row, self.beside.keys()) for example in examples]
         return [check_characters(replace(example, **given)) for example in read]
 
@@ -114,8 +119,9 @@ class Format:
 
 
 def doubtful(names: list[str]) -> list[str]:
-    """Returns those of a form's unused columns that may be part of a question, by their names."""
-    return [name for name in names if name in DOUBTFUL]
+    """Returns those of a form's unused columns that may be part of a question, or say which answer is better, by their
+    names."""
+    return [name for name in names if name in DOUBTFUL or name in SIDES]
 
 
 def detect_format(
@@ -134,6 +140,12 @@ def detect_format(
     if form:
         return form
     row = first_rows[0]
+    if wrong := _wrong_column(row):
+        column, said = wrong
+        raise UserError(
+            f"{source}, row 0 (from 0): {said}. Mend it, or say where it is: {key}.columns={{{column}: NAME}}, with "
+            "dots where it lies within another column."
+        )
     found = "\n".join(f"  {name}: {shown(row.get(name))}" for name in column_names)
     formats = [f"  {form}" for form in FORMATS if form.is_paired]
     unpaired = "; ".join(str(form) for form in FORMATS if not form.is_paired)
@@ -148,6 +160,28 @@ def detect_format(
         f"{source}: no known format of preference pairs. Columns found, and what the first row holds:\n{found}\n"
         f"Formats known:\n{formats}\n{several or named}"
     )
+
+
+def _wrong_column(row: dict) -> tuple[str, str] | None:
+    """Returns a column that holds something else than a form wants whose columns the row has; and that in words."""
+    row = _under_one_name(row)
+    having = [form for form in FORMATS if form.columns.keys() <= row.keys()]
+    if "prompt" not in row:  # of texts, what was asked is missing
+        having = [form for form in having if form.columns.keys() != {"chosen", "rejected"}]
+    misfits = [
+        ([name for name, kinds in form.columns.items() if kind_of(row[name]) not in kinds.split("|")], form)
+        for form in having
+    ]
+    if not misfits:
+        return None
+    (column, *_), nearest = max(
+        misfits, key=lambda misfit: (len(misfit[1].columns) - len(misfit[0]), len(misfit[1].columns))
+    )
+    alike = [form for form in having if form.columns.keys() == nearest.columns.keys()]
+    kinds = dict.fromkeys("|".join(form.columns[column] for form in alike).split("|"))
+    kinds = "|".join(kind for kind in kinds if kind != "transcript" or "text" not in kinds)  # which is a text
+    beside = " and ".join(name for name in nearest.columns if name != column)
+    return column, f"column {column!r} holds {shown(row[column])}, expected {in_words(kinds)} beside {beside}"
 
 
 def fitting_format(first_rows: list[dict], formats: list[Format] | None = None) -> Format | None:

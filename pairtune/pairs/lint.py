@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from pairtune.errors import UserError
 from pairtune.pairs.example import BadRow, Example, Skip, turns_of
+from pairtune.pairs.formats import doubtful
 from pairtune.pairs.messages import text_of, thoughts_of
 from pairtune.pairs.near import near_duplicates
 from pairtune.pairs.recognise import recognise
@@ -134,14 +136,16 @@ def look(rows: Rows, key: str, *, held_out: Rows | None = None, single: bool = F
 
 def _texts(rows: Rows, key: str, *, single: bool) -> tuple[str, list[Text], dict[str, list[int]]]:
     form, rows = recognise(rows, key, single=single)
-    texts, unread = [], {}
-    for number, row in zip(rows.numbers, rows, strict=True):
+    texts, unread, unsaid = [], {}, doubtful(form.unused(rows.column_names))
+    for index, (number, row) in enumerate(zip(rows.numbers, rows, strict=True)):
         try:
-            texts += [_text(number, example) for example in form.read(row, key=key)]
+            texts += [_text(number, example) for example in form.read(row, doubtful=unsaid, key=key)]
         except BadRow as bad:
             unread.setdefault(bad.reason, []).append(number)
         except Skip as skip:
             unread.setdefault(str(skip), []).append(number)
+        except UserError as error:
+            raise UserError(f"{rows.place(index)}: {error}") from error
     return form.name, texts, unread
 
 

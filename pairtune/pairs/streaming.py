@@ -18,7 +18,7 @@ from pairtune.errors import UserError
 from pairtune.pairs.already_rendered import AlreadyRendered
 from pairtune.pairs.batch import document_length
 from pairtune.pairs.columns import Renaming, as_plain, unpacked
-from pairtune.pairs.context import DOUBTFUL, NUMBERS, OTHER_NAMES
+from pairtune.pairs.context import DOUBTFUL, NUMBERS, OTHER_NAMES, SIDES
 from pairtune.pairs.flow import Flow
 from pairtune.pairs.formats import OUR_COLUMNS, Format
 from pairtune.pairs.gathering import ReadRow, note_of
@@ -140,7 +140,7 @@ def streamed_source(
     """
     rendered = AlreadyRendered(tokenizer)
     asked = {"worse": block["rejected"], "numbers": [name for name in NUMBERS if first.columns.get(name)], "key": key}
-    asked["doubtful"] = form.unused(list(DOUBTFUL))  # also those that the first rows do not have
+    asked["doubtful"] = form.unused([*DOUBTFUL, *SIDES])  # also those that the first rows do not have
     given = GivenRows(first.columns, first.found)
     read_row = row_reader(given, form, tokenizer, limits, rendered, block["on_bad_row"], **asked)
     known = {*first.found, *form.columns, *form.optional, *form.read_beside([*OUR_COLUMNS, *OTHER_NAMES])}

@@ -6,6 +6,7 @@ from pairtune.errors import UserError
 from pairtune.pairs.columns import as_plain
 from pairtune.pairs.digests import short_digest
 from pairtune.pairs.example import Answer, BadRow, Example, Skip, turns_of
+from pairtune.pairs.formats import doubtful
 from pairtune.pairs.pair import Pair
 from pairtune.pairs.recognise import recognise
 from pairtune.pairs.rows import read_rows
@@ -45,11 +46,10 @@ def read_texts(config: Mapping, *, held_out: bool) -> dict[int, list[Text]]:
     rows = read_rows(block["source"], **where, columns=as_plain(block.get("columns") or {}), key=key)
     form, rows = recognise(rows, key)
     found: dict[int, list[Text]] = {}
+    how = {"worse": block.get("rejected") or "all", "doubtful": doubtful(form.unused(rows.column_names)), "key": key}
     for number, row in zip(rows.numbers, rows, strict=True):
         try:
-            found[number] = [
-                _text(example) for example in form.read(row, worse=block.get("rejected") or "all", key=key)
-            ]
+            found[number] = [_text(example) for example in form.read(row, **how)]
         except (Skip, BadRow, UserError):  # which the run did not take, either
             continue
     return found

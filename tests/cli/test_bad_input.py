@@ -221,7 +221,7 @@ FILES = [
     ("parquet, a column twice", "a.parquet", parquet(prompt=["Q"], chosen=["B"], chosen_=["C"], rejected=["W"]), {},
      ["a.parquet", "columns of one name, chosen"]),
     ("parquet of bytes", "a.parquet", parquet(prompt=[b"Q"], chosen=[b"B"], rejected=[b"W"]), {},
-     ["a.parquet: no known format", "prompt: bytes"]),
+     ["a.parquet, row 0 (from 0): column 'prompt' holds bytes", "expected text or list of messages"]),
     ("parquet, a null", "a.parquet", parquet(prompt=["Q", None], chosen=["B"] * 2, rejected=["W"] * 2), {},
      ["a.parquet, row 1", "'prompt' holds nothing"]),
     ("parquet, not UTF-8", "a.parquet", parquet(prompt=NOT_UTF_8, chosen=["B"], rejected=["W"]), {},

@@ -108,6 +108,37 @@ def test_a_column_that_may_be_part_of_the_question_is_refused_until_columns_say_
         assert pairs[1].prompt == one({**ROW, "prompt": prompt}, chatml)[0].prompt
 
 
+@pytest.mark.parametrize("name", ["winner", "label", "choice", "preference", "preferred", "better_response_id", "vote"])
+def test_a_column_that_says_which_answer_is_better_is_used_or_refused_until_columns_say_what_it_is(chatml, name):
+    """Beside chosen and rejected answers, or two of which another column says so."""
+    rows = [ROW | {"prompt": f"Q{i}", name: ("chosen", "rejected", "tie")[i % 3]} for i in range(30)]
+    pairs, report = tokenize(rows, chatml)
+    turned = {**ROW, "chosen": "W", "rejected": "B"}
+    written, _ = tokenize([(ROW, turned)[i % 3] | {"prompt": f"Q{i}"} for i in range(30) if i % 3 < 2], chatml)
+    assert digest_each(pairs) == digest_each(written) and "dropped: a tie" in str(report)
+    for value in (0, 1, 2, True, "a", "B", "1", "response_1", "model_b", "Left"):
+        with pytest.raises(UserError, match=f"row 0 .*column '{name}' holds .*answers: .FIRST, SECOND.*{name}: null"):
+            tokenize([ROW | {name: value}], chatml)
+    said = {"answers": ["chosen", "rejected"], "choice": {name: [1, 0]}}
+    pair, _ = one(ROW | {name: 0}, chatml, columns=said)
+    assert digest_each([pair]) == digest_each([one(turned, chatml)[0]])
+    assert one(ROW | {name: 0}, chatml, columns={name: None})[0] == one(ROW, chatml)[0]
+    for value in ("helpfulness", 7, 0.91, "a long text about it", None):  # of what it is, and not which
+        assert one(ROW | {name: value}, chatml)[0] == one(ROW, chatml)[0]
+
+
+def test_answers_that_were_swapped_are_refused_until_columns_say_what_that_means(chatml):
+    for name, is_so in (("swapped", True), ("is_flipped", 1), ("reversed", "true")):
+        with pytest.raises(UserError, match=f"row 0 .*column '{name}' holds"):
+            tokenize([ROW | {name: is_so}], chatml)
+        assert one(ROW | {name: False}, chatml)[0] == one(ROW, chatml)[0]
+    two = {"prompt": "Q", "answer_a": "B", "answer_b": "W", "winner": "a"}
+    with pytest.raises(UserError, match="column 'swapped'"):
+        tokenize([two | {"swapped": True}], chatml)
+    with pytest.raises(UserError, match="column 'label' holds int, 1"):
+        tokenize([{"messages": chat("Q", "B"), "rejected_response": "W", "label": 1}], chatml)
+
+
 def test_a_column_that_repeats_the_question_harms_nothing(chatml):
     repeated = {"question": "Q", "messages": [*chat("Q"), {"role": "assistant", "content": "B"}], "instruction": " Q "}
     assert one({**ROW, **repeated}, chatml)[0] == one(ROW, chatml)[0]
@@ -212,6 +243,27 @@ def test_broken_rows_are_dropped_and_counted_up_to_one_in_twenty(chatml, broken)
     assert re.search(r"kept +37 ", message)
     with pytest.raises(UserError, match=rf"row 3 \(from 0\): column '{column}' holds"):
         tokenize(rows, chatml, on_bad_row="error")
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "holds", "expected"),
+    [
+        (ROW | {"chosen": 5}, "chosen", "int, 5", "text or message or list of messages beside prompt and rejected"),
+        (ROW | {"rejected": None}, "rejected", "nothing (null)", "text or message"),
+        (ROW | {"prompt": {"text": "Q"}}, "prompt", "dict, {'text': 'Q'}", "text or list of messages"),
+        (ROW | {"prompt": ["Q"]}, "prompt", "texts, ['Q']", "text or list of messages"),
+        ({"conversations": "Q", "chosen": "B", "rejected": "W"}, "conversations", "text, 'Q'", "list of messages"),
+        ({"instruction": 3, "chosen": "B", "rejected": "W"}, "instruction", "int, 3", "text beside chosen"),
+        ({"prompt": "Q", "completion": 1.5, "label": True}, "completion", "float, 1.5", "text"),
+        ({"prompt": "Q", "chosen": "B", "rejected": {"a": [1]}}, "rejected", "dict, {'a': [1]}", "list of texts"),
+    ],
+)
+def test_a_type_that_no_row_has_right_is_told_in_a_sentence(chatml, row, column, holds, expected):
+    with pytest.raises(UserError) as error:
+        tokenize([row] * 3, chatml)
+    said = str(error.value)
+    assert "\n" not in said and f"row 0 (from 0): column {column!r} holds {holds}, expected " in said
+    assert expected in said and f"dataset.columns={{{column}: NAME}}" in said
 
 
 def test_rows_that_are_broken_in_several_ways_are_each_named(chatml):
