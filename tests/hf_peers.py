@@ -25,16 +25,21 @@ ONE = World(torch.device("cpu"))
 
 def save_peer(folder, config, *, seed=0):
     """Writes a model of this transformers config with a tokenizer of numbered words; biases and norms random, too."""
-    from transformers import AutoModelForCausalLM
-
     torch.manual_seed(seed)
-    peer = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    peer = auto_class(config).from_config(config, attn_implementation="eager").float().eval()
     with torch.no_grad():
         for parameter in peer.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.08)
     peer.save_pretrained(folder)
-    save_tokenizer(folder, config.vocab_size)
+    save_tokenizer(folder, config.get_text_config().vocab_size)
     return peer
+
+
+def auto_class(config):
+    """What transformers opens such a folder with: whole, where it is a text model with one of images around it."""
+    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+
+    return AutoModelForCausalLM if config.get_text_config() is config else AutoModelForMultimodalLM
 
 
 def load_peer(folder, adapter=None):
@@ -42,9 +47,10 @@ def load_peer(folder, adapter=None):
 
     Its attention is the plain one: transformers' other ones leave out Gemma 2's cap on scores.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    kind = auto_class(AutoConfig.from_pretrained(folder))
+    peer = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     if adapter is None:
         return peer
     from peft import PeftModel

@@ -14,6 +14,7 @@ and, of flags,
   cached                  the reference's values are there before training (not torchtune)
   compiled, checkpointing layers compiled; activation checkpointing
   completions, liger      TRL scores completions only, on a CPU, too; TRL with Liger's kernels
+  bridged                 ours by transformers' classes, in the place of torchtune's builder
   pairs=N                 pairs at a time
   key=value               of our config
 
@@ -43,7 +44,7 @@ import trl_env
 
 TOOLS = Path(__file__).resolve().parent
 NAMES = ("ours", "torchtune", "trl")
-FLAGS = ("cached", "compiled", "checkpointing", "completions", "liger")
+FLAGS = ("cached", "compiled", "checkpointing", "completions", "liger", "bridged")
 SYSTEMS = ["ours", "ours:cached", "torchtune", "trl:completions", "trl:completions:cached"]
 WARM_STEPS = 2  # left out where time is told
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.05}  # of a loss: how far systems may be apart

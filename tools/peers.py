@@ -37,7 +37,7 @@ def ours(spec: dict) -> None:
 
         def load_then_fill(model, *args, **kwargs):
             load(model, *args, **kwargs)
-            (_fill_bridged if spec["real"] else _fill_adapters)(model, folder / "adapter")
+            (_fill_bridged if _is_bridged(spec) else _fill_adapters)(model, folder / "adapter")
 
         models.load = load_then_fill  # adapter=... would be another run: what it starts from is not the reference
     path = folder / f"ours_{os.getpid()}.yaml"
@@ -60,7 +60,7 @@ def our_config(spec: dict) -> dict:
         "lr_scheduler": None, "clip_grad_norm": None, "optimizer": _optimizer(spec),
         "pairs_per_step": spec["pairs_per_step"], "batch_size": spec["batch_size"],
     }  # fmt: skip
-    if spec["real"]:
+    if _is_bridged(spec):
         cfg["checkpointer"] = {"checkpoint_dir": str(folder / "base")}
         cfg["model"] = {"_component_": "pairtune.models.bridge.causal_lm", "path": str(folder / "base")}
     if spec["lr"]:
@@ -71,6 +71,10 @@ def our_config(spec: dict) -> dict:
         cfg["reference"] = {"name": "cached", "cache_dir": str(folder / "cache")}
     keys = {"compiled": "compile", "checkpointing": "enable_activation_checkpointing"}
     return cfg | {key: True for flag, key in keys.items() if flag in flags}
+
+
+def _is_bridged(spec: dict) -> bool:
+    return spec["real"] or "bridged" in spec["flags"]
 
 
 def _optimizer(spec: dict) -> dict:

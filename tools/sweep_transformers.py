@@ -1,10 +1,10 @@
-"""Tries every causal decoder of the installed transformers: does it train here as it computes alone, and in which way?
+"""Tries every decoder of the installed transformers, alone or with images around it: does it train, and in which way?
 
     python tools/sweep_transformers.py [TYPE ...] --results FILE --write docs/transformers_types.md
 
 Of each model_type a small random model is made by transformers, saved, opened by pairtune.models.bridge, and compared:
 log-probabilities of answers and every parameter's gradient with those of transformers' own model, which reads the
-folder by from_pretrained, on each conversation alone, in float32. About a quarter of an hour on a CPU for all; TYPE ...
+folder by from_pretrained, on each conversation alone, in float32. About 25 minutes on a CPU for all; TYPE ...
 tries some. What --results holds already is not tried again.
 """
 
@@ -33,6 +33,7 @@ from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.folders.opening import make_ready
 from pairtune.folders.weights import ModelFolder, Weights, open_weights
+from pairtune.models.bridge.build import class_of, known_types
 from pairtune.models.logps import answer_token_logps
 from pairtune.pairs.batch import lay_out
 
@@ -121,6 +122,12 @@ MORE = {
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "linear_attention", "hybrid",
                                      "linear_attention"]},
     "cohere_compass_text": SLIDING | {"rope_parameters": dict.fromkeys(SLIDING["layer_types"], ROPE)},
+    # Inside of models with images: positions of three kinds, and what their sizes are lists of.
+    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "glm4v_text", "glm_ocr_text", "paddleocr_vl_text",
+                     "qwen2_5_omni_text"), {"rope_parameters": ROPE | {"mrope_section": [2, 3, 3]}}),
+    "glm4v_moe_text": {"rope_parameters": ROPE | {"mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}},
+    "ernie4_5_vl_moe_text": {"moe_intermediate_size": [32, 32]},
+    "granite4_vision": {"deepstack_layer_map": [[0, 0]], "spatial_target_layers": [1], "downsample_rate": "4/8"},
 }  # fmt: skip
 
 
@@ -187,12 +194,8 @@ def random_pairs(count: int = 3) -> list[SimpleNamespace]:
 
 def save(model_type: str, folder: Path) -> torch.nn.Module:
     """Writes a small random model and returns it, as transformers computes it."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-
     config = small_config(model_type)
-    with_images = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)  # what a folder of such a type holds
-    kind = with_images or MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    kind = kind[0] if isinstance(kind, tuple) else kind
+    kind = class_of(config)  # with what it has for images: what a folder of such a type holds
     with torch.device("meta"):
         size = sum(p.numel() for p in kind(config).parameters())
     if size > LARGEST:
@@ -250,14 +253,19 @@ def try_type(model_type: str, folder: Path) -> Result:
     """Returns what comes of one model_type."""
     try:
         peer, pairs = save(model_type, folder), random_pairs()
-        expected = alone(peer, pairs)
-        wanted = gradients(peer, expected)
     except Exception as error:
         return Result(model_type, "not made", said=f"{type(error).__name__}: {one_line(error)}"[:160])
+    try:
+        expected = alone(peer, pairs)
+        wanted = gradients(peer, expected)
+    except Exception as error:  # then nothing here may train, either
+        expected = error
     try:
         model, files = opened(folder, pairs)
     except UserError as error:
         return Result(model_type, "refused", said=one_line(error).replace(str(folder), "FOLDER")[:240])
+    if isinstance(expected, Exception):
+        raise expected
     logps = answer_token_logps(model, lay_out(pairs))
     found = gradients(model, logps)
     ours = (files.family.to_ours(name, value, files.config) for name, value in wanted.items())
@@ -278,9 +286,9 @@ def table(results: list[Result]) -> str:
     lines = [
         "# Every decoder of transformers\n",
         "Made by `python tools/sweep_transformers.py --write docs/transformers_types.md`, with transformers",
-        f"{version}: a small random model of each `model_type`, scored and differentiated by",
-        "[the bridge](transformers.md) and by transformers on each conversation alone, in float32. Differences are the",
-        "largest of a token's log-probability, in nats, and the norm of that of all gradients, over their norm. Of",
+        f"{version}: a small random model of each `model_type`, with what it has for images or sound, scored and",
+        "differentiated by [the bridge](transformers.md) and by transformers on each conversation alone, in float32. Differences",
+        "are the largest of a token's log-probability, in nats, and the norm of that of all gradients, over their norm. Of",
         f"{len(results)} types: {told}. `tests/models/test_bridge_types.py` repeats some rows.\n",
         "shared: both answers follow one prompt; dense: the same, with attention over all pairs of a row's tokens;",
         "apart: each answer has a prompt of its own; refused: in a sentence, before training; not made: no small model",
@@ -321,8 +329,6 @@ def within_limit(model_type: str) -> Result:
 
 
 def main() -> None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", metavar="TYPE")
     parser.add_argument("--results", metavar="FILE", type=Path, help="JSON Lines, added to; types in it are skipped")
@@ -332,7 +338,7 @@ def main() -> None:
     torch.set_num_threads(1)
     known = args.results.read_text().splitlines() if args.results and args.results.exists() else []
     results = {result.model_type: result for result in (Result(**json.loads(line)) for line in known)}
-    for model_type in args.types or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    for model_type in args.types or sorted(known_types()):
         if model_type in results:
             continue
         results[model_type] = within_limit(model_type)

@@ -348,6 +348,9 @@ def check_length(config: Mapping, max_length: int) -> None:
     Raises:
         UserError: As said, with the longest one that is computed in one way; or every row has frequencies of its own.
     """
+    for block in config.values():
+        if isinstance(block, dict) and "model_type" in block:  # the text model's, of one with images around it
+            check_length(block, max_length)
     whole = rope_of(config)
     for rope in (whole, *(block for block in whole.values() if isinstance(block, dict))):  # or one a kind of layer
         kind, most = kind_of_rope(rope), [o.get("original_max_position_embeddings") for o in (config, rope)]

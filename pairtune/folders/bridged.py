@@ -112,6 +112,11 @@ class BridgedFamily:
         """Returns whole weights of a model as its folder had them."""
         return self._files.to_theirs(weights)
 
+    @property
+    def in_towers(self) -> set[str]:
+        """Those of the folder's tensors that pairs of texts leave as they are; known after `plan`."""
+        return self._files.in_towers
+
 
 def _without_numbers(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "{}", name)

@@ -111,10 +111,11 @@ def export_size(
         base, tokenizer: As for `export`.
     """
     num_parameters, num_bytes = models.num_parameters(model)[0], models.DTYPES[models.dtype_of(model)].itemsize
+    towers = sum(value.numel() * (value.dtype.itemsize - num_bytes) for value in base.towers().values())
     source = base.path if tokenizer is None or tokenizer.folder is None else tokenizer.folder
     files = [*_files(source, TOKENIZER_FILES)] * (2 if additions(model).lora else 1) + [*_files(base.path, MODEL_FILES)]
     tables = 256 * sum(1 for _ in model.parameters())  # names, shapes and offsets
-    return num_parameters * num_bytes + tables + sum(file.stat().st_size + BLOCK for file in files) + OTHERS
+    return num_parameters * num_bytes + towers + tables + sum(file.stat().st_size + BLOCK for file in files) + OTHERS
 
 
 @contextmanager
@@ -150,7 +151,9 @@ def write_model(
     """
     dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     kind = {"max_shard_size": SHARD_BYTES, "safe_serialization": safe_serialization}
-    save_torch_state_dict(base.family.to_theirs(weights, base.config), folder, **kind)
+    theirs = base.family.to_theirs(weights, base.config)
+    theirs |= {name: value.clone() for name, value in base.towers().items() if name in theirs}  # to the byte
+    save_torch_state_dict(theirs, folder, **kind)
     _copy(base.path, MODEL_FILES, folder)
     if not (folder / "config.json").is_file():
         (folder / "config.json").write_text(json.dumps(base.config))

@@ -122,14 +122,20 @@ def _magnitudes(
 
 
 def _targets(modules: dict[str, Module], family: Family) -> list[str]:
-    """Returns the shortest ends of names that mean these layers and no others."""
+    """Returns the shortest ends of names that mean these layers and no others; whole names where no end does.
+
+    Args:
+        modules: By the layers' whole names.
+    """
     adapted = list(dict.fromkeys(module.adapted for module in modules.values()))
     others = [m.adapted for m in family.modules if m.adapted not in adapted]
     targets = []
     for theirs in adapted:
         pieces = theirs.split(".")
         ends = (".".join(pieces[-n:]) for n in range(1, len(pieces) + 1) if not pieces[-n].isdigit())
-        targets.append(next(end for end in ends if not any(f".{other}".endswith(f".{end}") for other in others)))
+        end = next(end for end in ends if not any(f".{other}".endswith(f".{end}") for other in others))
+        whole = [name for name, of in modules.items() if of.adapted == theirs]
+        targets += whole if "{}" in end else [end]  # a tower's layers have the same ends
     return list(dict.fromkeys(targets))
 
 

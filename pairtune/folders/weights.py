@@ -93,6 +93,16 @@ class ModelFolder:
         is_embedding = name == "output.weight" and setting(self.config, "tie_word_embeddings")
         return {"tok_embeddings.weight" if is_embedding else name: value}
 
+    def towers(self) -> dict[str, Tensor]:
+        """Returns what it holds for images and sound, by the names in its files; known after `plan`."""
+        names = getattr(self.family, "in_towers", ())
+        return {
+            name: value
+            for _, shard in (self.shards() if names else ())
+            for name, value in shard.items()
+            if name in names and value.is_floating_point() and value.dtype.itemsize > 1
+        }
+
     def name_of(self, weight: str) -> str | None:
         """Returns what one of our weights is called in its files; None for an unknown one."""
         return weight if self.reader else self.family.name_of(weight)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchtune.modules.peft import LoRALinear, disable_adapter, get_adapter_params
 
 from pairtune.models import frozen_base
+from pairtune.models.bridge.towers import towers_of
 from pairtune.models.dora import DoRALinear
 from pairtune.models.grouped import ExpertsLinear, LoRAExpertsLinear
 
@@ -56,10 +57,12 @@ def own_shapes(model: nn.Module) -> dict[str, torch.Size]:
 
 
 def sizes(model: nn.Module) -> str:
-    """Returns `num_parameters` in words, how many are in fewer bits, and which matrices adapters do not reach."""
+    """Returns `num_parameters` in words, how many are in fewer bits, in towers, and in matrices without adapters."""
     num_all, num_trained = num_parameters(model)
     packed = frozen_base.summary(model)
     words = f"{num_all:,} parameters, {num_trained:,} trained{', ' * bool(packed)}{packed}"
+    if in_towers := sum(p.numel() for tower in towers_of(model) for p in tower.parameters()):
+        words += f"; {in_towers:,} of them are for images or sound, which pairs of texts leave as they are"
     out_of_reach = _without_adapters(model) if num_trained < num_all else {}
     share = sum(out_of_reach.values()) / num_all
     if share < MENTIONED:

@@ -27,8 +27,8 @@ from pairtune.models.dora import DoRALinear
 from pairtune.models.grouped import ExpertsLinear, LoRAExpertsLinear
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# Layers that QLoRA keeps as they are: the last word, who has it, and what a kernel reads.
-UNQUANTIZED = {"output", "mlp.router", roles.READ}
+# Layers that QLoRA keeps as they are: the last word, who has it, what a kernel reads, what texts do not pass through.
+UNQUANTIZED = {"output", "mlp.router", roles.READ, roles.TOWER}
 
 
 def full(component: dict, *, dtype: str, quantize: bool = False, world: World | None = None) -> TransformerDecoder:

@@ -20,6 +20,7 @@ from pairtune.models.adapters import (
     plain_name,
 )
 from pairtune.models.bridge.decoder import BridgedDecoder
+from pairtune.models.bridge.towers import towers_of
 from pairtune.models.dora import DoRALinear
 from pairtune.models.shard import shard
 
@@ -53,7 +54,7 @@ def load(
     check_weights(model, state_dict)
     names = {id(module): plain_name(name) for name, module in model.named_modules()}
     buffers = model.computed_buffers() if isinstance(model, BridgedDecoder) else {}
-    for block in world.progress([*model.layers, model], "loading weights"):
+    for block in world.progress([*towers_of(model), *model.layers, model], "loading weights"):
         world.beat("loading weights")
         for module in block.modules():
             _fill(module, names[id(module)], state_dict, home, world.device)
@@ -105,7 +106,7 @@ def streamed(model: TransformerDecoder, weights: Mapping[str, Tensor], device: t
 
     hooks = [layer.register_forward_pre_hook(fill) for layer in model.layers]
     hooks += [layer.register_forward_hook(empty) for layer in model.layers]
-    in_layers = {id(module) for layer in model.layers for module in layer.modules()}
+    in_layers = {id(module) for block in (*towers_of(model), *model.layers) for module in block.modules()}
     for module in model.modules():
         if id(module) not in in_layers:
             _fill(module, names[id(module)], weights, device, device)

@@ -29,6 +29,7 @@ from pairtune import models
 from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.models import attention, logps, nf4, offloading
+from pairtune.models.bridge.towers import towers_of
 from pairtune.models.execution import SELECTIVE, Execution, checkpointed
 from pairtune.pairs.batch import PairBatch, lay_out
 from pairtune.pairs.limits import worst_pair
@@ -476,7 +477,8 @@ class _Sharding:
 def _block_bytes(model: TransformerDecoder) -> tuple[float, int]:
     """Returns the bytes of a layer and of the root: embedding, last norm and output."""
     layers = num_bytes(p for layer in model.layers for p in layer.parameters())
-    return layers / len(model.layers), num_bytes(model.parameters()) - layers
+    towers = num_bytes(p for tower in towers_of(model) for p in tower.parameters())  # which are never gathered
+    return layers / len(model.layers), num_bytes(model.parameters()) - layers - towers
 
 
 # Kernels

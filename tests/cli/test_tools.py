@@ -27,7 +27,7 @@ def test_a_benchmark_makes_the_same_steps_by_ours_torchtune_and_trl(tmp_path):
     python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path / "used"}\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
     (tmp_path / "trl" / "made.json").write_text('{"trl": "9.9"}')
-    systems = ["ours", "ours:cached", "torchtune", "trl:completions", "ours:sead=1"]
+    systems = ["ours", "ours:cached:bridged", "torchtune", "trl:completions", "ours:sead=1"]
     words = ["--model", "tiny", "--lengths", "~24/8/8", "--steps", "3", "--json", tmp_path / "rows.jsonl"]
     words += ["--trl-env", tmp_path / "trl"]
     command = [sys.executable, TOOLS / "bench.py", *words, "--systems", *systems]

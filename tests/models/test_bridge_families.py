@@ -1,6 +1,7 @@
 """Twelve families of transformers from a folder to an export, by every method: by one process and by two; resumed."""
 
 import json
+import re
 import runpy
 import shutil
 from pathlib import Path
@@ -20,22 +21,33 @@ MORE = {
         "vocab_size_per_layer_input": 320, "hidden_size_per_layer_input": 16, "sliding_window": 8,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
     },
-    "Ministral3": {"head_dim": 16},
+    "Mistral3": {
+        "text_config": {"model_type": "ministral3", "head_dim": 16} | SIZES,
+        "vision_config": {"model_type": "pixtral", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+                          "num_attention_heads": 2, "head_dim": 16, "image_size": 28, "patch_size": 14},
+    },
+    "Qwen3_5": {
+        "text_config": {"model_type": "qwen3_5_text"} | SIZES | APART["Qwen3_5Text"],
+        "vision_config": {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4,
+                          "out_hidden_size": 64, "num_position_embeddings": 16},
+    },
 }  # fmt: skip
 FAMILIES = {
     name: (DENSE | APART | MIXTURES | MORE)[name]
     for name in (
-        *("Qwen3Moe", "Qwen3_5Text", "Gemma3Text", "Gemma4Text", "GptOss", "Olmo3"),
-        *("SmolLM3", "Ministral3", "Glm4", "DeepseekV2", "Lfm2", "FalconH1"),
+        *("Qwen3Moe", "Qwen3_5", "Gemma3Text", "Gemma4Text", "GptOss", "Olmo3"),
+        *("SmolLM3", "Mistral3", "Glm4", "DeepseekV2", "Lfm2", "FalconH1"),
     )
 }
+TOWER = re.compile("vision_tower|visual|multi_modal_projector|vision_model")
 ROTATING = [*zip(FAMILIES, METHODS * 4, strict=True)]  # what is tried with one method a family
 
 
 def config_of(name):
     import transformers
 
-    return getattr(transformers, f"{name}Config")(**SIZES | FAMILIES[name])
+    is_shell = "text_config" in FAMILIES[name]
+    return getattr(transformers, f"{name}Config")(**({} if is_shell else SIZES) | FAMILIES[name])
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +86,7 @@ def test_exports_compute_what_a_run_last_measured(root, name, method):
     started = load_file(root / name / "base" / "model.safetensors")
     assert weights.keys() == started.keys()
     assert any(not torch.equal(weights[key], started[key]) for key in started)
+    assert all(torch.equal(weights[key], started[key]) for key in started if TOWER.search(key))
     if (folder / "two").exists():
         for one, other in zip(log, from_first_step(folder / "two" / "metrics.jsonl"), strict=True):
             for key in one.keys() & {"loss", "grad_norm", "logps/chosen", "eval/loss", "eval/logps/rejected"}:
@@ -101,19 +114,25 @@ def test_what_is_planned_is_what_a_step_allocates(name, method, tmp_path):
     check_plan(tmp_path, config_of(name), method)
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_what_a_model_has_for_images_is_exported_as_it_was(method, tmp_path):
-    """Gemma 3 with a vision tower, whose small configuration is the sweep's: pairs of texts leave it alone."""
+@pytest.mark.parametrize(("name", "method", "dtype"), [("gemma3", "full", "bf16"), ("llama4", "lora", "fp32")])
+def test_what_a_model_has_for_images_is_exported_as_it_was(name, method, dtype, tmp_path):
+    """To the byte, in a run of another dtype, too: pairs of texts leave it alone, and so do adapters.
+
+    Small configurations are the sweep's.
+    """
     sweep = runpy.run_path(str(ROOT / "tools" / "sweep_transformers.py"))
     sweep["SMALL"]["vocab_size"] = 320
-    sweep["save"]("gemma3", tmp_path / "base").bfloat16().save_pretrained(tmp_path / "base")
+    sweep["save"](name, tmp_path / "base").bfloat16().save_pretrained(tmp_path / "base")
     save_tokenizer(tmp_path / "base", 320)
     lora = {"rank": 4, "alpha": 8.0, "modules": ["all-linear"]}
-    more = {"lora": lora, "samples": {"num_prompts": 0}, "dtype": "bf16"}
+    more = {"lora": lora, "samples": {"num_prompts": 0}, "dtype": dtype}
     hf_peers.write_config(tmp_path, {"_component_": "auto"}, "AUTO", **more)
     run_recipe(f"{method}_dpo_single_device", config_paths=[tmp_path / "config.yaml"])
     before, after = (load_file(tmp_path / f / "model.safetensors") for f in ("base", "run/export"))
-    seen = [key for key in before if "vision_tower" in key or "multi_modal_projector" in key]
+    seen = [key for key in before if TOWER.search(key)]
     assert before.keys() == after.keys() and len(seen) > 50
-    assert all(torch.equal(before[key], after[key]) for key in seen)
+    assert all(before[key].dtype == after[key].dtype and torch.equal(before[key], after[key]) for key in seen)
     assert any(not torch.equal(before[key], after[key]) for key in before if "language_model" in key)
+    if method == "lora":
+        adapter = load_file(tmp_path / "run" / "export" / "adapter" / "adapter_model.safetensors")
+        assert adapter and not any(TOWER.search(key) for key in adapter)

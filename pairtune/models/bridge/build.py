@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -36,12 +36,17 @@ def causal_lm(path: str) -> BridgedDecoder:
     """
     transformers = import_transformers()
     config = read_config(path)
+    kind = class_of(config)
+    if kind is None:
+        raise UserError(
+            f"{Path(path) / 'config.json'}: model_type={config.model_type}: is a text model with one of images around "
+            "it, of which transformers builds the text model alone; take a folder of the text model"
+        )
     try:
-        lm = transformers.AutoModelForCausalLM.from_config(
+        lm = kind._from_config(
             config,
-            attn_implementation=_attention_of(config),
+            attn_implementation=visible.NAME if kind._supports_attention_backend else visible.DENSE,
             experts_implementation=experts.NAME,
-            trust_remote_code=False,
             dtype=torch.get_default_dtype(),
         )
     except Exception as error:
@@ -49,12 +54,6 @@ def causal_lm(path: str) -> BridgedDecoder:
             f"{Path(path) / 'config.json'}: transformers {transformers.__version__} cannot make its "
             f"{type(config).__name__.removesuffix('Config')}: {one_line(error)}; see whether a newer version does"
         ) from error
-    if type(lm.config) is not type(config):
-        raise UserError(
-            f"{Path(path) / 'config.json'}: model_type={config.model_type}: is a text model, "
-            f"{lm.config.model_type}, with one of images around it, of which transformers builds the text model alone; "
-            "take a folder of the text model"
-        )
     experts.install(lm)
     for module in lm.modules():
         if hasattr(module, "_rescale_layers"):  # RWKV halves weights in place while it is not trained
@@ -72,13 +71,31 @@ def _onto(device: torch.device, lm: nn.Module) -> None:
     lm.tie_weights()
 
 
-def _attention_of(config) -> str:
-    """Returns by which function a model is to attend: older ones know but their own."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+def class_of(config) -> type | None:
+    """Returns the class of transformers that continues texts, with all that a folder of this configuration holds.
 
-    classes = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    (first, *_) = classes if isinstance(classes, tuple) else (classes,)
-    return visible.NAME if first._supports_attention_backend else visible.DENSE
+    Args:
+        config: transformers' configuration.
+    """
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    )
+
+    for mapping in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
+        classes = mapping.get(type(config), ())
+        for kind in classes if isinstance(classes, tuple) else (classes,):
+            if kind.config_class is not type(config).sub_configs.get("text_config"):  # the text model's alone
+                return kind
+    return None
+
+
+def known_types() -> Collection[str]:
+    """Returns every model_type for which transformers has a class that may continue texts."""
+    from transformers.models.auto import modeling_auto as auto
+
+    return {**auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES}
 
 
 def import_transformers() -> ModuleType:
@@ -138,10 +155,9 @@ def parse(content: Mapping, where: str = "config.json"):
     """
     import_transformers()
     from transformers import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     kind = content.get("model_type")
-    if kind not in CONFIG_MAPPING or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if kind not in CONFIG_MAPPING or kind not in known_types():
         code = "; the folder brings code of its own (auto_map), which is never run" if content.get("auto_map") else ""
         raise UserError(
             f"{where}: model_type={show(kind)}: transformers has no causal language model of this type{code}; see "

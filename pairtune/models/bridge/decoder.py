@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pairtune.models.additions import Sharing, additions
-from pairtune.models.bridge import head, visible
+from pairtune.models.bridge import head, towers, visible
 from pairtune.pairs.batch import ROW_MULTIPLE, PairBatch, apart
 
 _DROPOUT = re.compile(r"drop(out|_prob|$)|layerdrop")  # attributes of transformers' modules that hold a probability
@@ -28,13 +28,18 @@ class BridgedDecoder(nn.Module):
         lm: transformers' model.
         max_seq_len: Positions that it was made for.
         ties: Of weights of `lm` that have several names, the first one by each other.
+        towers: Names of what it has for images and sound, which is not trained.
     """
 
     def __init__(self, lm: nn.Module):
         super().__init__()
         self.lm = lm
         self.max_seq_len = _num_positions(lm.config.get_text_config())
-        self._layers = _names_of_layers(lm)
+        self.towers = [f"lm.{name}" for name in towers.outermost(lm)]
+        self._layers = [f"lm.{name}" for name in _names_of_layers(lm)]
+        text = {id(p) for module in towers.text_modules(lm) for p in module.parameters(recurse=False)}
+        for parameter in lm.parameters():
+            parameter.requires_grad_(parameter.requires_grad and id(parameter) in text)
         self._takes_functions = lm.config._attn_implementation == visible.NAME
         self.ties = _ties(lm)
         children = [child for child in lm.children() if any(True for _ in child.parameters())]
@@ -194,6 +199,8 @@ class BridgedDecoder(nn.Module):
         transformers computes them where it initializes weights, which its own loading relies on for every architecture:
         that of a model is done here to a twin whose weights take no memory.
         """
+        from transformers import PreTrainedModel
+
         with torch.device("meta"):
             twin = type(self.lm)._from_config(copy.deepcopy(self.lm.config))
         found = {}
@@ -203,7 +210,7 @@ class BridgedDecoder(nn.Module):
                     setattr(module, leaf, torch.empty_like(buffer, device="cpu"))
                     found[f"{path}.{leaf}"] = module, leaf
         owners: dict[nn.Module, nn.Module] = {}  # the innermost of transformers' models that each module is of
-        for model in (module for module in twin.modules() if hasattr(module, "_init_weights")):
+        for model in (module for module in twin.modules() if isinstance(module, PreTrainedModel)):
             owners |= dict.fromkeys(model.modules(), model)
         with torch.no_grad():
             for module in reversed([*twin.modules()]):  # a model may set its layers' buffers
@@ -213,7 +220,8 @@ class BridgedDecoder(nn.Module):
 
 def _configs(lm: nn.Module) -> list:
     """Returns the configurations that its modules ask how to attend."""
-    return [*{id(module.config): module.config for module in lm.modules() if hasattr(module, "config")}.values()]
+    found = (getattr(module, "config", None) for module in lm.modules())
+    return [*{id(config): config for config in found if hasattr(config, "_attn_implementation")}.values()]
 
 
 def _ties(lm: nn.Module) -> dict[str, str]:
@@ -238,9 +246,10 @@ def _num_positions(config) -> int:
 
 
 def _names_of_layers(lm: nn.Module) -> list[str]:
-    """Returns the outermost modules that transformers does not split between devices: a model's layers."""
-    kinds, found = lm._no_split_modules or (), []
+    """Returns the outermost modules that transformers does not split between devices: a text model's layers."""
+    kinds, text, found = lm._no_split_modules or (), towers.text_modules(lm), []
     for name, module in lm.named_modules():
-        if type(module).__name__ in kinds and not any(name.startswith(f"{other}.") for other in found):
+        is_layer = type(module).__name__ in kinds and module in text
+        if is_layer and not any(name.startswith(f"{other}.") for other in found):
             found.append(name)
-    return [f"lm.{name}" for name in found]
+    return found

@@ -4,9 +4,13 @@ transformers asks a registered function to compute what a layer's experts do wit
 it keeps as one parameter of three dimensions each, become modules of grouped.py here, with adapters and fewer bits.
 """
 
+import sys
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
+from pairtune.models.bridge.towers import is_shell
 from pairtune.models.experts import RecordedRouter
 from pairtune.models.grouped import ExpertsLinear, Groups, rows_of
 
@@ -54,25 +58,54 @@ def install(lm: nn.Module) -> None:
         lm: Built with experts_implementation="pairtune".
     """
     for module in list(lm.modules()):
-        if not hasattr(module, "_is_expert_parallel"):  # which transformers gives those that it asks a function for
-            continue
-        for name in _MATRICES:
-            weight = module._parameters.get(name)
-            if weight is not None:
-                del module._parameters[name]
-                matrices = ExpertsLinear(weight.shape, module.is_transposed)
-                matrices.weight = weight
-                module.add_module(name, matrices)
+        if hasattr(module, "_is_expert_parallel"):  # which transformers gives those that it asks a function for
+            _make_modules(module, module.is_transposed)
+        elif type(module).__name__ == "Llama4TextMoe":
+            _make_modules(module.experts, transposed=True)
+            module.forward = partial(_llama4, module)
     _record(lm)
 
 
+def _make_modules(experts: nn.Module, transposed: bool) -> None:
+    for name in _MATRICES:
+        weight = experts._parameters.get(name)
+        if weight is not None:
+            del experts._parameters[name]
+            matrices = ExpertsLinear(weight.shape, transposed)
+            matrices.weight = weight
+            experts.add_module(name, matrices)
+
+
+@torch.compiler.disable
+def _llama4(mixture: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns what Llama 4's layer does: [T, D], and its router's logits [T, E].
+
+    There every expert computes every token, times a factor that is 0 for all but the chosen ones: nothing, of nothing.
+
+    Args:
+        hidden: [B, S, D].
+    """
+    tokens, experts = hidden.reshape(-1, hidden.shape[-1]), mixture.experts
+    scores, logits = mixture.router(tokens)
+    factors, chosen = scores.topk(mixture.top_k, dim=-1)
+    groups = Groups.of(chosen, mixture.num_experts)
+    rows = groups.spread(tokens) * factors.flatten()[groups.order, None]
+    gate, up = experts.gate_up_proj(rows, groups.ends).chunk(2, dim=-1)
+    rows = experts.down_proj(up * experts.act_fn(gate), groups.ends)
+    return mixture.shared_expert(tokens) + groups.gathered(rows, torch.ones_like(factors)), logits
+
+
 def _record(lm: nn.Module) -> None:
-    if not hasattr(lm, "router_aux_loss_coef"):  # transformers has no such loss for the others
+    text, there = lm.config.get_text_config(), vars(sys.modules[type(lm).__module__])
+    in_shell = is_shell(lm.config) and hasattr(text, "router_aux_loss_coef") and "load_balancing_loss_func" in there
+    if not (hasattr(lm, "router_aux_loss_coef") or in_shell):  # transformers has no such loss for the others
         return
-    recorder = (lm.base_model._can_record_outputs or {}).get("router_logits")
+    told = (getattr(model, "_can_record_outputs", None) or {} for model in (lm.base_model, lm.get_decoder()))
+    recorder = next((of["router_logits"] for of in told if "router_logits" in of), None)
+    per_token = getattr(lm, "num_experts_per_tok", None) or text.num_experts_per_tok
     for module in lm.modules():
         if isinstance(module, getattr(recorder, "target_class", ())):
-            module.recorded_router = RecordedRouter(lm.num_experts_per_tok)
+            module.recorded_router = RecordedRouter(per_token)
             module.register_forward_hook(lambda m, _, out: m.recorded_router.record(out[recorder.index]))
 
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from pairtune.config.rules import one_line
 from pairtune.models.bridge import experts
@@ -58,6 +58,8 @@ class Files:
         self._ours = {theirs: ours for ours, theirs in self._theirs.items()}
         self._shapes = {self._theirs.get(name, name): v.shape for name, v in model.lm.state_dict().items()}
         self._first = model.ties
+        self._towers = tuple(f"{name}." for name in model.towers)
+        self.in_towers: set[str] = set()  # of the first folder's tensors, those of what texts do not pass through
 
     def plan(self, tensors: Mapping[str, Tensor]) -> Plan:
         """Returns where the model's tensors come from in a folder.
@@ -97,6 +99,8 @@ class Files:
                     continue
                 for target, source in made.items():
                     sources.setdefault(self.our_name(target), []).append(source)
+        found = ((name, source.keys) for name, sources in sources.items() for source in sources)
+        self.in_towers = {key for name, keys in found if name.startswith(self._towers) for key in keys}
         return Plan(sources, strange)
 
     def our_name(self, theirs: str) -> str:
@@ -112,13 +116,13 @@ class Files:
         keys = tuple(key for key, _ in group)
         if converter is None:
             return {name: Source(keys, lambda values: values[0])}
-        lm, patterns = self._lm, [pattern for _, pattern in group]
+        lm, patterns = _UnderTheirNames(self._lm, self._ours), [pattern for _, pattern in group]
 
         def convert(values: list[Tensor]) -> dict[str, Tensor]:
             one = copy.deepcopy(converter)
             for key, pattern, value in zip(keys, patterns, values, strict=True):
                 one.add_tensor(name, key, pattern, value)
-            made = one.convert(name, model=lm, config=lm.config)
+            made = one.convert(name, model=lm, config=lm.config)  # some look at a parameter's shape
             return {target: v[0] if isinstance(v, list) else v for target, v in made.items()}
 
         targets = convert([tensors[key] for key in keys])
@@ -129,7 +133,21 @@ class Files:
         from transformers.core_model_loading import revert_weight_conversion
 
         found = {self.their_name(name): value for name, value in weights.items()}
-        return {name: _on_its_own(v) for name, v in revert_weight_conversion(self._lm, found).items()}
+        lm = _UnderTheirNames(self._lm, self._ours)
+        return {name: _on_its_own(v) for name, v in revert_weight_conversion(lm, found).items()}
+
+
+class _UnderTheirNames:
+    """A model for transformers' conversions, which ask for parameters by names that `experts.install` has changed."""
+
+    def __init__(self, lm: nn.Module, ours: Mapping[str, str]):
+        self._lm, self._ours = lm, ours
+
+    def __getattr__(self, name: str):
+        return getattr(self._lm, name)
+
+    def get_parameter(self, name: str) -> nn.Parameter:
+        return self._lm.get_parameter(self._ours.get(name, name))
 
 
 def _on_its_own(value: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from pairtune.models.grouped import ExpertsLinear
 QUERIES, KEYS, VALUES, OUT = "attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.output_proj"
 GATE, DOWN, UP = "mlp.w1", "mlp.w2", "mlp.w3"
 OUTPUT, ROUTER = "output", "mlp.router"
+TOWER = "tower.*"  # of images and sound
 READ = "mamba.*"  # whose weight a kernel reads: an adapter beside it would have no effect, as PEFT says, too
 
 # The last part of a layer's name: torchtune's names of what it computes. Fused ones compute several.
@@ -37,16 +38,18 @@ _ATTENTION = re.compile(r"(^|\.)(self_attn|attn|attention|self_attention|tempora
 def parts_of(model: BridgedDecoder) -> dict[str, set[str]]:
     """Returns, by the name of each linear layer, experts' too, what it computes, in the words of rules.LORA_LAYERS.
 
-    A layer whose name is in neither table, such as that of a state space, computes none of them; all-linear means it.
+    A layer whose name is in neither table, such as that of a state space, computes none of them; all-linear means it,
+    unless it is of a tower.
     """
-    head, found = model.output, {}
+    head, found, towers = model.output, {}, tuple(f"{name}." for name in model.towers)
     # State spaces (Mamba): A and D are of nothing else.
     mixers = tuple(f"{name}." for name, m in model.named_modules() if hasattr(m, "A_log") and hasattr(m, "D"))
     for name, module in model.named_modules():
         if type(module) not in (nn.Linear, ExpertsLinear):
             continue
         is_read = name.startswith(mixers) and not name.endswith(".in_proj")
-        found[name] = {OUTPUT} if module is head else {READ} if is_read else set(_parts(name))
+        beside = {TOWER} if name.startswith(towers) else {READ} if is_read else set()
+        found[name] = {OUTPUT} if module is head else beside or set(_parts(name))
     return found
 
 
