@@ -121,23 +121,3 @@ MODELS = {  # config: (parameters, config.json)
         _LLAMA2 | _sizes(128, 512, 2, 4, 4) | {"vocab_size": 1536, "max_position_embeddings": 1024},
     ),
 }
-
-_EXPERTS = {"tie_word_embeddings": False, "output_router_logits": False}
-BRIDGED = {  # the same, of configs whose folder says what the model is, and transformers computes it
-    "qwen3_30b_a3b": (
-        30_532_122_624,
-        _QWEN | _EXPERTS | _sizes(2048, 6144, 48, 32, 4)
-        | {"model_type": "qwen3_moe", "vocab_size": 151_936, "head_dim": 128, "max_position_embeddings": 40_960}
-        | {"moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True}
-    ),
-    "gpt_oss_20b": (
-        20_914_757_184,
-        _EXPERTS | _sizes(2880, 2880, 24, 64, 8)
-        | {"model_type": "gpt_oss", "vocab_size": 201_088, "head_dim": 64, "max_position_embeddings": 131_072}
-        | {"num_local_experts": 32, "num_experts_per_tok": 4, "sliding_window": 128, "rms_norm_eps": 1e-5}
-        | {"rope_theta": 150_000.0, "quantization_config": {"quant_method": "mxfp4"}, "rope_scaling": {
-            "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
-            "original_max_position_embeddings": 4096,
-        }}
-    ),
-}  # fmt: skip

@@ -10,6 +10,7 @@ from collections import defaultdict
 import pytest
 import torch
 from helpers import ROOT
+from published_bridged import BRIDGED
 from test_bridge import component
 
 from pairtune import models
@@ -46,6 +47,13 @@ def test_every_type_is_right_or_refused(sweep, rows):
     assert len(trained) >= 110
     for row in trained:
         assert float(row["logps"]) <= sweep["LOGPS"] and float(row["gradients"]) <= sweep["GRADIENTS"], row[0]
+
+
+def test_the_table_of_configs_says_how_each_takes_a_prompt(rows):
+    page = (ROOT / "docs" / "transformers.md").read_text()
+    for name, (size, content) in BRIDGED.items():
+        kind = content["model_type"]
+        assert f"| `{name}` | {kind} | {size:,} | {rows[kind]['way']} |" in page
 
 
 def test_some_types_of_each_outcome_are_found_as_the_table_has_them(sweep, rows, tmp_path):
