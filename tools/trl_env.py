@@ -21,9 +21,9 @@ def python_of(folder: Path, say=print) -> str:
     python, made = folder.absolute() / "bin" / "python", folder / MADE
     if not made.is_file():
         say(f"making {folder}: TRL and what it needs, by pip")
-        _run(sys.executable, "-m", "venv", "--clear", str(folder))
+        run(sys.executable, "-m", "venv", "--clear", str(folder))
         torch = f"torch=={version('torch').partition('+')[0]}"  # a step's speed is to be TRL's, not torch's
-        _run(python, "-m", "pip", "install", torch, "numpy", "--upgrade", "trl", "peft")
+        run(python, "-m", "pip", "install", torch, "numpy", "--upgrade", "trl", "peft")
         liger = subprocess.run(
             [python, "-m", "pip", "install", torch, "liger-kernel"], capture_output=True, check=False
         )
@@ -39,13 +39,21 @@ def versions_of(folder: Path) -> str:
 
 
 def _installed(python: Path) -> dict[str, str]:
-    told = json.loads(_run(python, "-m", "pip", "list", "--format", "json"))
+    told = json.loads(run(python, "-m", "pip", "list", "--format", "json"))
     numbers = {package["name"].lower().replace("_", "-"): package["version"] for package in told}
     return {name: numbers[name] for name in ("torch", *PACKAGES) if name in numbers}
 
 
-def _run(*command: str | Path) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def run(*command: str | Path, **how) -> str:
+    """Returns what a command prints.
+
+    Args:
+        how: Of subprocess.run.
+
+    Raises:
+        SystemExit: It fails; its last line is told.
+    """
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **how)
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines()
         raise SystemExit(f"{' '.join(map(str, command))}: {said[-1] if said else done.returncode}")

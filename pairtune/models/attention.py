@@ -95,7 +95,6 @@ class GroupedAttention(MultiHeadAttention):
         v = self.v_proj(y).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         if self.kv_cache is not None and self.cache_enabled:
             k, v = self.kv_cache.update(k, v)
-            k, v = (cached[:, :, : mask.shape[-1]] for cached in (k, v))  # what is filled
         dropout_p = self.attn_dropout if self.training else 0.0
         is_causal = self.kv_cache is None and mask is None and self.is_causal
         output = self._attention_call(q, k, v, mask=mask, dropout_p=dropout_p, is_causal=is_causal)
@@ -218,6 +217,8 @@ class Attention:
         if is_causal:
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
         scale = self.scale or q.shape[-1] ** -0.5
+        if not torch.is_grad_enabled():
+            return written_out(q, k, v, mask, scale, self.softcap, dropout_p, self.sinks)
         # Backward computes the scores again: kept, a layer's would take more memory than all else of it.
         how = {"use_reentrant": False, "preserve_rng_state": dropout_p > 0}
         return checkpoint(written_out, q, k, v, mask, scale, self.softcap, dropout_p, self.sinks, **how)

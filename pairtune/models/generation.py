@@ -1,18 +1,20 @@
 """Prompts answered by a model as it is, a token at a time, with a cache of keys and values."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchtune.modules import TransformerDecoder
-from torchtune.modules.common_utils import local_kv_cache
 
 from pairtune import console
 from pairtune.dist import World
 from pairtune.errors import UserError
+from pairtune.models.attention import GroupedAttention
 from pairtune.models.bridge.decoder import BridgedDecoder
+from pairtune.models.cached import cached, seen_by_the_newest
 
 
 @dataclass(frozen=True)
@@ -132,19 +134,23 @@ def _padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Ten
 
 
 def _cached(model: TransformerDecoder, prompts: list[list[int]], room: int, world: World):
-    """Yields logits [B, V] of the next token, and is sent that, [B, 1]: by torchtune's cache, as far as it goes."""
+    """Yields logits [B, V] of the next token, and is sent that, [B, 1]: with keys and values kept in each layer."""
     tokens, there, position = _padded(prompts, world.device)
     width, alike = tokens.shape[1], _Alike(model, world) if world.size > 1 else model
-    how = {"batch_size": len(prompts), "device": world.device, "dtype": model.tok_embeddings.weight.dtype}
+    how = {"device": world.device, "dtype": model.tok_embeddings.weight.dtype}
+    padded = len({*map(len, prompts)}) > 1
+    windows = {module._attention_call.window for module in model.modules() if isinstance(module, GroupedAttention)}
     # A token sees those before it that are no padding; padding sees itself, since a softmax over nothing is NaN.
     sees = torch.ones(width, width, dtype=torch.bool, device=world.device).tril() & there[:, None]
     sees |= torch.eye(width, dtype=torch.bool, device=world.device)
-    with local_kv_cache(model, **how, decoder_max_seq_len=width + room), _last_only(model):
+    alike = _not_compiled(alike) if model.pairtune.is_compiled else alike
+    with cached(model, len(prompts), width + room, **how), _last_only(model):
         token = yield alike(tokens, mask=sees, input_pos=position)[:, -1]
-        while True:
-            there = torch.cat([there, torch.ones_like(there[:, :1])], 1)
-            position = position[:, -1:] + 1
-            token = yield alike(token, mask=there[:, None], input_pos=position)[:, -1]
+        there, position = F.pad(there, (0, room), value=True), position[:, -1:]
+        for filled in range(width + 1, width + room):
+            position = position + 1
+            seen = seen_by_the_newest(there[:, :filled], windows, padded=padded)
+            token = yield alike(token, mask=seen, input_pos=position)[:, -1]
 
 
 def _bridged(model: BridgedDecoder, prompts: list[list[int]], room: int, world: World):
@@ -155,6 +161,16 @@ def _bridged(model: BridgedDecoder, prompts: list[list[int]], room: int, world: 
     while True:
         step = yield alike(step, mask=mask, input_pos=position, cache=cache)[:, -1]
         mask, position = torch.cat([mask, torch.ones_like(step)], 1), position[:, -1:] + 1
+
+
+def _not_compiled(model: Callable) -> Callable:
+    """A model whose layers compute as written: what they keep has another size at each token, for each a program."""
+
+    def call(*args, **kwargs):
+        with torch.compiler.set_stance("force_eager"):
+            return model(*args, **kwargs)
+
+    return call
 
 
 @contextmanager
