@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
-from typing import Any
+from typing import IO, Any
 
 from pairtune.errors import UserError
 
@@ -76,11 +76,24 @@ def write_text(path: Path, text: str, *, durable: bool = False) -> None:
 
 def write_bytes(path: Path, content: bytes, *, durable: bool = False) -> None:
     """Replaces a small file at once, as `write_text` does."""
+    with replacing(path, "wb", durable=durable) as file:
+        file.write(content)
+
+
+@contextmanager
+def replacing(path: Path, mode: str = "w", *, durable: bool = False) -> Iterator[IO]:
+    """Gives a file to write, which takes the path's place at once when the context ends, and not after an error.
+
+    Args:
+        mode: w for text in UTF-8, wb for bytes.
+        durable: As for write_text.
+    """
     path = Path(os.path.realpath(path))  # a link stays one
     temporary = path.with_name(f".{path.name}.{token_hex(4)}")  # another process may write the same file
     try:
-        with temporary.open("wb") as file:  # with the mode that the umask gives, unlike tempfile's
-            file.write(content)
+        # With the mode that the umask gives, unlike tempfile's
+        with temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
             if durable:
                 file.flush()
                 os.fsync(file.fileno())

@@ -8,7 +8,20 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # From the top
-ROOMS = ("cli", "judge", "run", "reference", "hub", "losses", "folders", "models", "pairs", "config", "tokenizer")
+ROOMS = (
+    "cli",
+    "making",
+    "judge",
+    "run",
+    "reference",
+    "hub",
+    "losses",
+    "folders",
+    "models",
+    "pairs",
+    "config",
+    "tokenizer",
+)
 LEAVES = ("console", "dist", "errors", "files", "torchao_names")  # on the ground: they use each other only
 LONGEST = 60  # lines of a function
 RECIPE = 295  # lines of one, DEFAULTS included
@@ -64,7 +77,7 @@ def test_no_modules_import_each_other_in_a_circle():
 def test_the_package_shows_rooms_and_a_few_leaves():
     entries = {path.name for path in (ROOT / "pairtune").iterdir() if path.name != "__pycache__"}
     assert entries == {"__init__.py", *ROOMS, *(f"{leaf}.py" for leaf in LEAVES)}
-    assert len(entries) <= 17
+    assert len(entries) <= 18
 
 
 def test_a_function_fits_a_screen():
