@@ -1,8 +1,8 @@
 """Rated answers to pairs: which two of them, and which share of the questions is held out. No torch.
 
-Zephyr (arXiv 2310.16944, section 3): the answer with the highest score, and a random one with a lower score; the score is
-UltraFeedback's overall_score. Notus (Argilla's ultrafeedback-binarized-preferences, 2023): the same with the mean of the
-four ratings, since overall_score calls hundreds of bad answers a 10.
+Zephyr (arXiv 2310.16944, section 3): the answer with the highest score, and a random one with a lower score; the score
+is UltraFeedback's overall_score. Notus (Argilla's ultrafeedback-binarized-preferences, 2023): the same with the mean of
+the four ratings, since overall_score calls hundreds of bad answers a 10.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """Questions with several answers that were scored, of any source: what pairs are made from. No torch.
 
-UltraFeedback's ratings and HelpSteer's attributes are read here, by aspect; whatever else has scores or ranks is read by
-the forms that training knows (pairs/recognise.py).
+UltraFeedback's ratings and HelpSteer's attributes are read here, by aspect; whatever else has scores or ranks is read
+by the forms that training knows (pairs/recognise.py).
 """
 
 import json
@@ -71,8 +71,8 @@ def read_rated(rows: Rows, key: str = "source") -> tuple[Iterator[Rated | str], 
     sample = next((found for row in renamed.first(10) if (found := _ranked(form, row))), None)
     if not isinstance(sample, list):
         raise UserError(
-            f"{rows.source}: its rows ({form.name}) say which answer is better, and hold no scores or ranks of several: "
-            "there is nothing to make pairs of; train on it as it is, or name the columns: "
+            f"{rows.source}: its rows ({form.name}) say which answer is better, and hold no scores or ranks of "
+            "several: there is nothing to make pairs of; train on it as it is, or name the columns: "
             "columns='{prompt: question, answers: replies, scores: ratings}'"
         )
     return _each(renamed, partial(_of_form, form=form)), [OVERALL]

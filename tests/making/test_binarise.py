@@ -117,9 +117,9 @@ def test_ultrafeedbacks_raw_layout_gives_the_pairs_ties_and_drops_of_a_count(tmp
 
 
 def test_the_random_answer_is_each_of_the_worse_ones_as_often():
-    row = {"instruction": "q", "completions": [
-        {"response": f"a{n}", "annotations": {}, "overall_score": score} for n, score in enumerate([2.0, 9.0, 4.0, 9.0, 4.0])
-    ]}  # fmt: skip
+    scores = [2.0, 9.0, 4.0, 9.0, 4.0]
+    answers = [{"response": f"a{n}", "annotations": {}, "overall_score": score} for n, score in enumerate(scores)]
+    row = {"instruction": "q", "completions": answers}
     rated, _ = read_rated(Rows([row] * 3000))
     drawn = [pair["rejected"] for pair, _ in binarise(rated, WAYS["zephyr"], seed=1)]
     assert {answer: round(drawn.count(answer) / 1000, 1) for answer in set(drawn)} == {"a0": 1.0, "a2": 1.0, "a4": 1.0}
