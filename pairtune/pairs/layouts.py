@@ -34,6 +34,8 @@ _ANSWERS = (
     "reply",
     "replie",
 )
+_NAMES = ("model", "policy", "name", "author", "annotator", "judge", "worker", "source", "id", "system", "label")
+_ENTRY = re.compile(r"(?:^|\.)\d+(?=\.|$)")
 _FEW = 4  # values that a column of choices may have, ties included
 _SHORT = 12  # characters of such a value, where nothing else tells it from an answer
 
@@ -158,7 +160,7 @@ def guess(rows: Sequence[dict], values_of: Callable[[str], Iterable]) -> tuple[d
         return _likely(row, values_of), False
     described: dict = {"answers": list(answers)}
     texts = [name for name in kinds if kinds[name] in ("text", "transcript", "messages") and name not in answers]
-    question = next((name for name in QUESTIONS if name in texts), None)
+    question = next((name for asked in QUESTIONS for name in texts if name.lower() == asked), None)
     whole = all(kinds[name] == "messages" for name in answers)
     if question and not (whole and question not in ("prompt", "question")):
         described = {"prompt": question} | described
@@ -175,6 +177,8 @@ def guess(rows: Sequence[dict], values_of: Callable[[str], Iterable]) -> tuple[d
         names = names_of(answers, values)
         if names:
             return described | {"choice": column}, bool(question or whole) and column in CHOICES
+        if any(re.fullmatch(r"-?\d*\.\d+", word) for word in values - set(TIE_WORDS)):  # a number, and no choice
+            continue
         words = sorted(values - set(TIE_WORDS), reverse=values <= {"true", "false"})[:2]  # true: the first is better
         if len(words) == 2 and not pairs and (column in CHOICES or column == others[-1]):
             return described | {"choice": {column: words}}, False
@@ -219,16 +223,29 @@ def _likely(row: dict, values_of: Callable[[str], Iterable]) -> dict:
     rest = [name for name in texts if name not in (better, worse, choice)]
     long = [name for name in rest if name not in few]
     rest = long if len(long) >= 3 else rest
-    question = next((name for name in rest if any(word in name.lower() for word in QUESTIONS)), next(iter(rest), None))
+    siblings = _siblings(rest)
+    asking = [name for name in rest if name not in siblings and not _ENTRY.search(name)]  # of a list, one is not all
+    asking = [name for name in asking if not name.lower().startswith("system")]
+    named = (name for name in asking if any(word in name.lower() for word in (*QUESTIONS, "user", "human")))
+    question = next(named, next(iter(asking), None))
     if question and better and worse:
         return {"prompt": question, "chosen": better, "rejected": worse}
-    answers = [name for name in rest if name != question][:2]
-    if len(answers) < 2:
+    answers = siblings or [name for name in rest if name != question and not name.lower().startswith("system")][:2]
+    if len(answers) < 2 or question is None:
         return {}
     if choice is None:
         return {"prompt": question, "chosen": answers[0], "rejected": answers[1]}
     values = few[choice] if len(few[choice]) > 1 else ["FIRST", "SECOND"]  # to be filled in
     return {"prompt": question, "answers": answers, "choice": {choice: values}}
+
+
+def _siblings(names: Sequence[str]) -> list[str]:
+    """Returns the first two entries' texts of a list of answers, such as summaries.0.text and summaries.1.text."""
+    for name in names:
+        other = _ENTRY.sub(lambda match: match[0].replace("0", "1"), name, count=1)
+        if other != name and other in names and not set(re.split(r"[^a-z]+", name.lower())) & set(_NAMES):
+            return [name, other]
+    return []
 
 
 def _labels(cells: Iterable) -> list[str]:
@@ -283,15 +300,26 @@ def _suffixes(answers: Sequence[str]) -> tuple[str, ...] | None:
 
 
 def _two_answers(kinds: dict[str, str]) -> tuple[str, str] | None:
-    """Returns two columns of texts or conversations whose names differ in their suffix alone."""
-    answers = [name for name, kind in kinds.items() if kind in ("text", "messages", "message")]
+    """Returns two columns of texts or conversations whose names differ in their suffix alone; none where several such
+    pairs may be the answers."""
+    texts = [name for name, kind in kinds.items() if kind in ("text", "messages", "message")]
     orders = (("1", "2"), ("0", "1"), ("a", "b"), ("first", "second"), ("left", "right"))
-    for first, second in combinations(answers, 2):
-        if kinds[first] == kinds[second]:
-            for pair in ((first, second), (second, first)):
-                if _suffixes(pair) in orders and not _VOTES.fullmatch(first):
-                    return pair
-    return None
+    found = [
+        pair
+        for first, second in combinations(texts, 2)
+        for pair in ((first, second), (second, first))
+        if kinds[first] == kinds[second] and _suffixes(pair) in orders and not _VOTES.fullmatch(first)
+    ]
+    found = [pair for pair in found if not set(_stem(pair[0])) & set(_NAMES)]  # who has answered, and not what
+    if len(found) > 1:
+        found = [pair for pair in found if kinds[pair[0]] != "text" or set(_stem(pair[0])) & set(_ANSWERS)]
+    return found[0] if len(found) == 1 else None
+
+
+def _stem(name: str) -> list[str]:
+    """Returns the words of a name, in the singular, but for its suffix."""
+    stem = _STEM_AND_SUFFIX.fullmatch(name)[1].lower()
+    return [word.strip("s") for word in re.split(r"[^a-z]+", stem)]
 
 
 def values_in(cells: Iterable) -> set[str] | None:

@@ -332,6 +332,45 @@ def test_the_error_shows_the_line_filled_in_where_values_do_not_name_an_answer(r
     assert len(form.read(renamed[0])) == 1  # the line as it stands is one that works
 
 
+def test_whose_an_answer_is_stands_for_no_answer():
+    """Two columns of names beside two of answers, in any order; two of names alone are none."""
+    winners = [{"winner": name} for name in ("model_b", "model_a", "tie")]
+    answers = {"response_a": "It is.", "response_b": "It is not."}
+    for names in ({"model_a": "gpt", "model_b": "llama"}, {"annotator_1": "x", "annotator_2": "y"}):
+        for beside in ({**names, **answers}, {**answers, **names}):
+            form, rows = recognise(Rows([{"prompt": "Q", **beside, **winner} for winner in winners]), "dataset")
+            pairs = [(pair.chosen, pair.rejected) for row in (rows[0], rows[1]) for pair in form.read(row)]
+            assert pairs == [("It is not.", "It is."), ("It is.", "It is not.")]
+        with pytest.raises(UserError, match="no known format"):
+            recognise(Rows([{"prompt": "Q", **names, **winner} for winner in winners]), "dataset")
+    two = {**answers, "reply_a": "So it is.", "reply_b": "No."}  # which of these?
+    with pytest.raises(UserError, match="no known format"):
+        recognise(Rows([{"prompt": "Q", **two, **winner} for winner in winners]), "dataset")
+
+
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        ({"system": "Be kind.", "user": "Q", "good": "g", "bad": "b"}, "{prompt: user, chosen: good, rejected: bad}"),
+        ({"info": {"id": "t3", "post": "A post.", "title": "T"}, "summaries": [{"text": "W", "policy": "p"},
+          {"text": "B", "policy": "q"}], "verdict": 1, "worker": "x"},
+         "{prompt: info.post, answers: [summaries.0.text, summaries.1.text], choice: {verdict: [0, 1]}}"),
+        ({"Question": "Q", "Response A": "a", "Response B": "b", "Human Choice": "A"},
+         "{prompt: Question, answers: [Response A, Response B], choice: Human Choice}"),
+        ({"prompt": "Q", "reply_a": "x", "reply_b": "y", "preference_score": 0.9},
+         "{prompt: prompt, answers: [reply_a, reply_b], choice: {COLUMN: [FIRST, SECOND]}}"),
+        ({"conversation": [{"human": "Q", "assistant": "A"}, {"human": "R"}], "good": "g", "bad": "b"}, None),
+    ],
+)  # fmt: skip
+def test_a_line_that_is_shown_names_the_question_and_the_answers_or_none(row, line):
+    """Not a system message, a number, an id, or the first of several turns."""
+    other = {"verdict": 0, "Human Choice": "B", "preference_score": 0.2}
+    with pytest.raises(UserError) as refused:
+        read([row, row | {name: value for name, value in other.items() if name in row}])
+    said = str(refused.value)
+    assert f"dataset.columns={line}" in said if line else "dataset.columns={" not in said
+
+
 @pytest.mark.parametrize("beside", [{"preferred": "x"}, {"p_a_better": 0.7}, {}])
 def test_a_choice_that_nobody_can_guess_is_left_to_be_filled_in(beside):
     with pytest.raises(UserError, match=r"answers: \[reply_a, reply_b\], choice: \{\w+: \[FIRST, SECOND\]\}\}"):
