@@ -835,6 +835,7 @@ def test_a_pair_of_weight_two_counts_as_two_and_a_margin_is_what_rewards_have_to
 def test_weights_and_margins_are_refused_by_losses_that_take_none():
     for loss_fn, names, said in (
         (build("ipo"), ["weight", "margin"], "dataset.columns.margin: the loss ipo takes no margins"),
+        (build("kto"), ["margin"], "dataset.columns.margin: the loss kto takes no margins"),
         (build("aot"), ["weight"], "dataset.columns.weight: the loss aot takes no weights"),
         (
             DPOLoss(),

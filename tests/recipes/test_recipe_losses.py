@@ -470,6 +470,27 @@ def test_two_processes_compute_every_loss_as_one_does(inputs, tmp_path):
             torch.testing.assert_close(weights[key], expected[key], atol=atol, rtol=0, msg=f"{name}: {key}")
 
 
+def test_single_answers_have_weights_of_their_own_and_no_margins(run, inputs, tmp_path):
+    """A step's loss is a weighted mean, however it is cut; weights that are all one change nothing."""
+    rows = [json.loads(line) for line in (inputs / "train.jsonl").read_text().splitlines()]
+    answers = [(row["prompt"], row[name], name == "chosen") for row in rows for name in ("chosen", "rejected")]
+    with (tmp_path / "single.jsonl").open("w") as file:
+        for i, (prompt, answer, label) in enumerate(answers[::3]):
+            row = {"prompt": prompt, "completion": answer, "label": label, "some": 0.5 + i % 4, "same": 3}
+            file.write(json.dumps(row) + "\n")
+    how = ["loss=kto", f"dataset.source={tmp_path / 'single.jsonl'}", "max_steps=3", "eval_dataset.source=null"]
+
+    def losses(name, *settings):
+        return [row["loss"] for row in training(run("lora_dpo_single_device", *how, *settings, name=name))]
+
+    plain, some = losses("plain"), losses("some", "dataset.columns={weight: some}")
+    assert losses("cut", "dataset.columns={weight: some}", "batch_size=1") == pytest.approx(some, abs=1e-5)
+    assert losses("same", "dataset.columns={weight: same}") == pytest.approx(plain, abs=1e-6)
+    assert max(abs(one - other) for one, other in zip(plain, some, strict=True)) > 1e-4
+    with pytest.raises(UserError, match="dataset.columns.margin: the loss kto takes no margins"):
+        losses("margin", "dataset.columns={margin: some}")
+
+
 # Faults that other libraries have
 
 
