@@ -58,6 +58,17 @@ def load_peer(folder, adapter=None):
     return PeftModel.from_pretrained(peer, adapter).eval()
 
 
+@torch.no_grad()
+def hold_in_nf4(peer):
+    """Rounds the weights of linear layers but the output to what NF4 holds of them; returns the model."""
+    from torchao.dtypes.nf4tensor import to_nf4
+
+    for module in peer.base_model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight.copy_(to_nf4(module.weight.float()).get_original_weight())
+    return peer
+
+
 def padded(pairs):
     """Returns tokens [2 P, S] of every conversation in a row, chosen answers first, and labels, -100 but in answers."""
     conversations = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]

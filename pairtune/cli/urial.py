@@ -44,6 +44,16 @@ def _asked(question: str) -> str:
 
 
 def cut(text: str) -> str:
-    """Returns an answer up to where the model closes it, or begins the next question itself."""
-    ends = [text.find(end) for end in (f"\n{FENCE}", f"\n{QUERY.strip()}") if end in text]
-    return text[: min(ends)].strip() if ends else text.removesuffix(FENCE).strip()
+    """Returns an answer up to where the model closes it, or begins the next question itself.
+
+    A fence alone on its line closes the answer, unless a block of code was opened in it.
+    """
+    kept, in_code = [], False
+    for line in text.split("\n"):
+        if line.startswith(QUERY.strip()) or (line.rstrip() == FENCE and not in_code):
+            break
+        if line.startswith(FENCE):
+            in_code = line.rstrip() != FENCE
+        kept.append(line)
+    answer = "\n".join(kept).strip()
+    return answer.removesuffix(FENCE).strip() if answer.count(FENCE) % 2 else answer

@@ -11,8 +11,11 @@ from functools import cached_property
 from torch import Tensor, nn
 
 from pairtune import models
+from pairtune.config.rules import LORA_LAYERS
 from pairtune.folders.families import Module, Part
 from pairtune.models.bridge.files import PREFIX, Files, Plan
+from pairtune.models.bridge.roles import parts_of
+from pairtune.models.build import UNQUANTIZED
 from pairtune.models.grouped import ExpertsLinear
 
 
@@ -79,6 +82,23 @@ class BridgedFamily:
     @cached_property
     def _by_name(self) -> dict[str, Module]:
         return {module.theirs: module for module in self.modules}
+
+    def lora_modules(self, theirs: set[str]) -> list[str]:
+        """Returns what lora.modules says for these linear layers, [] where nothing says just them.
+
+        Args:
+            theirs: Names, with a {} for each number.
+        """
+        parts = parts_of(self._model)
+        wanted = {name for name in parts if _without_numbers(name.removeprefix(PREFIX)) in theirs}
+        if wanted == {name for name, of_layer in parts.items() if not UNQUANTIZED & of_layer}:
+            return ["all-linear"]
+        computed = set().union(*(parts[name] for name in wanted))
+        named = {of[0]: module for module, of in reversed(LORA_LAYERS.items()) if len(of) == 1}
+        is_said = (
+            wanted == {name for name, of_layer in parts.items() if of_layer & computed} and computed <= named.keys()
+        )
+        return [named[part] for part in sorted(computed)] if is_said else []
 
     def find_theirs(self, layer: str) -> tuple[Module, list[str]] | None:
         """Returns which module one of their layers is, and our layer in it; None for an unknown one."""

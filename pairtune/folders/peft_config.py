@@ -10,6 +10,7 @@ from pairtune import models
 from pairtune.config.rules import LORA_LAYERS, fits, kind_words, show
 from pairtune.errors import UserError
 from pairtune.files import read_object
+from pairtune.folders.bridged import BridgedFamily
 from pairtune.folders.families import Family, Module
 from pairtune.models.grouped import LoRAExpertsLinear
 
@@ -132,12 +133,13 @@ def _as_modules(layers: set[str], family: Family) -> str:
 
 
 def _names_of(layers: set[str], family: Family) -> list[str]:
-    names = []
+    names, left = [], layers
     for name in family.lora_names:
-        if (ours := set(LORA_LAYERS[name])) <= layers:
+        ours = set(LORA_LAYERS[name])
+        if ours <= layers and ours & left:  # GPT-2's c_proj is attention's and the MLP's
             names.append(name)
-            layers = layers - ours
-    return [*names, *sorted(layers)]
+            left = left - ours
+    return [*names, *sorted(left)]
 
 
 def lora_of(folder: Path, family: Family, key: str) -> dict:
@@ -158,9 +160,13 @@ def lora_of(folder: Path, family: Family, key: str) -> dict:
         ends = targets if isinstance(targets, list) else [m.theirs for m in family.modules if _is_meant(m, targets)]
         found = [m for target in map(str, ends) for m in _modules_of(target, family)]
         modules = _names_of({models.without_numbers(part.name) for m in found for part in m.parts}, family)
-        modules = sorted({n if n in LORA_LAYERS else n.rpartition(".")[2] for n in modules})  # of transformers' classes
-    if not modules:
-        raise UserError(f"{key}: target_modules={show(targets)} names no layer of {family.name} that is adapted here")
+        if isinstance(family, BridgedFamily):
+            modules = family.lora_modules({m.theirs for m in found})
+    if not modules or not set(modules) <= LORA_LAYERS.keys():
+        raise UserError(
+            f"{key}: target_modules={show(targets)} are no layers of {family.name} that lora.modules has names for; "
+            f"{MERGE}"
+        )
     switches = {name: bool(config.get(name)) for name in ("use_dora", "use_rslora")}
     return {"rank": config["r"], "alpha": float(config["lora_alpha"]), "modules": modules, **switches}
 

@@ -11,12 +11,13 @@ import pytest
 import torch
 from helpers import ENVIRONMENT, NF4_SIZES, save_llama
 
-from pairtune.cli import main, urial
+from pairtune.cli import asking, main, urial
 from pairtune.models.generation import Sampling
 from pairtune.run.samples import show_samples
 
 PROMPTS = ["w5 w9 w100 w41", "w7", "w250 w12 w12 w88 w17 w301 w3 w9"]
 NEW = 24
+GREEDY = {"max_new_tokens": NEW, "sampling": Sampling(), "rng": torch.Generator()}
 
 
 @pytest.fixture(scope="module")
@@ -59,17 +60,65 @@ def test_greedy_answers_are_those_of_transformers(folder):
     assert len(set(expected)) == len(expected)
 
 
-@pytest.mark.parametrize("name", ["Olmo2", "Gemma3Text", "Lfm2"])
-def test_so_are_those_of_transformers_classes(folder, name):
-    """With windows, a convolution's state, and a cache of each architecture's own."""
-    import transformers
+FAMILIES = {  # what their configs have beside the sizes of all; of some, NF4 would hold other matrices than theirs
+    "Llama": {}, "Mistral": {"sliding_window": 16}, "Gemma": {"head_dim": 32}, "Qwen2": {},
+    "Gemma2": {"head_dim": 32, "sliding_window": 16, "query_pre_attn_scalar": 24}, "Qwen3": {"head_dim": 32},
+    "Phi3": {"original_max_position_embeddings": 128}, "GPT2": {}, "GPTNeoX": {},
+    "Olmo2": {}, "Gemma3Text": {"head_dim": 32, "sliding_window": 16}, "Lfm2": {},
+}  # fmt: skip
+SPLIT = ("Phi3", "GPT2", "GPTNeoX")
+SIZES = {"vocab_size": 320, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 128}
+SIZES |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
-    settings = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
-                "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
-                "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
-    settings |= {"head_dim": 16, "sliding_window": 8} if name.startswith("Gemma") else {}
-    peer = hf_peers.save_peer(folder / name, getattr(transformers, f"{name}Config")(**settings))
-    assert ask(folder, str(folder / name)) == greedy(peer, folder / name)
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_so_are_those_of_each_family_with_an_adapter_over_nf4(tmp_path, name):
+    """Token by token, from short and long prompts in one batch, each up to where generation stops; and without both.
+
+    With windows, a convolution's state, learned positions, and, of transformers' classes, a cache of their own.
+    """
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    peer = hf_peers.save_peer(tmp_path / "base", getattr(transformers, f"{name}Config")(**SIZES, **FAMILIES[name]))
+    if name.startswith(
+        "Gemma"
+    ):  # whose embeddings, which are the output, too, are so large that a token is followed by itself
+        peer.model.embed_tokens.weight.data.mul_(0.2)
+        peer.save_pretrained(tmp_path / "base")
+    prompts = [[1, 5, 9], [1, *range(3, 63)], [1, *range(40, 60)]]
+
+    def theirs(model, stops):
+        return [
+            model.generate(
+                input_ids=torch.tensor([p]), max_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=stops
+            )[0, len(p) :].tolist()
+            for p in prompts
+        ]
+
+    stop = theirs(peer, None)[1][7]  # a token that comes
+    for file in ("config.json", "generation_config.json"):
+        told = json.loads((tmp_path / "base" / file).read_text()) if (tmp_path / "base" / file).exists() else {}
+        (tmp_path / "base" / file).write_text(json.dumps(told | {"eos_token_id": [2, stop]}))
+
+    def check(model, adapter=None, base_dtype=None):
+        asked = asking.Model(asking.Asked(tmp_path / "base", adapter, base_dtype, ["dtype=fp32", "device=cpu"]))
+        expected = [[token for token in answer if token not in (2, stop)] for answer in theirs(model, [2, stop])]
+        found = ["".join(parts) for parts in zip(*asked.answers(prompts, **GREEDY), strict=True)]
+        assert found == [asked.tokenizer.decode(answer) for answer in expected]
+        return found
+
+    plain = check(peer)
+    assert len(plain[1].split()) <= 7
+    if name not in SPLIT:
+        hf_peers.hold_in_nf4(peer)
+    adapted = get_peft_model(peer, LoraConfig(r=4, lora_alpha=16, target_modules="all-linear"))
+    for parameter_name, parameter in adapted.named_parameters():
+        if "lora_B" in parameter_name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert check(adapted, tmp_path / "adapter", None if name in SPLIT else "nf4") != plain
 
 
 def test_an_adapter_of_peft_answers_as_it_does_there(folder):
@@ -90,14 +139,9 @@ def test_an_adapter_of_peft_answers_as_it_does_there(folder):
 
 
 def test_a_base_in_four_bits_answers_as_its_values_do(folder):
-    from torchao.dtypes.nf4tensor import to_nf4
     from transformers import AutoModelForCausalLM
 
-    peer = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
-    with torch.no_grad():
-        for module in peer.model.modules():
-            if isinstance(module, torch.nn.Linear):
-                module.weight.copy_(to_nf4(module.weight.float()).get_original_weight())
+    peer = hf_peers.hold_in_nf4(AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32))
     found = ask(folder, str(folder / "base"), "--base-dtype", "nf4")
     assert found == greedy(peer, folder / "base") != ask(folder, str(folder / "base"))
 
@@ -150,8 +194,10 @@ def test_models_are_compared_by_the_same_prompts(folder, tmp_path, capsys):
 def test_the_examples_of_urial_are_not_in_an_answer():
     text = urial.prompt("Why?")
     assert text.count(urial.QUERY) == 4 and text.endswith("Why?\n```\n\n# Answer:\n```")
-    for answer in ("It is so.\n```\n\n# Question:\n```\nMy bread", "It is so.\n\n# Question:\nMy", "It is so.```"):
-        assert urial.cut(answer) == "It is so."
+    for end in ("\n```\n\n# Question:\n```\nMy bread", "\n\n# Question:\nMy", "```", "\n```  \nMy bread", ""):
+        assert urial.cut(f"It is so.{end}") == "It is so."
+        assert urial.cut(f"Do:\n```sh\nls\n```\nIt is so.{end}") == "Do:\n```sh\nls\n```\nIt is so."
+        assert urial.cut(end.strip()) == ""
 
 
 def test_runs_are_compared_by_what_they_were_told_and_came_to(tmp_path, capsys, monkeypatch):

@@ -3,14 +3,18 @@
 import json
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 
 import hf_peers
 import pytest
+import tokenizers
 import torch
 from helpers import ROOT, SHARED, random_pairs
 from safetensors.torch import load_file, save_file
 
 from pairtune import models
+from pairtune.cli import main
 from pairtune.config.architectures import check_config
 from pairtune.errors import UserError
 from pairtune.folders import weights as checkpoint
@@ -216,7 +220,6 @@ def test_a_config_of_another_gpt_2_is_refused(tmp_path, change, words):
 @pytest.fixture
 def tutorial(tmp_path):
     """A tiny GPT-2 with its own tokenizer, the files as the Hub has them, and 50 rows with the data set's columns."""
-    tokenizers = pytest.importorskip("tokenizers")
     files = SHARED / "tokenizers" / "gpt2"
     if not files.is_dir():
         pytest.skip(f"{files} is not here: GPT-2's vocabulary")
@@ -264,6 +267,26 @@ def test_the_tutorial_runs_as_one_command_and_says_what_came_of_it(tutorial):
     settings = json.loads((tutorial / "run" / "export" / "adapter" / "adapter_config.json").read_text())
     assert settings["fan_in_fan_out"] is True and settings["lora_dropout"] == 0.1
     assert settings["target_modules"] == ["c_attn", "c_proj"]
+    check_comparison(tutorial)
+
+
+def check_comparison(tutorial):
+    """Base and tuned, asked as the tutorial asks them: one command, and what transformers answers with its settings."""
+    asked, base, run = "Is eating animals cruel?", tutorial / "base", tutorial / "run"
+    how = ["--seed", "31", "--top-k", "1", "--temperature", "0.1", "--max-new-tokens", "25"]
+    where = ["--output", str(tutorial / "answers.jsonl"), "device=cpu"]
+    with redirect_stdout(StringIO()) as out:
+        assert main(["compare", str(base), str(run), "--prompt", asked, *how, *where]) == 0
+    (row,) = [json.loads(line) for line in (tutorial / "answers.jsonl").read_text().splitlines()]
+    tokenizer = tokenizers.Tokenizer.from_file(str(base / "tokenizer.json"))
+    tokens = torch.tensor([tokenizer.encode(f"{asked}\n").ids])  # as plain text is trained
+    for shown, folder in ((base, base), (run, run / "export")):
+        peer = hf_peers.load_peer(folder)
+        said = {"do_sample": True, "top_k": 1, "temperature": 0.1, "max_new_tokens": 25, "pad_token_id": 50_256}
+        answered = peer.generate(tokens, **said)[0, tokens.shape[1] :].tolist()
+        assert row[str(shown)] == tokenizer.decode(answered)
+    changed = int(row[str(base)] != row[str(run)])
+    assert f"{changed} of 1 answers changed against {base}" in out.getvalue()
 
 
 @pytest.mark.parametrize(
