@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from random_work import MODELS
+
 # Attention's back ends: a name, and whether layers are compiled
 
 BACK_ENDS = {
@@ -24,6 +26,8 @@ OFFLOADED = "optimizer._component_=torchao.optim.CPUOffloadOptimizer"
 PAGED = "optimizer._component_=bitsandbytes.optim.PagedAdamW"
 AWAY = ["enable_activation_offloading=true"]
 FP8 = ["enable_fp8_training=true", "dtype=bf16"]
+BRIDGE = ["model._component_=pairtune.models.bridge.causal_lm", "model.path=${checkpointer.checkpoint_dir}"]
+BRIDGED = [*(f"~model.{size}" for size in MODELS["tiny"]), *BRIDGE, "checkpointer.model_type=auto"]
 RECIPES = {  # recipe, overrides, what the CPU takes in place of these, how far losses may differ
     "lora": (LORA, [], None, EXACT),
     "full": (FULL, [], None, EXACT),
@@ -58,6 +62,10 @@ RECIPES = {  # recipe, overrides, what the CPU takes in place of these, how far 
     "full, AdamW8bit": (FULL, [BITS_8], (FULL, []), ROUGH),
     "full, CPUOffloadOptimizer": (FULL, [OFFLOADED], (FULL, []), EXACT),
     "full, PagedAdamW": (FULL, [PAGED], (FULL, []), EXACT),
+    "lora, bridged": (LORA, BRIDGED, None, EXACT),
+    "lora, bridged, flex": (LORA, [*BRIDGED, "attention=flex", "compile=true"], (LORA, BRIDGED), EXACT),
+    "lora, bridged, mask, compiled": (LORA, [*BRIDGED, "attention=mask", "compile=true"], (LORA, BRIDGED), EXACT),
+    "qlora, bridged": (QLORA, BRIDGED, None, QUANTIZED),
 }
 
 # Killed and continued

@@ -8,6 +8,7 @@ import hf_peers
 import pytest
 import torch
 from helpers import random_pairs, run_recipe
+from torch._dynamo.utils import counters
 from torch.nn.functional import scaled_dot_product_attention
 
 from pairtune import models
@@ -15,6 +16,8 @@ from pairtune.config.uses import check_installed
 from pairtune.errors import UserError
 from pairtune.folders.opening import make_ready
 from pairtune.folders.weights import Weights
+from pairtune.models.logps import answer_logps
+from pairtune.pairs.batch import lay_out
 
 # Matrices have a multiple of 16,384 weights or not; windows are shorter than a conversation, so that they bite.
 SIZES = {
@@ -98,6 +101,28 @@ def test_log_probabilities_and_gradients_are_those_of_transformers(base, capsys)
     settled = hf_peers.our_logps(model, pairs)
     model.pairtune.back_end = "mask"  # the one that defines the truth
     torch.testing.assert_close(hf_peers.our_logps(model, pairs), settled, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", ["Gemma3Text", "Lfm2"])  # two kinds of layers each: shared, with windows; apart
+def test_layers_are_compiled_once_for_all_batches_and_flex_sees_the_same(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_COMPILE_BACKEND", "eager")
+    torch._dynamo.reset()
+    counters.clear()
+    peer, graphs = save(name, tmp_path), set()
+    files = hf_peers.open_folder(tmp_path, "AUTO", component(tmp_path))
+    model = hf_peers.load_ours(files, component(tmp_path), compile_layers=True)
+    models.settle(model, random_pairs(4), hf_peers.ONE)
+    for seed in range(3):
+        pairs = random_pairs(3, seed=seed)
+        batch, expected = lay_out(pairs, row_length=256), hf_peers.peer_logps(peer, pairs)
+        torch.testing.assert_close(torch.cat(answer_logps(model, batch)), expected, rtol=1e-5, atol=0)
+        with torch.no_grad():
+            torch.testing.assert_close(torch.cat(answer_logps(model, batch)), expected, rtol=1e-5, atol=0)
+        graphs.add(counters["stats"]["unique_graphs"])
+    assert graphs == {4}  # with gradients and without, of each kind of layer
+    model.pairtune.back_end = "flex"  # which on a CPU has no backward
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        torch.testing.assert_close(torch.cat(answer_logps(model, batch)), expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("name", [name for name in (*DENSE, *APART) if name not in ELSEWHERE])
