@@ -144,8 +144,9 @@ def main(cfg):
     contract.check_trained(model, optimizer)
     torch.manual_seed(cfg.seed + world.rank)  # dropout, if it is on, differs between processes
     meter = metrics.Meter()
-    parts = model, optimizer, scheduler, meter, world, identity
-    state = TrainState(*parts, loss_fn=loss_fn, reference=reference, steps=steps)
+    state = TrainState(
+        model, optimizer, scheduler, meter, world, identity, loss_fn=loss_fn, reference=reference, steps=steps
+    )
     if resumed:
         state.load(resumed, run_dir, best_metric=cfg.keep_best)
     saved = checkpoints.Checkpoints(run_dir, world, cfg.keep_last_n, cfg.keep_best, cfg.on_save_failure)
