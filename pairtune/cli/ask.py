@@ -23,17 +23,17 @@ def generate(argv: list[str]) -> int:
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt a line, or .jsonl; -: standard input")
     parser.add_argument("--output", type=Path, metavar="JSONL", help="prompts and answers, an object a line")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts at a time; default: 8")
-    _add_how(parser)
+    add_how(parser)
     args = parser.parse_intermixed_args(argv)
-    _check(args)
+    check_how(args)
     from pairtune.cli import asking  # and torch
 
-    asked = args.prompt + _read(args.prompts, asking.read_prompts)
+    asked = args.prompt + read_prompts_file(args.prompts, asking.read_prompts)
     if not asked:
         raise UserError("what is asked? --prompt TEXT, --prompts FILE, or a prompt a line on standard input")
     model = asking.Model(asking.Asked(args.folder, args.adapter, args.base_dtype, args.overrides))
     prompts = [model.prompt(one, args.system) for one in asked]
-    how = {"max_new_tokens": args.max_new_tokens, "sampling": _sampling(args), "rng": model.generator(args.seed)}
+    how = {"max_new_tokens": args.max_new_tokens, "sampling": sampling_of(args), "rng": model.generator(args.seed)}
     answers: list[str] = []
     starts = range(0, len(prompts), args.batch_size)
     for start in console.progress(starts, "answers", shown=args.output is not None and len(starts) > 1):
@@ -67,10 +67,10 @@ def chat(argv: list[str]) -> int:
     """
     parser = parser_of(chat)
     parser.add_argument("words", metavar="FOLDER", nargs="+", help="a model's; one or two; then key=value of a config")
-    _add_how(parser, temperature=0.7)
+    add_how(parser, temperature=0.7)
     args = parser.parse_intermixed_args(argv)
-    _check(args)
-    folders, overrides = _folders(args.words)
+    check_how(args)
+    folders, overrides = folders_of(args.words)
     if not 0 < len(folders) < 3:
         raise UserError(f"chat: {len(folders)} folders; one or two can be asked at a time")
     from pairtune.cli import asking  # and torch
@@ -92,7 +92,7 @@ def chat(argv: list[str]) -> int:
     return 0
 
 
-def _folders(words: list[str]) -> tuple[list[Path], list[str]]:
+def folders_of(words: list[str]) -> tuple[list[Path], list[str]]:
     """Returns the folders among a command's words, and the key=value."""
     overrides = [word for word in words if "=" in word and not Path(word).is_dir()]
     return [Path(word) for word in words if word not in overrides], overrides
@@ -111,7 +111,7 @@ def _answer(model, history: list[dict], line: str, args, rng) -> None:
     said, text = [*history, {"role": "user", "content": line}], ""
     try:
         prompt = model.prompt(said, args.system)
-        how = {"max_new_tokens": args.max_new_tokens, "sampling": _sampling(args), "rng": rng}
+        how = {"max_new_tokens": args.max_new_tokens, "sampling": sampling_of(args), "rng": rng}
         for (added,) in model.answers([prompt], **how):
             text += added
             print(added, end="", flush=True)
@@ -124,7 +124,8 @@ def _answer(model, history: list[dict], line: str, args, rng) -> None:
     history[:] = [*said, {"role": "assistant", "content": text}]
 
 
-def _add_how(parser: argparse.ArgumentParser, temperature: float = 0.0, without: tuple[str, ...] = ()) -> None:
+def add_how(parser: argparse.ArgumentParser, temperature: float = 0.0, without: tuple[str, ...] = ()) -> None:
+    """Adds the options that say how an answer is made."""
     if "adapter" not in without:
         parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="in PEFT's layout, laid on the model")
     parser.add_argument("--base-dtype", choices=("nf4", "int8", "fp8"), help="linear layers in 4 or 8 bits")
@@ -140,11 +141,12 @@ def _add_how(parser: argparse.ArgumentParser, temperature: float = 0.0, without:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn; default: 0")
 
 
-def _check(args) -> None:
+def check_how(args) -> None:
     """Refuses what is no number of tokens, probability or temperature, before torch is imported."""
     rules = (
         ("max_new_tokens", lambda v: v >= 1, "at least 1"),
         ("batch_size", lambda v: v >= 1, "at least 1"),
+        ("count", lambda v: v >= 1, "at least 1"),
         ("temperature", lambda v: v >= 0, "0 or more"),
         ("top_k", lambda v: v >= 1, "at least 1"),
         ("top_p", lambda v: 0 < v <= 1, "above 0, and 1 at most"),
@@ -158,13 +160,14 @@ def _check(args) -> None:
         raise UserError(f"{given}: has no effect with --temperature 0, which takes the likeliest token; give both")
 
 
-def _sampling(args):
+def sampling_of(args):
+    """Returns how tokens are drawn, by the options of `add_how`."""
     from pairtune.models.generation import Sampling
 
     return Sampling(args.temperature, args.top_k, args.top_p)
 
 
-def _read(path: Path | None, read) -> list:
+def read_prompts_file(path: Path | None, read) -> list:
     """Returns the prompts of a file, or of standard input."""
     if path is None:
         return []
@@ -199,11 +202,11 @@ def compare(argv: list[str]) -> int:
     parser.add_argument("--answers", type=Path, metavar="JSONL", help="what --output wrote, in the place of folders")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts at a time; default: 8")
     parser.add_argument("--output", type=Path, metavar="JSONL", help="prompts and all answers, an object a line")
-    _add_how(parser, without=("adapter", "system"))
+    add_how(parser, without=("adapter", "system"))
     judging.add_options(parser)
     args = parser.parse_intermixed_args(argv)
-    _check(args)
-    folders, overrides = _folders(args.words)
+    check_how(args)
+    folders, overrides = folders_of(args.words)
     if args.answers is None and not folders:
         raise UserError("compare: which models? folders of models or runs, or --answers FILE that --output wrote")
     if args.answers is not None and (args.words or args.prompt or args.prompts or args.urial or args.runs_only):
@@ -227,7 +230,7 @@ def _compare(folders: list[Path], overrides: list[str], args, judge) -> int:
             return 0
         from pairtune.cli import asking  # and torch
 
-        rows = [{"prompt": one} for one in args.prompt] + _read(args.prompts, asking.read_rows)
+        rows = [{"prompt": one} for one in args.prompt] + read_prompts_file(args.prompts, asking.read_rows)
         rows = rows or [{"prompt": one} for one in (comparing.prompts_of(runs[-1].folder) if runs else [])]
         if not rows:
             raise UserError("what is asked? --prompt TEXT, --prompts FILE, or a run, whose held-out prompts are taken")

@@ -68,12 +68,18 @@ def told(judge, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Sequenc
     from pairtune.judge import table, win_rates
 
     lines = [f"\njudged by {judge.name}", table(win_rates(judge, rows, columns), next(iter(columns)))]
+    return "\n".join([*lines, *spent(judge)])
+
+
+def spent(judge) -> list[str]:
+    """Returns what an endpoint was asked so far, in lines; of other judges nothing."""
     kept = getattr(judge, "kept", None)
-    if kept is not None:
-        lines.append(f"{kept.path}: {kept.requests:,} requests, {kept.tokens:,} tokens, all calls together")
-        if judge.is_budget_used:
-            lines.append(f"--judge-budget {judge.budget:,} is used; the same command with a larger one asks the rest")
-    return "\n".join(lines)
+    if kept is None:
+        return []
+    lines = [f"{kept.path}: {kept.requests:,} requests, {kept.tokens:,} tokens, all calls together"]
+    if judge.is_budget_used:
+        lines.append(f"--judge-budget {judge.budget:,} is used; the same command with a larger one asks the rest")
+    return lines
 
 
 def _option(name: str) -> str:

@@ -1,1 +1,1 @@
-"""Where pairs come from when there are none: answers that were rated become pairs. No torch."""
+"""Where pairs come from when there are none: answers are drawn and judged, rated answers become pairs. No torch."""
