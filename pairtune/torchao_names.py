@@ -7,6 +7,7 @@ nothing stays changed.
 import importlib
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib.abc import Loader, MetaPathFinder
@@ -118,8 +119,13 @@ def install() -> None:
     sys.meta_path.append(Moved(MOVED))
 
 
+# Of torch 2.13: torchtune's norms compute in float32 with weights in bf16, as they are meant to.
+WARNED = "Mismatch dtype between input and weight"
+
+
 def quiet() -> None:
-    """Drops lines of NOISE from what torchao and torch log."""
+    """Drops lines of NOISE from what torchao and torch log, and what torch warns of that is as it should be."""
+    warnings.filterwarnings("ignore", WARNED)
     for name, beginnings in NOISE.items():
         logging.getLogger(name).addFilter(lambda record, all=beginnings: not str(record.msg).startswith(all))
 

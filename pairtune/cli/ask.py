@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -84,6 +85,8 @@ def chat(argv: list[str]) -> int:
             break
         if line == "/new":
             histories = [[] for _ in opened]
+        elif re.fullmatch(r"/\w+", line):
+            print(f"{line}: no such command; /new begins anew, /end ends", file=sys.stderr)
         elif line:
             for folder, model, history, rng in zip(folders, opened, histories, rngs, strict=True):
                 if len(opened) > 1:
@@ -118,7 +121,7 @@ def _answer(model, history: list[dict], line: str, args, rng) -> None:
     except KeyboardInterrupt:
         print(" ...", end="")
     except UserError as error:
-        print(f"{error}; /new begins anew", file=sys.stderr)
+        print(f"{error}; {'/new begins anew' if history else 'ask something shorter'}", file=sys.stderr)
         return
     print("\n")
     history[:] = [*said, {"role": "assistant", "content": text}]

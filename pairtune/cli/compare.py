@@ -5,12 +5,14 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pairtune import console
 from pairtune.errors import UserError
 from pairtune.files import telling, write_text
 from pairtune.run import places
 from pairtune.run.evaluations import held_of
 from pairtune.run.finished import Finished, open_run
 
+SHOWN = 20  # prompts, on the screen
 FROM_A_RUN = 10  # of its held-out prompts, where none are given
 
 
@@ -33,7 +35,8 @@ def ask_all(folders: Sequence[Path], asked: Sequence, args, overrides: Sequence[
         prompts = [model.prompt(one) for one in texts]
         answers: list[str] = []
         rng = model.generator(args.seed)
-        for start in range(0, len(prompts), args.batch_size):
+        starts = range(0, len(prompts), args.batch_size)
+        for start in console.progress(starts, f"answers of {name}", shown=len(starts) > 1):
             batch = prompts[start : start + args.batch_size]
             parts = [""] * len(batch)
             for added in model.answers(batch, **how, rng=rng):
@@ -85,17 +88,19 @@ def _question(asked) -> str:
 
 
 def side_by_side(asked: Sequence, answers: dict[str, list[str]]) -> str:
-    """Returns each prompt with all answers, then a line a model: how many differ from the first one's, and lengths."""
+    """Returns prompts with all answers, then a line a model: how many differ from the first one's, and lengths."""
     lines = []
-    for n, one in enumerate(asked):
+    for n, one in enumerate(asked[:SHOWN]):
         lines += ["", f"> {_question(one).strip()}"]
         for name, found in answers.items():
             lines += [f"  {name}:", textwrap.indent(found[n].strip() or "(nothing)", "    ")]
     first, base = next(iter(answers.items()))
+    if len(asked) > SHOWN:
+        lines += ["", f"and {len(asked) - SHOWN:,} more prompts; --output FILE has all"]
     lines.append("")
     for name, found in answers.items():
         words = sorted(len(answer.split()) for answer in found)
-        told = f"{len({*found}):,} distinct of {len(found):,}, {words[len(words) // 2]:,} words in the middle"
+        told = f"{len({*found}):,} distinct of {len(found):,}, a median of {words[len(words) // 2]:,} words"
         if name != first:
             changed = sum(one != other for one, other in zip(base, found, strict=True))
             told = f"{changed:,} of {len(found):,} answers changed against {first}; {told}"

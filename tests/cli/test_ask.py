@@ -252,10 +252,11 @@ def test_a_chat_survives_what_people_type_and_a_closed_pipe(folder):
     """Two models side by side; an empty line, one of 100,000 characters, Ctrl-C in an answer, a pipe that closes."""
     base = str(folder / "base")
     chat = start_chat(folder, base, base, "--temperature", "0", "--max-new-tokens", "4")
-    out, said = chat.communicate("w5 w9\n\n" + "w7 " * 33_000 + "\n/new\nw5 w9\n")
+    out, said = chat.communicate("w5 w9\n\n" + "w7 " * 33_000 + "\n/help\n/new\nw5 w9\n")
     assert chat.returncode == 0 and "Traceback" not in said
     answered = re.findall(rf"{base}:\n(.+)\n\n", out)
     assert len(answered) == 4 and len(set(answered)) == 1  # a conversation that begins anew begins as the first did
+    assert said.count("/help: no such command; /new begins anew, /end ends") == 1
     assert said.count("leaves no room in the model's 128 positions; /new begins anew") == 2
     endless = folder / "endless"
     save_llama(endless, sizes=NF4_SIZES | {"max_seq_len": 100_000})
