@@ -46,6 +46,12 @@ MIXTURES = {
     "Dots1": ROUTED | {"head_dim": 16},
     "Llama4Text": LOCAL | {"num_experts_per_tok": 1, "head_dim": 16, "intermediate_size_mlp": 96,
                            "attention_chunk_size": 8},
+    "Qwen3VLMoe": {
+        "text_config": SIZES | FOUR | {"moe_intermediate_size": 48, "head_dim": 16, "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}},
+        "vision_config": {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4,
+                          "out_hidden_size": 64, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+    },
 }  # fmt: skip
 # transformers has no router loss for them: all but the last are kept even by a bias.
 WITHOUT_LOSS = ("Glm4Moe", "DeepseekV2", "DeepseekV3", "Dots1", "Llama4Text")
@@ -58,7 +64,8 @@ def component(folder):
 
 
 def save(folder, name):
-    return hf_peers.save_peer(folder, getattr(transformers, f"{name}Config")(**SIZES | MIXTURES[name]))
+    sizes = {} if "text_config" in MIXTURES[name] else SIZES
+    return hf_peers.save_peer(folder, getattr(transformers, f"{name}Config")(**sizes | MIXTURES[name]))
 
 
 def opened(folder):
