@@ -6,7 +6,7 @@ import importlib
 from pairtune.cli.words import parser_of
 from pairtune.errors import UserError
 
-MAKING = {"sample": "sample", "judge": "judge", "binarise": "binarise", "binarize": "binarise"}
+MAKING = {"sample": "sample", "contrast": "contrast", "judge": "judge", "binarise": "binarise", "binarize": "binarise"}
 
 
 def data(argv: list[str]) -> int:
@@ -14,7 +14,7 @@ def data(argv: list[str]) -> int:
 
     `tune data FILE` is `tune data lint FILE`; keys of `dataset` may follow, as columns={prompt: question}. With
     --tokenizer, what becomes of the rows at a budget, too. --strict: status 1 if anything should be mended first.
-    Other commands make pairs: `tune data sample`, `judge`, `binarise`, each with --help.
+    Other commands make pairs: `tune data sample`, `judge`, `binarise`, `contrast`, each with --help.
     """
     if argv[:1] and argv[0] in MAKING:
         module = importlib.import_module(f"pairtune.cli.making_{MAKING[argv[0]]}")

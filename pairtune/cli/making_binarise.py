@@ -53,23 +53,43 @@ def binarise(argv: list[str]) -> int:
                 f"{option}: {sources[0]} has no score {', '.join(unknown)}; its answers are scored by "
                 f"{', '.join(aspects)}: --score {aspects[0]}"
             )
-    counts, output = Counts(), args.output.expanduser()
-    held_out = output.with_name(f"{output.stem}.held_out{output.suffix or '.jsonl'}")
+    counts = Counts()
     pairs = choose(rated, way, seed=args.seed, held_out=args.held_out, against=against, counts=counts)
-    _write(pairs, output, held_out if args.held_out else None, Progress("questions", len(rows), unit="rows"), counts)
-    print(f"{sources[0]}: {counts}\n{output}" + (f"\n{held_out}" if args.held_out else ""))
+    with Progress("questions", len(rows), unit="rows") as progress:
+        files = write_pairs(_told(pairs, progress, counts), args.output, args.held_out, counts)
+    print("\n".join([f"{sources[0]}: {counts}", *map(str, files)]))
     return 0
 
 
-def _write(pairs, output: Path, held_out: Path | None, progress: Progress, counts) -> None:
-    """Writes pairs into two files, which are there whole or not at all."""
+def _told(pairs, progress: Progress, counts: Counts):
+    """Passes pairs on, and tells how many questions they are of."""
+    done = 0
+    for pair in pairs:
+        progress.update(counts.questions - done)
+        done = counts.questions
+        yield pair
+    progress.update(counts.questions - done)
+
+
+def write_pairs(pairs, output: Path, share: float, counts) -> list[Path]:
+    """Writes pairs, and those that are held out beside them; returns the files, which are there whole or not at all.
+
+    Args:
+        pairs: Rows, each with whether it is held out.
+        share: Of what is held out: 0 for no second file.
+        counts: What became of all, in words.
+
+    Raises:
+        UserError: There is no pair, or a file cannot be written.
+    """
+    output = output.expanduser()
+    held_out = output.with_name(f"{output.stem}.held_out{output.suffix or '.jsonl'}")
+    paths = [output, held_out] if share else [output]
     with telling(output, "name another file: --output"), ExitStack() as stack:
-        files = [stack.enter_context(replacing(path)) for path in (output, held_out) if path]
-        done = 0
+        files, is_empty = [stack.enter_context(replacing(path)) for path in paths], True
         for row, is_held_out in pairs:
             files[is_held_out].write(json.dumps(row, ensure_ascii=False) + "\n")
-            progress.update(counts.questions - done)
-            done = counts.questions
-        progress.close()
-        if not counts.pairs:
+            is_empty = False
+        if is_empty:
             raise UserError(f"no pair can be made: {counts}")
+    return paths

@@ -27,13 +27,22 @@ def sample(argv: list[str]) -> int:
     if args.count > 1 and not args.temperature:
         raise UserError(f"--count {args.count}: with --temperature 0 all answers to a prompt are one; give another")
     from pairtune.cli import asking  # and torch
-    from pairtune.making.sample import Drawing
     from pairtune.making.sample import sample as draw
 
     rows = read_prompts_file(args.prompts, asking.read_rows)
     if not rows:
         raise UserError(f"--prompts {args.prompts}: holds none")
-    model = asking.Model(asking.Asked(folders[0], args.adapter, args.base_dtype, overrides))
+    answer, drawing = drawn_from(folders[0], overrides, args, args.count)
+    print(f"{args.output}: {draw(answer, rows, args.output, drawing)}")
+    return 0
+
+
+def drawn_from(folder: Path, overrides: list[str], args, count: int):
+    """Returns what making/sample.py takes: a function that answers prompts by a model, and how it draws."""
+    from pairtune.cli import asking  # and torch
+    from pairtune.making.sample import Drawing
+
+    model = asking.Model(asking.Asked(folder, args.adapter, args.base_dtype, overrides))
 
     def answer(prompts: list, seed: int) -> list[str]:
         texts = [""] * len(prompts)
@@ -43,8 +52,7 @@ def sample(argv: list[str]) -> int:
             texts = [text + more for text, more in zip(texts, added, strict=True)]
         return texts
 
-    named = str(folders[0]) + (f" with {args.adapter}" if args.adapter else "")
-    how = {name: getattr(args, name) for name in ("count", "seed", "batch_size", "max_new_tokens", "temperature")}
+    named = str(folder) + (f" with {args.adapter}" if args.adapter else "")
+    how = {name: getattr(args, name) for name in ("seed", "batch_size", "max_new_tokens", "temperature")}
     how |= {name: getattr(args, name) for name in ("top_k", "top_p", "system")}
-    print(f"{args.output}: {draw(answer, rows, args.output, Drawing(named, **how))}")
-    return 0
+    return answer, Drawing(named, count, **how)

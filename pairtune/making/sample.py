@@ -64,13 +64,19 @@ class Drawn:
 
 
 def sample(
-    answer: Callable[[Sequence, int], list[str]], rows: Sequence[Mapping], path: Path, drawing: Drawing
+    answer: Callable[[Sequence, int], list[str]],
+    rows: Sequence[Mapping],
+    path: Path,
+    drawing: Drawing,
+    *,
+    each: Callable[[list[str]], None] = lambda answers: None,
 ) -> Drawn:
     """Draws `drawing.count` answers to each row's prompt and appends each row, with `answers`, to a JSONL file.
 
     Args:
         answer: Gives an answer to each of some prompts, drawn by a seed: the same again for the same ones.
         rows: With `prompt`, a text or messages; what else they have is kept.
+        each: Is given each row's answers, in the rows' order.
 
     Raises:
         UserError: The file holds something else, or answers that were drawn otherwise; or another process has it.
@@ -97,6 +103,8 @@ def sample(
                 os.fsync(file.fileno())
                 found += by_prompt
                 progress.update(len(some))
+    for answers in found:
+        each(answers)
     equal = sum(len(answers) - len(set(answers)) for answers in found)
     empty = sum(not text.strip() for answers in found for text in answers)
     return Drawn(len(rows), done, sum(map(len, found)), equal, empty)

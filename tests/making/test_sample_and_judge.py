@@ -11,6 +11,7 @@ import pytest
 from helpers import SIZES, save_llama
 
 from pairtune.cli.commands import main
+from pairtune.making.contrast import Contrast
 
 sys.path.append(str(Path(__file__).parents[1] / "judge"))
 from judge_server import serving  # noqa: E402
@@ -130,3 +131,38 @@ def test_where_a_judge_compares_each_two_meet_both_ways_round_and_nothing_is_ask
         beaten = [sum(len(a) > len(b) for b in texts) - sum(len(a) < len(b) for b in texts) for a in answers]
         expected.append(beaten)
     assert [row["scores"] for row in read(tmp_path / "o.jsonl")] == expected
+
+
+# Two prompts that differ by a word
+
+
+def test_the_neutral_prompt_lacks_the_word_and_has_examples_of_either_side():
+    template = 'Write a {word} review of "{item}".\nExample 1: {example}\nExample 2: {example}\n{word} review:'
+    how = Contrast(template, ("negative", "positive"), (("Bad {item}.", "Good."), ("Poor.", "New.")))
+    asks = 'Write a negative review of "{word} x".\nExample 1: Bad {item}.\nExample 2: Poor.\nnegative review:'
+    assert how.asks("{word} x", 0) == asks  # what an item says is no place
+    assert how.asks("x", 1) == 'Write a positive review of "x".\nExample 1: Good.\nExample 2: New.\npositive review:'
+    assert how.neutral("x") == 'Write a review of "x".\nExample 1: Bad {item}.\nExample 2: New.\nreview:'
+
+
+def test_a_pair_has_the_answers_to_both_prompts_under_the_neutral_one(sampled, tmp_path, capsys):
+    (tmp_path / "items").write_text("w3 w4\nw5\nw3 w4\n\nw6\n")
+    files = ["--items", str(tmp_path / "items"), "--output", str(tmp_path / "pairs.jsonl")]
+    words = ["data", "contrast", str(sampled / "base"), *files, "--template", "w1 {word} w2 {item}"]
+    words += ["--chosen", "w8", "--rejected", "w9", *HOW[2:]]
+    assert main(words) == 0
+    pairs, drawn = read(tmp_path / "pairs.jsonl"), read(tmp_path / "pairs.drawn.jsonl")
+    assert [row["prompt"] for row in drawn][:3] == ["w1 w8 w2 w3 w4", "w1 w9 w2 w3 w4", "w1 w8 w2 w5"]
+    answers = [row["answers"][0] for row in drawn]
+    assert [(row["prompt"], row["chosen"], row["rejected"]) for row in pairs] == [
+        (f"w1 w2 {item}", chosen, rejected)
+        for item, chosen, rejected in zip(["w3 w4", "w5", "w6"], answers[::2], answers[1::2], strict=True)
+    ]
+    assert "3 pairs of 3 items" in capsys.readouterr().out
+    assert main([*words, "--held-out", "0.5"]) == 0  # of the same answers: nothing is drawn again
+    both = read(tmp_path / "pairs.jsonl") + read(tmp_path / "pairs.held_out.jsonl")
+    assert sorted(both, key=str) == sorted(pairs, key=str)
+    for template, said in (("w1 {word}", "has no {item}"), ("w1 {item}", "has no {word}"),
+                           ("{word} {item} {example}", "1 places of an {example}, and there are 0")):  # fmt: skip
+        assert main([template if word == "w1 {word} w2 {item}" else word for word in words]) == 2
+        assert said in capsys.readouterr().err
