@@ -58,7 +58,7 @@ class Contrast:
         return self._filled(item, "", [both[n % 2] for n, both in enumerate(self.examples)])
 
     def _filled(self, item: str, word: str, examples: Sequence[str]) -> str:
-        text = self.template if word else re.sub(r" *\{word\}(?= )|\{word\} *", "", self.template)
+        text = self.template if word else re.sub(r"(?m)^\{word\} *| *\{word\}", "", self.template)
         left = iter(examples)
         values = {WORD: lambda: word, ITEM: lambda: item, EXAMPLE: lambda: next(left)}
         return re.sub(r"\{(?:item|word|example)\}", lambda place: values[place[0]](), text)
