@@ -239,8 +239,8 @@ def _check_streaming(cfg: dict) -> None:
         (kept, f"dataset.cache_dir={kept} keeps no tokens of it; leave it out"),
         (
             (cfg.get("reference") or {}).get("name") == "cached",
-            "reference=cached computes the values of all pairs before the first step; reference=model computes them "
-            "as they come",
+            "reference=cached computes the values of all pairs before the first step; reference=adapter_off (of lora_ "
+            "and qlora_ recipes) or reference=model computes them as they come",
         ),
         (
             dataset.get("shuffle_buffer") and cfg.get("shuffle") is False,
