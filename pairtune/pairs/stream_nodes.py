@@ -95,14 +95,14 @@ class Passes(BaseNode[Given]):
 
 
 class Blocks(BaseNode[Given]):
-    """Blocks of so many rows, each in an order that the seed draws. What is held of it is where a block begins, and how
-    far it has come: the block's rows are read again.
+    """Blocks of at most so many rows of one pass, each in an order that the seed draws. What is held of it is where a
+    block begins, and how far it has come: the block's rows are read again.
 
     Args:
         seed: None: they stay in their order.
     """
 
-    def __init__(self, source: BaseNode[Given], size: int, seed: int | None):
+    def __init__(self, source: BaseNode[Given], size: int, seed: str | None):
         super().__init__()
         self._source, self._size, self._seed = source, size, seed
 
@@ -125,7 +125,14 @@ class Blocks(BaseNode[Given]):
 
     def _fill(self) -> None:
         self._start, self._at = self._source.state_dict(), 0
-        self._rows = [next(self._source) for _ in range(self._size)]
+        self._rows = []
+        while len(self._rows) < self._size:
+            before = self._source.state_dict()
+            given = next(self._source)
+            if self._rows and given.times != self._rows[0].times:
+                self._source.reset(before)
+                break
+            self._rows.append(given)
         self._block += 1
         hashed = hashlib.blake2b(digest_size=8)
         for given in self._rows:

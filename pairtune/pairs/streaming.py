@@ -209,17 +209,20 @@ class StreamedSteps:
     def __init__(self, stream: Stream, pairs_per_step: int, *, seed: int, shuffle: bool):
         self._stream, self._next, self._pairs = stream, 0, []
         self._flows: list[Flow] = [Flow() for _ in stream.sources]
-        passes = {str(n): source.passes(n) for n, source in enumerate(stream.sources)}
+        passes = [source.passes(n) for n, source in enumerate(stream.sources)]
         rates = {str(n): source.rate for n, source in enumerate(stream.sources)}
-        mixed = passes["0"]
+        blocks = {}
+        for n, node in enumerate(passes):
+            size = max(1, round(stream.buffer * rates[str(n)])) if shuffle else IN_ORDER
+            blocks[str(n)] = Blocks(node, size, f"{seed} {n}" if shuffle else None)
+        rows = blocks["0"]
         if len(passes) > 1:
-            mixed = MultiNodeWeightedSampler(
-                passes, rates, stop_criteria=StopCriteria.CYCLE_FOREVER, rank=0, world_size=1, seed=seed
+            rows = MultiNodeWeightedSampler(
+                blocks, rates, stop_criteria=StopCriteria.CYCLE_FOREVER, rank=0, world_size=1, seed=seed
             )
-        rows = Blocks(mixed, *((stream.buffer, seed) if shuffle else (IN_ORDER, None)))
         made = Mapper(rows, lambda given: stream.sources[given.source].made(given))
         self._ahead = Prefetcher(Batches(made, pairs_per_step, [source.check for source in stream.sources]), AHEAD)
-        weakref.finalize(self, _close, self._ahead, list(passes.values()))
+        weakref.finalize(self, _close, self._ahead, passes)
 
     def pairs(self, step: int) -> list[Pair]:
         """Returns a step's pairs: the next one's, or again those of the last one.

@@ -163,7 +163,7 @@ def test_a_stream_that_is_not_shuffled_has_the_pairs_of_the_whole_source_in_thei
 
 def test_a_pass_has_every_row_once_and_each_another_order(tmp_path, tokenizer):
     write_jsonl(tmp_path / "a.jsonl", rows_of(0, 80))
-    steps = stream(str(tmp_path / "a.jsonl"), tokenizer, shuffle_buffer=80)
+    steps = stream(str(tmp_path / "a.jsonl"), tokenizer, shuffle_buffer=1000)
     first, second = numbers(drawn(steps, 10)), numbers(drawn(steps, 10, 10))
     assert sorted(first) == sorted(second) == list(range(80)) and len({*map(tuple, (first, second, range(80)))}) == 3
     steps = stream(str(tmp_path / "a.jsonl"), tokenizer, shuffle_buffer=20)
@@ -192,6 +192,8 @@ def test_rows_are_drawn_by_weight_and_share(three, tokenizer):
         assert names[name] / 1600 == pytest.approx(rate, abs=5 * (rate * (1 - rate) / 1600) ** 0.5)
     assert any("20.0 %" in line and "40.0 %" in line for line in told)
     assert steps.epoch(200) == 1 == names[0] // 200
+    of_c = [pair.row for step in drawn(stream(three, tokenizer), 200) for pair in step if pair.prompt[1] == 5]
+    assert all(sorted(of_c[i : i + 110]) == [*range(110)] for i in (0, 110, 220))
     for table, word in zip(steps.account(), ("a.jsonl", "b.csv", "c"), strict=True):
         assert word in table.splitlines()[0] and "gone through" in table
 
