@@ -214,9 +214,11 @@ def compare(argv: list[str]) -> int:
         raise UserError("compare: which models? folders of models or runs, or --answers FILE that --output wrote")
     if args.answers is not None and (args.words or args.prompt or args.prompts or args.urial or args.runs_only):
         raise UserError("--answers: has prompts and answers already; leave out folders, prompts, --urial, --runs-only")
+    if twice := next((folder for n, folder in enumerate(folders) if folder in folders[:n]), None):
+        raise UserError(f"compare: {twice} is named twice; its answers are the same")
+    if args.judge and args.answers is None and len(folders) + args.urial < 2:
+        raise UserError("--judge: compares models' answers, and one is named; name another folder, or --urial")
     with judging.judge_of(args) as judge:
-        if judge and args.answers is None and len(folders) + args.urial < 2:
-            raise UserError("--judge: compares models' answers, and one is named; name another folder, or --urial")
         return _compare(folders, overrides, args, judge)
 
 

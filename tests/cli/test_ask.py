@@ -226,6 +226,17 @@ def test_an_answer_that_was_not_asked_for_before_has_not_changed(tmp_path, capsy
     ("words", "said"),
     [
         (["compare", "{base}"], "what is asked? --prompt TEXT"),
+        (["compare", "{base}", "{base}", "--prompt", "w1"], "is named twice"),
+        (["compare", "{base}", "--prompt", "w1", "--judge", "x.y"], "compares models' answers, and one is named"),
+        (["compare", "--judge", "x.y", "--prompt", "w1"], "which models?"),
+        (["compare", "{base}", "--judge-model", "x"], "--judge-model: has no effect without --judge WHO"),
+        (["compare", "--answers", "{base}/config.json"], "is not what --output of `tune compare` writes"),
+        (
+            ["compare", "--answers", "x", "--judge", "http://h/v1"],
+            "told which of its models judges: --judge-model NAME",
+        ),
+        (["compare", "--answers", "x", "--judge", "nothing"], "there is no such folder; a judge is an endpoint's"),
+        (["compare", "--answers", "x", "--judge", "{base}"], "a reward model's is a ...ForSequenceClassification"),
         (["generate", "{base}"], "what is asked? --prompt TEXT"),
         (["generate", "{base}/no", "--prompt", "w1"], "no such folder"),
         (["generate", "{work}", "--prompt", "w1"], "holds no config.json"),
