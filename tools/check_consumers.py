@@ -91,6 +91,8 @@ def make(folder: Path, name: str, python: Path) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.08)
+        if name.startswith("Gemma"):  # so large, and the output, too, that a token would be followed by itself
+            model.model.embed_tokens.weight.mul_(0.2)
     model.save_pretrained(folder)
     words = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCABULARY)}}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
@@ -100,11 +102,13 @@ def make(folder: Path, name: str, python: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     told = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / "tokenizer_config.json").write_text(json.dumps(told))
-    text = folder.parent / "text.txt"
-    text.write_text("\n".join(f"{a}{b} {b}{c}" for a in "abcdefgh" for b in "aeiou" for c in "klmnst"))
+    (text := folder.parent / "text.txt").write_text(
+        "\n".join(f"{a}{b} {b}{c}" for a in "abcdefgh" for b in "aeiou" for c in "klmnst")
+    )
     consumers_env.ask(
         python, program="sentencepiece", model=str(folder / "tokenizer"), vocab_size=VOCABULARY, text=str(text)
     )
+    (folder / "tokenizer.vocab").unlink()
 
 
 def train(folder: Path, base: Path, name: str) -> Path:
