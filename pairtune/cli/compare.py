@@ -158,8 +158,8 @@ def differences(runs: Sequence[Finished]) -> str:
 
 def _ranked(row: dict) -> str:
     one = held_of(row)
-    if one.accuracy is None:
-        return ""
+    if one.accuracy is None or not one.is_ranking:
+        return "-"
     low, high = one.interval
     return f"{one.accuracy:.1%} ({low:.1%} to {high:.1%})"
 

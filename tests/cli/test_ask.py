@@ -205,12 +205,14 @@ def test_runs_are_compared_by_what_they_were_told_and_came_to(tmp_path, capsys, 
     for name, beta, loss in (("a", 0.1, 0.6), ("b", 0.3, 0.5)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.yaml").write_text(f"output_dir: {name}\nloss: {{beta: {beta}}}\nseed: 1\n")
-        held = {"eval/loss": loss, "eval/pairs": 200, "eval/rewards/accuracies": 0.75, "eval/rewards/margins": 0.2}
+        held = {"eval/loss": loss, "eval/pairs": 200, "eval/rewards/accuracies": 0.75}
+        held["eval/rewards/margins"] = 0.2 if name == "a" else 1e-9  # rounding, which ranks no pair
         log = [{"step": 1, "loss": 0.69, "pairs_per_second": 1.0}, {"step": 1, **held}]
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
     assert main(["compare", "a", "b", "--runs-only"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["loss.beta", "0.1", "0.3"] in lines and ["held-out", "loss", "0.6", "0.5"] in lines
+    assert ["ranked", "rightly", "75.0%", "(68.3%", "to", "80.7%)", "-"] in lines
     assert not any(line[0] in ("seed", "output_dir") for line in lines)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
