@@ -28,6 +28,7 @@ from pairtune.cli.find import (
     torchtune_registry,
     torchtunes,
 )
+from pairtune.cli.iterate import iterate
 from pairtune.cli.push import push
 from pairtune.cli.sweep import sweep
 from pairtune.cli.words import parser_of, prog
@@ -261,7 +262,7 @@ def cache(argv: list[str]) -> int:
 COMMANDS = {
     command.__name__: command
     for command in (
-        *(download, push, ls, cp, cat, diff, update, validate, data, plan, run, sweep),
+        *(download, push, ls, cp, cat, diff, update, validate, data, plan, run, sweep, iterate),
         *(plot, pairs, report, generate, chat, compare, cache),
     )
 }

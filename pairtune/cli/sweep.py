@@ -5,13 +5,10 @@ disk: tokens and cached references, which are found by content. sweep.jsonl has 
 with.
 """
 
-import ctypes
 import fcntl
 import json
 import os
 import shlex
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +19,7 @@ from pathlib import Path
 
 from pairtune.cli import sweep_table
 from pairtune.cli.alternatives import Combination, combinations
+from pairtune.cli.children import Children
 from pairtune.cli.words import prog
 from pairtune.errors import UserError
 from pairtune.files import read_object, telling, write_text
@@ -30,7 +28,6 @@ from pairtune.run.folder import check_free
 
 LOCK, LINES, PICTURE = ".sweep.lock", "sweep.jsonl", "sweep.png"
 ENDED = ("yes", "early")  # as verdict.json says
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 KEEPING = ("adapter_off", "start", "model")  # references that reference=cached can keep for all runs
 SAFE_TO_DIFFER = ("output_dir", "resume")
 WAY_OUT = "name another output_dir"
@@ -244,42 +241,17 @@ def _told(folder: Path, runs: list[Run]) -> str:
 
 def _run_all(folder: Path, runs: list[Run], command: list[str]) -> int:
     """Runs what has not ended. Returns the signal that stopped it, 0 for none."""
-    child: list[subprocess.Popen] = []
-    heard: list[int] = []
-
-    def pass_on(number: int, frame) -> None:
-        heard.append(number)
-        if child and child[-1].poll() is None:
-            child[-1].send_signal(number)
-
-    listened = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]  # as under nohup
-    before = {number: signal.signal(number, pass_on) for number in listened}
-    try:
+    with Children() as children:
         for place, run in enumerate(runs, 1):
-            if heard:
+            if children.heard:
                 break
             if run.status == "ended":
                 continue
             print(f"\n===== run {place} of {len(runs)}: {run.of.name} =====\n", flush=True)
-            # In a group of its own: a terminal's Ctrl-C reaches it once, by `pass_on`
-            child.append(subprocess.Popen([*command, *run.words], process_group=0, preexec_fn=_end_with_parent))
-            if heard:  # while it was started
-                child[-1].send_signal(heard[0])
-            status = child[-1].wait()
-            if -status in STOPPING or status - 128 in STOPPING:
-                heard.append(abs(status) % 128)
-            run.status = "ended" if status == 0 else "stopped" if heard else "failed"
+            status = children.run([*command, *run.words])
+            run.status = "ended" if status == 0 else "stopped" if children.heard else "failed"
             _write(folder, runs)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return heard[0] if heard else 0
-
-
-def _end_with_parent() -> None:
-    """Has Linux tell a run to stop and save, as SIGTERM does, if this process is killed: no run is left on its own."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    return children.heard
 
 
 # What they came to

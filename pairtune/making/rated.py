@@ -67,6 +67,9 @@ def read_rated(rows: Rows, key: str = "source") -> tuple[Iterator[Rated | str], 
         return _each(rows, _of_ultrafeedback), [OVERALL, *ULTRAFEEDBACK]
     if {"prompt", "response", "helpfulness", "correctness"} <= first.keys():
         return _of_helpsteer(rows), list(HELPSTEER)
+    if {"answers", "scores"} <= first.keys():  # prompts that were taken from pairs may bring these along
+        of_pairs = first.keys() & {"chosen", "rejected"}
+        rows = rows.under({**rows.columns, **dict.fromkeys(of_pairs)}) if of_pairs else rows
     form, renamed = recognise(rows, key)
     sample = next((found for row in renamed.first(10) if (found := _ranked(form, row))), None)
     if not isinstance(sample, list):

@@ -187,6 +187,10 @@ OTHERS = {  # name: rows, words, (prompt, chosen, rejected) of each pair
         [{"prompt": "q", "answers": ["a", "b", "c", "d"], "scores": [1, 2, 2.5, 4]}],
         ["--way", "each", "--margin", "1.5"], [("q", "d", "c"), ("q", "d", "b"), ("q", "d", "a"), ("q", "c", "a")],
     ),
+    "prompts of pairs that were answered again": (
+        [{"prompt": "q", "chosen": "x", "rejected": "y", "answers": ["a", "b"], "scores": [1, 2]}], [],
+        [("q", "b", "a")],
+    ),
     "columns by other names": (
         [{"ask": "q", "replies": ["a", "b"], "stars": [1, 2]}],
         ["columns={prompt: ask, answers: replies, scores: stars}"], [("q", "b", "a")],
