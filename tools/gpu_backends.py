@@ -56,6 +56,8 @@ def compare(name: str, settings: dict) -> dict:
     rule = keys.rule("attention")
     if not rule.holds(attention):
         return {"left_out": f"attention={attention} is not known here: {rule.says}"}
+    if attention in ("flex", "varlen") and settings["device"] == "cpu":
+        return {"left_out": "needs a GPU"}
     failed, errors = [], {}
     for family, dtype in combinations(attention, compiled):
         where = f"{family}, {dtype}"
@@ -111,10 +113,11 @@ def _weights(component: dict, dtype: str) -> dict:
 def _step(component, windows, weights, attention, compiled, dtype, device) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns all answers' log-probabilities and all parameters' gradients of their random sum, in float64."""
     torch.compiler.reset()
+    device = torch.device(device)
     model = models.full(component, dtype=dtype)
     how = {"attention": attention, "windows": windows, "compile_layers": compiled}
     models.prepare(model, max_length=256, **how)
-    models.load(model, weights, world=World(torch.device(device)))
+    models.load(model, weights, world=World(device))
     batch_of = pairs()
     dense = model.pairtune.takes_fixed_rows or attention in ROWS
     batch = lay_out(batch_of, longest_row(batch_of, ROWS.get(attention, 128)) if dense else None).to(device)

@@ -27,6 +27,7 @@ from pairtune.run.metrics import read_log
 
 VERSIONS = ("torch", "torchtune", "torchao", "transformers", "trl", "peft", "triton", "bitsandbytes", "liger-kernel")
 SPEED = {"pairs_per_second", "tokens_per_second", "peak_memory_gib"}
+KERNELS = ("attention=flex", "attention=varlen")  # which have no backward on a CPU
 
 
 def context_is_lost() -> bool:
@@ -112,8 +113,8 @@ def _lacks(overrides: list[str], device: str) -> str:
             return f"{override} is not known here: {keys.rule(key).says}"
         if override == parts.PAGED and not importlib.util.find_spec("bitsandbytes"):
             return "bitsandbytes is not installed"
-        if override in (parts.PAGED, parts.OFFLOADED, *parts.AWAY, "attention=flex") and device == "cpu":
-            return "needs a GPU"  # FlexAttention for its backward
+        if override in (parts.PAGED, parts.OFFLOADED, *parts.AWAY, *KERNELS) and device == "cpu":
+            return "needs a GPU"
     return ""
 
 
