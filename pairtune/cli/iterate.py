@@ -18,7 +18,6 @@ from pairtune.cli.children import Children
 from pairtune.cli.words import parser_of, prog
 from pairtune.errors import UserError
 from pairtune.files import read_object, telling, write_text
-from pairtune.making.binarise import WAYS, is_held_out
 from pairtune.run import places, verdict
 from pairtune.run.log_file import read_log
 
@@ -51,6 +50,8 @@ def iterate(argv: list[str]) -> int:
     The same command again goes on where it was stopped. Some of the prompts are held out: a table says how the judge
     likes each round's answers to them.
     """
+    from pairtune.making.binarise import WAYS
+
     parser = parser_of(iterate)
     parser.add_argument("words", metavar="RECIPE", nargs="+", help="a recipe; then key=value of its config")
     parser.add_argument("--config", action="append", default=[], metavar="CONFIG", help="as for tune run")
@@ -201,6 +202,7 @@ def _begin(args) -> tuple[Path, Path]:
     from pairtune.cli.asking import read_rows
     from pairtune.cli.find import find
     from pairtune.cli.recipe import top_level
+    from pairtune.making.binarise import is_held_out
 
     recipe = find("recipe", args.words[0])
     read = top_level(recipe, "METHOD", "DEFAULTS")

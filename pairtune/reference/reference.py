@@ -295,10 +295,9 @@ class Reference:
     def divergence(self, policy: nn.Module, batch: PairBatch) -> Tensor:
         """Returns how far the policy is from the reference at each scored position, see models/divergence.py.
 
-        Nothing, [0], where the reference's distributions cannot be had any more: of a model whose values alone are
-        kept, or that the policy was when it began and holds no copy of.
+        Nothing, [0], where there is no reference, or its values alone are there: with a cache.
         """
-        if self._live is None or isinstance(self._live, AsItStarts):
+        if not self._is_used or self._cache or self._block["name"] == "none":
             return torch.zeros(0, device=self._world.device)
 
         def token_logps(drawn: PairBatch) -> Tensor:
