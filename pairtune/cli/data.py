@@ -4,7 +4,7 @@ import argparse
 import importlib
 
 from pairtune.cli.words import parser_of
-from pairtune.errors import UserError
+from pairtune.errors import UserError, nearest
 
 MAKING = {"sample": "sample", "contrast": "contrast", "judge": "judge", "binarise": "binarise", "binarize": "binarise"}
 
@@ -29,7 +29,8 @@ def data(argv: list[str]) -> int:
     sources = [word for word in args.source if "=" not in word]
     sources = sources[1:] if sources[:1] == ["lint"] and len(sources) > 1 else sources
     if len(sources) != 1:
-        raise UserError(f"data: which rows? tune data FILE [columns=...]; {len(sources)} are named")
+        meant = nearest(sources[0], MAKING) if sources else ""
+        raise UserError(f"data: which rows? tune data FILE [columns=...]; {len(sources)} are named{meant}")
     return _lint(sources[0], [word for word in args.source if "=" in word], args)
 
 
@@ -65,7 +66,6 @@ def rows_of(source: str, words: list[str]):
 def _settings(words: list[str], known: dict) -> dict:
     """Returns key=value of `dataset`'s keys, with or without its name before them."""
     from pairtune.config.reading import read_value
-    from pairtune.errors import nearest
 
     found = {}
     for word in words:
