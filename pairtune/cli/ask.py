@@ -101,6 +101,18 @@ def folders_of(words: list[str]) -> tuple[list[Path], list[str]]:
     return [Path(word) for word in words if word not in overrides], overrides
 
 
+def one_folder(words: list[str], command: str) -> tuple[Path, list[str]]:
+    """Returns the one model's folder among a command's words, and the key=value.
+
+    Raises:
+        UserError: There is none, or there are several.
+    """
+    folders, overrides = folders_of(words)
+    if len(folders) != 1:
+        raise UserError(f"{command}: {len(folders)} folders; answers are drawn from one model")
+    return folders[0], overrides
+
+
 def _line() -> str | None:
     """Returns what the user says, None when there is no more; a Ctrl-C at the prompt ends the command."""
     try:

@@ -8,6 +8,7 @@ is done, and the same command again goes on with what is missing.
 import json
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,13 +74,13 @@ def iterate(argv: list[str]) -> int:
         raise UserError("iterate: takes --rounds 1 or more, --count 2 or more, and a --temperature above 0")
     if not 0 < args.held_out < 1:
         raise UserError(f"--held-out {args.held_out:g}: must be above 0 and below 1: rounds are judged by these")
-    base, folder = _begin(args)
+    cfg, folder = _begin(args)
     with Children() as children:
-        before, rows = Round(0, folder / "round_0", base), []
+        before, rows = Round(0, folder / "round_0", _base(cfg)), []
         try:
             for number in range(args.rounds + 1):
                 this = Round(number, folder / f"round_{number}", before.trained)
-                _round(this, Stages(args, folder, base, children))
+                _round(this, Stages(args, folder, cfg, children))
                 rows.append(_came_to(this))
                 before = this
         except _Stopped:
@@ -127,8 +128,13 @@ def _meet(first: Path, other: Path, met: Path) -> None:
 class Stages:
     """The commands of which a round is made."""
 
-    def __init__(self, args, folder: Path, base: Path, children: Children):
-        self.folder, self._args, self._base, self._children = folder, args, base, children
+    def __init__(self, args, folder: Path, cfg: Mapping, children: Children):
+        self.folder, self._args, self._children = folder, args, children
+        self._base = _base(cfg)
+        # Answers are drawn as they are trained on
+        self._how = [f"device={cfg['device']}", f"dtype={cfg['dtype']}"]
+        template = cfg["tokenizer"].get("chat_template")
+        self._how += [f"tokenizer.chat_template={template}"] if template else []
 
     def say(self, text: str) -> None:
         print(f"\n===== {text} =====", flush=True)
@@ -145,8 +151,7 @@ class Stages:
         for option in ("top_k", "top_p", "system", "base_dtype"):
             value = getattr(args, option)
             words += [] if value is None else [f"--{option.replace('_', '-')}", value]
-        how = [word for word in self._overrides if word.startswith(("device=", "dtype=", "tokenizer.chat_template"))]
-        self._run("data", "sample", model, *words, *how)
+        self._run("data", "sample", model, *words, *self._how)
 
     def judge(self, answers: Path, scored: Path) -> None:
         """Has answers scored; an endpoint's replies in all rounds are in one file."""
@@ -158,7 +163,9 @@ class Stages:
                 words += [f"--{option.replace('_', '-')}", getattr(self._args, option)]
         if "://" in self._args.judge:
             words += ["--verdicts", self._args.verdicts or self.folder / judging.VERDICTS]
-        self._run("data", "judge", answers, "--output", scored, *words)
+        part = scored.with_suffix(".part")  # the end of a budget leaves some answers without a score, and is no end
+        self._run("data", "judge", answers, "--output", part, *words)
+        part.replace(scored)
 
     def binarise(self, scored: Path, pairs: Path, *, seed: int) -> None:
         """Makes pairs; a tenth of the questions show the run whether it learns."""
@@ -192,8 +199,13 @@ class Stages:
 # Before the first round
 
 
-def _begin(args) -> tuple[Path, Path]:
-    """Returns the folder of the model that is begun with, and the rounds' folder, with the prompts of either kind.
+def _base(cfg: Mapping) -> Path:
+    """Returns the folder of the model that is begun with."""
+    return Path(cfg["checkpointer"]["checkpoint_dir"]).expanduser()
+
+
+def _begin(args) -> tuple[Mapping, Path]:
+    """Returns the config, and the rounds' folder, with the prompts of either kind.
 
     Raises:
         UserError: Something is wrong with the config, or rounds in the folder were made with something else.
@@ -212,7 +224,7 @@ def _begin(args) -> tuple[Path, Path]:
     words = [*args.words[1:], "dataset.source=pairs.jsonl", "eval_dataset=null"]  # as rounds have them
     configs = [find("config", name) for name in args.config]
     cfg = config.check(read["METHOD"], read["DEFAULTS"], configs, words)
-    base, folder = Path(cfg["checkpointer"]["checkpoint_dir"]).expanduser(), args.output_dir.expanduser()
+    base, folder = _base(cfg), args.output_dir.expanduser()
     if not base.is_dir():
         raise UserError(f"checkpointer.checkpoint_dir={base}: there is no such folder; fetch it with `tune download`")
     rows = read_prompts_file(args.prompts, read_rows)
@@ -242,7 +254,7 @@ def _begin(args) -> tuple[Path, Path]:
             write_text(folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in some))
         write_text(folder / SETTINGS, json.dumps(now, indent=1) + "\n")
     print(f"{folder}: {len(kept[0]):,} prompts to learn from, {len(kept[1]):,} held out")
-    return base, folder
+    return cfg, folder
 
 
 # What they came to

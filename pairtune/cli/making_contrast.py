@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from pairtune.cli.ask import add_how, check_how, folders_of
+from pairtune.cli.ask import add_how, check_how, one_folder
 from pairtune.cli.making_binarise import write_pairs
 from pairtune.cli.words import parser_of
 from pairtune.errors import UserError
@@ -27,9 +27,7 @@ def contrast(argv: list[str]) -> int:
     add_how(parser, temperature=1.0)
     args = parser.parse_intermixed_args(argv)
     check_how(args)
-    folders, overrides = folders_of(args.words)
-    if len(folders) != 1:
-        raise UserError(f"data contrast: {len(folders)} folders; answers are drawn from one model")
+    folder, overrides = one_folder(args.words, "data contrast")
     if not 0 <= args.held_out < 1:
         raise UserError(f"--held-out {args.held_out:g}: must be at least 0 and below 1")
     from pairtune.making.contrast import Contrast
@@ -42,7 +40,7 @@ def contrast(argv: list[str]) -> int:
         raise UserError(f"--items {args.items}: holds none")
     from pairtune.cli.making_sample import drawn_from
 
-    answer, drawing = drawn_from(folders[0], overrides, args, 1)
+    answer, drawing = drawn_from(folder, overrides, args, 1)
     drawn = args.output.with_name(f"{args.output.stem}.drawn.jsonl")
     found = draw(answer, items, how, drawing, drawn=drawn, held_out=args.held_out)
     files = write_pairs(found.pairs, args.output, args.held_out, found)

@@ -14,7 +14,7 @@ def judge(argv: list[str]) -> int:
     makes pairs of them.
 
     A judge that compares has each two answers meet, both ways round. What an endpoint replies is kept as it comes: the
-    same command goes on after a kill, and asks nothing twice.
+    same command goes on after a kill, and asks nothing twice. Where the budget is used before the end, the status is 1.
     """
     parser = parser_of(judge, "data judge")
     parser.add_argument("answers", type=Path, metavar="JSONL", help="rows with prompt and answers, as `sample` writes")
@@ -35,7 +35,7 @@ def judge(argv: list[str]) -> int:
         lines += [f"  {found.undecided:,} without a verdict ({found.why})"] if found.undecided else []
         lines += [f"  {found.turned:,} turned with the order, and are ties"] if found.turned else []
         print("\n".join([*lines, *judging.spent(who)]))
-    return 0
+        return int(getattr(who, "is_budget_used", False))
 
 
 def _read(path: Path) -> list[dict]:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pairtune.cli.ask import add_how, check_how, folders_of, read_prompts_file, sampling_of
+from pairtune.cli.ask import add_how, check_how, one_folder, read_prompts_file, sampling_of
 from pairtune.cli.words import parser_of
 from pairtune.errors import UserError
 
@@ -21,9 +21,7 @@ def sample(argv: list[str]) -> int:
     add_how(parser, temperature=1.0)
     args = parser.parse_intermixed_args(argv)
     check_how(args)
-    folders, overrides = folders_of(args.words)
-    if len(folders) != 1:
-        raise UserError(f"data sample: {len(folders)} folders; answers are drawn from one model")
+    folder, overrides = one_folder(args.words, "data sample")
     if args.count > 1 and not args.temperature:
         raise UserError(f"--count {args.count}: with --temperature 0 all answers to a prompt are one; give another")
     from pairtune.cli import asking  # and torch
@@ -32,7 +30,7 @@ def sample(argv: list[str]) -> int:
     rows = read_prompts_file(args.prompts, asking.read_rows)
     if not rows:
         raise UserError(f"--prompts {args.prompts}: holds none")
-    answer, drawing = drawn_from(folders[0], overrides, args, args.count)
+    answer, drawing = drawn_from(folder, overrides, args, args.count)
     print(f"{args.output}: {draw(answer, rows, args.output, drawing)}")
     return 0
 
