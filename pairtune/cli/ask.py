@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pairtune import console
 from pairtune.cli import judging
+from pairtune.cli.prompts import read_prompts_file
 from pairtune.cli.words import parser_of
 from pairtune.errors import UserError
 from pairtune.files import telling, write_text
@@ -29,7 +30,7 @@ def generate(argv: list[str]) -> int:
     check_how(args)
     from pairtune.cli import asking  # and torch
 
-    asked = args.prompt + read_prompts_file(args.prompts, asking.read_prompts)
+    asked = args.prompt + [row["prompt"] for row in read_prompts_file(args.prompts)]
     if not asked:
         raise UserError("what is asked? --prompt TEXT, --prompts FILE, or a prompt a line on standard input")
     model = asking.Model(asking.Asked(args.folder, args.adapter, args.base_dtype, args.overrides))
@@ -182,20 +183,6 @@ def sampling_of(args):
     return Sampling(args.temperature, args.top_k, args.top_p)
 
 
-def read_prompts_file(path: Path | None, read) -> list:
-    """Returns the prompts of a file, or of standard input."""
-    if path is None:
-        return []
-    if str(path) == "-":
-        return read(Path("standard input"), sys.stdin.read())
-    try:
-        text = path.expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        told = getattr(error, "strerror", None) or "it is no text in UTF-8"
-        raise UserError(f"--prompts {path}: cannot be read: {told}; a text file, or - for standard input") from None
-    return read(path, text)
-
-
 def _print_asked(asked, *, alone: bool = False) -> None:
     if not alone:
         text = asked if isinstance(asked, str) else "\n".join(f"{m['role']}: {m.get('content')}" for m in asked)
@@ -245,9 +232,7 @@ def _compare(folders: list[Path], overrides: list[str], args, judge) -> int:
             comparing.show_runs(runs)
         if args.runs_only:
             return 0
-        from pairtune.cli import asking  # and torch
-
-        rows = [{"prompt": one} for one in args.prompt] + read_prompts_file(args.prompts, asking.read_rows)
+        rows = [{"prompt": one} for one in args.prompt] + read_prompts_file(args.prompts)
         rows = rows or [{"prompt": one} for one in (comparing.prompts_of(runs[-1].folder) if runs else [])]
         if not rows:
             raise UserError("what is asked? --prompt TEXT, --prompts FILE, or a run, whose held-out prompts are taken")

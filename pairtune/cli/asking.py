@@ -1,6 +1,5 @@
 """A model's folder, opened to be asked: for `tune generate` and `tune chat`."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,31 +120,3 @@ def _settle(folder: Path, adapter: Path | None) -> tuple[Path, Path | None]:
             f"folder: FOLDER --adapter {folder}"
         )
     raise UserError(f"{folder}: holds no config.json: it is no model's folder, nor a run's")
-
-
-def read_prompts(path: Path, text: str) -> list[str | list[dict]]:
-    """Returns what is asked, of a file's text; as `read_rows`."""
-    return [row["prompt"] for row in read_rows(path, text)]
-
-
-def read_rows(path: Path, text: str) -> list[dict]:
-    """Returns rows with what is asked as `prompt`: a line each; of .jsonl, `prompt` (text or messages) or `messages`.
-
-    Raises:
-        UserError: A line that is none of these.
-    """
-    lines = [line for line in text.split("\n") if line.strip()]  # a text may hold other line separators
-    if path.suffix not in (".jsonl", ".json"):
-        return [{"prompt": line} for line in lines]
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            asked = row.get("prompt", row.get("messages")) if isinstance(row, dict) else row
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: is no JSON: {error}; one object a line") from None
-        is_messages = isinstance(asked, list) and asked and all(isinstance(m, dict) and "role" in m for m in asked)
-        if not isinstance(asked, str) and not is_messages:
-            raise UserError(f"{path}, line {number}: must have a `prompt`, text or messages, or `messages`")
-        found.append({**(row if isinstance(row, dict) else {}), "prompt": asked})
-    return found

@@ -4,14 +4,16 @@ Every function is the one that runs call, so that a run's export gives the run's
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import yaml
+from omegaconf import DictConfig
 
 from pairtune import config, dist, models
 from pairtune.cli.recipe import read_recipe
@@ -22,6 +24,7 @@ from pairtune.folders.opening import make_ready
 from pairtune.losses.calling import policy_scores, takes_unpaired
 from pairtune.losses.whole_step import WholeStep
 from pairtune.pairs.batch import lay_out
+from pairtune.pairs.pair import Pair
 from pairtune.pairs.steps import Steps
 from pairtune.pairs.tokenize import read_train_and_held_out
 from pairtune.reference import KL_PAIRS, Reference
@@ -59,20 +62,24 @@ def settle(asked: Asked):
     """
     folder, saved = asked.folder.expanduser(), asked.folder.expanduser() / places.CONFIG
     is_run = saved.is_file() and not (folder / "config.json").is_file()
-    paths, words, reference = [], [], asked.reference
+    paths, words, more, reference = [], [], [], asked.reference
     if is_run:
         exported = folder / places.EXPORT
         if not exported.is_dir():
             raise UserError(f"{folder}: has no {places.EXPORT}: the run has not ended; `resume=true` goes on with it")
         paths, folder = [saved], exported
-        base = yaml.safe_load(saved.read_text(encoding="utf-8"))["checkpointer"]
+        of_run = yaml.safe_load(saved.read_text(encoding="utf-8"))
+        base, compared = of_run["checkpointer"], of_run.get("reference") or {}
         words += ["model=auto", "checkpointer._component_=torchtune.training.FullModelHFCheckpointer"]
         words += ["enable_activation_offloading=false", "enable_fp8_training=false"]  # weights as they are; no backward
         words += ["~checkpointer.checkpoint_files"] if "checkpoint_files" in base else []
-        reference = reference or Path(base["checkpoint_dir"])
+        if reference is None:
+            reference = Path(compared.get("checkpoint_dir") or base["checkpoint_dir"])
+            is_rounded = of_run.get("merge_into") == "dequantized" and of_run["base_dtype"] == "nf4"
+            more = ["reference.quantize=true"] if is_rounded else []  # as the export's base is
     words += [f"checkpointer.checkpoint_dir={folder}", f"tokenizer.path={folder}"]
     words += [f"reference={'none' if reference is None else 'model'}"]
-    words += [] if reference is None else [f"reference.checkpoint_dir={reference}"]
+    words += [] if reference is None else [f"reference.checkpoint_dir={reference}", *more]
     if asked.dataset:
         words += [f"dataset={asked.dataset}", "eval_dataset=null", "dataset.val_fraction=null"]
         words += ["dataset.streaming=false", "dataset.shuffle_buffer=null"]
@@ -83,32 +90,61 @@ def settle(asked: Asked):
     return cfg, f"reference {reference}" if reference else "no reference (--reference FOLDER): rewards are log-probs"
 
 
-def evaluate(cfg) -> tuple[dict[str, float], np.ndarray]:
-    """Returns what the pairs come to, as metrics.jsonl names it, and a pair_log.RECORD each.
+@dataclass(frozen=True)
+class Opened:
+    """A policy and its reference, of which no weight is read yet: what is evaluated is not known before."""
 
-    Args:
-        cfg: From `settle`.
+    cfg: DictConfig
+    world: dist.World
+    loss_fn: Callable
+    files: weights.ModelFolder
+    tokenizer: Any
+    model: Any
+    reference: Reference
+
+    def load(self, pairs: Sequence[Pair]) -> choosing.Chosen:
+        """Reads all weights, and returns how these pairs are computed."""
+        cfg, world = self.cfg, self.world
+        asked = {key: cfg[key] for key in choosing.KEYS}
+        work = choosing.work(pairs, self.loss_fn, cfg.max_length, len(pairs), 1)
+        how = choosing.choose_and_execute(asked, work, self.model, self.reference, cfg.optimizer, world)
+        self.reference.open_cache(self.model, pairs, score_end=cfg.score_end)
+        models.load(self.model, weights.Weights(self.files), world=world)
+        models.settle(self.model, pairs, world)
+        self.reference.attach(self.model)
+        self.model.eval()
+        return how
+
+
+def open_models(cfg: DictConfig, world: dist.World, loss_fn: Callable) -> Opened:
+    """Returns the policy and the reference of a config from `settle`.
+
+    Raises:
+        UserError: They cannot be built, or do not belong together.
     """
-    world = dist.start(cfg.device)
-    loss_fn = config.instantiate(cfg.loss)
     reference = Reference(cfg.reference, "full", loss_fn, dtype=cfg.dtype, world=world)
     files = weights.open_weights(cfg.checkpointer, cfg.model)
     tokenizer = adapt(config.instantiate(cfg.tokenizer), cfg.tokenizer)
     model = models.full(cfg.model, dtype=cfg.dtype)
     make_ready(model, files.config, cfg.max_length, tokenizer.vocab_size)
     reference.build(cfg.model, files, tokenizer, cfg.max_length)
+    return Opened(cfg, world, loss_fn, files, tokenizer, model, reference)
+
+
+def evaluate(cfg: DictConfig) -> tuple[dict[str, float], np.ndarray]:
+    """Returns what the pairs come to, as metrics.jsonl names it, and a pair_log.RECORD each.
+
+    Args:
+        cfg: From `settle`.
+    """
+    world, loss_fn = dist.start(cfg.device), config.instantiate(cfg.loss)
+    opened = open_models(cfg, world, loss_fn)
+    tokenizer, model, reference = opened.tokenizer, opened.model, opened.reference
     budget = cfg.max_length, cfg.max_prompt_length, takes_unpaired(loss_fn), cfg.max_completion_length
     train, held_out = read_train_and_held_out(cfg.dataset, cfg.eval_dataset, tokenizer, world, *budget, seed=cfg.seed)
     pairs, sets = held_out or train, metrics.identities(held_out)
     contract.check_pairs(pairs, tokenizer, score_end=cfg.score_end)
-    asked = {key: cfg[key] for key in choosing.KEYS}
-    work = choosing.work(pairs, loss_fn, cfg.max_length, len(pairs), 1)
-    how = choosing.choose_and_execute(asked, work, model, reference, cfg.optimizer, world)
-    reference.open_cache(model, pairs, score_end=cfg.score_end)
-    models.load(model, weights.Weights(files), world=world)
-    models.settle(model, pairs, world)
-    reference.attach(model)
-    model.eval()
+    how = opened.load(pairs)
     steps, meter = Steps(pairs, len(pairs), how.batch_size, world, seed=0, rows=how.rows), metrics.Meter()
     batch_of = partial(lay_out, row_length=how.row_length, score_end=cfg.score_end)
     with torch.no_grad():

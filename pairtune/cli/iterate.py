@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from pairtune.cli import judging
-from pairtune.cli.ask import add_how, check_how, read_prompts_file
+from pairtune.cli.ask import add_how, check_how
 from pairtune.cli.children import Children
+from pairtune.cli.prompts import read_prompts_file
 from pairtune.cli.words import parser_of, prog
 from pairtune.errors import UserError
 from pairtune.files import read_object, telling, write_text
@@ -24,7 +25,7 @@ from pairtune.run.log_file import read_log
 
 SETTINGS, ROUNDS = "iterate.json", "rounds.jsonl"
 TRAINED, HELD_OUT = "prompts.jsonl", "held_out_prompts.jsonl"
-SAFE_TO_DIFFER = ("rounds", "judge_budget", "judge_at_once", "batch_size")
+SAFE_TO_DIFFER = ("rounds", "judge_budget", "judge_at_once", "judge_timeout", "batch_size")
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ class Stages:
         if scored.exists():
             return
         words = ["--judge", self._args.judge]
-        for option in judging.OF_ENDPOINTS:
+        for option in (*judging.OF_ENDPOINTS, "judge_reference"):
             if option != "verdicts" and getattr(self._args, option) is not None:
                 words += [f"--{option.replace('_', '-')}", getattr(self._args, option)]
         if "://" in self._args.judge:
@@ -211,7 +212,6 @@ def _begin(args) -> tuple[Mapping, Path]:
         UserError: Something is wrong with the config, or rounds in the folder were made with something else.
     """
     from pairtune import config
-    from pairtune.cli.asking import read_rows
     from pairtune.cli.find import find
     from pairtune.cli.recipe import top_level
     from pairtune.making.binarise import is_held_out
@@ -227,7 +227,7 @@ def _begin(args) -> tuple[Mapping, Path]:
     base, folder = _base(cfg), args.output_dir.expanduser()
     if not base.is_dir():
         raise UserError(f"checkpointer.checkpoint_dir={base}: there is no such folder; fetch it with `tune download`")
-    rows = read_prompts_file(args.prompts, read_rows)
+    rows = read_prompts_file(args.prompts)
     held_out = [is_held_out(row["prompt"], args.held_out, args.seed) for row in rows]
     kept = (
         [row for row, away in zip(rows, held_out, strict=True) if not away],

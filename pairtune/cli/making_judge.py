@@ -35,7 +35,7 @@ def judge(argv: list[str]) -> int:
         lines += [f"  {found.undecided:,} without a verdict ({found.why})"] if found.undecided else []
         lines += [f"  {found.turned:,} turned with the order, and are ties"] if found.turned else []
         print("\n".join([*lines, *judging.spent(who)]))
-        return int(getattr(who, "is_budget_used", False))
+        return int(hasattr(who, "client") and who.client.is_budget_used)
 
 
 def _read(path: Path) -> list[dict]:

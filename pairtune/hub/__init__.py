@@ -1,1 +1,1 @@
-"""Models and data sets from the Hugging Face Hub."""
+"""What goes over the network: models and data sets from the Hugging Face Hub, and endpoints that are asked."""

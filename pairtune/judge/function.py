@@ -11,7 +11,10 @@ from importlib import import_module
 from pairtune.errors import UserError
 from pairtune.judge.question import Question, Said
 
-WAYS = "a judge is an endpoint's address (https://...), a reward model's folder, or a function of yours: my_file.judge"
+WAYS = (
+    "a judge is an endpoint's address (https://...), a reward model's folder, implicit:FOLDER of a trained policy, or "
+    "a function of yours: my_file.judge"
+)
 TAKES = "answer, or first and second, and of prompt and row what it wants"
 
 

@@ -20,7 +20,7 @@ def open_judge(name: str, asking: Asking | None = None) -> Judge:
     if "://" in name:
         if asking is None:
             raise UserError(f"--judge {name}: an endpoint is told which model judges: --judge-model NAME")
-        return Endpoint.open(name, asking)
+        return Endpoint(name, asking)
     if asking is not None:
         raise UserError(f"--judge {name}: is no endpoint's address, and --judge-model and --rubric are for one")
     if Path(name).expanduser().is_dir():

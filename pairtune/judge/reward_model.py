@@ -27,7 +27,10 @@ class RewardModel:
         kinds = config.get("architectures") or []
         if not any(str(kind).endswith("ForSequenceClassification") for kind in kinds):
             found = f"is a {kinds[0]}" if kinds else "holds no config.json of one"
-            raise UserError(f"--judge {folder}: {found}; a reward model's is a ...ForSequenceClassification")
+            raise UserError(
+                f"--judge {folder}: {found}; a reward model's is a ...ForSequenceClassification; by a policy's own "
+                f"likelihoods judges --judge implicit:{folder}"
+            )
         labels = config.get("num_labels") or len(config.get("id2label") or "12")
         if labels != 1:
             raise UserError(f"--judge {folder}: has {labels} labels; a reward model has one, its score")

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint on 127.0.0.1 that judges by a rule, and misbehaves as it is told."""
+"""An OpenAI-compatible endpoint on 127.0.0.1 that judges by a rule, draws by a seed, and misbehaves as it is told."""
 
 import json
 import re
@@ -22,6 +22,7 @@ class Server:
         odd: Odd things to do, one a request; then it is well-behaved. With only_when_new, to a question's first only.
         asked: Each request's body, read.
         judged: Both answers of each request that was answered with a verdict.
+        drawn: Each request that was answered with an answer, in place of a verdict.
         headers: Of the last request.
     """
 
@@ -29,13 +30,20 @@ class Server:
         self.rule, self.odd, self.lock = rule, list(odd), threading.Lock()
         self.asked: list[dict] = []
         self.judged: list[tuple[str, str]] = []
+        self.questions: list[str] = []  # of these, whole
+        self.drawn: list[dict] = []
         self.headers: dict[str, str] = {}
         self.address, self.only_when_new = "", False
 
 
-def completion(text: str, **more) -> bytes:
-    message = {"role": "assistant", "content": text, **more}
-    return json.dumps({"choices": [{"message": message}], "usage": {"total_tokens": 10}}).encode()
+def drawn(body: dict) -> str:
+    """What it answers: of four different texts one, by the seed, or the first where none is sent."""
+    return f"{body['messages'][-1]['content']}? {'abcd'[body.get('seed', 0) % 4]}"
+
+
+def completion(text: str, *, finish: str = "stop", **more) -> bytes:
+    choice = {"message": {"role": "assistant", "content": text, **more}, "finish_reason": finish}
+    return json.dumps({"choices": [choice], "usage": {"total_tokens": 10}}).encode()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -53,10 +61,15 @@ class _Handler(BaseHTTPRequestHandler):
             return self.reply(odd, f"busy, {self.headers.get('Authorization')}".encode(), {"Retry-After": "0"})
         if odd is not None:
             return self.reply(200, odd)
-        texts = TEXTS.search(body["messages"][0]["content"]).groups()
+        question = body["messages"][-1]["content"]
+        texts = TEXTS.search(question)
         with known.lock:
-            known.judged.append(texts)
-        self.reply(200, completion(f'I think so.\n{{"winner": "{known.rule(*texts)}"}}'))
+            if texts is None:
+                known.drawn.append(body)
+                return self.reply(200, completion(drawn(body)))
+            known.judged.append(texts.groups())
+            known.questions.append(question)
+        self.reply(200, completion(f'I think so.\n{{"winner": "{known.rule(*texts.groups())}"}}'))
 
     def reply(self, status: int, content: bytes, headers: dict | None = None, *, cut: int = 0):
         self.send_response(status)
@@ -82,3 +95,32 @@ def serving(rule: Callable[[str, str], str] = longer, odd: list = ()) -> Iterato
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+# What it may do in the place of an answer
+
+
+def cut(handler):
+    handler.reply(200, completion('{"winner": "first"}'), cut=9)
+
+
+def cut_without_length(handler):
+    handler.send_response(200)
+    handler.end_headers()
+    handler.wfile.write(completion('{"winner": "first"}')[:-9])
+
+
+def silent(handler):
+    handler.close_connection = True
+
+
+def elsewhere(handler):
+    handler.reply(302, b"", {"Location": "http://127.0.0.1:9/"})
+
+
+def slow(handler):
+    handler.connection.settimeout(10)
+    handler.rfile.read(1)  # until the other side has gone
+
+
+NO_COMPLETION = [429, 503, 500, cut, silent, cut_without_length, b"<html>", b"{}", b'{"choices": []}', 429, 502, cut]

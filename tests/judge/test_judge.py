@@ -10,13 +10,14 @@ from collections import Counter
 
 import pytest
 from helpers import ENVIRONMENT, save_tokenizer
-from judge_server import completion, longer, serving
+from judge_server import NO_COMPLETION, completion, elsewhere, longer, serving, slow
 
 from pairtune.cli import main
 from pairtune.errors import UserError
-from pairtune.judge import Verdict, WinRate, endpoint, open_judge, scores, verdicts, win_rates
+from pairtune.hub import endpoint
+from pairtune.hub.replies import Kept
+from pairtune.judge import Verdict, WinRate, open_judge, scores, verdicts, win_rates
 from pairtune.judge.endpoint import Asking
-from pairtune.judge.kept import Kept
 
 KEY = "sk-a-secret-0123456789"
 ROWS = [{"prompt": f"question {n}"} for n in range(8)]
@@ -73,31 +74,7 @@ def test_a_judge_that_always_names_the_first_one_decides_nothing(tmp_path):
     assert rate.turned == ASKED and rate.shown_first == (2 * ASKED, 2 * ASKED)
 
 
-def cut(handler):
-    handler.reply(200, completion('{"winner": "first"}'), cut=9)
-
-
-def cut_without_length(handler):
-    handler.send_response(200)
-    handler.end_headers()
-    handler.wfile.write(completion('{"winner": "first"}')[:-9])
-
-
-def silent(handler):
-    handler.close_connection = True
-
-
-def elsewhere(handler):
-    handler.reply(302, b"", {"Location": "http://127.0.0.1:9/"})
-
-
-def slow(handler):
-    handler.connection.settimeout(10)
-    handler.rfile.read(1)  # until the other side has gone
-
-
-ODD = [429, 503, 500, cut, silent, cut_without_length, b"<html>", b"{}", b'{"choices": []}', 429, 502, cut]
-ODD += [completion(text) for text in ("I cannot say.", '{"winner": "both"}', "")]
+ODD = [*NO_COMPLETION, *(completion(text) for text in ("I cannot say.", '{"winner": "both"}', ""))]
 ODD += [completion("", refusal="no"), completion("", content=None), completion("", content=[{"text": "Hm"}])]
 
 

@@ -205,6 +205,84 @@ def test_what_cannot_be_evaluated_is_told_in_a_sentence(made, tmp_path, capsys):
         assert said in capsys.readouterr().err
 
 
+# A policy's own reward
+
+
+def test_a_policys_own_reward_is_what_its_run_logged_and_transformers_computes(made, tmp_path, capsys):
+    """Each answer alone, an empty and a long one among them; and of two models that no run made, the same."""
+    transformers = pytest.importorskip("transformers")
+    rows = [json.loads(line) for line in (made / "held_out.jsonl").read_text().splitlines()]
+    asked = [{"prompt": r["prompt"], "answers": [r["chosen"], " ", r["rejected"], r["chosen"] * 9]} for r in rows]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    names = {"run": [made / "run"], "export": [made / "run" / "export", "--judge-reference", str(made / "base")]}
+    found = {}
+    for name, (policy, *more) in names.items():
+        words = ["--judge", f"implicit:{policy}", *more, "--output", str(tmp_path / f"{name}.jsonl")]
+        assert main(["data", "judge", str(tmp_path / "a.jsonl"), *words]) == 0
+        out = capsys.readouterr().out
+        found[name] = [json.loads(line)["scores"] for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        assert "without a verdict (" in out and f"against {made / 'base'}'s" in out
+    kept = pair_log.read(made / "run" / "pairs.bin")
+    last = np.sort(kept[(kept["is_held_out"] == 1) & (kept["step"] == kept["step"].max())], order="row")
+    policy, base = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+        for folder in (made / "run" / "export", made / "base")
+    )
+    for column, answer in ((0, "chosen"), (2, "rejected")):
+        pairs = random_pairs(16, seed=6)
+        for pair in pairs:
+            pair.chosen = getattr(pair, answer)
+        expected = [
+            0.1 * (one - other) for one, other in zip(*(scores_of(m, pairs) for m in (policy, base)), strict=True)
+        ]
+        assert max(map(abs, expected)) > 0.1
+        for scores in found.values():
+            assert [row[column] for row in scores] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        assert [row[column] for row in found["run"]] == pytest.approx(last[f"{answer}_reward"].tolist(), abs=1e-5)
+    assert {row[1] for row in found["run"]} == {None} and None in {row[3] for row in found["run"]}
+    lines = [{"prompt": r["prompt"], "a": r["rejected"], "b": r["chosen"]} for r in rows]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["compare", "--answers", str(tmp_path / "c.jsonl"), "--judge", f"implicit:{made / 'run'}"]) == 0
+    wins = int((last["chosen_reward"] > last["rejected_reward"]).sum())
+    assert re.search(rf"^b +{wins} +0 +{16 - wins} ", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_a_policy_without_a_reward_of_its_own_is_told(made, tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "w5", "answers": ["w7"]}) + "\n")
+    of_run = yaml.safe_load((made / "run" / "config.yaml").read_text())
+    changes = {
+        "no_export": {},
+        "simpo": {"loss": {"name": "simpo"}, "reference": {"name": "model"}},
+        "sync": {"reference": {"name": "sync"}},
+        "adapter": {"adapter": "runs/first/export/adapter"},
+    }
+    for name, change in changes.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(of_run | change))
+        if name != "no_export":
+            (tmp_path / name / "export").symlink_to(made / "run" / "export")
+    for judge, more, said in (
+        (made / "base", [], "likelier than which model finds it? name a reference that is a model's folder"),
+        (made / "base", ["--judge-reference", "no"], "its reference no is no folder here"),
+        (tmp_path / "no", [], "there is no such folder"),
+        (tmp_path, [], "holds no config.json"),
+        (tmp_path / "no_export", [], "has no export: the run has not ended"),
+        (tmp_path / "sync", [], "the run's reference moved, and is in no folder; name a reference"),
+        (tmp_path / "adapter", [], "the run began from an adapter, and was compared with it; name a reference"),
+        (tmp_path / "simpo", [], "the run's loss simpo compares with no reference by a beta"),
+        (made / "run", ["--judge-budget", "3"], "--judge-budget: has no effect but on an endpoint"),
+    ):
+        words = ["data", "judge", str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "o.jsonl")]
+        assert main([*words, "--judge", f"implicit:{judge}", *more]) == 2
+        assert said in capsys.readouterr().err
+    for judge, said in (
+        (made / "run", f"--judge implicit:{made / 'run'}"),
+        ("m.f", "--judge-reference: has no effect"),
+    ):
+        assert main([*words, "--judge", str(judge), *["--judge-reference", "x"] * (judge == "m.f")]) == 2
+        assert said in capsys.readouterr().err
+
+
 # tune report
 
 

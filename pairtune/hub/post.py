@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
 from urllib.error import HTTPError, URLError
@@ -10,7 +11,6 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from pairtune.errors import UserError
 
-KEYS = ("JUDGE_API_KEY", "OPENAI_API_KEY")
 BUSY = (408, 409, 425, 429)  # and whatever is 500 or above: worth another try
 LARGEST = 4 << 20  # bytes of a reply
 LONGEST = 600.0  # seconds that are waited, however long a service wants
@@ -55,8 +55,12 @@ class _StaysHere(HTTPRedirectHandler):
 _OPENER = build_opener(_StaysHere)
 
 
-def check_address(address: str) -> str:
+def check_address(address: str, option: str, keys: Sequence[str]) -> str:
     """Returns an endpoint's address without a slash at its end.
+
+    Args:
+        option: What it was given by, for messages.
+        keys: As for `key_of_environment`.
 
     Raises:
         UserError: It is no http address, or holds a secret.
@@ -64,21 +68,21 @@ def check_address(address: str) -> str:
     parts = urlsplit(address)
     if parts.username or parts.password or parts.query or parts.fragment:
         raise UserError(
-            f"--judge {parts.scheme}://{parts.hostname}...: an address holds no name, password or ?key=...; a key is "
-            f"read from {KEYS[0]} in the environment"
+            f"{option}{parts.scheme}://{parts.hostname}...: an address holds no name, password or ?key=...; a key is "
+            f"read from {keys[0]} in the environment"
         )
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"--judge {address}: is no address: http://HOST:PORT/v1, or https://HOST/v1")
+        raise UserError(f"{option}{address}: is no address: http://HOST:PORT/v1, or https://HOST/v1")
     return address.rstrip("/").removesuffix("/chat/completions")
 
 
-def key_of_environment() -> str | None:
-    """Returns the key to send; None for none.
+def key_of_environment(keys: Sequence[str]) -> str | None:
+    """Returns the key to send, from the first of these variables that holds one; None for none.
 
     Raises:
         UserError: There is one that cannot be sent. The message does not show it.
     """
-    name = next((name for name in KEYS if os.environ.get(name, "").strip()), None)
+    name = next((name for name in keys if os.environ.get(name, "").strip()), None)
     if name is None:
         return None
     key = os.environ[name].strip()
