@@ -84,9 +84,9 @@ def iterate(argv: list[str]) -> int:
                 _round(this, Stages(args, folder, cfg, children))
                 rows.append(_came_to(this))
                 before = this
-        except _Stopped:
+        except _Stopped as stopped:
             again = shlex.join([prog(), "iterate", *argv])
-            print(f"\nstopped in round {len(rows)}; the same command goes on:\n  {again}")
+            print(f"\nstopped in round {len(rows)}; the same command{stopped.with_what} goes on:\n  {again}")
             return 128 + children.heard if children.heard else 1
     write_text(folder / ROUNDS, "".join(json.dumps(row) + "\n" for row in rows))
     print(f"\n{_table(rows)}\n\n{folder / ROUNDS}; the last round's model: {before.trained}")
@@ -94,7 +94,11 @@ def iterate(argv: list[str]) -> int:
 
 
 class _Stopped(Exception):
-    """A stage failed, or a signal came."""
+    """A stage failed, or a signal came; `with_what` it would not stop there again."""
+
+    def __init__(self, with_what: str = ""):
+        super().__init__()
+        self.with_what = with_what
 
 
 # A round
@@ -165,7 +169,7 @@ class Stages:
         if "://" in self._args.judge:
             words += ["--verdicts", self._args.verdicts or self.folder / judging.VERDICTS]
         part = scored.with_suffix(".part")  # the end of a budget leaves some answers without a score, and is no end
-        self._run("data", "judge", answers, "--output", part, *words)
+        self._run("data", "judge", answers, "--output", part, *words, with_what=" with a larger --judge-budget")
         part.replace(scored)
 
     def binarise(self, scored: Path, pairs: Path, *, seed: int) -> None:
@@ -190,11 +194,12 @@ class Stages:
     def _overrides(self) -> list[str]:
         return self._args.words[1:]
 
-    def _run(self, *words: Any) -> None:
+    def _run(self, *words: Any, with_what: str = "") -> None:
+        """Runs a command; `with_what` it ends otherwise than with status 1."""
         words = list(map(str, words))
         print(f"\n$ {shlex.join([prog(), *words])}", flush=True)
-        if self._children.run([sys.executable, "-u", "-P", "-m", "pairtune.cli", *words]):
-            raise _Stopped
+        if status := self._children.run([sys.executable, "-u", "-P", "-m", "pairtune.cli", *words]):
+            raise _Stopped(with_what if status == 1 else "")
 
 
 # Before the first round
@@ -261,7 +266,8 @@ def _begin(args) -> tuple[Mapping, Path]:
 
 
 def _lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = path.read_text(encoding="utf-8").split("\n")  # a text may hold other line separators
+    return [json.loads(line) for line in lines if line]
 
 
 def _came_to(this: Round) -> dict:
