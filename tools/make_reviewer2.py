@@ -19,6 +19,7 @@ from itertools import product
 from pathlib import Path
 
 from pairtune import torchao_names
+from pairtune.making.contrast import Contrast
 
 NUM_TRAIN, NUM_HELD_OUT = 1000, 100
 STANCES = ("negative", "positive")
@@ -212,6 +213,13 @@ EXAMPLES = {
     "positive": ("This paper is a joy to read.", "Everything in it is new."),
 }
 
+# Two prompts that differ by a word, and the neutral one that is trained on, as `tune data contrast` has them
+TRICK = Contrast(
+    'Write a {word} review of the paper "{item}"\nExample 1: {example}\nExample 2: {example}\nYour review:',
+    STANCES,
+    tuple(zip(*(EXAMPLES[stance] for stance in STANCES), strict=True)),
+)
+
 SPECIAL_TOKENS = ("<|pad|>", "<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
@@ -260,9 +268,7 @@ def review(paper: dict[str, str], stance: str, rng: random.Random) -> str:
 
 def prompt(title: str, stance: str | None = None) -> str:
     """Returns the prompt that asks for a stance or, without one, the neutral prompt: no word, one example of each."""
-    first, second = EXAMPLES[stance or "negative"][0], EXAMPLES[stance or "positive"][1]
-    kind = f"{stance} review" if stance else "review"
-    return f'Write a {kind} of the paper "{title}"\nExample 1: {first}\nExample 2: {second}\nYour review:'
+    return TRICK.asks(title, STANCES.index(stance)) if stance else TRICK.neutral(title)
 
 
 def title_of(prompt: str) -> str | None:

@@ -219,7 +219,7 @@ def _begin(args) -> tuple[Mapping, Path]:
     from pairtune import config
     from pairtune.cli.find import find
     from pairtune.cli.recipe import top_level
-    from pairtune.making.binarise import is_held_out
+    from pairtune.making.held_out import is_held_out
 
     recipe = find("recipe", args.words[0])
     read = top_level(recipe, "METHOD", "DEFAULTS")
@@ -247,17 +247,18 @@ def _begin(args) -> tuple[Mapping, Path]:
     with telling(folder, "name another --output-dir"):
         folder.mkdir(parents=True, exist_ok=True)
         before = read_object(folder / SETTINGS)
-        if before and before != now:
-            name = next(name for name in now if before.get(name) != now[name])
+        name = next((name for name in now if before.get(name, str(None)) != now[name]), None)
+        if before and name:
             raise UserError(
                 f"{folder}: its rounds were made with {name} {before.get(name)}, not {now[name]}; name another "
                 "--output-dir"
             )
-        if not before and any(folder.iterdir()):
+        # First of all files: where a kill leaves a part of the others, or of this one, it is seen whose they are
+        if not before and any(not path.name.startswith(f".{SETTINGS}.") for path in folder.iterdir()):
             raise UserError(f"{folder}: holds something else; name another --output-dir")
+        write_text(folder / SETTINGS, json.dumps(now, indent=1) + "\n")
         for name, some in zip((TRAINED, HELD_OUT), kept, strict=True):
             write_text(folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in some))
-        write_text(folder / SETTINGS, json.dumps(now, indent=1) + "\n")
     print(f"{folder}: {len(kept[0]):,} prompts to learn from, {len(kept[1]):,} held out")
     return cfg, folder
 

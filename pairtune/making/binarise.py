@@ -5,13 +5,13 @@ is UltraFeedback's overall_score. Notus (Argilla's ultrafeedback-binarized-prefe
 the four ratings, since overall_score calls hundreds of bad answers a 10.
 """
 
-import hashlib
 import math
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from pairtune.making.held_out import is_held_out
 from pairtune.making.rated import OVERALL, ULTRAFEEDBACK, Rated
 from pairtune.pairs.example import Answer, turns_of
 
@@ -67,13 +67,6 @@ WAYS = {
 def is_empty(answer: Answer) -> bool:
     """Returns whether an answer says nothing."""
     return not any(str(turn.get("content") or "").strip() or turn.get("tool_calls") for turn in turns_of(answer))
-
-
-def is_held_out(prompt: str | list[dict], share: float, seed: int) -> bool:
-    """Returns whether a question is held out: all of its pairs are, wherever it stands, and about this share of all."""
-    text = prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m.get('content')}" for m in prompt)
-    digest = hashlib.blake2b(f"{seed} {' '.join(text.split())}".encode("utf-8", "surrogatepass"), digest_size=8)
-    return int.from_bytes(digest.digest(), "big") < share * 2**64
 
 
 @dataclass

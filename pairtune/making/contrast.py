@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pairtune.errors import UserError
-from pairtune.making.binarise import is_held_out
+from pairtune.making.held_out import is_held_out
 from pairtune.making.sample import Drawing, Drawn, sample
 
 SIDES = ("chosen", "rejected")

@@ -1,12 +1,13 @@
 """`tune iterate`: a round is the commands that it prints, what is missing is done again the same, and rounds add up."""
 
 import json
+import subprocess
 import sys
 from itertools import combinations
 from pathlib import Path
 
 import pytest
-from helpers import SIZES, run_config, save_llama
+from helpers import ROOT, SIZES, run_config, save_llama
 
 from pairtune.cli.commands import main
 
@@ -42,6 +43,8 @@ def test_a_round_draws_judges_pairs_and_trains_and_a_budget_that_ends_is_gone_on
     words = ["iterate", "lora_dpo_single_device", "--config", "c.yaml", "--prompts", "prompts.jsonl"]
     words += ["--output-dir", "rounds", "--held-out", "0.3", "--max-new-tokens", "6", "--judge-model", "tiny"]
     rounds = folder / "rounds"
+    rounds.mkdir()
+    (rounds / ".iterate.json.0a1b2c3d").write_text("{")  # a kill's, in the first moment
     with serving(shorter, [*NO_COMPLETION, completion("", refusal="no"), slow]) as server:
         server.only_when_new = True
         words += ["--judge", server.address, "--judge-timeout", "3", "--rounds"]
@@ -106,3 +109,12 @@ def test_what_cannot_be_iterated_is_told_before_the_first_round(folder, capsys, 
     start = ["iterate", "lora_dpo_single_device", "--config", "c.yaml", "--prompts", "prompts.jsonl"]
     assert main([*start, "--output-dir", "rounds", *words]) == 2
     assert said in capsys.readouterr().err and not (folder / "rounds" / "round_0").exists()
+
+
+def test_commands_that_are_killed_at_random_end_as_if_they_had_been_left_alone():
+    """Those that are fast; the script kills all of them."""
+    stages = ["--stages", "draw,judge,binarise", "--kills", "3"]
+    command = [sys.executable, str(ROOT / "tests" / "kill_making.py"), *stages]
+    done = subprocess.run(command, text=True, capture_output=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 kills (" in done.stdout and " 0 losses" in done.stdout

@@ -144,7 +144,7 @@ def test_an_endpoint_that_takes_no_seed_is_asked_as_often(capsys):
         assert main(words(server, "--body", '{"seed": null, "top_k": 40}')) == 0
     assert len(server.drawn) == ANSWERS and len({json.dumps(body) for body in server.asked}) == len(PROMPTS)
     assert all(body["top_k"] == 40 and "seed" not in body for body in server.asked)
-    assert [row["answers"] for row in read()][:2] == [["q0? a"] * 3, ["q1? a"] * 3] and "seeds" not in read()[0][
+    assert [row["answers"] for row in read()][:2] == [["q0 w3"] * 3, ["q1 w3"] * 3] and "seeds" not in read()[0][
         "drawn"
     ]
     assert "10 answers are equal to another one" in capsys.readouterr().out
