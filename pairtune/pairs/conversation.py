@@ -84,9 +84,34 @@ def _compare(example: Example, turns: list[dict], asked: str, whole: str, writte
     """
     start = _common_length(asked, whole)
     apart = asked[start:]
+    if apart or not _is_all(turns, whole, start):
+        _look_for_pieces(turns, whole, start, written, is_apart=bool(apart))
+    first = text_of(turns[0]).strip()
+    if apart:
+        written.served_apart = f"{_short(apart)} where the conversation has {_short(whole[start:])}"
+    elif first and not thoughts_of(turns[0]) and first in whole[start:]:
+        written.opened = written.opened or whole[start : whole.index(first, start)].strip()
+
+
+def _is_all(turns: list[dict], whole: str, start: int) -> bool:
+    """Says whether one text is all that an answer says, and stands in its conversation as it was given."""
+    said = list(_pieces(turns[0])) if len(turns) == 1 else []
+    return said == [("content", text_of(turns[0]))] and whole.find(said[0][1], start) >= 0
+
+
+def _look_for_pieces(turns: list[dict], whole: str, start: int, written: Written, *, is_apart: bool) -> None:
+    """Finds all that an answer says in the text of its conversation, whatever the white space.
+
+    Args:
+        start: Where the served prompt ends, or no longer is the conversation's: `is_apart`.
+
+    Raises:
+        BadRow: Part of it is not there.
+    """
     packed, begin = _packed(whole), len(_packed(whole[:start]))
-    least = begin + 1 if apart else 0  # what asked goes on with may begin as the answer does: a piece has to end later
-    at = 0 if apart else begin
+    # what the served prompt goes on with may begin as the answer does: a piece has to end later
+    least = begin + 1 if is_apart else 0
+    at = 0 if is_apart else begin
     for turn in turns:
         turn_at = at
         for what, piece in _pieces(turn):
@@ -101,11 +126,6 @@ def _compare(example: Example, turns: list[dict], asked: str, whole: str, writte
                 )
             at = max(at, end) if what != "tool calls" else at
         written.respaced |= text_of(turn) not in whole
-    first = text_of(turns[0]).strip()
-    if apart:
-        written.served_apart = f"{_short(apart)} where the conversation has {_short(whole[start:])}"
-    elif first and not thoughts_of(turns[0]) and first in whole[start:]:
-        written.opened = written.opened or whole[start : whole.index(first, start)].strip()
 
 
 def _compare_prompt(example: Example, asked: str, written: Written) -> None:
@@ -115,14 +135,13 @@ def _compare_prompt(example: Example, asked: str, written: Written) -> None:
     Raises:
         Skip: The template does not write what is called, or may be called.
     """
-    packed = _packed(asked)
     for tool in example.tools or []:
         name = tool.get("name") or (tool.get("function") or {}).get("name")
-        if name and _packed(name) not in packed:
+        if name and _packed(name) not in _packed(asked):
             raise Skip("the chat template does not write tool descriptions")
     for turn in example.prompt:
         for what, piece in _pieces(turn):
-            if what == "thoughts" or _find(packed, piece, 0) is not None:
+            if what == "thoughts" or piece in asked or _find(_packed(asked), piece, 0) is not None:
                 continue
             if what == "tool calls":
                 raise Skip("the chat template does not write tool calls")

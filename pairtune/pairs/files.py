@@ -10,6 +10,7 @@ import json
 import re
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import count, islice
 from pathlib import Path
 from typing import IO
@@ -121,6 +122,8 @@ def _json_list(text: str, path: Path) -> list[dict]:
 
 
 def _parse(text: str, path: Path, first_line: int):
+    with suppress(ValueError, RecursionError):  # which are told below
+        return _DECODER.decode(text)
     try:
         return json.loads(text, object_pairs_hook=_unique_keys(text))
     except json.JSONDecodeError as error:
@@ -128,6 +131,16 @@ def _parse(text: str, path: Path, first_line: int):
         raise UserError(f"{path}, line {line}: invalid JSON, {error.msg} (column {error.colno}). {MEND}") from error
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits, lists nested 1,000 deep
         raise UserError(f"{path}, line {first_line}: invalid JSON, {error}. {MEND}") from error
+
+
+def _once(pairs: list[tuple]) -> dict:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError("a key twice")
+    return row
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once)
 
 
 def _unique_keys(text: str):

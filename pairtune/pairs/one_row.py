@@ -94,7 +94,9 @@ def _tell(report: Report, whole: Example, example: Example, prompt, written: Wri
         whole: The example before end tokens' texts were taken off.
         prompt: Its tokens before they were trimmed.
     """
-    if unknown := [*prompt, *pair.chosen, *pair.rejected].count(tokenizer.unknown_id):
+    unknown = 0
+    if tokenizer.unknown_id is not None:
+        unknown = sum(part.count(tokenizer.unknown_id) for part in (prompt, pair.chosen, pair.rejected))
         report.num_unknown += unknown
     texts = list(
         strings_in([[turn.get("content", "") for turn in turns] for turns in (example.prompt, *example.answers)])
@@ -140,6 +142,9 @@ def _check_prompt(messages: list[dict]) -> None:
 
 def _without_end_texts(example: Example, end_texts: list[str]) -> Example:
     """Returns the example with answers that do not end in an end token's text: rendering appends the token itself."""
+    answers = [turns[-1]["content"] for turns in example.answers] + [text for text in (example.written or ())[1:]]
+    if not any(end in text for text in answers if isinstance(text, str) for end in end_texts):
+        return example
     ends = "|".join(map(re.escape, end_texts))
     pattern = re.compile(rf"(?:(?:{ends})\s*)+\Z")
 

@@ -4,6 +4,7 @@ N pairs, R rows, T tokens.
 """
 
 import json
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -25,15 +26,20 @@ SCHEMA = pa.schema([("note", pa.string()), ("pairs", pa.list_(_PAIR))])  # a row
 def pack(pairs: Sequence[Sequence[Pair]], notes: Sequence[str]) -> pa.RecordBatch:
     """Returns the pairs of R rows, none or more each, and a text that belongs to each row; not the rows' numbers."""
     flat = list(chain.from_iterable(pairs))
-    parts = [_lists([getattr(pair, name) for pair in flat], pa.int32()) for name in PARTS]
+    parts = [_lists([getattr(pair, name) for pair in flat]) for name in PARTS]
     rest = pa.array([_rest(pair) for pair in flat], pa.string())
     structs = pa.StructArray.from_arrays([*parts, rest], fields=list(_PAIR))
     of_rows = pa.ListArray.from_arrays(_offsets(pairs), structs)
     return pa.RecordBatch.from_arrays([pa.array(notes, pa.string()), of_rows], schema=SCHEMA)
 
 
-def _lists(lists: list[list[int]], kind: pa.DataType) -> pa.ListArray:
-    return pa.ListArray.from_arrays(_offsets(lists), pa.array(np.fromiter(chain.from_iterable(lists), np.int32), kind))
+def _lists(lists: list[list[int]]) -> pa.ListArray:
+    values = array("i")
+    for tokens in lists:
+        values.fromlist(tokens)
+    return pa.ListArray.from_arrays(
+        _offsets(lists), pa.Array.from_buffers(pa.int32(), len(values), [None, pa.py_buffer(values)])
+    )
 
 
 def _offsets(lists: Sequence) -> pa.Array:

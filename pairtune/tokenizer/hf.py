@@ -186,7 +186,7 @@ class HFTokenizer:
             if marked == text:
                 return self._pieces.encode(text)
             encoding, encoded = self._special_text.encode(marked, text), Encoded()
-            encoded.add(encoding.ids, 0, len(marked), encoding)
+            encoded.add(encoding.ids, 0, len(marked), lambda: encoding.offsets)
             return encoded
         except UserError:
             raise
@@ -428,7 +428,14 @@ def check_vocabulary(tokenizer: HFTokenizer | TorchtuneTokenizer, folder: Path) 
 def common_prefix(*sequences: list[int]) -> list[int]:
     """Returns the longest list that all sequences begin with."""
     low, high = min(sequences), max(sequences)  # in dictionary order, so all others share what these two share
-    return low[: next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))]
+    alike, apart = 0, len(low) + 1
+    while apart - alike > 1:  # parts of lists are compared without a look at each token
+        middle = (alike + apart) // 2
+        if low[alike:middle] == high[alike:middle]:
+            alike = middle
+        else:
+            apart = middle
+    return low[:alike]
 
 
 def _end_once(ids: list[int], start: int, tokenizer) -> list[int]:

@@ -6,9 +6,12 @@ vocabularies that `PieceEncoder` knows of: there it leaves the text whole.
 """
 
 import json
+import os
 import re
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
 
 import tokenizers
 
@@ -18,6 +21,9 @@ PRE_TOKENIZERS = (
     *("ByteLevel", "Split", "Digits", "Punctuation", "Whitespace", "WhitespaceSplit", "Metaspace", "BertPreTokenizer"),
     *("CharDelimiterSplit", "UnicodeScripts"),
 )
+Offsets = Callable[[], list[tuple[int, int]]]  # of a piece's tokens, the characters [start, stop) of it
+# Rows are shared out to processes. Threads would help no single text, and a fork would warn of them.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 class Encoded:
@@ -29,30 +35,30 @@ class Encoded:
 
     def __init__(self):
         self.ids: list[int] = []
-        # Each piece's first token, first and last character, and encoding; None of a special token
-        self._pieces: list[tuple[int, int, int, tokenizers.Encoding | None]] = []
+        # Each piece's first token, first and last character, and offsets; None of a special token
+        self._pieces: list[tuple[int, int, int, Offsets | None]] = []
 
-    def add(self, ids: list[int], start: int, stop: int, encoding: tokenizers.Encoding | None = None) -> None:
+    def add(self, ids: list[int], start: int, stop: int, offsets: Offsets | None = None) -> None:
         """Adds the tokens of a piece by the characters [start, stop) that it stands for."""
-        self._pieces.append((len(self.ids), start, stop, encoding))
+        self._pieces.append((len(self.ids), start, stop, offsets))
         self.ids += ids
 
     @property
     def offsets(self) -> list[tuple[int, int]]:
         """For each token the characters [start, stop) of the text that it stands for."""
         found = []
-        for _, start, stop, encoding in self._pieces:
-            found += [(a + start, b + start) for a, b in encoding.offsets] if encoding else [(start, stop)]
+        for _, start, stop, offsets in self._pieces:
+            found += [(a + start, b + start) for a, b in offsets()] if offsets else [(start, stop)]
         return found
 
     def num_before(self, at: int) -> int:
         """Returns how many tokens end at this character or before it."""
         behind = len(self.ids)
-        for first, start, stop, encoding in reversed(self._pieces):
+        for first, start, stop, offsets in reversed(self._pieces):
             if stop <= at:
                 return behind
-            if start <= at and encoding:
-                return first + bisect_right([end for _, end in encoding.offsets], at - start)
+            if start <= at and offsets:
+                return first + bisect_right([end for _, end in offsets()], at - start)
             behind = first
         return behind
 
@@ -71,7 +77,8 @@ class PieceEncoder:
         # As the library finds them: the first, and of those that begin there the longest.
         longest_first = sorted(self._ids, key=len, reverse=True)
         self._cut = re.compile("|".join(map(re.escape, longest_first))) if added and _is_local(backend) else None
-        self._known: OrderedDict[str, tuple[list[int], tokenizers.Encoding]] = OrderedDict()
+        self._known: OrderedDict[str, tuple[list[int], tokenizers.Encoding | None]] = OrderedDict()
+        self._with_offsets = False  # since somebody has asked for them: they take a fifth of the time
 
     def encode(self, text: str) -> Encoded:
         """Returns the text's tokens and their offsets."""
@@ -88,13 +95,24 @@ class PieceEncoder:
             return
         known = self._known.get(piece)
         if known is None:
-            encoding = self._backend.encode(piece, add_special_tokens=False)
-            known = self._known[piece] = encoding.ids, encoding
+            known = self._known[piece] = self._encode(piece)
             if len(self._known) > REMEMBERED:
                 self._known.popitem(last=False)
         else:
             self._known.move_to_end(piece)
-        encoded.add(known[0], start, start + len(piece), known[1])
+        ids, encoding = known
+        encoded.add(ids, start, start + len(piece), partial(self._offsets, piece, encoding))
+
+    def _encode(self, piece: str) -> tuple[list[int], tokenizers.Encoding | None]:
+        if self._with_offsets:
+            encoding = self._backend.encode(piece, add_special_tokens=False)
+            return encoding.ids, encoding
+        (encoding,) = self._backend.encode_batch_fast([piece], add_special_tokens=False)
+        return encoding.ids, None
+
+    def _offsets(self, piece: str, encoding: tokenizers.Encoding | None) -> list[tuple[int, int]]:
+        self._with_offsets = True
+        return (encoding or self._backend.encode(piece, add_special_tokens=False)).offsets
 
 
 def _is_local(backend: tokenizers.Tokenizer) -> bool:

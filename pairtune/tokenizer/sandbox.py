@@ -98,6 +98,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def _finalized(self, value):
         """What an expression writes, before it becomes text: a list in a list in a list may be a long one."""
+        if isinstance(value, str):
+            return value
         if isinstance(value, (Mapping, list, tuple, set, frozenset)):
             self.budget.ask(self.budget.size(value))
         return value

@@ -158,9 +158,11 @@ def _characters(value) -> int:
     """Returns how many characters there are in the texts of a value."""
     if isinstance(value, str):
         return len(value)
-    if isinstance(value, Mapping):
+    if isinstance(value, (list, tuple)):
+        return sum(map(_characters, value))
+    if isinstance(value, (dict, Mapping)):  # the first is told at once
         return sum(map(_characters, value.keys())) + sum(map(_characters, value.values()))
-    return sum(map(_characters, value)) if isinstance(value, list | tuple) else 0
+    return 0
 
 
 def plain_text(messages: list[dict], *, add_generation_prompt: bool = False) -> tuple[str, str | None]:

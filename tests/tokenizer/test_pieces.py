@@ -48,7 +48,8 @@ def test_a_text_in_pieces_gives_what_it_gives_whole(name):
         whole, found = backend.encode(text, add_special_tokens=False), pieces.encode(text)
         assert (found.ids, found.offsets) == (whole.ids, whole.offsets), text
         at, stops = rng.randrange(len(text) + 1), [stop for _, stop in whole.offsets]
-        assert found.num_before(at) == bisect_right(stops, at), (text, at)
+        for asked in (found, PieceEncoder(backend).encode(text)):  # and one that was asked for no offsets before
+            assert (asked.ids, asked.num_before(at)) == (whole.ids, bisect_right(stops, at)), (text, at)
 
 
 def test_a_mixture_of_tokens_that_are_looked_for_before_and_after_normalizing_is_not_cut():
