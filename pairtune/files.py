@@ -13,6 +13,7 @@ from typing import IO, Any
 from pairtune.errors import UserError
 
 AGAIN = "download it again"
+ROW_FILES = (".json", ".jsonl", ".csv", ".parquet")  # of rows; all but parquet also as .gz
 
 
 def check_there(path: Path) -> None:

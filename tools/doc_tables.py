@@ -45,7 +45,7 @@ def names_rows() -> str:
 
 def names_row(names: Elsewhere) -> str:
     there = " ".join(f"`{word}`" for word in names.words)
-    here = [said(names.says(None)), *(f"`{value}`: {said(text)}" for value, text in names.when.items())]
+    here = [said(names.says("")), *(f"`{value}`: {said(text)}" for value, text in names.when.items())]
     return f"| {there} | {names.systems} | {'; '.join(dict.fromkeys(here))} |\n"
 
 

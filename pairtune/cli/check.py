@@ -6,9 +6,9 @@ from pairtune import config
 from pairtune.cli.find import find, is_torchtunes, names, own
 from pairtune.cli.recipe import does_as_ours, parses_defaults, top_level
 from pairtune.config import keys
+from pairtune.config.answers import check_dashes
 from pairtune.config.architectures import read_config
 from pairtune.config.layout import check_folder, find_adapter, find_weights
-from pairtune.config.names_elsewhere import check_dashes
 from pairtune.config.uses import check_installed, is_bridged
 from pairtune.errors import UserError
 from pairtune.pairs.mixture import sources_of

@@ -14,7 +14,7 @@ from pathlib import Path
 from pairtune import console
 from pairtune.cli.find import find, is_torchtunes, one_process_only
 from pairtune.cli.words import Words, prog
-from pairtune.config.names_elsewhere import check_dashes
+from pairtune.config.answers import check_dashes
 from pairtune.errors import UserError
 
 

@@ -51,7 +51,7 @@ class Words(argparse.ArgumentParser):
 
     def _refuse(self, words: Sequence[str]) -> None:
         if any("key=value" in f"{action.metavar} {action.help}" for action in self._actions):
-            from pairtune.config.names_elsewhere import check_dashes
+            from pairtune.config.answers import check_dashes
 
             check_dashes(words, self._option_string_actions)
         raise UserError(self._no_such_option(words[0]))

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from pairtune.config import keys, names_elsewhere
+from pairtune.config import answers, keys
 from pairtune.config.rules import AUTO, REQUIRED, fits, kind_words, set_and_metric, show, wrong_kind
 from pairtune.errors import UserError, close_to, nearest
 
@@ -256,8 +256,8 @@ def unknown_keys(values: dict, schema: dict, where: str, prefix: str) -> UserErr
     """Returns the error of keys that the schema does not have, and were given these values."""
     told = []
     for key, value in values.items():
-        here, near = names_elsewhere.answer(key, value), nearest(key, schema, prefix=prefix)
-        here = here or ("" if near else names_elsewhere.answer_within(key, value))
+        here, near = answers.answer(key, value), nearest(key, schema, prefix=prefix)
+        here = here or ("" if near else answers.answer_within(key, value))
         told.append((key, f"; {here}" if here else near))
     told.sort(key=lambda entry: not entry[1])  # first what can be answered
     (key, hint), *more = told

@@ -14,8 +14,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from pairtune.config.answers import answer
 from pairtune.config.checks import component_path, is_component
-from pairtune.config.names_elsewhere import answer
 from pairtune.config.rules import fits, one_line, show, wrong_kind
 from pairtune.config.signatures import ancestors, parameters_of
 from pairtune.config.source import Definition, Missing, look_up, public_classes, split

@@ -4,6 +4,8 @@ A place is a file, a per_method block of it, or the command line. What contradic
 is, to be refused by checks.py.
 """
 
+import re
+from pathlib import Path
 from typing import Any
 
 from pairtune.config import keys
@@ -11,6 +13,7 @@ from pairtune.config.checks import holds_component, is_component
 from pairtune.config.merging import REMOVED, Layer
 from pairtune.config.rules import AUTO, show
 from pairtune.errors import UserError
+from pairtune.files import ROW_FILES
 
 
 def said_twice(layers: list[Layer]) -> list[str]:
@@ -38,7 +41,7 @@ def said_twice(layers: list[Layer]) -> list[str]:
 def give_way(cfg: dict, defaults: dict, layers: list[Layer]) -> tuple[dict, list[str]]:
     """Returns the resolved config without what gave way, and what that is, in sentences."""
     settled = _Settled(cfg, _given(layers))
-    for check in (_prompt, _held_out, _evaluation, _interval, _best, _reference, _warmup, _divergence):
+    for check in (_source, _prompt, _held_out, _evaluation, _interval, _best, _reference, _warmup, _divergence):
         check(settled)
     return settled.cfg, _no_evaluation(settled, layers) + settled.told + _carried(cfg, defaults, layers)
 
@@ -76,6 +79,18 @@ class _Settled:
     def _place(self, name: str) -> tuple[int, str]:
         found = [place for key, place in self._given.items() if name == key or name.startswith(f"{key}.")]
         return max(found, default=(-1, "default"))
+
+
+def _source(settled: _Settled) -> None:
+    """What was said of a data set of the Hub, in whose place one file came: a file is all `train`."""
+    for block in ("dataset", "eval_dataset"):
+        source, split = settled.get(f"{block}.source"), settled.get(f"{block}.split")
+        if not isinstance(source, str) or Path(source.removesuffix(".gz")).suffix not in ROW_FILES:
+            continue
+        if isinstance(split, str) and not re.fullmatch(r"train(\[.*\])?", split):
+            settled.yields(f"{block}.split", f"{block}.source", "is one file", "train")
+        for name in ("name", "revision"):
+            settled.yields(f"{block}.{name}", f"{block}.source", "is one file")
 
 
 def _prompt(settled: _Settled) -> None:

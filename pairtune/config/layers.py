@@ -17,12 +17,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pairtune import console
 from pairtune.config import auto, keys
+from pairtune.config.answers import check_dashes
 from pairtune.config.checks import check_together, check_values, is_component
 from pairtune.config.components import check_components, without_defaults_of_another
 from pairtune.config.from_torchtune import translate
 from pairtune.config.giving_way import give_way, said_twice
 from pairtune.config.merging import REMOVED, Layer, canonical, merge, over, without_default_warmup
-from pairtune.config.names_elsewhere import check_dashes
 from pairtune.config.reading import read_file, read_value
 from pairtune.config.rules import REQUIRED, show
 from pairtune.config.secrets import check_secrets

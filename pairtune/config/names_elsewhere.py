@@ -1,17 +1,13 @@
-"""What other systems call a key, and what to set here: docs/coming_from.md prints this table; refusals answer from it.
+"""What other systems call a key, and what to set here: docs/coming_from.md prints it, answers.py answers from it.
 
 TRL's names are fields of its DPOConfig, PEFT's of its LoraConfig; tests compare both. Others are as those systems'
 documents and published configs have them.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pairtune.config import keys
-from pairtune.config.reading import read_value
 from pairtune.config.rules import show
-from pairtune.errors import UserError
 
 ALL_HF = "TRL, EasyDeL, axolotl, LLaMA-Factory"
 
@@ -33,7 +29,7 @@ class Elsewhere:
     when: dict[str, str] = field(default_factory=dict)
 
     def says(self, value: Any) -> str:
-        """Returns what to do in place of setting one of the names to this value."""
+        """Returns what to do in place of setting one of the names to this value; "" is a value that is not known."""
         written = show(value)  # YAML reads `no` as false
         text = self.when.get(written.lower()) or (self.when.get("no") if value is False else None) or self.here
         return text.replace("{}", written if value not in (None, "") else "...")
@@ -44,6 +40,9 @@ def _row(words: str, systems: str, here: str, **when: str) -> Elsewhere:
 
 
 _LEAVE = "leave it out"
+_ITSELF = f"{_LEAVE}: what the run starts from is the reference, without a second copy where adapters are trained"
+_SYNCED = f"; where sync_ref_model is false, {_LEAVE}"
+_FOLDER = "a folder, which `tune download ORG/NAME` makes of a Hub id"
 _STEP = "pairs_per_step counts the pairs of a step over all devices: set it to batch_size x {} x devices"
 
 ROWS = {
@@ -51,7 +50,8 @@ ROWS = {
         _row("num_train_epochs", "TRL, EasyDeL, LLaMA-Factory", "epochs={}"),
         _row("num_epochs n_epochs", "axolotl, dpo", "epochs={}"),
         _row("max_training_steps", "EasyDeL", "max_steps={}"),
-        _row("max_steps_per_epoch", "torchtune", "max_steps={} ends the run, not each epoch"),
+        _row("max_steps_per_epoch per_epoch_training_steps", "torchtune, EasyDeL",
+             "max_steps={} ends the run, not each epoch"),
         _row("n_examples", "dpo", "max_steps ends the run: set it to {} / pairs_per_step"),
         _row("per_device_train_batch_size", "TRL, LLaMA-Factory", "batch_size={}"),
         _row("per_gpu_train_batch_size per_device_batch_size micro_batch_size", "axolotl, others", "batch_size={}"),
@@ -62,7 +62,7 @@ ROWS = {
             f"{_LEAVE}: batch_size holds for evaluation, too",
         ),
         _row("auto_find_batch_size", "TRL", "batch_size=auto"),
-        _row("data_seed", "TRL", "seed={}"),
+        _row("data_seed shuffle_seed_train", "TRL, EasyDeL", "seed={}"),
         _row("train_sampling_strategy", "TRL", "shuffle=true", sequential="shuffle=false"),
         _row("shuffle_train_dataset", "EasyDeL", "shuffle={}"),
         _row(
@@ -77,7 +77,8 @@ ROWS = {
         ),
         _row("adam_epsilon", "TRL, axolotl", "optimizer.eps={}"),
         _row(
-            "optim", "TRL, LLaMA-Factory", "optimizer=torch.optim.AdamW, or another class by its import path",
+            "optim optimizer_type", "TRL, LLaMA-Factory, others",
+            "optimizer=torch.optim.AdamW, or another class by its import path",
             **dict.fromkeys(("adamw_torch", "adamw_hf"), "optimizer=torch.optim.AdamW"),
             adamw_torch_fused="optimizer.fused=true",
             rmsprop="optimizer=torch.optim.RMSprop", sgd="optimizer=torch.optim.SGD",
@@ -101,12 +102,14 @@ ROWS = {
         _row("num_warmup_steps", "torchtune", "lr_scheduler.num_warmup_steps={}"),
         _row("warmup_ratio", "TRL (earlier), axolotl, LLaMA-Factory", "lr_scheduler.warmup_ratio={}"),
         _row("learning_rate_end", "EasyDeL", "lr_scheduler.min_ratio is the share of the rate that is left"),
+        _row("optim_args extra_optimizer_kwargs", "TRL, EasyDeL", "optimizer.ARGUMENT=..., each argument of it a key"),
         _row("max_grad_norm clip_grad", f"{ALL_HF}, dpo", "clip_grad_norm={}"),
         _row("neftune_noise_alpha", "TRL, axolotl, LLaMA-Factory", f"{_LEAVE}: embeddings get no noise here"),
         _row("optimizer_in_bwd", "torchtune", f"{_LEAVE}: gradients of all pairs of a step come first"),
     ),
     "Loss": (
-        _row("loss_type pref_loss", "TRL, EasyDeL, LLaMA-Factory", "loss={}"),
+        _row("loss_type pref_loss", "TRL, EasyDeL, LLaMA-Factory", "loss={}", aot_pair="loss=aot_unpaired",
+             kto_pair="loss=kto"),
         _row("loss_weights", "TRL", "loss=[{name: sigmoid},{name: sft,weight: 0.2}] gives each term its weight"),
         _row("beta rl_beta pref_beta dpo_beta", f"{ALL_HF}, dpo", "loss.beta={}"),
         _row("label_smoothing dpo_label_smoothing", f"{ALL_HF}, dpo", "loss.label_smoothing={}"),
@@ -124,10 +127,13 @@ ROWS = {
     ),
     "Reference": (
         _row("ref_model ref_model_name_or_path", "LLaMA-Factory, TRL (earlier)",
-             "reference=model reference.checkpoint_dir={}"),
+             "reference=model reference.checkpoint_dir={}", null=_ITSELF),
+        _row("reference_model reference_model_repo_id refrence_model_repo_id", "EasyDeL",
+             f"reference=model reference.checkpoint_dir={{}}, {_FOLDER}; where it is the model itself, {_LEAVE}",
+             null=_ITSELF),
         _row("sync_ref_model", "TRL, EasyDeL", "reference=sync", false=f"{_LEAVE}: reference=sync alone moves it"),
-        _row("ref_model_mixup_alpha", "TRL, EasyDeL", "reference=sync reference.alpha={}"),
-        _row("ref_model_sync_steps", "TRL, EasyDeL", "reference=sync reference.every_n_steps={}"),
+        _row("ref_model_mixup_alpha", "TRL, EasyDeL", f"reference=sync reference.alpha={{}}{_SYNCED}"),
+        _row("ref_model_sync_steps", "TRL, EasyDeL", f"reference=sync reference.every_n_steps={{}}{_SYNCED}"),
         _row("precompute_ref_log_probs", "TRL, EasyDeL, axolotl", "reference=cached",
              false=f"{_LEAVE}: reference=cached alone computes it once"),
         _row("precompute_ref_batch_size", "TRL", f"{_LEAVE}: batch_size holds for the reference, too"),
@@ -170,38 +176,49 @@ ROWS = {
         _row("quantization_bit", "LLaMA-Factory", "run a qlora_ recipe: 4 bits, NF4, unless its base_dtype is int8"),
         _row("load_in_8bit", "TRL scripts, axolotl", "run a qlora_ recipe, whose base_dtype can be int8",
              false=f"{_LEAVE}: qlora_ recipes alone hold the base in fewer bits"),
-        _row("bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage", "TRL scripts",
+        _row("bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_use_double_quant bnb_4bit_quant_storage", "TRL scripts",
              f"{_LEAVE}: qlora_ recipes use NF4 with doubly quantized scales"),
         _row("adapter_name_or_path lora_model_dir", "LLaMA-Factory, axolotl", "adapter={}"),
     ),
     "Model": (
-        _row("model_name_or_path", "TRL scripts, handbook, LLaMA-Factory", "checkpointer.checkpoint_dir={}"),
-        _row("base_model model_name", "axolotl, EasyDeL", "checkpointer.checkpoint_dir={}"),
+        _row("model_name_or_path", "TRL scripts, handbook, LLaMA-Factory",
+             f"checkpointer.checkpoint_dir={{}}, {_FOLDER}"),
+        _row("base_model repo_id", "axolotl, EasyDeL", f"checkpointer.checkpoint_dir={{}}, {_FOLDER}"),
         _row("checkpoint_dir", "torchtune", "checkpointer.checkpoint_dir={}"),
         _row("model_revision revision", "TRL scripts, PEFT, handbook",
              "`tune download --revision {}` fetches that commit of a model; dataset.revision={} is a data set's"),
         _row("model_init_kwargs", "TRL", f"{_LEAVE}: `model` is a builder with its arguments"),
         _row("tokenizer_name_or_path tokenizer_path", "TRL (earlier), others", "tokenizer.path={}"),
+        _row("processor_repo_id processing_class", "EasyDeL",
+             f"tokenizer.path={{}}, {_FOLDER}; where it is the model's own, {_LEAVE}"),
         _row("chat_template template", "TRL (earlier), axolotl, LLaMA-Factory", "tokenizer.chat_template={}"),
-        _row("pad_token pad_to_multiple_of padding_value", "TRL, EasyDeL", f"{_LEAVE}: nothing is padded"),
+        _row("pad_token pad_token_id pad_to_multiple_of padding_value padding_side label_pad_token_id", "TRL, EasyDeL",
+             f"{_LEAVE}: nothing is padded"),
+        _row("is_encoder_decoder", "EasyDeL", f"{_LEAVE}: models are decoders"),
         _row("bf16 pure_bf16", ALL_HF, "dtype=bf16", false="dtype=fp32"),
         _row("fp16", "TRL, axolotl, LLaMA-Factory", "dtype=bf16; float16 is not there",
              false=f"{_LEAVE}: dtype is bf16 or fp32"),
         _row("fp8", "axolotl", "enable_fp8_training={} in full_ recipes"),
         _row("fp8_recipe_name", "torchtune", f"{_LEAVE}: enable_fp8_training=true takes torchao's rowwise_with_gw_hp"),
-        _row("torch_dtype policy_dtype param_dtype", "handbook, dpo, EasyDeL", "dtype=bf16",
-             float32="dtype=fp32", fp32="dtype=fp32"),
-        _row("attn_implementation flash_attention flash_attn", "TRL scripts, handbook, axolotl, LLaMA-Factory",
-             "attention=auto"),
+        _row("torch_dtype policy_dtype param_dtype attn_dtype bnb_4bit_compute_dtype",
+             "TRL scripts (earlier), handbook, dpo, EasyDeL", "dtype=bf16", float32="dtype=fp32", fp32="dtype=fp32"),
+        _row("attn_softmax_dtype", "EasyDeL", f"{_LEAVE}: a softmax is float32"),
+        _row("tf32", "TRL", f"{_LEAVE}: dtype=bf16 is faster, and float32 products are float32's"),
+        _row("attn_implementation attn_mechanism flash_attention flash_attn",
+             "TRL scripts, EasyDeL, handbook, axolotl, LLaMA-Factory", "attention=auto"),
         _row("torch_compile", "TRL, axolotl", "compile={}"),
         _row("gradient_checkpointing", "TRL, axolotl, LLaMA-Factory", "enable_activation_checkpointing={}"),
+        _row("gradient_checkpointing_kwargs", "TRL", f"{_LEAVE}: layers are computed again without reentry"),
         _row("activation_checkpointing", "TRL, dpo", "enable_activation_checkpointing={}"),
         _row("activation_offloading", "TRL, axolotl", "enable_activation_offloading={}"),
         _row("tiled_mlp", "axolotl",
              f"{_LEAVE}: with enable_activation_checkpointing=true and compile=false long rows take it in pieces"),
-        _row("use_liger_kernel", "TRL, LLaMA-Factory", f"{_LEAVE}: logits are made for scored tokens alone, in parts"),
+        _row("use_liger_kernel logprob_vocab_chunk_size", "TRL, EasyDeL, LLaMA-Factory",
+             f"{_LEAVE}: logits are made for scored tokens alone, in parts"),
         _row("use_cache", "TRL, LLaMA-Factory", f"{_LEAVE}: training caches no keys"),
-        _row("fsdp fsdp_config", "TRL, axolotl", "run a distributed recipe: it shards with FSDP2"),
+        _row("fsdp fsdp_config sharding_axis sharding_axis_dims auto_shard_states", "TRL, EasyDeL, axolotl",
+             "run a distributed recipe: it shards with FSDP2"),
+        _row("device_map", "others", f"{_LEAVE}: device=auto is a GPU where there is one; distributed recipes shard"),
         _row("deepspeed", "TRL, axolotl, LLaMA-Factory",
              "run a distributed recipe: FSDP2 does as ZeRO-3; fsdp_cpu_offload=true as its offload"),
         _row("ddp_timeout", "TRL, LLaMA-Factory", "collective_timeout_s={}"),
@@ -210,7 +227,7 @@ ROWS = {
              f"{_LEAVE}: models are sharded with FSDP2"),
     ),
     "Pairs": (
-        _row("dataset_name dataset_path data_path", "TRL scripts, others", "dataset.source={}"),
+        _row("dataset_name dataset_path data_path train_dataset", "TRL scripts, EasyDeL, others", "dataset.source={}"),
         _row("dataset_config dataset_configs", "TRL scripts, handbook", "dataset.name={}"),
         _row("dataset_split dataset_train_split dataset_splits", "TRL scripts, EasyDeL, handbook", "dataset.split={}"),
         _row("dataset_test_split", "TRL scripts", "eval_dataset.split={}"),
@@ -223,8 +240,8 @@ ROWS = {
         _row("max_samples max_train_samples", "LLaMA-Factory, others", "dataset.limit={}"),
         _row("max_eval_samples n_eval_examples", "dpo, others", "eval_dataset.limit={}"),
         _row("val_set_size val_size", "axolotl, LLaMA-Factory", "dataset.val_fraction={}"),
-        _row("max_seq_len max_seq_length sequence_len cutoff_len model_max_length",
-             "torchtune, axolotl, LLaMA-Factory, handbook", "max_length={}"),
+        _row("max_seq_len max_seq_length max_sequence_length sequence_len cutoff_len model_max_length",
+             "torchtune, EasyDeL, axolotl, LLaMA-Factory, handbook", "max_length={}"),
         _row("max_prompt_len", "axolotl", "max_prompt_length={}"),
         _row("max_target_length max_answer_length", "TRL (earlier)", "max_completion_length={}"),
         _row("truncation_mode", "TRL, EasyDeL",
@@ -241,7 +258,9 @@ ROWS = {
     "What is kept and told": (
         _row("output_dir_path save_directory local_run_dir", "EasyDeL, dpo", "output_dir={}"),
         _row("overwrite_output_dir", "LLaMA-Factory", f"{_LEAVE}: an earlier run in output_dir is moved aside"),
-        _row("run_name exp_name wandb_name", "TRL, axolotl, dpo", "metric_logger=wandb metric_logger.name={}"),
+        _row("model_name trainer_prefix", "EasyDeL",
+             "output_dir=runs/{}: a run is called by its folder; the model's is checkpointer.checkpoint_dir"),
+        _row("run_name exp_name wandb_name", "TRL, EasyDeL, axolotl, dpo", "metric_logger=wandb metric_logger.name={}"),
         _row("use_wandb wandb", "EasyDeL, dpo", "metric_logger=wandb", false="metric_logger=none"),
         _row("wandb_project project", "TRL, axolotl", "metric_logger=wandb metric_logger.project={}"),
         _row("wandb_entity", "axolotl, EasyDeL", "metric_logger=wandb metric_logger.entity={}"),
@@ -250,6 +269,8 @@ ROWS = {
         _row("logging_steps log_steps report_steps", ALL_HF, "log_every_n_steps={}"),
         _row("logging_dir", "TRL (earlier), LLaMA-Factory", "metric_logger=tensorboard metric_logger.log_dir={}"),
         _row("logging_strategy", "TRL", "log_every_n_steps=1"),
+        _row("log_level disable_tqdm progress_bar_type verbose", "TRL, EasyDeL",
+             f"{_LEAVE}: bars on a terminal, plain lines elsewhere"),
         _row("logging_first_step", "TRL", f"{_LEAVE}: the first step is always logged"),
         _row("eval_strategy evaluation_strategy", "TRL, LLaMA-Factory", "eval_every_n_steps=...",
              epoch="eval_every_n_epochs=1", no="eval_dataset=null", steps="eval_every_n_steps=..."),
@@ -275,77 +296,18 @@ ROWS = {
         _row("early_stopping_patience early_stopping_steps", "axolotl, LLaMA-Factory", "early_stop={}"),
         _row("greater_is_better", "TRL", f"{_LEAVE}: keep_best knows it of its metric"),
         _row("resume_from_checkpoint", "TRL, axolotl, LLaMA-Factory, torchtune", "resume={}"),
-        _row("auto_resume_from_checkpoints", "axolotl", "resume=auto", false="resume=false"),
+        _row("auto_resume_from_checkpoints resume_if_possible", "axolotl, EasyDeL", "resume=auto",
+             false="resume=false"),
         _row("push_to_hub hub_model_id hub_strategy hub_private_repo hub_always_push hub_revision", "TRL, axolotl",
              "`hf upload REPO_ID RUN_FOLDER/export` pushes an export"),
         _row("sample_during_eval n_eval_model_samples generate_during_eval", "dpo, TRL (earlier)",
              "samples.num_prompts={}, answered before and after", true="samples.num_prompts=3",
              false="samples.num_prompts=0"),
-        _row("log_peak_memory_stats", "torchtune", f"{_LEAVE}: peak memory is always logged"),
+        _row("max_new_tokens", "others", "samples.max_new_tokens={}, of answers before and after"),
+        _row("temperature", "others", "samples.temperature={}, of answers before and after"),
+        _row("do_sample top_k top_p", "others",
+             "samples.temperature above 0 draws answers; `tune generate --top-k` and `--top-p` say among which tokens"),
+        _row("log_peak_memory_stats track_memory", "torchtune, EasyDeL", f"{_LEAVE}: peak memory is always logged"),
         _row("plot_loss", "LLaMA-Factory", f"{_LEAVE}: curves.png is always drawn"),
     ),
 }  # fmt: skip
-
-_BY_WORD = {word: row for rows in ROWS.values() for row in rows for word in row.words}
-
-
-def answer(name: Any, value: Any) -> str:
-    """Returns what to set here in place of a name of another system's, or ""."""
-    row = _BY_WORD.get(_last_part(name))
-    return _in_words(row, value) if row else ""
-
-
-def answer_within(name: Any, value: Any) -> str:
-    """Returns the same for the names of a block that we do not have, by their last parts."""
-    if not isinstance(value, dict):
-        return ""
-    found = [(path, _BY_WORD.get(_last_part(path)), inner) for path, inner in _inner(value, f"{name}.")]
-    return "; ".join(f"{path}: {_in_words(row, inner)}" for path, row, inner in found if row)
-
-
-def check_dashes(words: Sequence[str], options: Iterable[str]) -> None:
-    """Refuses a key that is written as an option, --learning_rate 1e-4 or --learning-rate=1e-4, with what to write.
-
-    Args:
-        options: Those that there are, of which a word may be the beginning.
-
-    Raises:
-        UserError: A key of ours, or another system's name of one.
-    """
-    options = tuple(options)
-    for word, following in zip(words, [*words, "-"][1:], strict=True):
-        option, equals, value = word.partition("=")
-        if not option.startswith("-") or any(known.startswith(option) for known in options):
-            continue
-        is_alone = not equals and (following.startswith(("-", "~")) or "=" in following)
-        if said := _answer_to_option(option, None if is_alone else value or following):
-            raise UserError(f"{option}: {said}")
-
-
-def _answer_to_option(option: str, value: str | None) -> str:
-    name = option.lstrip("-").replace("-", "_")
-    said = answer(name, None if value is None else read_value(name, value, option))
-    if name in keys.KEYS or said.startswith(f"here it is called {name}:"):
-        said = ""
-    elif not said and name.partition(".")[0] not in keys.KEYS:
-        return ""
-    return "a key is set without dashes, as key=value; " + (said or f"set {name}={value or '...'}")
-
-
-def _in_words(row: Elsewhere, value: Any) -> str:
-    text, first = row.says(value), row.says(value).partition("=")[0]
-    if "=" in text and first.replace(".", "").replace("_", "").isalnum():
-        return f"here it is called {first}: set {text}"
-    return f"here {text}" if text.startswith("run ") else text
-
-
-def _last_part(name: Any) -> str:
-    return str(name).rpartition(".")[2].lower().replace("-", "_")
-
-
-def _inner(block: dict, prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in block.items():
-        if isinstance(value, dict) and _last_part(key) not in _BY_WORD:
-            yield from _inner(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -74,9 +74,9 @@ def _component(name: str, value: Any) -> Any:
 
 
 def _loss(value: Any) -> Any:
-    """loss=ipo, loss.name=ipo, loss=[{name: sigmoid}, {name: sft, weight: 0.2}]."""
+    """loss=ipo, loss.name=ipo, loss=[sigmoid, {name: sft, weight: 0.2}]."""
     if isinstance(value, list):
-        value = {"name": "mixture", "terms": value}
+        value = {"name": "mixture", "terms": [{"name": v} if isinstance(v, str) else v for v in value]}
     short = isinstance(value, str) and value not in ("", REQUIRED) and "." not in value
     block = {"name": value} if short else value
     if not isinstance(block, dict) or "name" not in block or "_component_" in block:

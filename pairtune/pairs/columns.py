@@ -89,16 +89,18 @@ def check_columns(columns: dict, found: Sequence[str], ours: Sequence[str], sour
             known = ", ".join(ours)
             raise UserError(f"{key}.columns.{name}: no column of ours. {_nearest(name, ours)} Known: {known}.")
         if isinstance(theirs, list) and name not in MANY or isinstance(theirs, dict) and name != "choice":
-            raise _no_such(f"{key}.columns.{name}={theirs}", theirs, found, source)
+            raise _no_such(key, f"{name}={theirs}", theirs, found, source)
         for path in _listed(_paths(name if theirs is None else theirs)):
             if not isinstance(path, str) or not set(_heads(path, found)) <= set(found):
-                raise _no_such(f"{key}.columns.{name}={theirs if theirs is not None else name}", path, found, source)
+                raise _no_such(key, f"{name}={theirs if theirs is not None else name}", path, found, source)
 
 
-def _no_such(setting: str, path, found: Sequence[str], source: str) -> UserError:
+def _no_such(key: str, setting: str, path, found: Sequence[str], source: str) -> UserError:
     word = path.partition(".")[0] if isinstance(path, str) else path
+    taken_back = f" ~{key}.columns takes the mapping back." if key in ("dataset", "eval_dataset") else ""
     return UserError(
-        f"{setting}: {source} has no such column. {_nearest(word, found)} Columns found: {', '.join(found)}."
+        f"{key}.columns.{setting}: {source} has no such column. {_nearest(word, found)} Columns found: "
+        f"{', '.join(found)}.{taken_back}"
     )
 
 

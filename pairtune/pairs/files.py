@@ -19,7 +19,7 @@ import datasets
 import pyarrow.parquet
 
 from pairtune.errors import UserError
-from pairtune.pairs.sources import FILE_TYPES
+from pairtune.files import ROW_FILES
 
 MEND = "Mend or remove it."
 
@@ -54,14 +54,14 @@ def read_file(path: Path, key: str) -> list[dict] | datasets.Dataset:
 
 
 def kind_of_file(path: Path, key: str) -> str:
-    """Returns one of FILE_TYPES.
+    """Returns one of ROW_FILES.
 
     Raises:
         UserError: It is none of these.
     """
     kind = Path(path.name.removesuffix(".gz")).suffix
-    if kind not in FILE_TYPES or path.name.endswith(".parquet.gz"):
-        types = ", ".join(FILE_TYPES)
+    if kind not in ROW_FILES or path.name.endswith(".parquet.gz"):
+        types = ", ".join(ROW_FILES)
         raise UserError(f"{key}.source={path}: of files, {types} are read, all but the last also as .gz.")
     return kind
 

@@ -13,8 +13,8 @@ import datasets
 from huggingface_hub import utils as hub_utils
 
 from pairtune.errors import UserError
+from pairtune.files import ROW_FILES
 from pairtune.pairs.files import check_names, read_file
-from pairtune.pairs.sources import FILE_TYPES
 
 
 class Shards(Sequence):
@@ -124,12 +124,12 @@ def _told(path: Path, key: str) -> Iterator[None]:
     except Exception as error:  # boundary: builders raise whatever their readers raise
         raise UserError(
             f"{key}.source={path}: the folder cannot be read as a dataset: {_cause(error)}. "
-            f"It should hold {', '.join(FILE_TYPES)} files of one form; or name one file."
+            f"It should hold {', '.join(ROW_FILES)} files of one form; or name one file."
         ) from error
 
 
 def _is_read(file: Path) -> bool:
-    return Path(file.name.removesuffix(".gz")).suffix in FILE_TYPES and not file.name.endswith(".parquet.gz")
+    return Path(file.name.removesuffix(".gz")).suffix in ROW_FILES and not file.name.endswith(".parquet.gz")
 
 
 def read_hub(source: str, name: str | None, revision: str | None, key: str) -> dict[str, datasets.Dataset]:

@@ -5,8 +5,7 @@ import re
 from pathlib import Path
 
 from pairtune.errors import UserError
-
-FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet")
+from pairtune.files import ROW_FILES
 
 
 def check_source(source: str, key: str) -> None:
@@ -26,7 +25,7 @@ def check_source(source: str, key: str) -> None:
 def looks_like_path(source: str) -> bool:
     """Returns whether a source is no Hub id, which is ORG/NAME or a bare name without a suffix."""
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
-        return Path(source.removesuffix(".gz")).suffix in FILE_TYPES
+        return Path(source.removesuffix(".gz")).suffix in ROW_FILES
     return not re.fullmatch(r"[\w-]+", source)
 
 

@@ -10,7 +10,8 @@ from pairtune import config
 from pairtune.cli import main
 from pairtune.cli.find import own
 from pairtune.cli.recipe import read_recipe
-from pairtune.config.names_elsewhere import ROWS, answer
+from pairtune.config.answers import answer
+from pairtune.config.names_elsewhere import ROWS
 from pairtune.errors import UserError
 
 RECIPES = {name: read_recipe(name) for name in own("recipe")}
@@ -20,7 +21,11 @@ VALUES = {  # such as people give; 2 for others
     **dict.fromkeys(("dpo_label_smoothing", "ref_model_mixup_alpha", "val_size", "val_set_size", "ld_alpha"), 0.25),
     **dict.fromkeys(("loss_type", "pref_loss", "rl"), "ipo"), "metric_for_best_model": "loss", "report_to": "wandb",
     **dict.fromkeys(("target_modules", "lora_target_modules", "lora_target", "lora_attn_modules"), "q_proj"),
-    **dict.fromkeys(("base_model", "model_name", "model_name_or_path", "checkpoint_dir", "ref_model"), "/weights"),
+    **dict.fromkeys(("base_model", "repo_id", "model_name_or_path", "checkpoint_dir", "ref_model"), "/weights"),
+    **dict.fromkeys(("reference_model", "reference_model_repo_id", "refrence_model_repo_id"), "/weights"),
+    **dict.fromkeys(("processor_repo_id", "processing_class"), "/weights"), "train_dataset": "/here",
+    **dict.fromkeys(("model_name", "trainer_prefix"), "dpo_example"), "max_sequence_length": 2048,
+    "resume_if_possible": True,
     **dict.fromkeys(("ref_model_name_or_path", "tokenizer_path", "tokenizer_name_or_path", "logging_dir"), "/weights"),
     **dict.fromkeys(("adapter_name_or_path", "lora_model_dir", "dataset_name", "dataset_path", "data_path"), "/here"),
     **dict.fromkeys(("train_file", "dataset_file", "eval_file", "validation_file", "save_directory"), "a.jsonl"),
@@ -140,7 +145,7 @@ def test_a_file_of_another_system_is_answered_at_once(tmp_path):
         (["-lr", "1e-4"], "optimizer.lr: set optimizer.lr=0.0001"),
         (["--lora_target_modules", "all"], "lora.modules: set lora.modules=all-linear"),
         (["--per_device_train_batch_size", "2", "seed=1"], "batch_size: set batch_size=2"),
-        (["--load_in_4bit", "--bf16"], "run a qlora_ recipe"),
+        (["--load_in_4bit", "--bf16"], "run a qlora_ recipe; --bf16: here it is called dtype: set dtype=bf16"),
         (["--bf16", "seed=1"], "dtype: set dtype=bf16"),
         (["--max_length", "512"], "set max_length=512"),
         (["--optimizer.lr=1e-4"], "set optimizer.lr=1e-4"),

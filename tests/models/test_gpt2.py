@@ -1,20 +1,14 @@
 """GPT-2 computes, loads and exports what transformers and PEFT do: learned positions, fused and transposed layers."""
 
 import json
-import subprocess
-import sys
-from contextlib import redirect_stdout
-from io import StringIO
 
 import hf_peers
 import pytest
-import tokenizers
 import torch
-from helpers import ROOT, SHARED, random_pairs
+from helpers import random_pairs
 from safetensors.torch import load_file, save_file
 
 from pairtune import models
-from pairtune.cli import main
 from pairtune.config.architectures import check_config
 from pairtune.errors import UserError
 from pairtune.folders import weights as checkpoint
@@ -214,79 +208,7 @@ def test_a_config_of_another_gpt_2_is_refused(tmp_path, change, words):
     assert words in str(error.value)
 
 
-# The tutorial's config
-
-
-@pytest.fixture
-def tutorial(tmp_path):
-    """A tiny GPT-2 with its own tokenizer, the files as the Hub has them, and 50 rows with the data set's columns."""
-    files = SHARED / "tokenizers" / "gpt2"
-    if not files.is_dir():
-        pytest.skip(f"{files} is not here: GPT-2's vocabulary")
-    hf_peers.save_peer(tmp_path / "base", config(n_embd=32, n_positions=512, vocab_size=50_257, eos_token_id=50_256))
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.BPE.from_file(str(files / "vocab.json"), str(files / "merges.txt"))
-    )
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|endoftext|>"])
-    tokenizer.save(str(tmp_path / "base" / "tokenizer.json"))
-    (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 1024}))
-
-    def conversation(prompt, answer):
-        return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-
-    with (tmp_path / "rows.jsonl").open("w") as file:
-        for n in range(60):  # ten more than dataset.limit
-            prompt = f"What do you think of paper number {n}?"
-            row = {"source": "evol_instruct", "prompt": prompt, "chosen-rating": 5.0, "chosen-model": "a"}
-            row |= {"chosen": conversation(prompt, f"Its {n} proofs are careful."), "rejected-rating": 1.0}
-            row |= {"rejected": conversation(prompt, "No idea."), "rejected-model": "b"}
-            file.write(json.dumps(row) + "\n")
-    return tmp_path
-
-
-def test_the_tutorial_runs_as_one_command_and_says_what_came_of_it(tutorial):
-    sizes = "vocab_size: 50257, num_layers: 2, num_heads: 4, embed_dim: 32, max_seq_len: 512"
-    command = [sys.executable, "-m", "pairtune.cli", "run", str(ROOT / "recipes" / "lora_dpo_single_device")]
-    command += ["--config", str(ROOT / "configs" / "gpt2_tutorial.yaml"), "device=cpu"]
-    command += [f"model={{_component_: pairtune.gpt2.gpt2, {sizes}}}", f"output_dir={tutorial / 'run'}"]
-    command += [f"checkpointer.checkpoint_dir={tutorial / 'base'}", f"dataset.source={tutorial / 'rows.jsonl'}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    out = done.stdout
-    assert done.returncode == 0, out + done.stderr
-    assert "plain text: the tokenizer has no chat template" in out
-    assert "45 steps of 1 pairs" in out
-    steps = [json.loads(line) for line in (tutorial / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in steps if "eval/loss" in row] == [0, 45]
-    assert [row["lr"] for row in steps if "lr" in row][:3] == pytest.approx([1e-4 / 3, 2e-4 / 3, 1e-4])
-    samples = [json.loads(line) for line in (tutorial / "run" / "samples.jsonl").read_text().splitlines()]
-    changed = sum(sample["before"] != sample["after"] for sample in samples)
-    assert len(samples) == 5 and f"{changed} of 5 answers changed" in out
-    assert (tutorial / "run" / "curves.png").exists()
-    settings = json.loads((tutorial / "run" / "export" / "adapter" / "adapter_config.json").read_text())
-    assert settings["fan_in_fan_out"] is True and settings["lora_dropout"] == 0.1
-    assert settings["target_modules"] == ["c_attn", "c_proj"]
-    check_comparison(tutorial)
-
-
-def check_comparison(tutorial):
-    """Base and tuned, asked as the tutorial asks them: one command, and what transformers answers with its settings."""
-    asked, base, run = "Is eating animals cruel?", tutorial / "base", tutorial / "run"
-    how = ["--seed", "31", "--top-k", "1", "--temperature", "0.1", "--max-new-tokens", "25"]
-    where = ["--output", str(tutorial / "answers.jsonl"), "device=cpu"]
-    with redirect_stdout(StringIO()) as out:
-        assert main(["compare", str(base), str(run), "--prompt", asked, *how, *where]) == 0
-    (row,) = [json.loads(line) for line in (tutorial / "answers.jsonl").read_text().splitlines()]
-    tokenizer = tokenizers.Tokenizer.from_file(str(base / "tokenizer.json"))
-    tokens = torch.tensor([tokenizer.encode(f"{asked}\n").ids])  # as plain text is trained
-    for shown, folder in ((base, base), (run, run / "export")):
-        peer = hf_peers.load_peer(folder)
-        said = {"do_sample": True, "top_k": 1, "temperature": 0.1, "max_new_tokens": 25, "pad_token_id": 50_256}
-        answered = peer.generate(tokens, **said)[0, tokens.shape[1] :].tolist()
-        assert row[str(shown)] == tokenizer.decode(answered)
-    changed = int(row[str(base)] != row[str(run)])
-    assert f"{changed} of 1 answers changed against {base}" in out.getvalue()
+# What a run says of its answers
 
 
 @pytest.mark.parametrize(

@@ -260,7 +260,7 @@ def test_a_source_that_cannot_be_read_is_refused_by_file_and_line(tmp_path, sour
         ({"columns": {"promt": "prompt"}}, "dataset.columns.promt: no column of ours. Did you mean prompt"),
         (
             {"columns": {"prompt": "promtp"}},
-            "has no such column. Did you mean prompt.* found: prompt, chosen, rejected",
+            "has no such column. Did you mean prompt.* found: prompt, chosen, rejected. ~dataset.columns takes",
         ),
         ({"columns": {"system": None}}, "dataset.columns.system=system: .* has no such column"),
     ],

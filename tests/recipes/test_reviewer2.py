@@ -1,22 +1,17 @@
 """The embedded demo: its texts, its tokenizer and base model, and the judge of its runs."""
 
 import json
-import math
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import hf_peers
 import pytest
 import torch
 from omegaconf import OmegaConf
-from published import MODELS
 from safetensors.torch import load_file
 from torchtune.models.convert_weights import hf_to_tune
 from torchtune.models.llama3 import llama3
 
-from pairtune.run.metrics import read_log
 from pairtune.tokenizer.hf import hf_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -224,45 +219,3 @@ def test_judge_fails_a_run_that_learned_too_little(tmp_path):
 def test_judge_names_the_file_that_is_missing(tmp_path):
     done = judge(tmp_path)
     assert done.returncode == 2 and "samples.jsonl is not there" in done.stderr
-
-
-# The text's own run, of TinyLlama
-
-
-def test_the_run_of_tinyllama_is_one_command(made, tmp_path):
-    """On a small model of its architecture, and rows with its data set's columns and splits."""
-    transformers = pytest.importorskip("transformers")
-    published = MODELS["tinyllama_1_1b"][1]
-    sizes = {"vocab_size": 1536, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
-    hf_peers.save_peer(tmp_path / "base", transformers.LlamaConfig(**published | sizes))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(made / "base" / name, tmp_path / "base")
-    (tmp_path / "rows").mkdir()
-    for name, split, count in (("train", "train", 20), ("held_out", "validation", 10)):
-        rows = read_jsonl(made / f"{name}.jsonl")[:count]
-        assert all(row.keys() == {"prompt", "chosen", "rejected"} for row in rows)
-        (tmp_path / "rows" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [sys.executable, "-m", "pairtune.cli", "run", "recipes/lora_dpo_single_device"]
-    command += ["--config", "configs/tinyllama_1_1b.yaml", "--config", "configs/run_reviewer2_tinyllama.yaml"]
-    command += ["model.vocab_size=1536", "model.embed_dim=64", "model.intermediate_dim=96", "model.num_layers=2"]
-    command += ["model.num_heads=4", "model.num_kv_heads=2", f"checkpointer.checkpoint_dir={tmp_path / 'base'}"]
-    command += [f"dataset.source={tmp_path / 'rows'}", f"eval_dataset.source={tmp_path / 'rows'}"]
-    command += ["max_steps=4", "device=cpu", f"output_dir={tmp_path / 'run'}"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
-    log = read_log(tmp_path / "run" / "metrics.jsonl")
-    steps = [row for row in log if "loss" in row]
-    assert [row["lr"] for row in steps] == pytest.approx([2.5e-4 * (1 + math.cos(math.pi * n / 4)) for n in range(4)])
-    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and steps[-1]["loss"] != steps[0]["loss"]
-    assert [row["step"] for row in log if "eval/loss" in row] == [0, 4]
-    samples = read_jsonl(tmp_path / "run" / "samples.jsonl")
-    assert len(samples) == 3 and all(sample["before"] and sample["after"] for sample in samples)
-    assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
-    exported = tmp_path / "run" / "export"
-    settings = json.loads((exported / "adapter" / "adapter_config.json").read_text())
-    expected = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": ["q_proj", "v_proj"]}
-    assert {key: settings[key] for key in expected} == expected
-    started, trained = (load_file(folder / "model.safetensors") for folder in (tmp_path / "base", exported))
-    changed = {name.rpartition(".self_attn.")[2] for name in trained if not torch.equal(trained[name], started[name])}
-    assert changed == {"q_proj.weight", "v_proj.weight"} and trained.keys() == started.keys()
