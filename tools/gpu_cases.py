@@ -17,6 +17,7 @@ from pathlib import Path
 import gpu_backends
 import gpu_parts as parts
 import gpu_speed
+import measure_generation
 import random_work as work
 import torch
 from gpu_runs import ROOT, run
@@ -103,6 +104,25 @@ def recipes(name: str, settings: dict) -> dict:
         "note": f"losses differ by {max(differences):.1e} at most ({tolerance:.0e} allowed)"
         + ("" if exported else "; nothing was exported"),
     }
+
+
+# answers: what a tiny model says, here and on the CPU
+
+
+def answers(name: str, settings: dict) -> dict:
+    """Greedy answers to prompts of several lengths on the device against the CPU's; of random weights, all differ."""
+    base = write_tiny(Path(settings["folder"])).with_suffix("")
+    draw = torch.Generator().manual_seed(1)
+    prompts = [
+        torch.randint(3, work.MODELS["tiny"]["vocab_size"], (length,), generator=draw).tolist()
+        for length in (40, 3, 17)
+    ]
+    ours = measure_generation.ours(base, "fp32", settings["device"], compiled=parts.ANSWERS[name])
+    theirs = measure_generation.ours(base, "fp32", "cpu")(prompts, 64)
+    same = sum(a == b for a, b in zip(ours(prompts, 64), theirs, strict=True))
+    again = ours(prompts[:1], 64) == theirs[:1]  # another batch, for which a step is recorded anew
+    words = "and one alone, too" if again else "and one alone others"
+    return {"ok": same == len(prompts) and again, "note": f"{same} of {len(prompts)} answers are the same, {words}"}
 
 
 def _lacks(overrides: list[str], device: str) -> str:
@@ -193,6 +213,7 @@ PARTS: dict[str, Callable[[str, dict], dict]] = {
     "matmul": matmul,
     "backends": gpu_backends.compare,
     "recipes": recipes,
+    "answers": answers,
     "resume": resume,
     "prepare": gpu_speed.prepare,
     "speed": gpu_speed.speed,

@@ -7,6 +7,7 @@
 Parts:
   backends   each way to compute attention against the dense mask, forward and gradients
   recipes    ten steps of a tiny model by every recipe and with what changes a step, against the CPU's losses
+  answers    greedy answers of a tiny model, compiled and not, against the CPU's
   resume     runs that SIGKILL ends and resume=true continues, against uninterrupted ones
   speed      a recipe's steps at the shape of Llama 3 8B, random bf16 weights: pairs a second, memory, TFLOP/s
   peers      steps of torchtune's recipe and TRL's trainer at that shape, as bench.py makes them
@@ -42,6 +43,7 @@ TOOLS = Path(__file__).resolve().parent
 LIMITS = {
     "backends": 90,
     "recipes": 60,
+    "answers": 60,
     "resume": 90,
     "prepare": 60,
     "speed": 150,
@@ -49,7 +51,7 @@ LIMITS = {
     "plan": 60,
 }  # s a case
 ALONE = ("matmul", "prepare", "speed", "peers")  # one case at a time: what it takes is measured
-ORDER = ("backends", "recipes", "resume", "speed", "peers", "plan")
+ORDER = ("backends", "recipes", "answers", "resume", "speed", "peers", "plan")
 
 
 class Results:

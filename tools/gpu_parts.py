@@ -68,6 +68,10 @@ RECIPES = {  # recipe, overrides, what the CPU takes in place of these, how far 
     "qlora, bridged": (QLORA, BRIDGED, None, QUANTIZED),
 }
 
+# Greedy answers of the tiny model, on the device and on the CPU: are layers compiled, and a step recorded?
+
+ANSWERS = {"greedy": False, "greedy, compiled": True}
+
 # Killed and continued
 
 RESUMED = {
@@ -119,6 +123,6 @@ def logged(name: str, settings: dict) -> list[float]:
 def names_of(part: str, settings: dict, only: list[str] = ()) -> list[str]:
     """Returns the names of a part's cases that have one of these words, all of them where there is none."""
     runs = settings["runs"]
-    found = {"backends": BACK_ENDS, "recipes": RECIPES, "resume": RESUMED, "speed": runs, "plan": runs, "peers": PEERS}
-    found = found.get(part, ())
+    found = {"backends": BACK_ENDS, "recipes": RECIPES, "answers": ANSWERS, "resume": RESUMED, "speed": runs}
+    found = (found | {"plan": runs, "peers": PEERS}).get(part, ())
     return [name for name in found if not only or any(words in name for words in only)]

@@ -1,13 +1,14 @@
 """Times `tune generate` beside transformers' generate: the same model, prompts and greedy tokens, each in turn.
 
 python tools/measure_generation.py                # a random model of SmolLM2 135M's shape
-python tools/measure_generation.py FOLDER --batch-size 8 --new-tokens 512 --dtype bf16
+python tools/measure_generation.py FOLDER --batch-size 8 --new-tokens 512 --dtype bf16 --compile
 """
 
 import argparse
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from pairtune import config, dist, models
 from pairtune.cli.alone import overrides_of, without_pairs
 from pairtune.folders import weights
 from pairtune.folders.opening import make_ready
+from pairtune.models import decoding, execution
 from pairtune.models.generation import answers
 
 
@@ -29,8 +31,8 @@ def make(folder: Path) -> None:
     LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True, rope_theta=1e5)).save_pretrained(folder)
 
 
-def ours(folder: Path, dtype: str, device: str):
-    """Returns a function from prompts and a number to answers."""
+def ours(folder: Path, dtype: str, device: str, *, compiled: bool = False):
+    """Returns a function from prompts and a number to answers, as `tune generate` gives them."""
     method, defaults = without_pairs("full_dpo_single_device")
     words = [*overrides_of(folder), f"dtype={dtype}", f"device={device}"]
     cfg = config.load(method, defaults, [], words)
@@ -39,7 +41,10 @@ def ours(folder: Path, dtype: str, device: str):
     model = models.full(cfg.model, dtype=cfg.dtype)
     make_ready(model, files.config, 1)
     models.load(model, weights.Weights(files), world=world)
-    how = {"world": world, "stop_ids": [], "batch_size": 10**6}
+    if compiled:
+        decoding.check(model)
+        execution.execute(model, execution.Execution("mask", compile=True))
+    how = {"world": world, "stop_ids": [], "batch_size": 10**6, "fixed_shapes": compiled}
     return torch.inference_mode()(lambda prompts, count: answers(model, prompts, **how, max_new_tokens=count))
 
 
@@ -69,17 +74,19 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="ours with compile=true, beside ours without it")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = args.folder or Path(name) / "model"
         if args.folder is None:
             make(folder)
         systems = {"pairtune": ours, "transformers": theirs}
+        systems |= {"compiled": partial(ours, compiled=True)} if args.compile else {}
         systems = {system: opened(folder, args.dtype, args.device) for system, opened in systems.items()}
     vocabulary = torch.Generator().manual_seed(1)
     prompts = torch.randint(3, 1000, (args.batch_size, args.prompt_tokens), generator=vocabulary).tolist()
     first = {system: answer(prompts, args.new_tokens) for system, answer in systems.items()}
-    same = sum(a == b for a, b in zip(*first.values(), strict=True))
+    same = sum(len({*map(tuple, answers)}) == 1 for answers in zip(*first.values(), strict=True))
     print(f"{same} of {len(prompts)} answers are the same tokens", flush=True)
     took: dict[str, list[float]] = {system: [] for system in systems}
     for _ in range(args.turns):
@@ -92,8 +99,9 @@ def main() -> None:
     for system, times in took.items():
         least, median, most = min(times), statistics.median(times), max(times)
         print(f"{system:<13} {tokens / median:8.1f} tokens a {clock} ({tokens / most:.1f} to {tokens / least:.1f})")
-    ratio = statistics.median(took["transformers"]) / statistics.median(took["pairtune"])
-    print(f"pairtune takes 1/{ratio:.2f} of transformers' time")
+    for system in took.keys() - {"transformers"}:
+        ratio = statistics.median(took["transformers"]) / statistics.median(took[system])
+        print(f"{system} takes 1/{ratio:.2f} of transformers' time")
 
 
 if __name__ == "__main__":

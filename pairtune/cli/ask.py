@@ -19,7 +19,10 @@ def generate(argv: list[str]) -> int:
     parser = parser_of(generate)
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="a model's; of a run's, its export is taken")
     parser.add_argument(
-        "overrides", metavar="key=value", nargs="*", help="of a config: dtype=fp32, tokenizer.chat_template=plain, ..."
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        help="of a config: dtype=fp32, compile=true, tokenizer.chat_template=plain, ...",
     )
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given again")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt a line, or .jsonl; -: standard input")

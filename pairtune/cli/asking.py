@@ -13,6 +13,7 @@ from pairtune.files import read_object
 from pairtune.folders import peft, weights
 from pairtune.folders.opening import make_ready
 from pairtune.folders.peft_config import lora_of
+from pairtune.models import decoding, execution
 from pairtune.models.generation import Sampling, stream
 from pairtune.run import places
 from pairtune.tokenizer import adapt
@@ -63,6 +64,10 @@ class Model:
         start = peft.read_adapter(adapter, self._model, files) if adapter else None
         models.load(self._model, weights.Weights(files), world=self.world, adapter=start)
         models.disable_dropout(self._model)
+        self._is_compiled = cfg.compile is True  # auto does not pay for a few answers
+        if self._is_compiled:
+            decoding.check(self._model)
+            execution.execute(self._model, execution.Execution("mask", compile=True))
 
     def prompt(self, question: str | list[Mapping], system: str | None = None) -> list[int]:
         """Returns the tokens that ask: by the chat template, with its generation prompt."""
@@ -79,7 +84,8 @@ class Model:
         tokens: list[list[int]] = [[] for _ in prompts]
         shown = [0] * len(prompts)
         how = {"world": self.world, "stop_ids": self.tokenizer.stop_ids, "max_new_tokens": max_new_tokens}
-        for step in stream(self._model, prompts, **how, sampling=sampling, rng=rng):
+        how |= {"sampling": sampling, "rng": rng, "fixed_shapes": self._is_compiled}
+        for step in stream(self._model, prompts, **how):
             added = []
             for n, token in enumerate(step):
                 tokens[n] += [] if token is None else [token]

@@ -97,7 +97,11 @@ class GroupedAttention(MultiHeadAttention):
             k, v = self.kv_cache.update(k, v)
         dropout_p = self.attn_dropout if self.training else 0.0
         is_causal = self.kv_cache is None and mask is None and self.is_causal
-        output = self._attention_call(q, k, v, mask=mask, dropout_p=dropout_p, is_causal=is_causal)
+        is_next = self.kv_cache is not None and q.shape[2] == 1 and self._attention_call.sinks is None
+        # Of one token's queries those that share keys stand one behind the other, so that no keys are repeated.
+        asked = q.reshape(q.shape[0], k.shape[1], -1, self.head_dim) if is_next else q
+        output = self._attention_call(asked, k, v, mask=mask, dropout_p=dropout_p, is_causal=is_causal)
+        output = output.reshape(q.shape) if is_next else output
         return self.output_proj(output.transpose(1, 2).flatten(2))
 
     def _heads(self, projected: Tensor, norm: nn.Module | None, input_pos: Tensor | None) -> Tensor:

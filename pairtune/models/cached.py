@@ -19,24 +19,35 @@ class Kept:
     """A layer's keys and values [B, G, T, K], in memory that is taken once.
 
     torchtune's own cache asks the device at each update how far it is filled.
+
+    Attributes:
+        at: [1], where the next token's are put, for a step whose shapes and addresses stay (decoding.py): all of the
+            memory is returned then. None: behind what is there, and what is filled is returned.
     """
 
     def __init__(self, shape: tuple[int, int, int, int], **how):
-        self._keys, self._values = torch.empty(shape, **how), torch.empty(shape, **how)
+        # Zeros: what is not filled is given no weight where all is returned, and NaN times nothing would be NaN.
+        self._keys, self._values = torch.zeros(shape, **how), torch.zeros(shape, **how)
         self._filled = 0
+        self.at: Tensor | None = None
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Adds [B, G, S, K] of each; returns all of them."""
+        if self.at is not None:
+            return self._keys.index_copy_(2, self.at, k), self._values.index_copy_(2, self.at, v)
         start, self._filled = self._filled, self._filled + k.shape[2]
         self._keys[:, :, start : self._filled], self._values[:, :, start : self._filled] = k, v
         return self._keys[:, :, : self._filled], self._values[:, :, : self._filled]
 
 
 @contextmanager
-def cached(model: TransformerDecoder, num_rows: int, num_tokens: int, **how) -> Iterator[None]:
-    """While it lasts, layers keep keys and values, and angles are looked up once a call.
+def cached(
+    model: TransformerDecoder, num_rows: int, num_tokens: int, *, fixed_shapes: bool = False, **how
+) -> Iterator[list[Kept]]:
+    """While it lasts, layers keep keys and values, which it gives, and angles are looked up once a call.
 
     Args:
+        fixed_shapes: For decoding.py, whose layers look up angles by themselves: compiled, that is in their kernels.
         how: device and dtype of what is kept.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, GroupedAttention)]
@@ -45,10 +56,10 @@ def cached(model: TransformerDecoder, num_rows: int, num_tokens: int, **how) -> 
         for layer in layers:
             layer.kv_cache = Kept((num_rows, layer.num_kv_heads, num_tokens, layer.head_dim), **how)
             layer.cache_enabled = True
-        for rope in turning:
+        for rope in turning if not fixed_shapes else ():
             if (turned := TURNS.get(type(rope))) is not None:
                 rope.forward = _once_a_call(rope, turned)
-        yield
+        yield [layer.kv_cache for layer in layers]
     finally:
         for layer in layers:
             layer.kv_cache, layer.cache_enabled = None, False

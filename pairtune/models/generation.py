@@ -15,6 +15,7 @@ from pairtune.errors import UserError
 from pairtune.models.attention import GroupedAttention
 from pairtune.models.bridge.decoder import BridgedDecoder
 from pairtune.models.cached import cached, seen_by_the_newest
+from pairtune.models.decoding import Step
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def answers(
     temperature: float = 0.0,
     seed: int = 0,
     batch_size: int = 16,
+    fixed_shapes: bool = False,
 ) -> list[list[int]]:
     """Returns an answer a prompt, token ids without the end token. Dropout is off meanwhile; the model is unchanged.
 
@@ -69,6 +71,7 @@ def answers(
         prompts: Token ids, each with its generation prompt at the end; the same in every process of a sharded model.
         max_new_tokens: At most; an answer also ends where the model's positions do.
         temperature: 0 takes the likeliest token; above, answers depend on `seed` and on the batch a prompt is in.
+        fixed_shapes: As in `stream`.
     """
     rng = torch.Generator(device=world.device).manual_seed(seed)
     how, answered = Sampling(temperature), []
@@ -76,7 +79,7 @@ def answers(
     for start in console.progress(starts, "answers", shown=len(starts) > 1 and world.is_main):
         batch = prompts[start : start + batch_size]
         found: list[list[int]] = [[] for _ in batch]
-        options = {"world": world, "stop_ids": stop_ids, "max_new_tokens": max_new_tokens}
+        options = {"world": world, "stop_ids": stop_ids, "max_new_tokens": max_new_tokens, "fixed_shapes": fixed_shapes}
         for tokens in stream(model, batch, **options, sampling=how, rng=rng):
             for answer, token in zip(found, tokens, strict=True):
                 answer += [] if token is None else [token]
@@ -94,10 +97,15 @@ def stream(
     max_new_tokens: int,
     sampling: Sampling,
     rng: torch.Generator,
+    fixed_shapes: bool = False,
 ) -> Iterator[list[int | None]]:
     """Yields the next token of each prompt, one step after the other; None for an answer that has ended.
 
     Prompts of several lengths are padded on the left. Every process of a sharded model has to take every step.
+
+    Args:
+        fixed_shapes: Steps are alike, so that layers that are compiled are compiled once, and a GPU is given a step as
+            a whole: a whole model of ours, see decoding.py.
 
     Raises:
         UserError: A prompt leaves no room in the model's positions.
@@ -109,7 +117,10 @@ def stream(
     was_training = model.training
     model.eval()
     stops, ended = set(stop_ids), [False] * len(prompts)
-    steps = (_bridged if isinstance(model, BridgedDecoder) else _cached)(model, prompts, room, world)
+    if isinstance(model, BridgedDecoder):
+        steps = _bridged(model, prompts, world)
+    else:
+        steps = _cached(model, prompts, room, world, fixed_shapes=fixed_shapes)
     try:
         logits = next(steps)
         for left in range(room, 0, -1):
@@ -133,7 +144,7 @@ def _padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Ten
     return tokens, there, (there.cumsum(1) - 1).clamp(min=0)
 
 
-def _cached(model: TransformerDecoder, prompts: list[list[int]], room: int, world: World):
+def _cached(model: TransformerDecoder, prompts: list[list[int]], room: int, world: World, *, fixed_shapes: bool):
     """Yields logits [B, V] of the next token, and is sent that, [B, 1]: with keys and values kept in each layer."""
     tokens, there, position = _padded(prompts, world.device)
     width, alike = tokens.shape[1], _Alike(model, world) if world.size > 1 else model
@@ -144,8 +155,13 @@ def _cached(model: TransformerDecoder, prompts: list[list[int]], room: int, worl
     sees = torch.ones(width, width, dtype=torch.bool, device=world.device).tril() & there[:, None]
     sees |= torch.eye(width, dtype=torch.bool, device=world.device)
     alike = _not_compiled(alike) if model.pairtune.is_compiled else alike
-    with cached(model, len(prompts), width + room, **how), _last_only(model):
+    with cached(model, len(prompts), width + room, fixed_shapes=fixed_shapes, **how) as kept, _last_only(model):
         token = yield alike(tokens, mask=sees, input_pos=position)[:, -1]
+        if fixed_shapes:
+            step = Step(model, kept, there, position[:, -1:], room=room, windows=windows)
+            for _ in range(1, room):
+                token = yield step(token)
+            return
         there, position = F.pad(there, (0, room), value=True), position[:, -1:]
         for filled in range(width + 1, width + room):
             position = position + 1
@@ -153,7 +169,7 @@ def _cached(model: TransformerDecoder, prompts: list[list[int]], room: int, worl
             token = yield alike(token, mask=seen, input_pos=position)[:, -1]
 
 
-def _bridged(model: BridgedDecoder, prompts: list[list[int]], room: int, world: World):
+def _bridged(model: BridgedDecoder, prompts: list[list[int]], world: World):
     """Does the same with transformers' cache, which each architecture has its own of."""
     step, mask, position = _padded(prompts, world.device)
     mask = mask.long()

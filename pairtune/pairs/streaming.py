@@ -139,13 +139,29 @@ def streamed_source(
         first: Its first rows, under our names; report: on them.
     """
     rendered = AlreadyRendered(tokenizer)
-    asked = {"worse": block["rejected"], "numbers": [name for name in NUMBERS if first.columns.get(name)], "key": key}
-    asked["doubtful"] = form.unused([*DOUBTFUL, *SIDES])  # also those that the first rows do not have
-    given = GivenRows(first.columns, first.found)
-    read_row = row_reader(given, form, tokenizer, limits, rendered, block["on_bad_row"], **asked)
     known = {*first.found, *form.columns, *form.optional, *form.read_beside([*OUR_COLUMNS, *OTHER_NAMES])}
-    described = block["source"], key, rate, shards_of_block(block, key), block["limit"]
-    return StreamedSource(*described, read_row, report, rendered, frozenset(known))
+    return StreamedSource(
+        name=block["source"],
+        key=key,
+        rate=rate,
+        shards=shards_of_block(block, key),
+        limit=block["limit"],
+        read_row=row_reader(
+            GivenRows(first.columns, first.found),
+            form,
+            tokenizer,
+            limits,
+            rendered,
+            block["on_bad_row"],
+            worse=block["rejected"],
+            numbers=[name for name in NUMBERS if first.columns.get(name)],
+            doubtful=form.unused([*DOUBTFUL, *SIDES]),  # also those that the first rows do not have
+            key=key,
+        ),
+        report=report,
+        rendered=rendered,
+        columns=frozenset(known),
+    )
 
 
 @dataclass(frozen=True)

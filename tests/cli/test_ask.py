@@ -5,13 +5,17 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
+from functools import partial
 
 import hf_peers
 import pytest
 import torch
 from helpers import ENVIRONMENT, NF4_SIZES, save_llama
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pairtune.cli import asking, main, urial
+from pairtune.errors import UserError
 from pairtune.models.generation import Sampling
 from pairtune.run.samples import show_samples
 
@@ -67,9 +71,23 @@ FAMILIES = {  # what their configs have beside the sizes of all; of some, NF4 wo
     "Olmo2": {}, "Gemma3Text": {"head_dim": 32, "sliding_window": 16}, "Lfm2": {},
 }  # fmt: skip
 SPLIT = ("Phi3", "GPT2", "GPTNeoX")
+BRIDGED = ("Olmo2", "Gemma3Text", "Lfm2")
+COMPILED = "compile=true"
 SIZES = {"vocab_size": 320, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 128}
 SIZES |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+class Unrecordable(TorchDispatchMode):
+    """Counts what a CUDA graph cannot hold: looks at numbers, and tensors made of Python's but single ones."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.overloadpacket.__name__
+        self.count += name in ("_local_scalar_dense", "nonzero", "masked_select")
+        self.count += name == "lift_fresh" and args[0].dim() > 0
+        return operation(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -103,10 +121,22 @@ def test_so_are_those_of_each_family_with_an_adapter_over_nf4(tmp_path, name):
         (tmp_path / "base" / file).write_text(json.dumps(told | {"eos_token_id": [2, stop]}))
 
     def check(model, adapter=None, base_dtype=None):
-        asked = asking.Model(asking.Asked(tmp_path / "base", adapter, base_dtype, ["dtype=fp32", "device=cpu"]))
+        words = ["dtype=fp32", "device=cpu"]
+        asked = asking.Model(asking.Asked(tmp_path / "base", adapter, base_dtype, words))
         expected = [[token for token in answer if token not in (2, stop)] for answer in theirs(model, [2, stop])]
         found = ["".join(parts) for parts in zip(*asked.answers(prompts, **GREEDY), strict=True)]
         assert found == [asked.tokenizer.decode(answer) for answer in expected]
+        open_compiled = partial(asking.Model, asking.Asked(tmp_path / "base", adapter, base_dtype, [*words, COMPILED]))
+        if name in BRIDGED:
+            with pytest.raises(UserError, match="compile=true: this model answers by transformers' classes"):
+                open_compiled()
+        else:  # steps of one shape; a compiler, which takes its time, has only one family
+            compiled = open_compiled()
+            stance = nullcontext() if name == "Mistral" else torch.compiler.set_stance("force_eager")
+            with stance, nullcontext() if name == "Mistral" else Unrecordable() as looked:
+                steps = [*compiled.answers(prompts, **GREEDY)]
+            assert ["".join(parts) for parts in zip(*steps, strict=True)] == found
+            assert looked is None or looked.count < len(steps) - 1  # none in a step: a CUDA graph would not hold it
         return found
 
     plain = check(peer)
