@@ -123,7 +123,7 @@ def _told(path: Path, key: str) -> Iterator[None]:
         yield
     except Exception as error:  # boundary: builders raise whatever their readers raise
         raise UserError(
-            f"{key}.source={path}: the folder cannot be read as a dataset: {_cause(error)}. "
+            f"{key}.source={path}: the folder cannot be read as a dataset: {cause(error)}. "
             f"It should hold {', '.join(ROW_FILES)} files of one form; or name one file."
         ) from error
 
@@ -151,7 +151,7 @@ def _from_hub(source: str, name: str | None, revision: str | None, key: str, **h
     except Exception as error:  # boundary: errors of network, permission and builders have no common type
         raise UserError(
             f"{key}.source={source}, name={name}, revision={revision}: not on this disk, and the Hugging Face Hub "
-            f"does not give it: {_cause(error)}\n"
+            f"does not give it: {cause(error)}\n"
             "Check the spelling of id and name on huggingface.co/datasets. If the dataset is gated, accept its terms "
             "there and run `hf auth login`. Without network, download it elsewhere and give its folder."
         ) from error
@@ -171,6 +171,7 @@ def _without_bars() -> Iterator[None]:
                 module.enable_progress_bars()
 
 
-def _cause(error: Exception) -> str:
+def cause(error: Exception) -> str:
+    """Returns what has first gone wrong, in a line."""
     root = error.__cause__ or error
     return f"{type(root).__name__}: {(str(root).strip() or repr(root)).splitlines()[0]}"

@@ -17,7 +17,7 @@ import pyarrow.parquet
 from pairtune.errors import UserError
 from pairtune.pairs.cells import without_nulls
 from pairtune.pairs.files import MEND, as_row, check_cells, check_commas, check_names, kind_of_file, opened, parse_line
-from pairtune.pairs.folders import files_of_splits, open_hub, open_other
+from pairtune.pairs.folders import cause, files_of_splits, open_hub, open_other
 from pairtune.pairs.sources import check_source
 
 CHUNK = 2**20  # characters of a list of JSON that are read at a time
@@ -44,7 +44,7 @@ def shards_of(source: str, *, split: str, name: str | None, revision: str | None
     splits = files_of_splits(path, name, key) if path.is_dir() else splits
     if splits is None:
         rows = open_other(path, name, key) if path.is_dir() else open_hub(source, name, revision, key)
-        return {source: _of_dataset(_of_split(rows, split, source, key))}
+        return {source: _of_dataset(_of_split(rows, split, source, key), f"{key}.source={source}")}
     return {str(file): _of_file(file, key) for file in _of_split(splits, split, source, key)}
 
 
@@ -80,8 +80,8 @@ def _of_file(path: Path, key: str) -> Shard:
     return read
 
 
-def _of_dataset(rows) -> Shard:
-    """What `datasets` reads: a folder that it has written, or a data set of the Hub."""
+def _of_dataset(rows, where: str) -> Shard:
+    """What `datasets` reads: a folder that it has written, or a data set of the Hub; `where` names it in messages."""
 
     def indexed(position) -> Iterator[tuple[dict, object]]:
         for index in range(position or 0, len(rows)):
@@ -91,8 +91,14 @@ def _of_dataset(rows) -> Shard:
         first = rows.skip(0)  # another one of its own state
         if position is not None:
             first.load_state_dict(position)
-        for row in first:
-            yield _plain(row), first.state_dict()
+        try:
+            for row in first:
+                yield _plain(row), first.state_dict()
+        except Exception as error:  # boundary: errors of network, permission and readers have no common type
+            raise UserError(
+                f"{where}: the rows cannot be read on: {cause(error)}. If the network failed, start the same run "
+                "again: it goes on from its last checkpoint. Else mend the file, or take it out"
+            ) from error
 
     return indexed if isinstance(rows, datasets.Dataset) else streamed
 

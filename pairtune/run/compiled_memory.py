@@ -12,9 +12,6 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.partitioners import min_cut_rematerialization_partition
-from torch._inductor.decomposition import select_decomp_table
 from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
 
 from pairtune.models import attention
@@ -46,6 +43,11 @@ class LayerMemory:
 
 def layer_memory(layer: nn.Module, hidden: Tensor, **inputs) -> LayerMemory:
     """Returns what a layer takes that is compiled for these inputs, on the meta device."""
+    # The compiler's modules take most of a second and 16 MiB, and few runs on a CPU compile
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.decomposition import select_decomp_table
+
     graphs: dict[str, fx.GraphModule] = {}
 
     def remember(which: str):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from helpers import save_tokenizer
 from huggingface_hub.utils import WeakFileLock
 
 from pairtune import config
@@ -100,13 +101,23 @@ class Hub(BaseHTTPRequestHandler):
             siblings = [{"rfilename": file} for file in files]
             about = {"id": f"{owner}/{name}", "sha": COMMIT, "private": f"{owner}/{name}" in self.server.private}
             return self.reply_json(about | {"siblings": siblings})
+        if verb == "paths-info":
+            named = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["paths"]
+            return self.reply_json([row for row in self.rows(files) if row["path"] in named])
         if verb == "tree":
-            rows = [self.row(file, body) for file, body in files.items()]
+            folder = f"{file[0]}/" if file else ""
+            rows = [row for row in self.rows(files) if row["path"].startswith(folder)]
+            if "recursive=true" in self.path.lower():
+                rows = [row for row in rows if row["type"] == "file"]
+            else:
+                rows = [row for row in rows if "/" not in row["path"][len(folder) :]]
             if self.server.pages_at:  # two pages: the first here, the second there
                 page = 0 if "cursor" not in self.path else 1
                 following = {"Link": f'<{self.server.pages_at}{self.path}&cursor=1>; rel="next"'} if page == 0 else {}
                 return self.reply_json([rows[:2], rows[2:]][page], following)
             return self.reply_json(rows)
+        if file[0] not in files:
+            return self.reply(404, error="EntryNotFound")
         if name == "gated" and token != "right":
             return self.reply(403 if token else 401, error="GatedRepo")
         if file[0].endswith(LFS):
@@ -115,7 +126,13 @@ class Hub(BaseHTTPRequestHandler):
             return self.reply(302, b"", {"Location": store, "X-Repo-Commit": COMMIT, **linked})
         self.reply_file(f"{kind}/{owner}/{name}", file[0])
 
-    do_HEAD = do_GET
+    do_HEAD = do_POST = do_GET
+
+    def rows(self, files):
+        """Files, and the folders that they are in."""
+        folders = {str(folder) for file in files for folder in Path(file).parents if str(folder) != "."}
+        rows = [{"type": "directory", "path": folder, "size": 0, "oid": "2" * 40} for folder in sorted(folders)]
+        return rows + [self.row(file, body) for file, body in files.items()]
 
     def row(self, file, body):
         size = self.server.pretended_sizes.get(file, len(body))
@@ -135,14 +152,16 @@ class Hub(BaseHTTPRequestHandler):
         if self.server.spoilt.get(file):
             self.server.spoilt[file] -= 1
             body = body[::-1]
-        start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").rstrip("-"))
-        self.server.sent[file] = len(body) - start
-        if start:
-            headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
+        ranged = (self.headers.get("Range") or "").removeprefix("bytes=")
+        start, _, last = ranged.partition("-")
+        start, stop = int(start or 0), min(int(last or len(body)) + 1, len(body))
+        self.server.sent[file] = stop - start
+        if ranged:
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(body)}"
         cut = self.server.cuts.pop(file, None)
         if cut is not None:  # and the file cannot be had any more, so that the client gives up soon
             self.server.down.add(file)
-        self.reply(206 if start else 200, body[start:], headers, cut=cut)
+        self.reply(206 if ranged else 200, body[start:stop], headers, cut=cut)
 
     def reply_json(self, value, headers=None):
         self.reply(200, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})})
@@ -301,6 +320,45 @@ def test_a_data_set_comes_whole_and_is_read_from_its_folder(download, server, tm
 
 
 # Going on
+
+
+STREAM = """
+import json, sys
+import torch
+from pairtune.config import keys
+from pairtune.dist import World
+from pairtune.pairs.steps import Steps
+from pairtune.pairs.tokenize import read_train_and_held_out
+from pairtune.tokenizer.hf import hf_tokenizer
+
+def steps(source):
+    world = World(torch.device("cpu"))
+    block = keys.ROWS | keys.STREAM | {"source": source, "val_fraction": None, "streaming": True, "shuffle_buffer": 8}
+    read = block, keys.ROWS | {"source": None}, hf_tokenizer(sys.argv[1]), world, 32, None
+    return Steps(read_train_and_held_out(*read)[0], 4, 4, world, seed=0)
+
+folder, whole, cut, again = steps(sys.argv[2]), *(steps("org/many") for _ in range(3))
+expected = [folder.pairs(step) for step in range(15)]
+assert [whole.pairs(step) for step in range(15)] == expected
+[cut.pairs(step) for step in range(7)]
+again.load(json.loads(json.dumps(cut.state())))
+assert [again.pairs(step) for step in range(7, 15)] == expected[7:]
+print(sorted({pair.row for pairs in expected[:10] for pair in pairs}) == [*range(40)])
+"""
+
+
+def test_a_data_set_of_the_hub_is_streamed_as_its_files_are_and_goes_on_from_any_step(download_alone, server, tmp_path):
+    rows = [json.dumps({"prompt": f"w{3 + i}", "chosen": " w4 w5", "rejected": " w5"}) + "\n" for i in range(40)]
+    files = {"train-0.jsonl": "".join(rows[:25]), "train-1.jsonl": "".join(rows[25:]), "test.jsonl": rows[0] * 9}
+    server.repos["datasets/org/many"] = {f"data/{name}": text.encode() for name, text in files.items()}
+    (tmp_path / "data").mkdir()
+    for name, text in files.items():
+        (tmp_path / "data" / name).write_text(text)
+    save_tokenizer(tmp_path, 100)
+    script = (sys.executable, "-c", STREAM)
+    told = succeeds(download_alone(str(tmp_path), str(tmp_path / "data"), command=script))
+    assert "dataset.source=org/many: read from the Hugging Face Hub" in told and told.endswith("True\n")
+    assert set(server.fetched) == {"data/train-0.jsonl", "data/train-1.jsonl"}  # no other split
 
 
 def test_the_same_command_again_fetches_only_what_is_missing(download, server, tmp_path):

@@ -140,6 +140,17 @@ def test_what_cannot_be_read_is_named(tmp_path, name, content, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
+def test_what_datasets_cannot_read_on_is_named(tmp_path):
+    table = pyarrow.Table.from_pylist(rows_of(0, 5000))
+    with pyarrow.ipc.new_stream(str(tmp_path / "train.arrow"), table.schema) as file:
+        file.write_table(table, max_chunksize=500)
+    whole = (tmp_path / "train.arrow").read_bytes()
+    (tmp_path / "train.arrow").write_bytes(whole[: len(whole) // 2])
+    (shard,) = shards_of(str(tmp_path), **WHOLE).values()
+    with pytest.raises(UserError, match=r"dataset\.source=.*: the rows cannot be read on: OSError: Expected"):
+        list(shard(None))
+
+
 def test_a_part_of_a_split_is_refused(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", rows_of(0, 3))
     with pytest.raises(UserError, match=r"dataset.split='train\[:10%\]'.*limit"):
