@@ -23,6 +23,8 @@ def open_judge(name: str, asking: Asking | None = None) -> Judge:
         return Endpoint(name, asking)
     if asking is not None:
         raise UserError(f"--judge {name}: is no endpoint's address, and --judge-model and --rubric are for one")
+    if name.startswith("implicit:"):
+        raise UserError(f"--judge {name}: reads a config; from Python it is pairtune.cli.implicit.ImplicitReward")
     if Path(name).expanduser().is_dir():
         from pairtune.judge.reward_model import RewardModel
 

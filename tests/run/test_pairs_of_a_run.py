@@ -16,6 +16,7 @@ from helpers import SIZES, random_pairs, run_config, run_recipe, save_llama, sav
 from huggingface_hub import ModelCard
 
 from pairtune.cli import main
+from pairtune.cli.evaluate import Asked, settle
 from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.run import pair_log, places
@@ -193,6 +194,25 @@ def scores_of(model, pairs):
             logits = model(torch.tensor([pair.prompt + pair.chosen])).logits[0, len(pair.prompt) - 1 : -1]
         found.append(float(logits.log_softmax(-1)[torch.arange(len(pair.chosen)), torch.tensor(pair.chosen)].sum()))
     return found
+
+
+def test_a_run_is_evaluated_against_what_it_was_compared_with(made, tmp_path):
+    """Its base; another model, if it had one; its base in 4 bits, where its export has that, too; or what is asked."""
+    of_run = yaml.safe_load((made / "run" / "config.yaml").read_text())
+    for name, folder in (("export", made / "run" / "export"), ("other", made / "base"), ("third", made / "base")):
+        (tmp_path / name).symlink_to(folder)
+    in_4_bits, other = {"merge_into": "dequantized", "base_dtype": "nf4"}, {"checkpoint_dir": str(tmp_path / "other")}
+    for change, asked, expected in (
+        ({}, None, (made / "base", None)),
+        ({"reference": of_run["reference"] | other}, None, (tmp_path / "other", None)),
+        (in_4_bits, None, (made / "base", True)),
+        (in_4_bits | {"base_dtype": "int8"}, None, (made / "base", None)),
+        (in_4_bits | {"reference": of_run["reference"] | other}, tmp_path / "third", (tmp_path / "third", None)),
+    ):
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(of_run | change))
+        cfg, told = settle(Asked(tmp_path, None, asked, []))
+        assert (cfg.reference.name, cfg.reference.checkpoint_dir) == ("model", str(expected[0]))
+        assert cfg.reference.quantize == expected[1] and told == f"reference {expected[0]}"
 
 
 def test_what_cannot_be_evaluated_is_told_in_a_sentence(made, tmp_path, capsys):
