@@ -77,20 +77,29 @@ class _Settled:
         return True
 
     def _place(self, name: str) -> tuple[int, str]:
-        found = [place for key, place in self._given.items() if name == key or name.startswith(f"{key}.")]
+        found = [p for key, p in self._given.items() if name.startswith(f"{key}.") or f"{key}.".startswith(f"{name}.")]
         return max(found, default=(-1, "default"))
 
 
 def _source(settled: _Settled) -> None:
-    """What was said of a data set of the Hub, in whose place one file came: a file is all `train`."""
+    """What was said of a data set of the Hub, in whose place files came: a file is all `train`."""
     for block in ("dataset", "eval_dataset"):
         source, split = settled.get(f"{block}.source"), settled.get(f"{block}.split")
-        if not isinstance(source, str) or Path(source.removesuffix(".gz")).suffix not in ROW_FILES:
+        if not source or not _is_of_files(source):
             continue
         if isinstance(split, str) and not re.fullmatch(r"train(\[.*\])?", split):
-            settled.yields(f"{block}.split", f"{block}.source", "is one file", "train")
+            settled.yields(f"{block}.split", f"{block}.source", "is of files", "train")
         for name in ("name", "revision"):
-            settled.yields(f"{block}.{name}", f"{block}.source", "is one file")
+            settled.yields(f"{block}.{name}", f"{block}.source", "is of files")
+
+
+def _is_of_files(source: Any) -> bool:
+    """Whether a source, each of a list, or each of those with names, is one file and no data set or folder."""
+    if isinstance(source, dict):
+        return _is_of_files(source["source"] if "source" in source else [*source.values()])
+    if isinstance(source, list):
+        return all(map(_is_of_files, source))
+    return isinstance(source, str) and Path(source.removesuffix(".gz")).suffix in ROW_FILES
 
 
 def _prompt(settled: _Settled) -> None:
