@@ -233,6 +233,8 @@ def read_completion(content: bytes) -> tuple[str, int, str]:
         text = "".join(part.get("text", "") for part in text if isinstance(part, dict))
     if message.get("refusal") or choice.get("finish_reason") == "content_filter":
         return str(message.get("refusal") or text), tokens, "refused"
+    if text.lstrip().startswith("<think>") and "</think>" not in text:
+        return text, tokens, "cut short within its thoughts"
     return re.sub(r"(?s)^.*</think>", "", text), tokens, CUT if choice.get("finish_reason") == "length" else ""
 
 

@@ -68,6 +68,7 @@ def test_each_answer_has_a_seed_that_is_sent_and_kept(capsys):
 @pytest.mark.parametrize("at_once", ["1", "4"])
 def test_whatever_the_endpoint_does_meanwhile_nothing_is_lost_or_drawn_twice(capsys, at_once):
     refusals = [completion("", refusal="no"), completion("Well,", finish="content_filter")]
+    refusals += [completion("<think>They ask me", finish="length")]
     with serving() as server:
         assert main(words(server, output="straight.jsonl")) == 0
         server.drawn.clear()
@@ -83,6 +84,7 @@ def test_whatever_the_endpoint_does_meanwhile_nothing_is_lost_or_drawn_twice(cap
         "2 (429)",
         "2 (refused)",
         "1 (500)",
+        "1 (cut short within its thoughts)",
         "2 (the line is cut (Conn",
     ):
         assert told in again
