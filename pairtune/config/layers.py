@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pairtune import console
 from pairtune.config import auto, keys
 from pairtune.config.answers import check_dashes
-from pairtune.config.checks import check_together, check_values, is_component
+from pairtune.config.checks import check_together, check_values, is_component, unknown_keys
 from pairtune.config.components import check_components, without_defaults_of_another
 from pairtune.config.from_torchtune import translate
 from pairtune.config.giving_way import give_way, said_twice
@@ -150,6 +150,7 @@ def _stack(method: str, layers: list[Layer], overrides: list[str], schema: dict)
     tree: dict = {}
     for layer in given:
         tree = merge(tree, layer.values, schema)
+    _check_strangers(overrides, schema)
     for override in overrides:
         layer = _override(override, over(schema, tree), schema)
         check_secrets(layer.values, COMMAND_LINE)
@@ -159,6 +160,18 @@ def _stack(method: str, layers: list[Layer], overrides: list[str], schema: dict)
 
 
 # The command line
+
+
+def _check_strangers(overrides: list[str], schema: dict) -> None:
+    """Answers several keys that are none at once: a command line of another system has many."""
+    given = (override.partition("=") for override in overrides if "=" in override and override[0] != "~")
+    known = {key: written for key, _, written in given if key}
+    strangers = [
+        key for key in known if (first := key.partition(".")[0]) not in schema and not keys.recipes_with(first)
+    ]
+    if len(strangers) > 1:
+        values = {key: read_value(key, known[key], f"{COMMAND_LINE}, {key}={known[key]}") for key in strangers}
+        raise unknown_keys(values, schema, COMMAND_LINE, "")
 
 
 def _override(override: str, merged: dict, schema: dict) -> Layer:

@@ -141,3 +141,8 @@ def test_a_whole_command_line_of_another_system_is_answered_at_once(capsys, text
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and [name for name in names if f"--{name}: " not in said] == []
     assert [here for _, here in names.values() if here not in said] == []
+    words = [f"{name}={value or 'true'}" for name, (value, here) in names.items() if not here.startswith(f"{name}=")]
+    assert main(["run", "lora_dpo_single_device", "--config", "mistral_7b_v0_1", *words]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and [word for word in words if word.partition("=")[0] not in said] == []
+    assert [here for name, (_, here) in names.items() if not here.startswith(f"{name}=") and here not in said] == []
