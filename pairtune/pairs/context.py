@@ -17,7 +17,8 @@ from pairtune.pairs.readers import system, user
 TEXT = "text|transcript"
 # Columns that any form may have: system message, earlier turns, a text before the question and one behind it
 CONTEXT = {"system": TEXT, "history": "pairs|messages", "context": TEXT, "input": TEXT}
-OTHER_NAMES = {"system_prompt": "system", "system_message": "system"}
+_OF_SYSTEM = ("system_prompt", "system_message", "system_instruction", "sys", "sys_prompt")
+OTHER_NAMES = dict.fromkeys(_OF_SYSTEM, "system")
 TOOLS = ("tools", "functions")
 ARGUMENTS = "chat_template_kwargs"
 NUMBERS = ("weight", "margin")  # which are read where `columns` says what they are, and only then
@@ -29,6 +30,11 @@ DOUBTFUL = (*_MEDIA, *_OF_A_QUESTION)
 # Which may say that a row's better answer is another one than its columns say
 SWAPS = ("swapped", "swap", "is_swapped", "flipped", "flip", "is_flipped", "reversed", "is_reversed", "inverted")
 SIDES = (*CHOICES, *SWAPS)
+# Which may say that a single answer is a bad one, where no label does
+GRADES = (*CHOICES, "feedback", "thumb", "thumbs", "rating", "ratings", "score", "scores", "reward", "rewards", "grade")
+GRADES += ("quality", "sentiment", "upvoted", "like", "liked", "accepted", "approved", "is_good", "good", "helpful")
+GRADES += ("correct", "is_correct", "desirable", "is_desirable", "is_preferred", "is_chosen", "completion_label")
+_A_WORD = 40  # characters: longer ones are a text about it
 _SIDES = re.compile(
     r"-1|[012ab]|true|false|yes|no|first|second|left|right|(model|response|answer|output|option)[_ ]?[012ab]"
 )
@@ -139,7 +145,7 @@ def check_doubtful(example: Example, row: dict, columns: list[str], key: str) ->
         cell = row.get(name)
         if is_empty(cell):
             continue
-        if name in SIDES:
+        if name not in DOUBTFUL:
             continue
         if name in _MEDIA:
             raise BadRow(
@@ -153,6 +159,27 @@ def check_doubtful(example: Example, row: dict, columns: list[str], key: str) ->
                 f"column {name!r} holds {shown(cell)}, which the prompt does not hold, and may be part of the "
                 f"question. Say what it is: {key}.columns={{input: {name}}} writes it behind the prompt, "
                 f"{{context: {name}}} before it, {{{name}: null}} leaves it out."
+            )
+
+
+def check_grades(row: dict, columns: list[str], key: str) -> None:
+    """Refuses a row of one answer and no label, of which a column that nobody reads may say how good it is.
+
+    Args:
+        columns: That are not used; those of GRADES are looked at.
+        key: Where the config describes the rows.
+
+    Raises:
+        UserError: `columns` says what to do with it.
+    """
+    for name in columns:
+        cell = row.get(name)
+        is_word = isinstance(cell, str) and len(cell) <= _A_WORD
+        if name in GRADES and not is_empty(cell) and (is_word or isinstance(cell, int | float)):
+            raise UserError(
+                f"column {name!r} holds {shown(cell)}, and may say how good the answer is, which no label does. Say "
+                f"what it is: {key}.columns={{label: {name}}} where it is true or false, 1 or 0, thumbs_up or "
+                f"thumbs_down; or {key}.columns={{{name}: null}} leaves it out, and takes each answer for a good one."
             )
 
 

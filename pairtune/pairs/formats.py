@@ -15,6 +15,7 @@ from pairtune.pairs.context import (
     ARGUMENTS,
     CONTEXT,
     DOUBTFUL,
+    GRADES,
     NUMBERS,
     OTHER_NAMES,
     SIDES,
@@ -23,6 +24,7 @@ from pairtune.pairs.context import (
     arguments_of,
     as_chosen,
     check_doubtful,
+    check_grades,
     in_context,
     number_of,
     tools_of,
@@ -68,7 +70,7 @@ class Format:
 
         Args:
             worse: Of several worse answers: all, the best or the worst.
-            doubtful: Columns that are not used, and may be part of the question, or say which answer is better.
+            doubtful: Columns that are not used, and may be part of the question, or say how good answers are.
             numbers: Those of context.NUMBERS that `columns` speaks of.
             key: Where the config describes the rows.
 
@@ -91,6 +93,8 @@ class Format:
         given = {"tools": tools_of(row), "arguments": arguments_of(row)} | {n: number_of(row, n) for n in numbers}
         for example in examples:
             check_doubtful(example, row, doubtful or [], key)
+        if not (self.is_paired or "label" in self.columns):
+            check_grades(row, doubtful or [], key)
         if self.is_paired:
             sides = [name for name in doubtful or [] if name in SIDES]
             examples = [as_chosen(example, row, sides, key) for example in examples]
@@ -119,9 +123,9 @@ class Format:
 
 
 def doubtful(names: list[str]) -> list[str]:
-    """Returns those of a form's unused columns that may be part of a question, or say which answer is better, by their
-    names."""
-    return [name for name in names if name in DOUBTFUL or name in SIDES]
+    """Returns those of a form's unused columns that may be part of a question, or say which answer is better, or how
+    good one is, by their names."""
+    return [name for name in names if name in (*DOUBTFUL, *SIDES, *GRADES)]
 
 
 def detect_format(

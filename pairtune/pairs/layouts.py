@@ -34,6 +34,7 @@ _ANSWERS = (
     "reply",
     "replie",
 )
+_OF_WHOM = ("id", "uuid", "user_id", "annotator_id", "worker_id", "model", "author", "annotator", "status")
 _NAMES = ("model", "policy", "name", "author", "annotator", "judge", "worker", "source", "id", "system", "label")
 _ENTRY = re.compile(r"(?:^|\.)\d+(?=\.|$)")
 _FEW = 4  # values that a column of choices may have, ties included
@@ -216,6 +217,7 @@ def _likely(row: dict, values_of: Callable[[str], Iterable]) -> dict:
     """Returns the likeliest description of columns whose names say nothing: the question, two answers, a choice."""
     leaves = {name: value for name, value in _leaves(row) if value not in (None, "")}
     texts = [name for name, value in leaves.items() if kind_of(value) in ("text", "transcript", "message", "messages")]
+    texts = [name for name in texts if name.rpartition(".")[2] not in _OF_WHOM]
     worse = next((name for name in texts if re.search(_WORSE_WORDS, name.lower())), None)
     better = next((n for n in texts if re.search(_BETTER_WORDS, n.lower()) and not re.search(_WORSE_WORDS, n)), None)
     few = {name: words for name in leaves if name not in QUESTIONS and (words := _labels(values_of(name)))}

@@ -2,10 +2,12 @@
 is formats.py's to say; rows of several answers are read in ranked.py."""
 
 import re
+from collections.abc import Callable
+from dataclasses import replace
 
 from pairtune.pairs.cells import kind_of, shown
 from pairtune.pairs.example import Answer, BadRow, Example, Skip
-from pairtune.pairs.messages import is_text_alone, read_message
+from pairtune.pairs.messages import is_text_alone, read_message, text_of
 
 
 def user(text: str) -> list[dict]:
@@ -123,6 +125,8 @@ def labelled(row: dict, prompt: list[dict], answer: Answer, written: tuple[str, 
 def _is_true(label) -> bool:
     """Returns whether the answer is desirable."""
     known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+    known |= {"thumbs_up": True, "thumbs up": True, "👍": True}
+    known |= {"thumbs_down": False, "thumbs down": False, "👎": False}
     if str(label).strip().lower() not in known:
         raise BadRow(
             f"column 'label' holds {shown(label)}, expected true or false (or 1 or 0). Mend or remove the row.",
@@ -161,6 +165,34 @@ def from_labelled_sharegpt(row: dict) -> Example:
 
 def from_labelled_instruction(row: dict) -> Example:
     return labelled(row, instruction(row), row["output"])
+
+
+def without_question(read: Callable[[dict], Example], row: dict) -> Example:
+    """Returns the example of a row whose answers are texts that begin with its question, without that.
+
+    Args:
+        read: Returns it with that.
+    """
+    example = read(row)
+    if not repeats_question(example):
+        return example
+    asked = text_of(example.prompt[-1])
+
+    def rest(text: str | None) -> str | None:
+        return text and text.lstrip()[len(asked.strip()) :]
+
+    answers = [text and rest(text).strip() for text in (example.chosen, example.rejected)]
+    written = example.written and (example.written[0], *map(rest, example.written[1:]))
+    return replace(example, chosen=answers[0], rejected=answers[1], written=written)
+
+
+def repeats_question(example: Example) -> bool:
+    """Says whether all answers are texts that begin with the question, which is all of the prompt, and go on."""
+    answers = [answer for answer in (example.chosen, example.rejected) if answer is not None]
+    asked = text_of(example.prompt[-1]).strip() if len(example.prompt) == 1 else ""
+    return bool(asked) and all(
+        isinstance(text, str) and text.strip().startswith(asked) and len(text.strip()) > len(asked) for text in answers
+    )
 
 
 def from_one_answer(row: dict) -> Example:

@@ -3,16 +3,20 @@ a question with two answers whose names say themselves which is better."""
 
 import json
 import re
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
 from pairtune.errors import UserError
-from pairtune.pairs.formats import SINGLE, Format, detect_format, fitting_format
+from pairtune.pairs.example import Skip
+from pairtune.pairs.formats import SINGLE, TEXT, Format, detect_format, fitting_format
 from pairtune.pairs.layouts import guess, known_layouts, names_of, values_in
 from pairtune.pairs.ranked import TIE_WORDS, Choice, as_word, from_choice, trees_of
+from pairtune.pairs.readers import repeats_question, without_question
 from pairtune.pairs.rows import MESSAGES_OF_TREES, Rows
 
 FIRST = 10  # rows that are looked at
+ENOUGH = 3  # of them
 
 
 def recognise(rows: Rows, key: str, *, single: bool = False) -> tuple[Format, Rows]:
@@ -24,6 +28,25 @@ def recognise(rows: Rows, key: str, *, single: bool = False) -> tuple[Format, Ro
     Raises:
         UserError: It is unknown. The message shows the columns found, and a line that may describe them.
     """
+    form, rows = _recognise(rows, key, single=single)
+    return _without_questions(form, rows), rows
+
+
+def _without_questions(form: Format, rows: Rows) -> Format:
+    """Returns a form of texts whose answers begin with their question in all of the first rows as one that takes it
+    off: a model would learn to say every question again."""
+    if not form.columns.keys() >= {"prompt"} or form.columns["prompt"] not in (TEXT, f"{TEXT}|messages"):
+        return form
+    examples = []
+    for row in rows.first(FIRST):
+        with suppress(Skip, UserError, KeyError):  # which are told when rows are read
+            examples.append(form.example(row))
+    if len(examples) < ENOUGH or not all(map(repeats_question, examples)):
+        return form
+    return replace(form, name=f"{form.name} that begin with it", example=partial(without_question, form.example))
+
+
+def _recognise(rows: Rows, key: str, *, single: bool) -> tuple[Format, Rows]:
     if set(rows.found) >= MESSAGES_OF_TREES and not rows.columns:
         rows = _as_trees(rows)
     form = _fits(rows)

@@ -18,7 +18,7 @@ from pairtune.errors import UserError
 from pairtune.pairs.already_rendered import AlreadyRendered
 from pairtune.pairs.batch import document_length
 from pairtune.pairs.columns import Renaming, as_plain, unpacked
-from pairtune.pairs.context import DOUBTFUL, NUMBERS, OTHER_NAMES, SIDES
+from pairtune.pairs.context import DOUBTFUL, GRADES, NUMBERS, OTHER_NAMES, SIDES
 from pairtune.pairs.flow import Flow
 from pairtune.pairs.formats import OUR_COLUMNS, Format
 from pairtune.pairs.gathering import ReadRow, note_of
@@ -155,7 +155,7 @@ def streamed_source(
             block["on_bad_row"],
             worse=block["rejected"],
             numbers=[name for name in NUMBERS if first.columns.get(name)],
-            doubtful=form.unused([*DOUBTFUL, *SIDES]),  # also those that the first rows do not have
+            doubtful=form.unused([*DOUBTFUL, *SIDES, *GRADES]),  # also those that the first rows do not have
             key=key,
         ),
         report=report,

@@ -39,6 +39,7 @@ def plain(tmp_path_factory):
         ({"context": "c"}, chat("c\n\nQ")),
         ({"context": "c", "input": "i", "system_prompt": "s"}, chat("c\n\nQ\ni", system="s")),
         ({"system_message": "s", "system": ""}, chat("Q", system="s")),
+        ({"sys": "s", "system_instruction": ""}, chat("Q", system="s")),
         ({"history": chat("a", "b")}, chat("a", "b", "Q")),
         ({"history": json.dumps(chat("a", "b"))}, chat("a", "b", "Q")),
         ({"context": "the Q", "input": ""}, chat("the Q\n\nQ")),
@@ -137,6 +138,44 @@ def test_answers_that_were_swapped_are_refused_until_columns_say_what_that_means
         tokenize([two | {"swapped": True}], chatml)
     with pytest.raises(UserError, match="column 'label' holds int, 1"):
         tokenize([{"messages": chat("Q", "B"), "rejected_response": "W", "label": 1}], chatml)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("feedback", ("thumbs_up", "thumbs_down")),
+        ("is_good", (True, False)),
+        ("reward", (1, 0)),
+        ("liked", ("👍", "👎")),
+    ],
+)
+def test_a_column_that_may_say_how_good_a_single_answer_is_is_refused_until_columns_say_so(chatml, name, values):
+    good, bad = ({"messages": chat("Q", answer), name: value} for answer, value in zip("BW", values, strict=True))
+    says = rf"row 0 .*column '{name}' holds .*columns=.label: {name}.*columns=.{name}: null"
+    for rows in ([good, bad], [{"prompt": "Q", "completion": "W", name: values[1]}]):
+        with pytest.raises(UserError, match=says):
+            tokenize(rows, chatml, unpaired=True)
+    found, _ = tokenize([good, bad], chatml, unpaired=True, columns={"label": name})
+    assert [bool(pair.chosen) for pair in found] == [True, False]
+    alone, _ = tokenize([good, bad], chatml, unpaired=True, columns={name: None})
+    assert all(pair.chosen for pair in alone)
+    assert one({**ROW, name: values[0]}, chatml)[0] == one(ROW, chatml)[0]  # beside a better and a worse one
+
+
+@pytest.mark.parametrize("between", ["\n", " ", "\n\nAnswer: "])
+def test_answers_that_all_begin_with_their_question_are_read_without_it(chatml, plain, between):
+    rows = [{"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": "No."} for i in range(5)]
+    whole = [row | {name: row["prompt"] + between + row[name] for name in ("chosen", "rejected")} for row in rows]
+    apart = [row | {name: between.strip() + " " * bool(between.strip()) + row[name] for name in ("chosen", "rejected")}
+             for row in rows]  # fmt: skip
+    found, report = tokenize(whole, chatml)
+    assert digest_each(found) == digest_each(tokenize(apart, chatml)[0]) and "that begin with it" in report.format
+    texts = [plain.decode([*pair.prompt, *pair.chosen]) for pair in tokenize(whole, plain)[0]]
+    assert texts == [row["chosen"] for row in whole]
+    single = [{"prompt": row["prompt"], "completion": row["chosen"], "label": i < 3} for i, row in enumerate(whole)]
+    assert [pair.chosen for pair in tokenize(single, chatml, unpaired=True)[0][:3]] == [p.chosen for p in found[:3]]
+    some = [*rows[:1], *whole[1:]]  # where not all do, an answer may want to
+    assert tokenize(some, chatml)[1].format == "prompt with answers"
 
 
 def test_a_column_that_repeats_the_question_harms_nothing(chatml):
