@@ -9,6 +9,8 @@ from pairtune.pairs.cells import kind_of, shown
 from pairtune.pairs.example import Answer, BadRow, Example, Skip
 from pairtune.pairs.messages import is_text_alone, read_message, text_of
 
+_A_QUESTION = 8  # characters: what is shorter may be a greeting
+
 
 def user(text: str) -> list[dict]:
     """Returns a prompt that is one question."""
@@ -187,11 +189,13 @@ def without_question(read: Callable[[dict], Example], row: dict) -> Example:
 
 
 def repeats_question(example: Example) -> bool:
-    """Says whether all answers are texts that begin with the question, which is all of the prompt, and go on."""
+    """Says whether all answers are texts that begin with the question, which is all of the prompt, and go on behind a
+    space. To a greeting one may answer so."""
     answers = [answer for answer in (example.chosen, example.rejected) if answer is not None]
     asked = text_of(example.prompt[-1]).strip() if len(example.prompt) == 1 else ""
-    return bool(asked) and all(
-        isinstance(text, str) and text.strip().startswith(asked) and len(text.strip()) > len(asked) for text in answers
+    return len(asked) >= _A_QUESTION and all(
+        isinstance(text, str) and text.strip().startswith(asked) and text.strip()[len(asked) :][:1].isspace()
+        for text in answers
     )
 
 

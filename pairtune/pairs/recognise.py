@@ -9,10 +9,16 @@ from functools import partial
 
 from pairtune.errors import UserError
 from pairtune.pairs.example import Skip
-from pairtune.pairs.formats import SINGLE, TEXT, Format, detect_format, fitting_format
+from pairtune.pairs.formats import SINGLE, Format, detect_format, fitting_format
 from pairtune.pairs.layouts import guess, known_layouts, names_of, values_in
 from pairtune.pairs.ranked import TIE_WORDS, Choice, as_word, from_choice, trees_of
-from pairtune.pairs.readers import repeats_question, without_question
+from pairtune.pairs.readers import (
+    from_completion,
+    from_one_answer,
+    from_texts,
+    repeats_question,
+    without_question,
+)
 from pairtune.pairs.rows import MESSAGES_OF_TREES, Rows
 
 FIRST = 10  # rows that are looked at
@@ -35,7 +41,7 @@ def recognise(rows: Rows, key: str, *, single: bool = False) -> tuple[Format, Ro
 def _without_questions(form: Format, rows: Rows) -> Format:
     """Returns a form of texts whose answers begin with their question in all of the first rows as one that takes it
     off: a model would learn to say every question again."""
-    if not form.columns.keys() >= {"prompt"} or form.columns["prompt"] not in (TEXT, f"{TEXT}|messages"):
+    if form.example not in (from_texts, from_completion, from_one_answer):
         return form
     examples = []
     for row in rows.first(FIRST):
