@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 
 from pairtune import config, dist, models
 from pairtune.cli.recipe import read_recipe
+from pairtune.config import saved as saved_config
 from pairtune.errors import UserError
 from pairtune.files import telling, write_text
 from pairtune.folders import weights
@@ -62,19 +63,19 @@ def settle(asked: Asked):
     """
     folder, saved = asked.folder.expanduser(), asked.folder.expanduser() / places.CONFIG
     is_run = saved.is_file() and not (folder / "config.json").is_file()
-    paths, words, more, reference = [], [], [], asked.reference
+    paths, words, more, reference, is_other = [], [], [], asked.reference, ""
     if is_run:
         exported = folder / places.EXPORT
         if not exported.is_dir():
             raise UserError(f"{folder}: has no {places.EXPORT}: the run has not ended; `resume=true` goes on with it")
         paths, folder = [saved], exported
         of_run = yaml.safe_load(saved.read_text(encoding="utf-8"))
-        base, compared = of_run["checkpointer"], of_run.get("reference") or {}
+        base = of_run["checkpointer"]
         words += ["model=auto", "checkpointer._component_=torchtune.training.FullModelHFCheckpointer"]
         words += ["enable_activation_offloading=false", "enable_fp8_training=false"]  # weights as they are; no backward
         words += ["~checkpointer.checkpoint_files"] if "checkpoint_files" in base else []
         if reference is None:
-            reference = Path(compared.get("checkpoint_dir") or base["checkpoint_dir"])
+            reference, is_other = saved_config.reference_of(of_run)
             is_rounded = of_run.get("merge_into") == "dequantized" and of_run["base_dtype"] == "nf4"
             more = ["reference.quantize=true"] if is_rounded else []  # as the export's base is
     words += [f"checkpointer.checkpoint_dir={folder}", f"tokenizer.path={folder}"]
@@ -87,7 +88,9 @@ def settle(asked: Asked):
         raise UserError(f"{folder}: which pairs? --dataset FILE; of a run's folder, its held-out pairs are taken")
     method, defaults = read_recipe(RECIPE)
     cfg = config.load(method, defaults, paths, [*words, *asked.overrides])
-    return cfg, f"reference {reference}" if reference else "no reference (--reference FOLDER): rewards are log-probs"
+    if reference is None:
+        return cfg, "no reference (--reference FOLDER): rewards are log-probs"
+    return cfg, f"reference {reference}" + (f" ({is_other}; --reference FOLDER names another)" if is_other else "")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import yaml
 
 from pairtune import console
 from pairtune.config.config_json import setting
+from pairtune.config.saved import reference_of
 from pairtune.errors import UserError
 from pairtune.files import read_object
 from pairtune.judge.question import Question, Said
@@ -98,16 +99,10 @@ def _reference_of(folder: Path, where: str) -> Path:
     """
     if not (folder / places.EXPORT).is_dir():
         raise UserError(f"{where}: has no {places.EXPORT}: the run has not ended; `resume=true` goes on with it")
-    saved = yaml.safe_load((folder / places.CONFIG).read_text(encoding="utf-8"))
-    reference = saved.get("reference") or {}
-    name, other = reference.get("name"), reference.get("checkpoint_dir")
-    if name == "none":
-        raise UserError(f"{where}: the run had no reference; {NAME_ONE}")
-    if name == "sync":
-        raise UserError(f"{where}: the run's reference moved, and is in no folder; {NAME_ONE}")
-    if saved.get("adapter") and other is None:
-        raise UserError(f"{where}: the run began from an adapter, and was compared with it; {NAME_ONE}")
-    return Path(other or saved["checkpointer"]["checkpoint_dir"]).expanduser()
+    found, is_other = reference_of(yaml.safe_load((folder / places.CONFIG).read_text(encoding="utf-8")))
+    if is_other:
+        raise UserError(f"{where}: {is_other}; {NAME_ONE}")
+    return found
 
 
 def _beta(loss_fn: Any, folder: Path) -> float:

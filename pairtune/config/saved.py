@@ -100,3 +100,21 @@ def _default(key: tuple[str, ...], defaults: Mapping, cfg: Mapping) -> Any:
         return OmegaConf.to_container(OmegaConf.create({**cfg, "default": found}), resolve=True)["default"]
     except OmegaConfBaseException:
         return OTHERS
+
+
+def reference_of(of_run: Mapping) -> tuple[Path, str]:
+    """Returns the folder of what a run was compared with, and "", or else of its base, and why it is not that.
+
+    Args:
+        of_run: The run's config.
+    """
+    compared = of_run.get("reference") or {}
+    name, other = compared.get("name"), compared.get("checkpoint_dir")
+    why = ""
+    if name == "none":
+        why = "the run had no reference"
+    elif name == "sync":
+        why = "the run's reference moved, and is in no folder"
+    elif of_run.get("adapter") and name != "adapter_off" and other is None:
+        why = "the run began from an adapter, and was compared with it"
+    return Path(other or of_run["checkpointer"]["checkpoint_dir"]).expanduser(), why

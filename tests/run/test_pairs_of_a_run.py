@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard
 
 from pairtune.cli import main
 from pairtune.cli.evaluate import Asked, settle
+from pairtune.config.saved import reference_of
 from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.run import pair_log, places
@@ -213,6 +214,13 @@ def test_a_run_is_evaluated_against_what_it_was_compared_with(made, tmp_path):
         cfg, told = settle(Asked(tmp_path, None, asked, []))
         assert (cfg.reference.name, cfg.reference.checkpoint_dir) == ("model", str(expected[0]))
         assert cfg.reference.quantize == expected[1] and told == f"reference {expected[0]}"
+    for change, said in (
+        ({"reference": {"name": "none"}}, "the run had no reference"),
+        ({"reference": {"name": "sync"}}, "the run's reference moved, and is in no folder"),
+        ({"adapter": "sft", "reference": {"name": "start"}}, "the run began from an adapter, and was compared with it"),
+        ({"adapter": "sft", "reference": {"name": "adapter_off"}}, ""),
+    ):
+        assert reference_of(of_run | change) == (made / "base", said)
 
 
 def test_what_cannot_be_evaluated_is_told_in_a_sentence(made, tmp_path, capsys):
