@@ -1,5 +1,6 @@
 """Work on many things in several processes of this machine, in order."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -68,6 +69,8 @@ def _begin(work: Callable) -> None:
     """Makes this process one that works: it leaves signals to its parent, and ends when that is gone."""
     global _work
     _work = work
+    gc.freeze()  # to look for garbage among what the parent has would copy its pages
+    gc.set_threshold(50_000)  # a row makes little of it, and many objects
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
