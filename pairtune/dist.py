@@ -151,6 +151,8 @@ def alone(device: str) -> World:
     if device.startswith("cuda") and index >= found:
         build = "" if torch.version.cuda else f" and PyTorch {torch.__version__} is built without CUDA"
         raise UserError(f"device={device}: {found} GPUs are visible{build}; nearest valid: device=cpu")
+    if index:  # streams and kernels that are told of no device take the current one
+        torch.cuda.set_device(index)
     return World(torch.device(f"cuda:{index}" if device.startswith("cuda") else "cpu"))
 
 

@@ -68,9 +68,13 @@ RECIPES = {  # recipe, overrides, what the CPU takes in place of these, how far 
     "qlora, bridged": (QLORA, BRIDGED, None, QUANTIZED),
 }
 
-# Greedy answers of the tiny model, on the device and on the CPU: are layers compiled, and a step recorded?
+# Greedy answers of the tiny model, on the device and on the CPU: settings of measure_generation.ours
 
-ANSWERS = {"greedy": False, "greedy, compiled": True}
+ANSWERS = {
+    "greedy": {},
+    "greedy, compiled": {"compiled": True},
+    "greedy, NF4, compiled": {"compiled": True, "base_dtype": "nf4"},
+}
 
 # Killed and continued
 

@@ -31,14 +31,16 @@ def make(folder: Path) -> None:
     LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True, rope_theta=1e5)).save_pretrained(folder)
 
 
-def ours(folder: Path, dtype: str, device: str, *, compiled: bool = False):
+def ours(folder: Path, dtype: str, device: str, *, compiled: bool = False, base_dtype: str | None = None):
     """Returns a function from prompts and a number to answers, as `tune generate` gives them."""
-    method, defaults = without_pairs("full_dpo_single_device")
+    name = "qlora" if base_dtype else "full"
+    method, defaults = without_pairs(f"{name}_dpo_single_device")
     words = [*overrides_of(folder), f"dtype={dtype}", f"device={device}"]
     cfg = config.load(method, defaults, [], words)
     world = dist.alone(cfg.device)
     files = weights.open_weights(cfg.checkpointer, cfg.model)
-    model = models.full(cfg.model, dtype=cfg.dtype)
+    fewer_bits = {"base_dtype": base_dtype} if base_dtype else {}
+    model = models.policy(name, cfg.model, {**cfg.lora} if base_dtype else None, dtype=cfg.dtype, **fewer_bits)
     make_ready(model, files.config, 1)
     models.load(model, weights.Weights(files), world=world)
     if compiled:

@@ -76,8 +76,7 @@ def settle(asked: Asked):
         words += ["~checkpointer.checkpoint_files"] if "checkpoint_files" in base else []
         if reference is None:
             reference, is_other = saved_config.reference_of(of_run)
-            is_rounded = of_run.get("merge_into") == "dequantized" and of_run["base_dtype"] == "nf4"
-            more = ["reference.quantize=true"] if is_rounded else []  # as the export's base is
+            more = ["reference.quantize=true"] if _is_quantized(of_run) else []
     words += [f"checkpointer.checkpoint_dir={folder}", f"tokenizer.path={folder}"]
     words += [f"reference={'none' if reference is None else 'model'}"]
     words += [] if reference is None else [f"reference.checkpoint_dir={reference}", *more]
@@ -91,6 +90,16 @@ def settle(asked: Asked):
     if reference is None:
         return cfg, "no reference (--reference FOLDER): rewards are log-probs"
     return cfg, f"reference {reference}" + (f" ({is_other}; --reference FOLDER names another)" if is_other else "")
+
+
+def _is_quantized(of_run: dict) -> bool:
+    """Returns whether a run's reference was in 4 bits though its `reference.quantize` is silent."""
+    reference = of_run.get("reference") or {}
+    if "merge_into" not in of_run or reference.get("quantize") is not None:  # no QLoRA; as it says
+        return False
+    if reference.get("checkpoint_dir"):
+        return True
+    return of_run["merge_into"] == "dequantized" and of_run["base_dtype"] == "nf4"  # as the export's base is
 
 
 @dataclass(frozen=True)

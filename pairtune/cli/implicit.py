@@ -5,6 +5,7 @@ of the prompt alone. That it tells better answers from worse is what arXiv 2406.
 Log-probabilities are those of training: the same tokens, layout and functions, as `tune eval` has them.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,8 @@ class ImplicitReward:
         for n, why in left_out.items():
             found[n] = Said(None, why)
         with torch.no_grad():
-            for n, reward in _rewards(opened, pairs, loss):
-                found[n] = Said(reward) if reward == reward else Said(None, "the reward is not a number")
+            for n, reward in _rewards(opened, pairs, loss) if pairs else ():
+                found[n] = Said(None, "the reward is not a number") if math.isnan(reward) else Said(reward)
         return found
 
     def _of_model(self) -> list[str]:
@@ -120,6 +121,12 @@ def _beta(loss_fn: Any, folder: Path) -> float:
             f"--judge implicit:{folder}: the run's loss {called} compares with no reference by a beta, and gives no "
             f"such reward; take its export as a model: --judge implicit:{export} --judge-reference FOLDER"
         )
+    if needs(loss_fn).ld_alpha < 1:
+        raise UserError(
+            f"--judge implicit:{folder}: the run's loss weighs tokens beyond the shorter answer by ld_alpha, which a "
+            f"single answer does not have; take its export as a model: --judge implicit:{folder / places.EXPORT} "
+            "--judge-reference FOLDER"
+        )
     return float(loss_fn.beta)
 
 
@@ -137,7 +144,9 @@ def _tokenized(questions: dict[int, Question], tokenizer, cfg) -> tuple[list, di
             continue
         rows = [{"prompt": questions[n].row["prompt"], "completion": _completion(questions[n])} for n in numbers]
         rows = [{**row, "label": True} for row in rows]
-        some, report = tokenize_pairs(rows, tokenizer, **limits, unpaired=True, progress=False, key="answers")
+        some, report = tokenize_pairs(
+            rows, tokenizer, **limits, unpaired=True, any_may_go=True, progress=False, key="answers"
+        )
         pairs += [replace(pair, row=numbers[pair.row]) for pair in some]
         left_out |= {numbers[n]: why for why, dropped in report.dropped.items() for n in dropped}
     return pairs, left_out

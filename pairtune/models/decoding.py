@@ -1,13 +1,14 @@
 """A step from one token to the next whose shapes and addresses stay: what a compiler and a CUDA graph can take.
 
-A step of one token a row is short of work and full of launches: a Llama of 32 layers has about a thousand kernels,
-and Python takes longer to launch them than a GPU to run them. Layers are compiled once, all of them to one program, and
+A step of one token a row is short of work and full of launches: about a thousand kernels in a Llama of 32 layers, which
+Python launches one by one. Layers are compiled once, all of them to one program, and
 on a GPU a whole step is recorded and launched as one.
 
 B rows, T tokens of the longest prompt and what may follow it.
 """
 
 from collections.abc import Callable, Iterable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -94,15 +95,21 @@ class Step:
         """Records a step, after two that compile and warm up; of these only keys are left, which are replaced."""
         changing = self._position, self._there, self._at
         before = [x.clone() for x in changing]
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+        stream, ours = _stream(self._there.device), torch.cuda.current_stream(self._there.device)
+        stream.wait_stream(ours)
+        with torch.cuda.stream(stream):
             for _ in range(min(2, self._there.shape[1] - int(self._at))):
                 self._next()
             for x, value in zip(changing, before, strict=True):
                 x.copy_(value)
-        torch.cuda.current_stream().wait_stream(aside)
+        ours.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             self._logits = self._next()
         return graph
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The one on which a device's steps are recorded: cuBLAS keeps memory for each that it has seen."""
+    return torch.cuda.Stream(device)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchtune.modules import TransformerDecoder
 
 from pairtune import console
@@ -105,13 +105,16 @@ def stream(
 
     Args:
         fixed_shapes: Steps are alike, so that layers that are compiled are compiled once, and a GPU is given a step as
-            a whole: a whole model of ours, see decoding.py.
+            a whole: a model of ours in one process, see decoding.py.
 
     Raises:
+        ValueError: fixed_shapes of a sharded model.
         UserError: A prompt leaves no room in the model's positions.
     """
     width, positions = max(map(len, prompts)), model.pairtune.num_positions
     room = min(max_new_tokens, positions - width)
+    if fixed_shapes and world.size > 1:
+        raise ValueError("fixed_shapes: a step of several processes has a token of its own in each")
     if room < 1:
         raise UserError(f"a prompt of {width:,} tokens leaves no room in the model's {positions:,} positions")
     was_training = model.training
@@ -154,7 +157,7 @@ def _cached(model: TransformerDecoder, prompts: list[list[int]], room: int, worl
     # A token sees those before it that are no padding; padding sees itself, since a softmax over nothing is NaN.
     sees = torch.ones(width, width, dtype=torch.bool, device=world.device).tril() & there[:, None]
     sees |= torch.eye(width, dtype=torch.bool, device=world.device)
-    alike = _not_compiled(alike) if model.pairtune.is_compiled else alike
+    alike = _as_written(alike, model) if model.pairtune.is_compiled else alike
     with cached(model, len(prompts), width + room, fixed_shapes=fixed_shapes, **how) as kept, _last_only(model):
         token = yield alike(tokens, mask=sees, input_pos=position)[:, -1]
         if fixed_shapes:
@@ -179,14 +182,24 @@ def _bridged(model: BridgedDecoder, prompts: list[list[int]], world: World):
         mask, position = torch.cat([mask, torch.ones_like(step)], 1), position[:, -1:] + 1
 
 
-def _not_compiled(model: Callable) -> Callable:
-    """A model whose layers compute as written: what they keep has another size at each token, for each a program."""
+def _as_written(call: Callable, model: nn.Module) -> Callable:
+    """`call`, which runs the model, without the programs of its layers: of each size of what they keep another one.
 
-    def call(*args, **kwargs):
-        with torch.compiler.set_stance("force_eager"):
-            return model(*args, **kwargs)
+    Other programs, such as that which reads NF4, stay.
+    """
+    layers = [module for module in model.modules() if module._compiled_call_impl is not None]
+    compiled = [layer._compiled_call_impl for layer in layers]
 
-    return call
+    def run(*args, **kwargs):
+        for layer in layers:
+            layer._compiled_call_impl = None
+        try:
+            return call(*args, **kwargs)
+        finally:
+            for layer, program in zip(layers, compiled, strict=True):
+                layer._compiled_call_impl = program
+
+    return run
 
 
 @contextmanager

@@ -211,6 +211,7 @@ def tokenize_pairs(
     rejected: str = "all",
     columns: dict | None = None,
     unpaired: bool = False,
+    any_may_go: bool = False,
     progress: bool = True,
     beat: Callable[[str], None] | None = None,
     kept: KeptTokens | None = None,
@@ -233,6 +234,7 @@ def tokenize_pairs(
         rejected: Of several worse answers, which make a pair: all, the best or the worst.
         columns: Our names to theirs, for rows that `read_rows` has not renamed.
         unpaired: The loss takes rows of one answer and a label, too: needs(loss_fn).takes_unpaired.
+        any_may_go: However many rows are dropped, the report says so, and no error.
         beat: Called with a word now and then, as dist.World.beat: a long data set is no standstill.
         kept: Where tokens of many rows are looked up, and added.
         key: Where the config describes the rows, for messages.
@@ -255,7 +257,8 @@ def tokenize_pairs(
     report.num_desirable = None if form.is_paired else int((lengths_of(pairs)[1] > 0).sum())
     report.notes = notes_of(report, tokenizer, max_length, max_prompt_length)
     rendered.check(report)
-    report.check(key)
+    if not any_may_go:
+        report.check(key)
     return pairs, report
 
 

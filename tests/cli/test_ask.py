@@ -14,8 +14,10 @@ import torch
 from helpers import ENVIRONMENT, NF4_SIZES, save_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pairtune import models
 from pairtune.cli import asking, main, urial
 from pairtune.errors import UserError
+from pairtune.models import decoding
 from pairtune.models.generation import Sampling
 from pairtune.run.samples import show_samples
 
@@ -149,6 +151,18 @@ def test_so_are_those_of_each_family_with_an_adapter_over_nf4(tmp_path, name):
             torch.nn.init.normal_(parameter, std=0.1)
     adapted.save_pretrained(tmp_path / "adapter")
     assert check(adapted, tmp_path / "adapter", None if name in SPLIT else "nf4") != plain
+
+
+def test_a_model_whose_steps_are_not_alike_is_not_compiled():
+    sizes = {**NF4_SIZES, "_component_": "torchtune.models.llama3.llama3"}
+    lora = {"rank": 2, "alpha": 4, "dropout": 0.0, "modules": ["q_proj"], "use_dora": True}
+    dora = models.qlora(sizes, **lora, dtype="fp32")
+    experts = {"vocab_size": 64, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "embed_dim": 32, "num_experts": 2}
+    experts |= {"intermediate_dim": 32, "max_seq_len": 32, "experts_per_token": 1}
+    experts = models.full({**experts, "_component_": "pairtune.mixtral.mixtral"}, dtype="fp32")
+    for model, said in ((dora, "has DoRA on a base in fewer bits"), (experts, "has experts")):
+        with pytest.raises(UserError, match=f"compile=true: this model {said}"):
+            decoding.check(model)
 
 
 def test_an_adapter_of_peft_answers_as_it_does_there(folder):

@@ -209,6 +209,12 @@ def test_a_run_is_evaluated_against_what_it_was_compared_with(made, tmp_path):
         (in_4_bits, None, (made / "base", True)),
         (in_4_bits | {"base_dtype": "int8"}, None, (made / "base", None)),
         (in_4_bits | {"reference": of_run["reference"] | other}, tmp_path / "third", (tmp_path / "third", None)),
+        (
+            {"merge_into": "original", "reference": other},
+            None,
+            (tmp_path / "other", True),
+        ),  # as QLoRA's other models are
+        (in_4_bits | {"reference": other | {"quantize": False}}, None, (tmp_path / "other", False)),
     ):
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(of_run | change))
         cfg, told = settle(Asked(tmp_path, None, asked, []))
@@ -275,6 +281,19 @@ def test_a_policys_own_reward_is_what_its_run_logged_and_transformers_computes(m
     assert re.search(rf"^b +{wins} +0 +{16 - wins} ", capsys.readouterr().out, re.MULTILINE)
 
 
+def test_answers_over_the_budget_have_no_reward_whatever_else_is_judged(made, tmp_path, capsys):
+    """Alone, and beside others: messages of which none is left beside texts."""
+    long, messages = " ".join(f"w{n % 90 + 5}" for n in range(900)), [{"role": "user", "content": "w5 w6"}]
+    rows = [{"prompt": messages, "answers": [long]}, {"prompt": "w5 w6", "answers": ["w7", long]}]
+    for some, expected in ((rows[:1], [[None]]), (rows, [[None], [True, None]])):
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+        words = ["data", "judge", str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "o.jsonl")]
+        assert main([*words, "--judge", f"implicit:{made / 'run'}"]) == 0
+        scores = [json.loads(line)["scores"] for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+        assert [[s is not None or None for s in row] for row in scores] == expected
+        (tmp_path / "o.jsonl").unlink()
+
+
 def test_a_policy_without_a_reward_of_its_own_is_told(made, tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "w5", "answers": ["w7"]}) + "\n")
     of_run = yaml.safe_load((made / "run" / "config.yaml").read_text())
@@ -282,6 +301,7 @@ def test_a_policy_without_a_reward_of_its_own_is_told(made, tmp_path, capsys):
         "no_export": {},
         "simpo": {"loss": {"name": "simpo"}, "reference": {"name": "model"}},
         "sync": {"reference": {"name": "sync"}},
+        "ld": {"loss": {"name": "sigmoid", "beta": 0.1, "ld_alpha": 0.3}},
         "adapter": {"adapter": "runs/first/export/adapter"},
     }
     for name, change in changes.items():
@@ -297,6 +317,7 @@ def test_a_policy_without_a_reward_of_its_own_is_told(made, tmp_path, capsys):
         (tmp_path / "no_export", [], "has no export: the run has not ended"),
         (tmp_path / "sync", [], "the run's reference moved, and is in no folder; name a reference"),
         (tmp_path / "adapter", [], "the run began from an adapter, and was compared with it; name a reference"),
+        (tmp_path / "ld", [], "the run's loss weighs tokens beyond the shorter answer by ld_alpha"),
         (tmp_path / "simpo", [], "the run's loss simpo compares with no reference by a beta"),
         (made / "run", ["--judge-budget", "3"], "--judge-budget: has no effect but on an endpoint"),
     ):
