@@ -107,19 +107,16 @@ def test_a_config_builds_the_published_model_for_every_recipe(name):
         models.prepare(model, max_length=cfgs[0].max_length, vocab_size=published["vocab_size"])
 
 
-@pytest.mark.parametrize(("number", "name"), enumerate(BRIDGED), ids=BRIDGED)
-def test_a_config_of_a_folder_builds_the_published_model_for_every_recipe(number, name, tmp_path):
-    """Every recipe has the same model, which is built for one method a config, in turn."""
+@pytest.mark.parametrize("name", BRIDGED)
+def test_a_config_of_a_folder_builds_the_published_model_for_every_recipe(name, tmp_path):
     size, published = BRIDGED[name]
     (tmp_path / "config.json").write_text(json.dumps(published))
-    for n, method in enumerate(config.METHODS):
+    for method in config.METHODS:
         recipes = [recipe for recipe, (of, _) in RECIPES.items() if of == method]
         cfgs = [load(r, name, overrides=[f"checkpointer.checkpoint_dir={tmp_path}"]) for r in recipes]
         assert len(cfgs) == 2 and cfgs[0].model == cfgs[1].model and cfgs[0].get("lora") == cfgs[1].get("lora")
         assert cfgs[0].model._component_ == BRIDGE
         rehearsal.rehearse(cfgs[0].optimizer, cfgs[0].lr_scheduler, cfgs[0].loss, num_training_steps=1000)
-        if (number + n) % len(config.METHODS):
-            continue
         model = build(method, cfgs[0])
         total, trained = models.num_parameters(model)
         assert total - (trained if method != "full" else 0) == size

@@ -16,6 +16,7 @@ from pairtune.config.uses import check_installed
 from pairtune.errors import UserError
 from pairtune.folders.opening import make_ready
 from pairtune.folders.weights import Weights
+from pairtune.models.bridge import visible
 from pairtune.models.logps import answer_logps
 from pairtune.pairs.batch import lay_out
 
@@ -292,3 +293,12 @@ import pairtune.models, pairtune.folders.weights, pairtune.cli.plan
 assert "transformers" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_mask_that_counts_padding_is_the_same_where_a_model_is_only_counted():
+    """Llama 4's chunks begin behind the padding on a row's left, a tensor on the model's device: meta for `tune plan`."""
+    from transformers.masking_utils import chunked_causal_mask_function
+
+    masks = [chunked_causal_mask_function(4, torch.zeros(1, dtype=torch.long, device=d)) for d in ("cpu", "meta")]
+    seen = [visible.pattern_of(mask, 12) for mask in masks]
+    assert torch.equal(*seen) and seen[0].sum() == 3 * (1 + 2 + 3 + 4)

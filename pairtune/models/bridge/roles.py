@@ -44,18 +44,20 @@ def parts_of(model: BridgedDecoder) -> dict[str, set[str]]:
     head, found, towers = model.output, {}, tuple(f"{name}." for name in model.towers)
     # State spaces (Mamba): A and D are of nothing else.
     mixers = tuple(f"{name}." for name, m in model.named_modules() if hasattr(m, "A_log") and hasattr(m, "D"))
+    # What has queries is attention, whatever it is called.
+    attending = {name.rpartition(".")[0] for name, _ in model.named_modules() if name.endswith(".q_proj")}
     for name, module in model.named_modules():
         if type(module) not in (nn.Linear, ExpertsLinear):
             continue
         is_read = name.startswith(mixers) and not name.endswith(".in_proj")
         beside = {TOWER} if name.startswith(towers) else {READ} if is_read else set()
-        found[name] = {OUTPUT} if module is head else beside or set(_parts(name))
+        found[name] = {OUTPUT} if module is head else beside or set(_parts(name, attending))
     return found
 
 
-def _parts(name: str) -> tuple[str, ...]:
-    leaf = name.rpartition(".")[2]
-    if _ATTENTION.search(name):
+def _parts(name: str, attending: set[str]) -> tuple[str, ...]:
+    of, _, leaf = name.rpartition(".")
+    if of in attending or _ATTENTION.search(name):
         return IN_ATTENTION.get(leaf, ())
     return (ROUTER,) if leaf in ROUTERS else IN_MLP.get(leaf, ())
 

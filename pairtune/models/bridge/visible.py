@@ -18,6 +18,7 @@ from types import FunctionType
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pairtune.models import visibility
 from pairtune.models.attention import Attention, Told, told
@@ -111,11 +112,20 @@ def pattern_of(function: Callable, reach: int) -> int | None | Tensor:
 def _look(function: Callable, reach: int) -> int | None | Tensor:
     query, key = torch.arange(reach)[:, None], torch.arange(reach)[None]
     nothing = torch.zeros(1, 1, dtype=torch.long)
-    seen = function(nothing, nothing, query, key).expand(reach, reach)
+    with _NothingPadded():
+        seen = function(nothing, nothing, query, key).expand(reach, reach)
     window = int(seen[-1].sum())
     if torch.equal(seen, key <= query):
         return None
     return window if torch.equal(seen, (key <= query) & (key > query - window)) else seen
+
+
+class _NothingPadded(TorchDispatchMode):
+    """Takes zeros for tensors without numbers, which count padding where a model is only counted, on the meta device."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        there = (torch.zeros_like(x, device="cpu") if isinstance(x, Tensor) and x.is_meta else x for x in args)
+        return operation(*there, **(kwargs or {}))
 
 
 def _identity(function: Callable) -> tuple | None:
