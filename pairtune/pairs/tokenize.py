@@ -228,8 +228,7 @@ def tokenize_pairs(
         tokenizer: From tokenizer.hf_tokenizer, or one of torchtune's.
         max_length: Most tokens of prompt + longer answer.
         max_prompt_length, max_completion_length: Of the prompt, and of the longer answer; None leaves it to max_length.
-        overlong: What becomes of a pair over one of them: drop, trim_prompt (from the left, BOS stays) or error.
-            Answers are never cut.
+        overlong: What becomes of a pair over one of them: drop, trim_prompt (from the left, BOS stays), error.
         on_bad_row: Broken, or an answer that the template cuts: drop, if at most one in twenty rows is, or error.
         rejected: Of several worse answers, which make a pair: all, the best or the worst.
         columns: Our names to theirs, for rows that `read_rows` has not renamed.

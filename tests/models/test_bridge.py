@@ -296,7 +296,7 @@ assert "transformers" not in sys.modules
 
 
 def test_a_mask_that_counts_padding_is_the_same_where_a_model_is_only_counted():
-    """Llama 4's chunks begin behind the padding on a row's left, a tensor on the model's device: meta for `tune plan`."""
+    """Llama 4's chunks begin behind the padding on a row's left, a tensor on the model's device: meta to count."""
     from transformers.masking_utils import chunked_causal_mask_function
 
     masks = [chunked_causal_mask_function(4, torch.zeros(1, dtype=torch.long, device=d)) for d in ("cpu", "meta")]

@@ -121,7 +121,7 @@ def _look(function: Callable, reach: int) -> int | None | Tensor:
 
 
 class _NothingPadded(TorchDispatchMode):
-    """Takes zeros for tensors without numbers, which count padding where a model is only counted, on the meta device."""
+    """Takes zeros for tensors without numbers: where a model is only counted, padding is counted by one on meta."""
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         there = (torch.zeros_like(x, device="cpu") if isinstance(x, Tensor) and x.is_meta else x for x in args)
