@@ -188,8 +188,9 @@ def sampling_of(args):
 
 def _print_asked(asked, *, alone: bool = False) -> None:
     if not alone:
-        text = asked if isinstance(asked, str) else "\n".join(f"{m['role']}: {m.get('content')}" for m in asked)
-        print(f"\n> {text}")
+        from pairtune.judge.question import in_words
+
+        print(f"\n> {in_words(asked, between=chr(10))}")
 
 
 def compare(argv: list[str]) -> int:

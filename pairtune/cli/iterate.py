@@ -84,21 +84,22 @@ def iterate(argv: list[str]) -> int:
                 _round(this, Stages(args, folder, cfg, children))
                 rows.append(_came_to(this))
                 before = this
-        except _Stopped as stopped:
+        except Stopped as stopped:
             again = shlex.join([prog(), "iterate", *argv])
-            print(f"\nstopped in round {len(rows)}; the same command{stopped.with_what} goes on:\n  {again}")
-            return 128 + children.heard if children.heard else 1
+            larger = " with a larger --judge-budget" if stopped.is_budget_used else ""
+            print(f"\nstopped in round {len(rows)}; the same command{larger} goes on:\n  {again}")
+            return 128 + children.heard if children.heard else judging.BUDGET_USED if stopped.is_budget_used else 1
     write_text(folder / ROUNDS, "".join(json.dumps(row) + "\n" for row in rows))
     print(f"\n{_table(rows)}\n\n{folder / ROUNDS}; the last round's model: {before.trained}")
     return 0
 
 
-class _Stopped(Exception):
-    """A stage failed, or a signal came; `with_what` it would not stop there again."""
+class Stopped(Exception):
+    """A stage failed, a signal came, or the judge's budget is used."""
 
-    def __init__(self, with_what: str = ""):
+    def __init__(self, *, is_budget_used: bool):
         super().__init__()
-        self.with_what = with_what
+        self.is_budget_used = is_budget_used
 
 
 # A round
@@ -166,10 +167,11 @@ class Stages:
         for option in (*judging.OF_ENDPOINTS, "judge_reference"):
             if option != "verdicts" and getattr(self._args, option) is not None:
                 words += [f"--{option.replace('_', '-')}", getattr(self._args, option)]
-        if "://" in self._args.judge:
+        is_endpoint = "://" in self._args.judge
+        if is_endpoint:
             words += ["--verdicts", self._args.verdicts or self.folder / judging.VERDICTS]
         part = scored.with_suffix(".part")  # the end of a budget leaves some answers without a score, and is no end
-        self._run("data", "judge", answers, "--output", part, *words, with_what=" with a larger --judge-budget")
+        self._run("data", "judge", answers, "--output", part, *words, has_budget=is_endpoint)
         part.replace(scored)
 
     def binarise(self, scored: Path, pairs: Path, *, seed: int) -> None:
@@ -194,12 +196,16 @@ class Stages:
     def _overrides(self) -> list[str]:
         return self._args.words[1:]
 
-    def _run(self, *words: Any, with_what: str = "") -> None:
-        """Runs a command; `with_what` it ends otherwise than with status 1."""
+    def _run(self, *words: Any, has_budget: bool = False) -> None:
+        """Runs a command.
+
+        Raises:
+            Stopped: It failed, was stopped by a signal, or, where it has one, has used its budget.
+        """
         words = list(map(str, words))
         print(f"\n$ {shlex.join([prog(), *words])}", flush=True)
         if status := self._children.run([sys.executable, "-u", "-P", "-m", "pairtune.cli", *words]):
-            raise _Stopped(with_what if status == 1 else "")
+            raise Stopped(is_budget_used=has_budget and status == judging.BUDGET_USED)
 
 
 # Before the first round

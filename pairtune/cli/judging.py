@@ -12,6 +12,7 @@ from pairtune.errors import UserError
 
 VERDICTS = Path("verdicts.jsonl")
 IMPLICIT = "implicit:"
+BUDGET_USED = 3  # the status of a command whose endpoint has more to be asked than its budget allows
 OF_ENDPOINTS = ("judge_model", "rubric", "judge_budget", "judge_at_once", "judge_timeout", "judge_body", "verdicts")
 
 
@@ -43,12 +44,14 @@ def judge_of(args: argparse.Namespace) -> Iterator:
     given = [name for name in OF_ENDPOINTS if getattr(args, name) is not None]
     is_implicit = (args.judge or "").startswith(IMPLICIT)
     if args.judge is None:
-        if given or args.judge_reference:
-            raise UserError(f"{option_of((*given, 'judge_reference')[0])}: has no effect without --judge WHO")
+        given += ["judge_reference"] if args.judge_reference else []
+        if given:
+            raise UserError(f"{option_of(given[0])}: has no effect without --judge WHO")
         yield None
         return
     if args.judge_reference and not is_implicit:
         raise UserError(f"--judge-reference: has no effect but on {IMPLICIT}FOLDER; --judge {args.judge} is none")
+    from pairtune.hub.endpoint import Limits
     from pairtune.hub.replies import Kept
     from pairtune.judge import open_judge
     from pairtune.judge.endpoint import Asking
@@ -61,8 +64,7 @@ def judge_of(args: argparse.Namespace) -> Iterator:
         return
     if args.judge_model is None:
         raise UserError(f"--judge {args.judge}: an endpoint is told which of its models judges: --judge-model NAME")
-    how: dict[str, Any] = {"rubric": read_rubric(args.rubric)}
-    how |= limits_of(args, "judge_")
+    how: dict[str, Any] = {"rubric": read_rubric(args.rubric), "limits": Limits(**limits_of(args, "judge_"))}
     how |= {"body": {"temperature": 0, **body_of(args.judge_body, "--judge-body")}} if args.judge_body else {}
     with closing(Kept(args.verdicts or VERDICTS)) as kept:
         yield open_judge(args.judge, Asking(args.judge_model, kept, **how))

@@ -14,7 +14,8 @@ def judge(argv: list[str]) -> int:
     makes pairs of them.
 
     A judge that compares has each two answers meet, both ways round. What an endpoint replies is kept as it comes: the
-    same command goes on after a kill, and asks nothing twice. Where the budget is used before the end, the status is 1.
+    same command goes on after a kill, and asks again only what was under way. Where the budget is used before the end,
+    the status is 3.
     """
     parser = parser_of(judge, "data judge")
     parser.add_argument("answers", type=Path, metavar="JSONL", help="rows with prompt and answers, as `sample` writes")
@@ -35,7 +36,7 @@ def judge(argv: list[str]) -> int:
         lines += [f"  {found.undecided:,} without a verdict ({found.why})"] if found.undecided else []
         lines += [f"  {found.turned:,} turned with the order, and are ties"] if found.turned else []
         print("\n".join([*lines, *judging.spent(who)]))
-        return int(hasattr(who, "client") and who.client.is_budget_used)
+        return judging.BUDGET_USED if hasattr(who, "client") and who.client.is_budget_used else 0
 
 
 def _read(path: Path) -> list[dict]:

@@ -6,7 +6,7 @@ from contextlib import closing
 from pathlib import Path
 
 from pairtune.cli.ask import add_how, check_how, one_folder, sampling_of
-from pairtune.cli.judging import body_of, limits_of, option_of
+from pairtune.cli.judging import BUDGET_USED, body_of, limits_of, option_of
 from pairtune.cli.prompts import read_prompts_file
 from pairtune.cli.words import parser_of
 from pairtune.errors import UserError
@@ -21,7 +21,8 @@ def sample(argv: list[str]) -> int:
     judge` to say which are good.
 
     A file of answers that is there already is gone on with; it ends the same as if it had not been stopped, and an
-    endpoint is asked for nothing twice. Where its budget is used before the end, the status is 1.
+    endpoint is asked again only for what was under way at a kill. Where its budget is used before the end, the status
+    is 3.
     """
     args = _parsed(argv)
     check_how(args)
@@ -97,7 +98,7 @@ def _from_endpoint(addresses: list[str], args) -> int:
         client = open_endpoint(addresses[0], kept, limits)
         found = sample_from(client, rows, args.output, request)
         print("\n".join([f"{args.output}: {found}", *spent(client, "--budget")]))
-    return int(client.is_budget_used)
+    return BUDGET_USED if client.is_budget_used else 0
 
 
 def drawn_from(folder: Path, overrides: list[str], args, count: int):

@@ -62,7 +62,8 @@ def _answer_to_option(option: str, value: str | None) -> str:
 
 
 def _in_words(row: Elsewhere, value: Any) -> str:
-    text, first = row.says(value), row.says(value).partition("=")[0]
+    text = row.says(value)
+    first = text.partition("=")[0]
     if "=" in text and first.replace(".", "").replace("_", "").isalnum():
         return f"here it is called {first}: set {text}"
     return f"here {text}" if text.startswith("run ") else text

@@ -10,7 +10,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 
 from pairtune import console
@@ -22,6 +22,8 @@ WAITS = (1, 2, 4, 8, 16, 32, 60)  # seconds before each further try, where the s
 WITHOUT = 3  # replies that give nothing, after which there is nothing
 NOT_ASKED = "the budget of requests is used"
 CUT = "the reply is cut short"
+THINKS = "cut short within its thoughts"
+NO_COMPLETION = "the reply is no chat completion"
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Reply:
-    """What was said to a question; no value, and why, in a few words, where it gives nothing."""
+    """What was said to a question, and at which address; no value, and why in a few words, where it gives nothing."""
 
     value: float | str | None
     why: str = ""
+    address: str = ""
 
 
 class _BudgetUsed(Exception):
@@ -82,6 +85,7 @@ class Client:
     Attributes:
         kept: Where its replies are kept.
         is_budget_used: Whether something was not asked for that reason.
+        has_answered: Whether it has ever answered such a request: then one that it refuses is at fault by itself.
         again: Why requests were sent again in this call, and how many.
     """
 
@@ -98,8 +102,8 @@ class Client:
         self.kept, self._limits, self._terms, self._read = kept, limits, terms, read
         self._url, self._key = f"{self.address}/chat/completions", key_of_environment(terms.keys)
         self._lock, self._stopping = threading.Lock(), threading.Event()
-        self._spent, self._has_answered, self._told = kept.requests, False, set()
-        self.is_budget_used = False
+        self._spent, self._told = kept.requests, set()
+        self.is_budget_used, self.has_answered = False, False
         self.again: Counter[str] = Counter()
 
     @property
@@ -116,17 +120,15 @@ class Client:
             UserError: The endpoint refuses, or does not answer for minutes; what it said until then is kept.
         """
         found = {key: reply for key in bodies if (reply := self._known(key)) is not None}
+        self.has_answered |= bool(found)
         missing = {key: body for key, body in bodies.items() if key not in found}
         with ThreadPoolExecutor(self._limits.at_once) as pool:
             asked = {pool.submit(self._ask, key, body): key for key, body in missing.items()}
             try:
                 with console.Progress(self._terms.wanted, len(asked), shown=len(asked) > 1) as progress:
-                    left = set(asked)
-                    while left:
-                        done, left = wait(left, return_when=FIRST_COMPLETED)
-                        for future in done:
-                            found[asked[future]] = future.result()
-                            progress.update(1)
+                    for future in as_completed(asked):
+                        found[asked[future]] = future.result()
+                        progress.update(1)
             except KeyboardInterrupt:
                 print(f"\n{self._terms.command}: waiting for replies that are under way", file=sys.stderr)
                 raise
@@ -139,9 +141,9 @@ class Client:
     def _known(self, key: str) -> Reply | None:
         """What is known of a question without asking."""
         if key in self.kept.values:
-            return Reply(self.kept.values[key])
+            return Reply(self.kept.values[key], address=self.kept.addresses[key])
         times, why = self.kept.without(key)
-        return Reply(None, why) if times >= WITHOUT else None
+        return Reply(None, why, self.kept.addresses[key]) if times >= WITHOUT else None
 
     def _ask(self, key: str, body: bytes) -> Reply:
         try:
@@ -152,7 +154,7 @@ class Client:
                     return reply
                 if answer.refused:
                     return self._refused(answer)
-                if answer.busy and (not waits or (answer.unsent and not self._has_answered)):  # nobody is there
+                if answer.busy and (not waits or (answer.unsent and not self.has_answered)):  # nobody is there
                     raise self._gives_up(answer)
                 with self._lock:
                     self.again[answer.told if answer.status in (0, 200) else str(answer.status)] += 1
@@ -175,11 +177,12 @@ class Client:
                 raise _BudgetUsed
             self._spent += 1
         answer = post(self._url, body, self._key, self._limits.timeout_s)
-        self._has_answered |= answer.status == 200
+        self.has_answered |= answer.status == 200
         if answer.status == 200:
             text, tokens, why = read_completion(answer.content)
             reply = self._read(text, why)
-            self.kept.add(key, value=reply.value, why=reply.why, reply=text, tokens=tokens)
+            said = {"address": self.address, "reply": text, "tokens": tokens}
+            self.kept.add(key, value=reply.value, why=reply.why, **said)
             return Answer(200, told=reply.why)
         if not answer.status and not answer.unsent:
             self.kept.add(f"lost {key}", value=None, why=answer.told)
@@ -196,10 +199,10 @@ class Client:
             raise UserError(f"{told}; it {has}: set {', or '.join(terms.keys)}, in the environment")
         if answer.status in (404, 405) or 300 <= answer.status < 400:
             raise UserError(f"{told}; are the address, which as a rule ends in /v1, and {terms.model} right?")
-        if not self._has_answered:
+        if not self.has_answered:
             way_out = f"{terms.body} sets what else is sent: '{{\"temperature\": null}}' leaves that out"
             raise UserError(f"{told}; {way_out}")
-        return Reply(None, f"answered with {answer.status}")
+        return Reply(None, f"answered with {answer.status}", self.address)
 
     def _gives_up(self, answer: Answer) -> UserError:
         again = f"{self._terms.done} is in {self.kept.path}, and the same command goes on from there"
@@ -225,17 +228,21 @@ def read_completion(content: bytes) -> tuple[str, int, str]:
         found = json.loads(content)
         (choice, *_), usage = found["choices"], found.get("usage") or {}
         message, tokens = choice["message"], usage.get("total_tokens")
-        text = message.get("content") or ""
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return content.decode("utf-8", "replace")[:2000], 0, "the reply is no chat completion"
-    tokens = tokens if isinstance(tokens, int) else 0
-    if isinstance(text, list):  # in parts
-        text = "".join(part.get("text", "") for part in text if isinstance(part, dict))
-    if message.get("refusal") or choice.get("finish_reason") == "content_filter":
+        text, end = message.get("content"), choice.get("finish_reason")
+        if isinstance(text, list):  # in parts
+            text = "".join(part.get("text", "") for part in text)
+        if not isinstance(text, str | None):
+            raise TypeError
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return content.decode("utf-8", "replace")[:2000], 0, NO_COMPLETION
+    text, tokens = text or "", tokens if isinstance(tokens, int) else 0
+    if message.get("refusal") or end == "content_filter":
         return str(message.get("refusal") or text), tokens, "refused"
-    if text.lstrip().startswith("<think>") and "</think>" not in text:
-        return text, tokens, "cut short within its thoughts"
-    return re.sub(r"(?s)^.*</think>", "", text), tokens, CUT if choice.get("finish_reason") == "length" else ""
+    answer = re.sub(r"(?s)^.*</think>", "", text)
+    # A reasoning parser takes thoughts out of the text: then nothing is left of it
+    if (text.lstrip().startswith("<think>") and answer == text) or (end == "length" and not answer.strip()):
+        return text, tokens, THINKS
+    return answer, tokens, CUT if end == "length" else ""
 
 
 def spent(client: Client, option: str) -> list[str]:

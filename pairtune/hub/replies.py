@@ -1,4 +1,4 @@
-"""What an endpoint has said, a line each, on the disk as it comes: nothing that was paid for is asked again."""
+"""What an endpoint has said, a line each, on the disk as it comes: nothing that was said is asked for again."""
 
 import fcntl
 import json
@@ -18,6 +18,7 @@ class Kept:
 
     Attributes:
         values: What was asked for, by its question's key: verdicts, or answers.
+        addresses: Who replied last, by the question's key; "" where the file does not say.
         requests: How many lines there are: requests that may have been paid for.
         tokens: As endpoints counted them.
     """
@@ -41,6 +42,7 @@ class Kept:
             told = f"another process keeps {self._what}s there; let it end, or {self._way_out}"
             raise UserError(f"{path}: {told}") from None
         self.values: dict[str, float | str] = {}
+        self.addresses: dict[str, str] = {}
         self.requests, self.tokens = 0, 0
         self._without: Counter[str] = Counter()
         self._why: dict[str, str] = {}
@@ -57,26 +59,37 @@ class Kept:
                 value = row["value"]
                 if isinstance(value, str) is not (self._kind is str) and value is not None:
                     raise TypeError
-                self._count(row["key"], value, row.get("why", ""), row.get("tokens", 0))
+                said = row.get("why", ""), row.get("tokens", 0), row.get("address", "")
+                self._count(row["key"], value, *said)
             except (ValueError, TypeError, KeyError):
                 told = f"line {number}: is no {self._what} that was kept; {self._way_out}"
                 raise UserError(f"{self.path}, {told}") from None
         if whole != content:  # a line that a kill cut
             self._file.truncate(len(whole))
 
-    def add(self, key: str, *, value: float | str | None, why: str = "", reply: str = "", tokens: int = 0) -> None:
+    def add(
+        self,
+        key: str,
+        *,
+        value: float | str | None,
+        why: str = "",
+        address: str = "",
+        reply: str = "",
+        tokens: int = 0,
+    ) -> None:
         """Keeps one reply; it is on the disk when this returns. Threads may call it."""
-        row = {"key": key, "value": value, "why": why, "tokens": tokens}
+        row = {"key": key, "value": value, "why": why, "tokens": tokens, "address": address}
         row |= {} if reply == value else {"reply": reply}
         with self._lock:
-            self._count(key, value, why, tokens)
+            self._count(key, value, why, tokens, address)
             with telling(self.path, "make room"):
                 self._file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
                 self._file.flush()
                 os.fsync(self._file.fileno())
 
-    def _count(self, key: str, value: float | str | None, why: str, tokens: int) -> None:
+    def _count(self, key: str, value: float | str | None, why: str, tokens: int, address: str) -> None:
         self.requests += 1
+        self.addresses[key] = address
         self.tokens += tokens
         if value is not None:
             self.values[key] = self._kind(value)

@@ -30,17 +30,15 @@ class Asking:
         model: The judge's name there.
         kept: Where replies are kept.
         rubric: As rubric.read_rubric returns it.
-        budget, at_once, timeout_s: See hub.endpoint.Limits.
+        limits: How much is asked.
         body: Keys of the request beside `model` and `messages`.
     """
 
     model: str
     kept: Kept
     rubric: str = rubrics.RUBRIC
-    budget: int | None = None
-    at_once: int = 4
+    limits: Limits = Limits()
     body: Mapping[str, Any] = field(default_factory=lambda: {"temperature": 0})
-    timeout_s: float = 120.0
 
 
 class Endpoint:
@@ -55,8 +53,7 @@ class Endpoint:
         Raises:
             UserError: The address, or the environment's key, cannot be used.
         """
-        limits = Limits(asking.budget, asking.at_once, asking.timeout_s)
-        self.client = Client(address, asking.kept, limits, TERMS, self._verdict)
+        self.client = Client(address, asking.kept, asking.limits, TERMS, self._verdict)
         self.name = f"{asking.model} at {self.client.address}"
         self.compares = rubrics.compares(asking.rubric)
         self._asking = asking

@@ -5,6 +5,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 
+def in_words(prompt: str | Sequence[Mapping], between: str = "\n\n") -> str:
+    """Returns a prompt as a text: of messages, each behind its role, with `between` between them."""
+    if isinstance(prompt, str):
+        return prompt
+    return between.join(f"{message['role']}: {message.get('content')}" for message in prompt)
+
+
 @dataclass(frozen=True)
 class Question:
     """One answer to be scored, or two to be compared in this order.
@@ -19,11 +26,8 @@ class Question:
 
     @property
     def prompt(self) -> str:
-        """The prompt as a text: of messages, each behind its role."""
-        asked = self.row["prompt"]
-        if isinstance(asked, str):
-            return asked
-        return "\n\n".join(f"{message['role']}: {message.get('content')}" for message in asked)
+        """The prompt as a text."""
+        return in_words(self.row["prompt"])
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Several answers to each prompt, drawn by an OpenAI-compatible endpoint: vLLM's, llama.cpp's, a service's. No torch.
 
 Each answer is a request with a seed of its own. Replies are kept as they come, apart from the rows: whoever is stopped
-goes on at the answer, and nothing is paid for twice.
+goes on at the answer, also at another address, and pays again only for what was under way when a process was killed.
 """
 
 import hashlib
@@ -112,6 +112,7 @@ def sample_from(client: Client, rows: Sequence[Mapping], path: Path, request: Re
         done = checked(known, rows, path, asdict(request))
         cut(file, done)
         found = [row["answers"] for row in known]
+        client.has_answered |= any(found)
         keys, bodies = _questions(rows, done, request)
         said = client.ask(bodies)
         of_rows = [[said[key] for key in of_row] for of_row in keys]
@@ -120,7 +121,8 @@ def sample_from(client: Client, rows: Sequence[Mapping], path: Path, request: Re
         for n, replies in enumerate(of_rows[:whole], done):
             kept = [(reply.value, seed) for reply, seed in zip(replies, request.seeds(n), strict=True)]
             answers, seeds = [value for value, _ in kept if value is not None], [s for v, s in kept if v is not None]
-            how = {**asdict(request), "endpoint": client.address}
+            by = dict.fromkeys(reply.address for reply in replies if reply.address)  # a server may have moved
+            how = {**asdict(request), "endpoint": ", ".join(by)}
             how |= {} if "seed" in request.body else {"seeds": seeds}
             lines.append({**rows[n], "answers": answers, "drawn": how})
             found.append(answers)

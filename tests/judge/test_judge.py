@@ -15,6 +15,7 @@ from judge_server import NO_COMPLETION, completion, elsewhere, longer, serving, 
 from pairtune.cli import main
 from pairtune.errors import UserError
 from pairtune.hub import endpoint
+from pairtune.hub.endpoint import Limits
 from pairtune.hub.replies import Kept
 from pairtune.judge import Verdict, WinRate, open_judge, scores, verdicts, win_rates
 from pairtune.judge.endpoint import Asking
@@ -34,8 +35,8 @@ def no_waiting(monkeypatch):
     monkeypatch.setenv("JUDGE_API_KEY", KEY)
 
 
-def judge_of(server, path, **how):
-    return open_judge(server.address, Asking("tiny", Kept(path), **how))
+def judge_of(server, path, **limits):
+    return open_judge(server.address, Asking("tiny", Kept(path), limits=Limits(**limits)))
 
 
 def counts(rate):
@@ -121,7 +122,7 @@ def test_a_budget_holds_over_calls_and_the_next_one_goes_on(answers, capsys):
     assert f"{2 * ASKED} requests, {20 * ASKED} tokens" in out
 
 
-def test_nothing_is_paid_for_twice_when_it_is_killed(answers):
+def test_only_what_was_under_way_is_asked_again_when_it_is_killed(answers):
     """A SIGKILL before a reply, again and again; once within a line that is written."""
     kills, process = [3, 1, 4], None
 
@@ -169,6 +170,34 @@ def test_what_no_further_try_mends_is_told_at_once(answers, capsys, odd, said):
     assert said in error and KEY not in error and len(server.asked) == 1
 
 
+def test_a_question_that_is_refused_for_itself_keeps_no_call_from_going_on(answers, capsys):
+    with serving(odd=[None, 400, None, 400]) as server:
+        for budget in ("2", "100"):
+            assert main(command(server, answers, "--judge-at-once", "1", "--judge-budget", budget)) == 0
+        assert len(server.judged) == 2 * ASKED - 1
+    assert "answered with 400" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("reply", "text", "wrong"),
+    [
+        (completion("", content=None, finish="length", reasoning_content="Well,"), "", endpoint.THINKS),
+        (completion(" \n", finish="length"), " \n", endpoint.THINKS),
+        (completion("<think>Well,</think>\n", finish="length"), "<think>Well,</think>\n", endpoint.THINKS),
+        (completion("<think>Well,"), "<think>Well,", endpoint.THINKS),
+        (completion("", content=None), "", ""),
+        (completion("<think>Well,</think>Yes", finish="length"), "Yes", endpoint.CUT),
+        (completion("", content=[{"type": "text", "text": "a"}, {"type": "image"}]), "a", ""),
+        *((completion("", content=odd), None, endpoint.NO_COMPLETION) for odd in (5, 0, False, {}, ["a"])),
+        (completion("", content=[{"type": "text", "text": None}]), None, endpoint.NO_COMPLETION),
+        (b"[" * 100_000, None, endpoint.NO_COMPLETION),
+    ],
+)
+def test_what_a_reply_says_or_why_it_says_nothing(reply, text, wrong):
+    said, _, why = endpoint.read_completion(reply)
+    assert why == wrong and said == (reply.decode()[:2000] if text is None else text)
+
+
 def test_nobody_at_the_address_is_told_at_once(answers, capsys):
     with serving() as server:
         pass
@@ -186,7 +215,7 @@ def test_a_rubric_of_ones_own_compares_or_scores(answers, capsys):
         assert server.asked[0].keys() == {"model", "messages"}
         rubric.write_text("How good is {answer} to {prompt}?")
         server.odd = [completion(f'{{"score": {n}}}') for n in (8, 6.5)]
-        asking = Asking("tiny", Kept(answers.parent / "s.jsonl"), rubric.read_text(), at_once=1)
+        asking = Asking("tiny", Kept(answers.parent / "s.jsonl"), rubric.read_text(), Limits(at_once=1))
         (found,) = verdicts(open_judge(server.address, asking), [(ROWS[0], "x", "y")])
     assert found == Verdict(1.0, scores=(8.0, 6.5))
 

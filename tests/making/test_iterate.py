@@ -1,5 +1,6 @@
 """`tune iterate`: a round is the commands that it prints, what is missing is done again the same, and rounds add up."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -9,7 +10,10 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, SIZES, run_config, save_llama
 
+from pairtune.cli import judging
+from pairtune.cli.children import Children
 from pairtune.cli.commands import main
+from pairtune.cli.iterate import Stages, Stopped
 
 sys.path.append(str(Path(__file__).parents[1] / "judge"))
 from judge_server import NO_COMPLETION, completion, longer, serving, slow  # noqa: E402
@@ -48,7 +52,7 @@ def test_a_round_draws_judges_pairs_and_trains_and_a_budget_that_ends_is_gone_on
     with serving(shorter, [*NO_COMPLETION, completion("", refusal="no"), slow]) as server:
         server.only_when_new = True
         words += ["--judge", server.address, "--judge-timeout", "3", "--rounds"]
-        assert main([*words, "2", "--judge-budget", "20"]) == 1
+        assert main([*words, "2", "--judge-budget", "20"]) == 3
         out = capfd.readouterr().out
         assert "stopped in round 1; the same command with a larger --judge-budget goes on" in out
         assert "asked again: " in out and "(refused)" in out and "1 (no reply in time)" in out
@@ -56,7 +60,7 @@ def test_a_round_draws_judges_pairs_and_trains_and_a_budget_that_ends_is_gone_on
         answers, held_out = lines(rounds / "round_1" / "answers.jsonl"), lines(rounds / "held_out_prompts.jsonl")
         meetings = [len(list(combinations(set(row["answers"]), 2))) for row in answers]
         budget = 2 * sum(meetings) + 2 * len(held_out) + 20  # it ends among round 2's
-        assert main([*words, "2", "--judge-budget", str(budget)]) == 1
+        assert main([*words, "2", "--judge-budget", str(budget)]) == 3
         out = capfd.readouterr().out
         assert "stopped in round 2; the same command with a larger --judge-budget goes on" in out
         assert "data binarise rounds/round_1/scored.jsonl" in out
@@ -70,6 +74,30 @@ def test_a_round_draws_judges_pairs_and_trains_and_a_budget_that_ends_is_gone_on
     assert {name: (rounds / "round_1" / name).read_bytes() for name in kept} == kept
     assert (rounds / "round_1" / "run" / "metrics.jsonl").read_bytes() == log  # it had ended
     check_rounds(rounds)
+
+
+@pytest.mark.parametrize(
+    ("judge", "is_budget_used"),
+    [
+        (["--judge-model", "tiny", "--judge-budget", "1"], True),
+        (["--judge-model", "tiny", "--judge-budget", "1", "--rubric", "none.txt"], False),
+        (["--judge", "my_judge.fails"], False),
+        (["--judge", "my_judge.exits"], False),
+    ],
+)
+def test_a_larger_budget_is_the_way_out_only_where_one_has_ended(tmp_path, monkeypatch, judge, is_budget_used):
+    monkeypatch.chdir(tmp_path)
+    Path("my_judge.py").write_text(
+        "def fails(answer):\n    raise MemoryError\n\ndef exits(answer):\n    raise SystemExit(3)\n"
+    )
+    Path("answers.jsonl").write_text('{"prompt": "q", "answers": ["a", "bc"]}\n')
+    parser = argparse.ArgumentParser()
+    judging.add_options(parser)
+    cfg = {"checkpointer": {"checkpoint_dir": "base"}, "device": "cpu", "dtype": "fp32", "tokenizer": {}}
+    with serving() as server, Children() as children, pytest.raises(Stopped) as stopped:
+        args = parser.parse_args(["--judge", server.address, *judge])
+        Stages(args, tmp_path, cfg, children).judge(Path("answers.jsonl"), Path("scored.jsonl"))
+    assert stopped.value.is_budget_used is is_budget_used
 
 
 def check_rounds(rounds):

@@ -119,7 +119,7 @@ def test_a_function_scores_each_answer_and_pairs_come_of_it(drawn, tmp_path, cap
 def test_where_a_judge_compares_each_two_meet_both_ways_round_and_nothing_is_asked_twice(drawn, tmp_path, capsys):
     with serving() as server:
         words = ["data", "judge", str(drawn), "--judge", server.address, "--judge-model", "tiny", "--output", "o.jsonl"]
-        assert main([*words, "--judge-budget", "4"]) == 1
+        assert main([*words, "--judge-budget", "4"]) == 3
         assert "without a verdict" in capsys.readouterr().out
         assert main(words) == 0
         asked = len(server.asked)

@@ -1,4 +1,4 @@
-"""`tune data sample https://...`: each answer by its own seed; whatever the line does, none is lost or paid twice."""
+"""`tune data sample https://...`: each answer by its own seed; no reply is lost or asked for again."""
 
 import json
 import signal
@@ -96,7 +96,7 @@ def test_a_budget_holds_over_calls_and_the_next_one_goes_on(capsys):
     with serving() as server:
         assert main(words(server, output="straight.jsonl")) == 0
         for budget, sent, whole in (("4", 4, 1), ("4", 4, 1), ("8", 8, 2), ("100", 15, 5)):
-            assert main(words(server, "--budget", budget, "--at-once", "1")) == int(whole < 5)
+            assert main(words(server, "--budget", budget, "--at-once", "1")) == (3 if whole < 5 else 0)
             out = capsys.readouterr().out
             assert len(server.asked) == ANSWERS + sent and len(read()) == whole
             assert (f"{5 - whole} more prompts are left" in out) == (whole < 5)
@@ -106,7 +106,25 @@ def test_a_budget_holds_over_calls_and_the_next_one_goes_on(capsys):
         assert main(words(server)) == 0 and len(server.asked) == 2 * ANSWERS  # the rows are there
 
 
-def test_nothing_is_paid_for_twice_when_it_is_killed():
+def test_a_server_that_moves_is_gone_on_with_and_rows_say_who_drew_them():
+    with serving() as first:
+        assert main(words(first, "--budget", "4", "--at-once", "1")) == 3
+    with serving() as second:
+        assert main(words(second)) == 0 and len(second.asked) == ANSWERS - 4
+    both = [first.address, f"{first.address}, {second.address}", *[second.address] * 3]
+    assert [row["drawn"]["endpoint"] for row in read()] == both
+
+
+def test_a_prompt_that_is_refused_for_itself_keeps_no_call_from_going_on(capsys):
+    with serving(odd=[None] * 4) as server:
+        assert main(words(server, "--budget", "3", "--at-once", "1")) == 3
+        server.odd = [400] * 3  # of the second row, which is too long for it
+        assert main(words(server, "--at-once", "1")) == 0
+    assert [len(row["answers"]) for row in read()] == [COUNT, 0, COUNT, COUNT, COUNT]
+    assert "3 are missing" in capsys.readouterr().out
+
+
+def test_only_what_was_under_way_is_asked_again_when_it_is_killed():
     """A SIGKILL before a reply, and once within a line that is written."""
     process = None
 
