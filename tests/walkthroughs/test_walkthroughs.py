@@ -254,6 +254,8 @@ def test_the_dpo_papers_run_on_hh(walk):
 def test_mixtral_is_trained_with_adapters_on_its_experts_and_its_router_loss_is_logged(walk):
     (run,) = [path.name for path in (walk.folder / "runs").glob("mixtral*")]
     assert all(row["router_loss"] > 0 for row in walk.rows(f"runs/{run}/metrics.jsonl") if "loss" in row)
+    adapter = load_file(walk.folder / "runs" / run / "export/adapter/adapter_model.safetensors")
+    assert any(".experts." in name and value.any() for name, value in adapter.items() if "lora_B" in name)
 
 
 @on("zephyr_and_notus.md")
