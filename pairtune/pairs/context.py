@@ -9,8 +9,8 @@ from dataclasses import replace
 from pairtune.errors import UserError
 from pairtune.pairs.cells import is_empty, kind_of, read_literal, shown
 from pairtune.pairs.example import BadRow, Example, Skip
-from pairtune.pairs.layouts import CHOICES
 from pairtune.pairs.messages import read_message, strings_in, text_of
+from pairtune.pairs.names import BAD_GRADES, CHOICES, GRADES
 from pairtune.pairs.ranked import TIE_WORDS, as_word
 from pairtune.pairs.readers import system, user
 
@@ -30,10 +30,6 @@ DOUBTFUL = (*_MEDIA, *_OF_A_QUESTION)
 # Which may say that a row's better answer is another one than its columns say
 SWAPS = ("swapped", "swap", "is_swapped", "flipped", "flip", "is_flipped", "reversed", "is_reversed", "inverted")
 SIDES = (*CHOICES, *SWAPS)
-# Which may say that a single answer is a bad one, where no label does
-GRADES = (*CHOICES, "feedback", "thumb", "thumbs", "rating", "ratings", "score", "scores", "reward", "rewards", "grade")
-GRADES += ("quality", "sentiment", "upvoted", "like", "liked", "accepted", "approved", "is_good", "good", "helpful")
-GRADES += ("correct", "is_correct", "desirable", "is_desirable", "is_preferred", "is_chosen", "completion_label")
 _A_WORD = 40  # characters: longer ones are a text about it
 _SIDES = re.compile(
     r"-1|[012ab]|true|false|yes|no|first|second|left|right|(model|response|answer|output|option)[_ ]?[012ab]"
@@ -176,10 +172,17 @@ def check_grades(row: dict, columns: list[str], key: str) -> None:
         cell = row.get(name)
         is_word = isinstance(cell, str) and len(cell) <= _A_WORD
         if name in GRADES and not is_empty(cell) and (is_word or isinstance(cell, int | float)):
+            is_bad = name in BAD_GRADES
+            way_out = (
+                "Add a column label, true for a good answer and false for a bad one"
+                if is_bad
+                else f"Say what it is: {key}.columns={{label: {name}}} where true, 1 or thumbs_up is "
+                "a good answer, and false, 0 or thumbs_down a bad one"
+            )
             raise UserError(
-                f"column {name!r} holds {shown(cell)}, and may say how good the answer is, which no label does. Say "
-                f"what it is: {key}.columns={{label: {name}}} where it is true or false, 1 or 0, thumbs_up or "
-                f"thumbs_down; or {key}.columns={{{name}: null}} leaves it out, and takes each answer for a good one."
+                f"column {name!r} holds {shown(cell)}, and may say {'that' if is_bad else 'how good'} the answer is"
+                f"{' a bad one' if is_bad else ''}, which no label does. {way_out}; or {key}.columns={{{name}: null}} "
+                "leaves it out, and takes each answer for a good one."
             )
 
 

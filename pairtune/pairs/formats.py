@@ -15,7 +15,6 @@ from pairtune.pairs.context import (
     ARGUMENTS,
     CONTEXT,
     DOUBTFUL,
-    GRADES,
     NUMBERS,
     OTHER_NAMES,
     SIDES,
@@ -31,6 +30,7 @@ from pairtune.pairs.context import (
 )
 from pairtune.pairs.example import BadRow, Example
 from pairtune.pairs.messages import check_characters
+from pairtune.pairs.names import GRADES
 from pairtune.pairs.ranked import Ranked
 
 ANSWER = "text|transcript|message|messages"

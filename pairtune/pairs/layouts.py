@@ -12,31 +12,26 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from pairtune.pairs.cells import kind_of
-from pairtune.pairs.ranked import TIE_WORDS, Choice, as_word
-
-QUESTIONS = ("prompt", "question", "instruction", "query", "input", "context", "post", "text")
-CHOICES = ("choice", "label", "labels", "winner", "preference", "preferred", "better", "vote", "votes", "verdict")
-CHOICES += ("best", "selected", "better_response_id", "human_preference", "preferred_response", "preferred_answer")
-_VOTES = re.compile(r"(annotator|rater|judge|vote|label)_?\d+")
-_STEM_AND_SUFFIX = re.compile(r"(.*?)[_ ]?(\d+|[A-Za-z]|first|second|left|right)")
-_BETTER_WORDS = r"chosen|better|preferred|good|accepted|best|win|positive"
-_WORSE_WORDS = r"reject|worse|dispreferred|non_preferred|bad|worst|los|negative"
-_RATES = r"(score|rating|reward|rank)s?$"
-_ANSWERS = (
-    "text",
-    "response",
-    "answer",
-    "completion",
-    "generation",
-    "candidate",
-    "output",
-    "content",
-    "reply",
-    "replie",
+from pairtune.pairs.names import (
+    ANSWERS,
+    CHOICES,
+    NAMES,
+    OF_WHOM,
+    QUESTIONS,
+    TO_BE_NAMED,
+    better_and_worse,
+    names_of,
+    numbers_as,
+    says_worse,
+    stem_of,
+    suffixes_of,
 )
-_OF_WHOM = ("id", "uuid", "user_id", "annotator_id", "worker_id", "model", "author", "annotator", "status")
-_NAMES = ("model", "policy", "name", "author", "annotator", "judge", "worker", "source", "id", "system", "label")
+from pairtune.pairs.ranked import TIE_WORDS, as_word
+
+_VOTES = re.compile(r"(annotator|rater|judge|vote|label)_?\d+")
+_RATES = r"(score|rating|reward|rank)s?$"
 _ENTRY = re.compile(r"(?:^|\.)\d+(?=\.|$)")
+TO_BE_FILLED_IN = ["FIRST", "SECOND"]
 _FEW = 4  # values that a column of choices may have, ties included
 _SHORT = 12  # characters of such a value, where nothing else tells it from an answer
 
@@ -153,9 +148,9 @@ def guess(rows: Sequence[dict], values_of: Callable[[str], Iterable]) -> tuple[d
     """
     row = _fullest(rows)
     kinds = {name: kind_of(value) for name, value in row.items()}
-    rated = _rated(row)
+    rated, is_sure = _of_lists(row, values_of)
     if rated:
-        return rated, True
+        return rated, is_sure
     answers = _two_answers(kinds)
     if answers is None:
         return _likely(row, values_of), False
@@ -169,28 +164,31 @@ def guess(rows: Sequence[dict], values_of: Callable[[str], Iterable]) -> tuple[d
         described["input"] = "input"
     others = [name for name in kinds if name not in (*answers, question)]
     by_name = [name for name in (*CHOICES, *others) if name in others]
-    rated = [name for name in others if _is_number(row[name]) and _suffixes([name])]
-    pairs = [pair for pair in combinations(rated, 2) if _suffixes(pair) == _suffixes(answers)]
+    rated = [name for name in others if _is_number(row[name]) and suffixes_of([name])]
+    pairs = [pair for pair in combinations(rated, 2) if suffixes_of(pair) == suffixes_of(answers)]
     for column in dict.fromkeys(by_name):
         values = values_in(values_of(column))
         if values is None:
             continue
         names = names_of(answers, values)
+        if names and says_worse(column):  # what stands for an answer is the other's name
+            words = [next((word for word in known if word in values), known[1]) for known in names.names]
+            return described | {"choice": {column: words[::-1]}}, False
         if names:
             return described | {"choice": column}, bool(question or whole) and column in CHOICES
         if any(re.fullmatch(r"-?\d*\.\d+", word) for word in values - set(TIE_WORDS)):  # a number, and no choice
             continue
         words = sorted(values - set(TIE_WORDS), reverse=values <= {"true", "false"})[:2]  # true: the first is better
         if len(words) == 2 and not pairs and (column in CHOICES or column == others[-1]):
-            return described | {"choice": {column: words}}, False
+            return described | {"choice": {column: TO_BE_FILLED_IN if says_worse(column) else words}}, False
     if pairs:
-        return described | {"ranks" if "rank" in pairs[0][0] else "scores": list(pairs[0])}, False
-    return described | {"choice": {"COLUMN": ["FIRST", "SECOND"]}}, False  # to be filled in
+        return described | {numbers_as(pairs[0][0]): list(pairs[0])}, False
+    return described | {"choice": {"COLUMN": TO_BE_FILLED_IN}}, False
 
 
-def _rated(row: dict) -> dict:
-    """Returns the description of a row with a list of answers and a list of as many scores or ranks, or with a list of
-    answers that have one each; {} where it is no such row. The numbers' name says which they are."""
+def _of_lists(row: dict, values_of: Callable[[str], Iterable]) -> tuple[dict, bool]:
+    """Returns the description of a row with a list of answers and a list of as many numbers, or with a list of answers
+    that have one each, or with the best one's place; {} where it is no such row. Sure are scores and ranks by name."""
     found = {}
     for name, value in row.items():
         if not isinstance(value, list) or len(value) < 2 or name in QUESTIONS:
@@ -199,27 +197,46 @@ def _rated(row: dict) -> dict:
             found |= {f"{name}.*.{key}": [entry.get(key) for entry in value] for key in value[0]}
         else:
             found[name] = value
-    numbers = next((n for n in found if re.search(_RATES, n) and all(map(_is_number, found[n]))), None)
     texts = [n for n, cells in found.items() if kind_of(cells) in ("texts", "conversations")]
-    texts = [n for n in texts if numbers and n.rpartition(".")[0] == numbers.rpartition(".")[0]]
-    answers = next((n for n in texts if n.rpartition(".")[2].strip("s") in _ANSWERS), None)
+    answers = next((n for n in texts if n.rpartition(".")[2].strip("s") in ANSWERS), None)
     question = next((n for n in QUESTIONS if kind_of(row.get(n)) in ("text", "transcript", "messages")), None)
-    if not (numbers and answers and question) or len(found[answers]) != len(found[numbers]):
-        return {}
-    return {"prompt": question, "answers": answers, "ranks" if "rank" in numbers else "scores": numbers}
+    if not (answers and question):
+        return {}, False
+    described, count = {"prompt": question, "answers": answers}, len(found[answers])
+    beside = [n for n in found if n.rpartition(".")[0] == answers.rpartition(".")[0] and len(found[n]) == count]
+    numbers = [n for n in beside if all(map(_is_number_or_text_of_one, found[n]))]
+    for name in numbers:
+        ours = "ranks" if "rank" in name.rpartition(".")[2] else "scores"
+        if re.search(_RATES, name) and numbers_as(name) == ours:
+            return described | {ours: name}, True
+    if numbers:
+        known = (name for name in numbers if numbers_as(name) != TO_BE_NAMED)
+        name = next(known, numbers[0])
+        return described | {numbers_as(name): name}, False
+    for column in (name for name in CHOICES if name in row):
+        places = values_in(values_of(column)) or set()
+        first = 0 if "0" in places else 1
+        if places & {"0", str(count)} and places <= {str(first + i) for i in range(count)}:
+            return described | {"choice": {column: [first + i for i in range(count)]}}, False
+    return {}, False
 
 
 def _is_number(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _is_number_or_text_of_one(value) -> bool:
+    return _is_number(value) or isinstance(value, str) and re.fullmatch(r"\s*[-+]?\d+(\.\d*)?\s*", value) is not None
+
+
 def _likely(row: dict, values_of: Callable[[str], Iterable]) -> dict:
     """Returns the likeliest description of columns whose names say nothing: the question, two answers, a choice."""
     leaves = {name: value for name, value in _leaves(row) if value not in (None, "")}
     texts = [name for name, value in leaves.items() if kind_of(value) in ("text", "transcript", "message", "messages")]
-    texts = [name for name in texts if name.rpartition(".")[2] not in _OF_WHOM]
-    worse = next((name for name in texts if re.search(_WORSE_WORDS, name.lower())), None)
-    better = next((n for n in texts if re.search(_BETTER_WORDS, n.lower()) and not re.search(_WORSE_WORDS, n)), None)
+    texts = [name for name in texts if name.rpartition(".")[2] not in OF_WHOM]
+    asked = (*QUESTIONS, "user", "human")
+    said = better_and_worse(name for name in texts if not any(word in name.lower() for word in asked[:4]))
+    better, worse = said or (None, None)
     few = {name: words for name in leaves if name not in QUESTIONS and (words := _labels(values_of(name)))}
     choice = next((name for name in few if name.rpartition(".")[2] in CHOICES), next(reversed(few), None))
     rest = [name for name in texts if name not in (better, worse, choice)]
@@ -228,7 +245,7 @@ def _likely(row: dict, values_of: Callable[[str], Iterable]) -> dict:
     siblings = _siblings(rest)
     asking = [name for name in rest if name not in siblings and not _ENTRY.search(name)]  # of a list, one is not all
     asking = [name for name in asking if not name.lower().startswith("system")]
-    named = (name for name in asking if any(word in name.lower() for word in (*QUESTIONS, "user", "human")))
+    named = (name for name in asking if any(word in name.lower() for word in asked))
     question = next(named, next(iter(asking), None))
     if question and better and worse:
         return {"prompt": question, "chosen": better, "rejected": worse}
@@ -236,8 +253,8 @@ def _likely(row: dict, values_of: Callable[[str], Iterable]) -> dict:
     if len(answers) < 2 or question is None:
         return {}
     if choice is None:
-        return {"prompt": question, "chosen": answers[0], "rejected": answers[1]}
-    values = few[choice] if len(few[choice]) > 1 else ["FIRST", "SECOND"]  # to be filled in
+        return {"prompt": question, "chosen": "CHOSEN", "rejected": "REJECTED"}  # no name says which
+    values = few[choice] if len(few[choice]) > 1 and not says_worse(choice) else TO_BE_FILLED_IN
     return {"prompt": question, "answers": answers, "choice": {choice: values}}
 
 
@@ -245,7 +262,7 @@ def _siblings(names: Sequence[str]) -> list[str]:
     """Returns the first two entries' texts of a list of answers, such as summaries.0.text and summaries.1.text."""
     for name in names:
         other = _ENTRY.sub(lambda match: match[0].replace("0", "1"), name, count=1)
-        if other != name and other in names and not set(re.split(r"[^a-z]+", name.lower())) & set(_NAMES):
+        if other != name and other in names and not set(re.split(r"[^a-z]+", name.lower())) & set(NAMES):
             return [name, other]
     return []
 
@@ -272,35 +289,6 @@ def _leaves(value, name: str = "") -> Iterable[tuple[str, object]]:
         yield from _leaves(item, f"{name}.{key}" if name else str(key))
 
 
-def names_of(answers: Sequence[str], values: set[str]) -> Choice | None:
-    """Returns what stands for each answer where a choice's values name the answers: by column or by its suffix.
-
-    Suffixes 0 and 1 are taken by their number, as are 1 and 2, where 0 is a tie if 1 and 2 are both there.
-    """
-    columns = [name.lower() for name in answers]
-    suffixes = _suffixes(answers)
-    if suffixes is None:
-        return None
-    names = [
-        (column, suffix, f"model_{suffix}", f"response_{suffix}")
-        for column, suffix in zip(columns, suffixes, strict=True)
-    ]
-    ties = TIE_WORDS
-    if suffixes == ("1", "2") and {"1", "2"} <= values:
-        ties = (*TIE_WORDS, "0")
-    known = {word for words in names for word in words}
-    if not values & known or values - known - set(ties):
-        return None
-    return Choice(tuple(names), ties)
-
-
-def _suffixes(answers: Sequence[str]) -> tuple[str, ...] | None:
-    found = [_STEM_AND_SUFFIX.fullmatch(name) for name in answers]
-    if not all(found) or len({match[1] for match in found}) > 1:
-        return None
-    return tuple(match[2].lower() for match in found)
-
-
 def _two_answers(kinds: dict[str, str]) -> tuple[str, str] | None:
     """Returns two columns of texts or conversations whose names differ in their suffix alone; none where several such
     pairs may be the answers."""
@@ -310,18 +298,12 @@ def _two_answers(kinds: dict[str, str]) -> tuple[str, str] | None:
         pair
         for first, second in combinations(texts, 2)
         for pair in ((first, second), (second, first))
-        if kinds[first] == kinds[second] and _suffixes(pair) in orders and not _VOTES.fullmatch(first)
+        if kinds[first] == kinds[second] and suffixes_of(pair) in orders and not _VOTES.fullmatch(first)
     ]
-    found = [pair for pair in found if not set(_stem(pair[0])) & set(_NAMES)]  # who has answered, and not what
+    found = [pair for pair in found if not set(stem_of(pair[0])) & set(NAMES)]  # who has answered, and not what
     if len(found) > 1:
-        found = [pair for pair in found if kinds[pair[0]] != "text" or set(_stem(pair[0])) & set(_ANSWERS)]
+        found = [pair for pair in found if kinds[pair[0]] != "text" or set(stem_of(pair[0])) & set(ANSWERS)]
     return found[0] if len(found) == 1 else None
-
-
-def _stem(name: str) -> list[str]:
-    """Returns the words of a name, in the singular, but for its suffix."""
-    stem = _STEM_AND_SUFFIX.fullmatch(name)[1].lower()
-    return [word.strip("s") for word in re.split(r"[^a-z]+", stem)]
 
 
 def values_in(cells: Iterable) -> set[str] | None:

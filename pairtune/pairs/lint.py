@@ -90,7 +90,7 @@ class Looked:
         width = max([42, *(len(finding.title) for finding in self.findings if finding.rows)])
         lines = [f"{'rows read':{width}} {self.num_rows:8,}", f"{'pairs':{width}} {len(self.texts):8,}"]
         for finding in self.findings:
-            rows = finding.rows
+            rows = list(dict.fromkeys(finding.rows))  # of several pairs a row is one
             if rows:
                 some = ", ".join(map(str, rows[:3])) + (", ..." if len(rows) > 3 else "")
                 share = 100 * len(rows) / self.num_rows

@@ -188,6 +188,8 @@ def _read(row: dict, scores: list[float]) -> Ranked | Example:
             "not as many values as answers",
         )
     known = [(answer, score) for answer, score in zip(answers, scores, strict=True) if not math.isnan(score)]
+    if not known:
+        raise Skip("no score found")
     if any(answer is None for answer, _ in known):
         raise BadRow("column 'answers' holds nothing (null). Mend or remove the row.", "an answer is null")
     answers, scores = [answer for answer, _ in known], [score for _, score in known]

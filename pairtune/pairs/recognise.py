@@ -10,7 +10,8 @@ from functools import partial
 from pairtune.errors import UserError
 from pairtune.pairs.example import Skip
 from pairtune.pairs.formats import SINGLE, Format, detect_format, fitting_format
-from pairtune.pairs.layouts import guess, known_layouts, names_of, values_in
+from pairtune.pairs.layouts import TO_BE_FILLED_IN, guess, known_layouts, values_in
+from pairtune.pairs.names import GRADES, QUESTIONS, TO_BE_NAMED, names_of, says_worse
 from pairtune.pairs.ranked import TIE_WORDS, Choice, as_word, from_choice, trees_of
 from pairtune.pairs.readers import (
     from_completion,
@@ -34,7 +35,12 @@ def recognise(rows: Rows, key: str, *, single: bool = False) -> tuple[Format, Ro
     Raises:
         UserError: It is unknown. The message shows the columns found, and a line that may describe them.
     """
+    given = rows.columns
     form, rows = _recognise(rows, key, single=single)
+    if not {"chosen", "rejected"} & given.keys():
+        _check_answers(form, rows, key)
+    if not (form.is_paired or "label" in form.columns):
+        _check_marks(form, rows, key)
     return _without_questions(form, rows), rows
 
 
@@ -58,11 +64,14 @@ def _recognise(rows: Rows, key: str, *, single: bool) -> tuple[Format, Rows]:
     form = _fits(rows)
     if form:
         return _with_choice(form, rows, key), rows
+    unscored = ""
     if not rows.columns:
         for layout in known_layouts(rows.found):
             renamed = rows.under(layout.columns)
             form = _fits(renamed)
-            if form:
+            if form and not _has_numbers(renamed):
+                unscored = f"; no score found where {layout.name} have one"
+            elif form:
                 return replace(_with_choice(form, renamed, key), name=layout.name), renamed
     described, is_sure = guess(list(rows.first(FIRST)), rows.cells)
     if is_sure:
@@ -73,8 +82,75 @@ def _recognise(rows: Rows, key: str, *, single: bool) -> tuple[Format, Rows]:
     form = fitting_format(list(rows.first(FIRST)), SINGLE) if single else None
     if form:
         return form, rows
-    line = f"{key}.columns={_written(described)}" if described else ""
+    line = f"{key}.columns={_written(described)}{_to_do(described)}{unscored}" if described else ""
     return detect_format(rows.column_names, list(rows.first(FIRST)), source=rows.source, key=key, line=line), rows
+
+
+def _check_answers(form: Format, rows: Rows, key: str) -> None:
+    """Refuses rows of which the form takes for an answer what names one: chosen: A beside texts A and B.
+
+    Raises:
+        UserError: With a line that says so.
+    """
+    others = {name.lower(): name for name in rows.column_names if name not in form.columns}
+    names = others.keys() | {name.rpartition("_")[2] for name in others}
+    for ours in (name for name in ("chosen", "rejected") if name in form.columns):
+        cells = [row.get(ours) for row in rows.first(FIRST)]
+        said = {as_word(cell) for cell in cells if isinstance(cell, str)}
+        if not said or not said <= names:
+            continue
+        named = {name: {word, word.rpartition("_")[2]} & said for word, name in others.items()}
+        named = {name: min(words) for name, words in named.items() if words}
+        answers, values = list(named), list(named.values())
+        if len(named) != 2 or len(said) != 2:
+            answers = values = TO_BE_FILLED_IN
+        elif ours == "rejected":  # what stands for an answer is the other's name
+            values = values[::-1]
+        question = rows.columns.get("prompt") or next((name for name in QUESTIONS if name in rows.found), "prompt")
+        line = {"prompt": question, "answers": answers, "choice": {rows.columns.get(ours, ours): values}}
+        raise UserError(
+            f"{rows.source}: column {ours!r} holds {' or '.join(sorted(said))}, which name other columns, and is no "
+            f"answer. Say so: {key}.columns={_written(line)}; or, if it is one, {key}.columns={{{ours}: {ours}}}."
+        )
+
+
+def _has_numbers(rows: Rows) -> bool:
+    """Says whether any of the first rows' scores or ranks is there, if they are to have some."""
+    columns = {"scores", "ranks"} & rows.columns.keys()
+    cells = [cell for row in rows.first(FIRST) for name in columns for cell in row.get(name) or []]
+    return not columns or any(cell is not None for cell in cells)
+
+
+def _check_marks(form: Format, rows: Rows, key: str) -> None:
+    """Refuses single answers beside one column of true and false, or 0 and 1, that nobody reads: it may be their label,
+    under whatever name.
+
+    Raises:
+        UserError: `columns` says what to do with it.
+    """
+    marks = {}
+    for name in form.unused(rows.column_names):
+        values = values_in(rows.cells(name)) or set()
+        if values <= {"0", "1", ""} and {"0", "1"} <= values or values - {""} == {"true", "false"}:
+            marks[name] = " or ".join(sorted(values - {""}))
+    if len(marks) == 1 and not marks.keys() & set(GRADES):
+        ((name, said),) = marks.items()
+        raise UserError(
+            f"{rows.source}: column {name!r} holds {said}, and may say how good the answer is, which no label does. "
+            f"Say what it is: {key}.columns={{label: {name}}} where true or 1 is a good answer; or "
+            f"{key}.columns={{{name}: null}} leaves it out, and takes each answer for a good one."
+        )
+
+
+def _to_do(described: dict) -> str:
+    """Returns what is to be filled in, or to be checked, in a description that is shown."""
+    if "CHOSEN" in described.values():
+        return ", with the better answer's column in place of CHOSEN and the worse one's in place of REJECTED"
+    if TO_BE_NAMED in described:
+        return f", with scores in place of {TO_BE_NAMED} where more is better, or ranks where less is"
+    if "ranks" in described or "scores" in described:
+        return " (scores are better where they are higher, ranks where they are lower)"
+    return ""
 
 
 def _fits(rows: Rows) -> Format | None:
@@ -101,6 +177,12 @@ def _with_choice(form: Format, rows: Rows, key: str) -> Format:
         words = tuple((as_word(value),) for value in values)
         ties = tuple(word for word in (*TIE_WORDS, "0") if (word,) not in words)
         return replace(form, example=partial(from_choice, choice=Choice(words, ties)))
+    if isinstance(said, str) and says_worse(said):
+        raise UserError(
+            f"{key}.columns.choice={_written(said)}: its name says which answer is the worse one. Give what it holds "
+            "where the first answer is better, then where the second is: "
+            f"choice: {{{_written(said)}: [FIRST, SECOND]}}."
+        )
     found: set[str] = set()
     for column in [said] if isinstance(said, str) else said:
         found |= values_in(rows.cells(column)) or set()

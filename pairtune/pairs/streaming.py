@@ -18,11 +18,12 @@ from pairtune.errors import UserError
 from pairtune.pairs.already_rendered import AlreadyRendered
 from pairtune.pairs.batch import document_length
 from pairtune.pairs.columns import Renaming, as_plain, unpacked
-from pairtune.pairs.context import DOUBTFUL, GRADES, NUMBERS, OTHER_NAMES, SIDES
+from pairtune.pairs.context import DOUBTFUL, NUMBERS, OTHER_NAMES, SIDES
 from pairtune.pairs.flow import Flow
 from pairtune.pairs.formats import OUR_COLUMNS, Format
 from pairtune.pairs.gathering import ReadRow, note_of
 from pairtune.pairs.limits import Limits, worst_pair
+from pairtune.pairs.names import GRADES
 from pairtune.pairs.one_row import row_reader
 from pairtune.pairs.pair import Pair
 from pairtune.pairs.report import Report

@@ -132,6 +132,10 @@ PUBLISHED = {
         [{"question": "Q", "candidates": [{"text": "W", "model": "m", "rank": 2}, {"text": "B", "rank": 1}]}],
         1,
     ),
+    "a list of answers and one of scores as text": (
+        [{"prompt": "Q", "completions": ["W", "B"], "scores": ["4", "10"]}],
+        1,
+    ),
     "messages with chosen and rejected": (
         [{"messages": [USER], "chosen": says("B"), "rejected": says("W")}],
         1,
@@ -317,8 +321,24 @@ def test_one_line_of_columns_describes_what_is_not_recognised(row, columns):
          "dataset.columns={prompt: prompt, answers: [reply_a, reply_b], scores: [score_a, score_b]}"),
         ([{"question": "Q", "answer_1": "x", "answer_2": "y", "is_first_better": n != 1} for n in range(3)],
          "dataset.columns={prompt: question, answers: [answer_1, answer_2], choice: {is_first_better: [true, false]}}"),
-        ([{"instruction": "Which?", "input": "", "output": ["It is so.", "It is not so."]}],
-         "dataset.columns={prompt: instruction, chosen: output.0, rejected: output.1}"),
+        ([{"prompt": "Q", "original": "a", "revised": "b"}, {"prompt": "R", "original": "c", "revised": "d"}],
+         "dataset.columns={prompt: prompt, chosen: revised, rejected: original}"),
+        ([{"prompt": "Q", "final_draft": "a", "first_draft": "b"}],
+         "dataset.columns={prompt: prompt, chosen: final_draft, rejected: first_draft}"),
+        ([{"prompt": "Q", "answer_a": "x", "answer_b": "y", "worse": worse} for worse in "ab"],
+         "dataset.columns={prompt: prompt, answers: [answer_a, answer_b], choice: {worse: [b, a]}}"),
+        ([{"prompt": "Q", "response_1": "x", "response_2": "y", "loser": f"response_{i}"} for i in (1, 2)],
+         "answers: [response_1, response_2], choice: {loser: [response_2, response_1]}}"),
+        ([{"prompt": "Q", "responses": ["x", "y"], "penalties": [3.0, 1.0]}],
+         "dataset.columns={prompt: prompt, answers: responses, ranks: penalties} (scores are better where they are"),
+        ([{"prompt": "Q", "answers": [{"text": "x", "perplexity": 3.0}, {"text": "y", "perplexity": 1.0}]}],
+         "dataset.columns={prompt: prompt, answers: answers.*.text, ranks: answers.*.perplexity} (scores are"),
+        ([{"question": "Q", "answers": [{"text": "x", "votes": 3}, {"text": "y", "votes": "7"}]}],
+         "dataset.columns={prompt: question, answers: answers.*.text, scores: answers.*.votes} (scores are"),
+        ([{"prompt": "Q", "responses": ["x", "y"], "toxicity_scores": [0.1, 0.9]}],
+         "dataset.columns={prompt: prompt, answers: responses, ranks: toxicity_scores} (scores are"),
+        ([{"question": "Q", "answers": ["x", "y", "z"], "best": best} for best in (1, 0, 2)],
+         "dataset.columns={prompt: question, answers: answers, choice: {best: [0, 1, 2]}}; no score found where Stack"),
         ([{"problem": f"Is it {n}, or another number?", "good": f"It is {n}, I think.", "bad": f"It is not {n}."}
           for n in range(9)],
          "dataset.columns={prompt: problem, chosen: good, rejected: bad}"),
@@ -328,8 +348,9 @@ def test_the_error_shows_the_line_filled_in_where_values_do_not_name_an_answer(r
     with pytest.raises(UserError) as refused:
         read(rows)
     assert line in str(refused.value)
+    line = line if "columns=" in line else f"dataset.columns={{prompt: prompt, {line}"
     form, renamed = recognise(Rows(rows, columns=_columns(line)), "dataset")
-    assert len(form.read(renamed[0])) == 1  # the line as it stands is one that works
+    assert form.read(renamed[0])  # the line as it stands is one that works
 
 
 def test_whose_an_answer_is_stands_for_no_answer():
@@ -359,6 +380,12 @@ def test_whose_an_answer_is_stands_for_no_answer():
          "{prompt: Question, answers: [Response A, Response B], choice: Human Choice}"),
         ({"prompt": "Q", "reply_a": "x", "reply_b": "y", "preference_score": 0.9},
          "{prompt: prompt, answers: [reply_a, reply_b], choice: {COLUMN: [FIRST, SECOND]}}"),
+        ({"instruction": "Which?", "input": "", "output": ["It is so, I think.", "It is not so."]},
+         "{prompt: instruction, chosen: CHOSEN, rejected: REJECTED}, with the better"),
+        ({"prompt": "Q", "alice": "It is so, I think.", "bob": "No, it is not so."},
+         "{prompt: prompt, chosen: CHOSEN, rejected: REJECTED}"),
+        ({"prompt": "Q", "responses": ["x", "y"], "n": [3, 1]},
+         "{prompt: prompt, answers: responses, SCORES_OR_RANKS: n}, with scores in place of SCORES_OR_RANKS where"),
         ({"conversation": [{"human": "Q", "assistant": "A"}, {"human": "R"}], "good": "g", "bad": "b"}, None),
     ],
 )  # fmt: skip
@@ -390,7 +417,29 @@ def test_files_of_columns_and_of_other_marks_are_named_for_what_they_are(tmp_pat
 def _columns(line):
     import yaml
 
-    return yaml.safe_load(line.partition("=")[2])
+    return yaml.safe_load(line.partition("=")[2].rpartition("}")[0] + "}")
+
+
+@pytest.mark.parametrize("name", ["chosen", "rejected"])
+@pytest.mark.parametrize(("first", "second"), [("A", "B"), ("model_1", "model_2"), ("so", "not so")])
+def test_an_answer_that_names_another_column_is_a_choice_and_no_answer(name, first, second):
+    rows = [{"prompt": "Q", name: said, first: "It is so.", second: "It is not so."} for said in (first, second)]
+    with pytest.raises(UserError) as refused:
+        recognise(Rows(rows), "dataset", single=True)
+    line = str(refused.value).partition("Say so: ")[2].partition("; or")[0]
+    better, worse = ("It is so.", "It is not so.")[:: 1 if name == "chosen" else -1]
+    assert read(rows, _columns(line))[0] == [("Q", better, worse), ("Q", worse, better)]
+    both = [row | {"chosen": first, "rejected": second} for row in rows]
+    with pytest.raises(UserError, match="column 'chosen' holds .* which name other columns.*FIRST, SECOND"):
+        recognise(Rows(both), "dataset")
+    assert read(both, {"chosen": "chosen"})[0] == [("Q", first, second)] * 2  # a question of several choices
+
+
+def test_answers_without_a_score_are_no_tie(chatml):
+    row = {"q": "Q", "all": [{"t": "B", "s": 1}, {"t": "W", "s": 0}]}
+    columns = {"prompt": "q", "answers": "all.*.t", "scores": "all.*.s"}
+    _, report = tokenize([row, {**row, "all": [{"t": "B"}, {"t": "W"}]}], chatml, columns=columns)
+    assert report.dropped == {"no score found": [1]}
 
 
 def test_a_choice_whose_values_say_nothing_is_asked_for(chatml):
@@ -399,6 +448,8 @@ def test_a_choice_whose_values_say_nothing_is_asked_for(chatml):
         UserError, match=r"columns.choice=won: its values, l, r, do not say .*choice: \{won: \[l, r\]\}"
     ):
         read([{"q": "Q", "x": "B", "y": "W", "won": "L"}, {"q": "Q", "x": "B", "y": "W", "won": "R"}], columns)
+    with pytest.raises(UserError, match=r"columns.choice=loser: its name .* choice: \{loser: \[FIRST, SECOND\]\}"):
+        read([{"q": "Q", "x": "B", "y": "W", "loser": "y"}], {**columns, "choice": "loser"})
     good = {"q": "Q", "x": "B", "y": "W", "won": "x"}
     with pytest.raises(
         UserError, match=r"row 1 \(from 0\): column 'choice' holds text, 'z', expected x or y, or a tie"

@@ -13,7 +13,9 @@ from test_tokenizer import CHATML, LLAMA_3, chat, save
 
 from pairtune.errors import UserError
 from pairtune.pairs.digests import digest_each, digest_in_order
+from pairtune.pairs.lint import look
 from pairtune.pairs.packed import PackedPairs
+from pairtune.pairs.rows import Rows
 from pairtune.tokenizer.hf import hf_tokenizer
 
 ROW = {"prompt": "Q", "chosen": "B", "rejected": "W"}
@@ -160,6 +162,32 @@ def test_a_column_that_may_say_how_good_a_single_answer_is_is_refused_until_colu
     alone, _ = tokenize([good, bad], chatml, unpaired=True, columns={name: None})
     assert all(pair.chosen for pair in alone)
     assert one({**ROW, name: values[0]}, chatml)[0] == one(ROW, chatml)[0]  # beside a better and a worse one
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("toxic", (False, True)),
+        ("harmful", (0, 1)),
+        ("is_spam", ("false", "true")),
+        ("toxicity_score", (0.1, 0.9)),
+        ("is_bad", (False, True)),
+        ("passed_check", (True, False)),
+        ("x", (1, 0)),
+    ],
+)
+def test_a_column_that_may_say_that_a_single_answer_is_bad_is_refused_and_never_taken_for_its_label(name, values):
+    rows = [{"prompt": f"Q{i}", "completion": "B", name: values[i % 2]} for i in range(4)]
+    with pytest.raises(UserError) as refused:
+        look(Rows(rows), "dataset", single=True)
+    said = str(refused.value)
+    assert f"column '{name}' holds" in said and f"dataset.columns={{{name}: null}} leaves it out" in said
+    assert (f"label: {name}" in said) == (name in ("passed_check", "x"))  # which may say that it is good
+    left = look(Rows(rows, columns={name: None}), "dataset", single=True)
+    assert all(text.chosen for text in left.texts) and len(left.texts) == 4
+    other = [row | {"has_code": i > 1} for i, row in enumerate(rows)]  # one of several marks is no label by its kind
+    if name in ("passed_check", "x"):
+        assert len(look(Rows(other), "dataset", single=True).texts) == 4
 
 
 @pytest.mark.parametrize("between", ["\n", " ", "\n\nAnswer: "])

@@ -67,6 +67,13 @@ def test_each_fault_is_found_in_the_rows_that_have_it(rows):
     assert page.count("\n  row ") == 20
 
 
+def test_rows_of_several_pairs_are_counted_once(rows):
+    several = [{**row, "rejected": [row["rejected"] + f" {n}" for n in range(3)]} for row in rows[:4]]
+    findings, looked = found(several)
+    assert len(findings["near-duplicates of an earlier pair"]) > 4
+    assert "near-duplicates of an earlier pair                4  100.0 %   row 0, 1, 2, ..." in str(looked)
+
+
 def test_scores_that_say_the_opposite_are_found(rows):
     rows = [{**row, "score_chosen": 5.0, "score_rejected": float(n), "rank_chosen": 1, "rank_rejected": 2}
             for n, row in enumerate(rows)]  # fmt: skip

@@ -1,0 +1,123 @@
+"""What the name of a column says by itself: that it chooses between answers, that one of them is better or worse, that
+a number is better where it is higher, how good a single answer is."""
+
+import re
+from collections.abc import Iterable, Sequence
+
+from pairtune.pairs.ranked import TIE_WORDS, Choice
+
+QUESTIONS = ("prompt", "question", "instruction", "query", "input", "context", "post", "text")
+ANSWERS = ("text", "response", "answer", "completion", "generation", "candidate", "output", "content", "reply")
+ANSWERS += ("replie",)  # in the singular, but for its ending
+OF_WHOM = ("id", "uuid", "user_id", "annotator_id", "worker_id", "model", "author", "annotator", "status")
+NAMES = ("model", "policy", "name", "author", "annotator", "judge", "worker", "source", "id", "system", "label")
+CHOICES = ("choice", "label", "labels", "winner", "preference", "preferred", "better", "vote", "votes", "verdict")
+CHOICES += ("best", "selected", "better_response_id", "human_preference", "preferred_response", "preferred_answer")
+# Which may say how good a single answer is, where no label does; and of these, that it is a bad one
+_BAD = (
+    "toxic",
+    "toxicity",
+    "harmful",
+    "harm",
+    "unsafe",
+    "spam",
+    "bad",
+    "refused",
+    "refusal",
+    "violation",
+    "violations",
+)
+_BAD += ("hate", "hateful", "flagged", "offensive", "abusive", "wrong", "incorrect", "rejected", "undesirable", "error")
+_BAD += ("downvoted", "disliked", "hallucination", "hallucinated", "violates", "penalty", "perplexity")
+BAD_GRADES = tuple(f"{before}{name}{after}" for name in _BAD for before in ("", "is_") for after in ("", "_score"))
+GRADES = (*CHOICES, "feedback", "thumb", "thumbs", "rating", "ratings", "score", "scores", "reward", "rewards", "grade")
+GRADES += ("quality", "sentiment", "upvoted", "like", "liked", "accepted", "approved", "is_good", "good", "helpful")
+GRADES += ("correct", "is_correct", "desirable", "is_desirable", "is_preferred", "is_chosen", "completion_label")
+GRADES += ("quality_score", "reward_score", "helpfulness", "helpfulness_score", "safety_score", "is_safe", "safe")
+GRADES += ("overall_score", "stars", "upvotes", "points", "is_helpful", "is_approved", "is_accepted", *BAD_GRADES)
+
+_BETTER = re.compile(r"(?<![a-z])(chosen|better|preferred|good|accepted|best|win|positive|correct(?!ed))")
+_WORSE = re.compile(
+    r"(?<![a-z])(reject|worse|worst|bad|los(e|ing|t(?![a-z]))|negative|incorrect|wrong"
+    r"|(dis|un|non_?|not_?|less_|least_)(chosen|better|preferred|accepted|selected|good|best))"
+)
+# A text and what somebody made of it
+_AFTER = re.compile(
+    r"(?<![a-z])(revised|revision|edited|after|improved|corrected|final|refined|rewritten|fixed|polished)"
+)
+_BEFORE = re.compile(r"(?<![a-z])(original|draft|before|initial|unedited|unrevised)")
+_FEWER_IS_BETTER = re.compile(
+    r"(?<![a-z])(rank|penalt|error|mistake|fault|loss|perplexity|ppl|nll|toxic|harm(?!less)|unsafe|hate|violation|spam"
+    r"|distance|cost|risk|downvote|dislike|bad|wrong|hallucination|refusal)"
+)
+_MORE_IS_BETTER = re.compile(
+    r"(?<![a-z])(score|rating|reward|vote|upvote|like(?!li)|star|grade|point|quality|helpful|harmless|accura|win)"
+)
+_STEM_AND_SUFFIX = re.compile(r"(.*?)[_ ]?(\d+|[A-Za-z]|first|second|left|right)")
+TO_BE_NAMED = "SCORES_OR_RANKS"
+
+
+def says_worse(name: str) -> bool:
+    """Says whether a column is a worse answer, or names it."""
+    return _WORSE.search(_words(name)) is not None
+
+
+def better_and_worse(names: Iterable[str]) -> tuple[str, str] | None:
+    """Returns the columns of a better and of a worse answer, as their names say; None where these do not say it."""
+    words = {name: _words(name) for name in names}
+    worse = next(filter(says_worse, words), None)
+    better = next((name for name, said in words.items() if _BETTER.search(said) and not says_worse(name)), None)
+    if better and worse:
+        return better, worse
+    after = next((name for name, said in words.items() if _AFTER.search(said)), None)
+    before = next((name for name, said in words.items() if _BEFORE.search(said) and not _AFTER.search(said)), None)
+    return (after, before) if after and before else None
+
+
+def numbers_as(name: str) -> str:
+    """Returns what answers' numbers are by their name: scores, better where they are higher; ranks, better where they
+    are lower, as penalties are; or what is to be filled in."""
+    words = _words(name.rpartition(".")[2])
+    if _FEWER_IS_BETTER.search(words):
+        return "ranks"
+    return "scores" if _MORE_IS_BETTER.search(words) else TO_BE_NAMED
+
+
+def names_of(answers: Sequence[str], values: set[str]) -> Choice | None:
+    """Returns what stands for each answer where a choice's values name the answers: by column or by its suffix.
+
+    Suffixes 0 and 1 are taken by their number, as are 1 and 2, where 0 is a tie if 1 and 2 are both there.
+    """
+    columns = [name.lower() for name in answers]
+    suffixes = suffixes_of(answers)
+    if suffixes is None:
+        return None
+    names = [
+        (column, suffix, f"model_{suffix}", f"response_{suffix}")
+        for column, suffix in zip(columns, suffixes, strict=True)
+    ]
+    ties = TIE_WORDS
+    if suffixes == ("1", "2") and {"1", "2"} <= values:
+        ties = (*TIE_WORDS, "0")
+    known = {word for words in names for word in words}
+    if not values & known or values - known - set(ties):
+        return None
+    return Choice(tuple(names), ties)
+
+
+def suffixes_of(answers: Sequence[str]) -> tuple[str, ...] | None:
+    """Returns how columns' names end that begin alike; None where they do not."""
+    found = [_STEM_AND_SUFFIX.fullmatch(name) for name in answers]
+    if not all(found) or len({match[1] for match in found}) > 1:
+        return None
+    return tuple(match[2].lower() for match in found)
+
+
+def stem_of(name: str) -> list[str]:
+    """Returns the words of a name, in the singular, but for its suffix."""
+    stem = _STEM_AND_SUFFIX.fullmatch(name)[1].lower()
+    return [word.strip("s") for word in re.split(r"[^a-z]+", stem)]
+
+
+def _words(name: str) -> str:
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
