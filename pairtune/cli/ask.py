@@ -1,6 +1,7 @@
 """`tune generate` and `tune chat`: a model's answers, in the terminal or in a file."""
 
 import argparse
+import io
 import json
 import re
 import sys
@@ -31,6 +32,7 @@ def generate(argv: list[str]) -> int:
     add_how(parser)
     args = parser.parse_intermixed_args(argv)
     check_how(args)
+    check_overrides(args, args.overrides)
     from pairtune.cli import asking  # and torch
 
     asked = args.prompt + [row["prompt"] for row in read_prompts_file(args.prompts)]
@@ -38,6 +40,7 @@ def generate(argv: list[str]) -> int:
         raise UserError("what is asked? --prompt TEXT, --prompts FILE, or a prompt a line on standard input")
     model = asking.Model(asking.Asked(args.folder, args.adapter, args.base_dtype, args.overrides))
     prompts = [model.prompt(one, args.system) for one in asked]
+    model.check_room(prompts)
     how = {"max_new_tokens": args.max_new_tokens, "sampling": sampling_of(args), "rng": model.generator(args.seed)}
     answers: list[str] = []
     starts = range(0, len(prompts), args.batch_size)
@@ -76,6 +79,7 @@ def chat(argv: list[str]) -> int:
     args = parser.parse_intermixed_args(argv)
     check_how(args)
     folders, overrides = folders_of(args.words)
+    check_overrides(args, overrides)
     if not 0 < len(folders) < 3:
         raise UserError(f"chat: {len(folders)} folders; one or two can be asked at a time")
     from pairtune.cli import asking  # and torch
@@ -84,9 +88,14 @@ def chat(argv: list[str]) -> int:
     histories: list[list[dict]] = [[] for _ in opened]
     rngs = [model.generator(args.seed) for model in opened]
     print("/new begins anew, /end ends", file=sys.stderr)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # so that a line that is no text is told, and the next is read
     while (line := _line()) is not None:
         if line == "/end":
             break
+        if any("\ud800" <= letter <= "\udfff" for letter in line):
+            print("the line is no text in UTF-8; it is not asked", file=sys.stderr)
+            continue
         if line == "/new":
             histories = [[] for _ in opened]
         elif re.fullmatch(r"/\w+", line):
@@ -179,6 +188,20 @@ def check_how(args) -> None:
         raise UserError(f"{given}: has no effect with --temperature 0, which takes the likeliest token; give both")
 
 
+def check_overrides(args, overrides: list[str]) -> None:
+    """Refuses keys of a config that the command has an option for: as keys they are those of training.
+
+    Raises:
+        UserError: One is given.
+    """
+    for word in overrides:
+        name, _, value = word.partition("=")
+        if name in vars(args):
+            raise UserError(f"{word}: is an option of this command: --{name.replace('_', '-')} {value}")
+        if name == "batch_size":
+            raise UserError(f"{word}: has no effect on answers; leave it out")
+
+
 def sampling_of(args):
     """Returns how tokens are drawn, by the options of `add_how`."""
     from pairtune.models.generation import Sampling
@@ -213,6 +236,7 @@ def compare(argv: list[str]) -> int:
     args = parser.parse_intermixed_args(argv)
     check_how(args)
     folders, overrides = folders_of(args.words)
+    check_overrides(args, overrides)
     if args.answers is None and not folders:
         raise UserError("compare: which models? folders of models or runs, or --answers FILE that --output wrote")
     if args.answers is not None and (args.words or args.prompt or args.prompts or args.urial or args.runs_only):

@@ -76,6 +76,18 @@ class Model:
             messages = [{"role": "system", "content": system}, *messages]
         return self.tokenizer.render(messages, add_generation_prompt=True)
 
+    def check_room(self, prompts: Sequence[list[int]]) -> None:
+        """Refuses prompts that leave no room for an answer, before the first is answered.
+
+        Raises:
+            UserError: There is one; the message counts prompts from 1.
+        """
+        positions = self._model.pairtune.num_positions
+        if found := [n for n, tokens in enumerate(prompts, 1) if len(tokens) >= positions]:
+            told = f"prompt {found[0]:,} of {len(prompts):,}, of {len(prompts[found[0] - 1]):,} tokens, "
+            more = f"; neither do {len(found) - 1:,} further ones" if len(found) > 1 else ""
+            raise UserError(f"{told}leaves no room in the model's {positions:,} positions{more}; take it out")
+
     @torch.inference_mode()
     def answers(
         self, prompts: list[list[int]], *, max_new_tokens: int, sampling: Sampling, rng: torch.Generator

@@ -35,8 +35,12 @@ def read_words(recipe: Path, words: list[str]) -> tuple[list[Path], list[str]]:
                 f"{word}: after RECIPE the only option is --config; a key is set without dashes, as key=value, "
                 "and torchrun's options stand before RECIPE"
             )
-        elif word.startswith("~") or "=" in word:
+        elif word.startswith("~") or ("=" in word and word[0] not in "=\u2013\u2014"):
             overrides.append(word)
+        elif any(one.startswith("=") for one in words):
+            raise UserError(f"{word}: a key is set as key=value, with no blanks around =")
+        elif word.startswith(("\u2013", "\u2014")):  # typographic dashes, pasted
+            raise UserError(f"{word}: begins with a typographic dash; options have -, as --config; a key is key=value")
         else:
             raise UserError(f"{word}: neither key=value nor ~key; a config is given as --config {word}")
     if "" in configs or not (configs or (overrides and parses_defaults(recipe))):

@@ -33,6 +33,7 @@ def ask_all(folders: Sequence[Path], asked: Sequence, args, overrides: Sequence[
         model = asking.Model(asking.Asked(folder, None, args.base_dtype, words))
         texts = [urial.prompt(_question(one)) for one in asked] if with_examples else asked
         prompts = [model.prompt(one) for one in texts]
+        model.check_room(prompts)
         answers: list[str] = []
         rng = model.generator(args.seed)
         starts = range(0, len(prompts), args.batch_size)

@@ -29,6 +29,10 @@ def find(kinds: str, name: str, *, files: bool = True) -> Path:
         stem = name.removesuffix(suffix).removeprefix(f"{kind}s/")
         if stem in names(kind):
             return names(kind)[stem]
+    if kinds == "config" and stem in names("recipe"):
+        raise UserError(
+            f"{name}: is a recipe, not a config; `tune validate` and `tune plan` take CONFIG --recipe {stem}"
+        )
     known = [known for kind in kinds.split(" or ") for known in names(kind)]
     raise UserError(f"{name}: no such {kinds}{nearest(stem, known, num=3)}; `tune ls` lists them")
 

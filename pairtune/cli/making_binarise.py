@@ -80,16 +80,23 @@ def write_pairs(pairs, output: Path, share: float, counts) -> list[Path]:
         counts: What became of all, in words.
 
     Raises:
-        UserError: There is no pair, or a file cannot be written.
+        UserError: There is no pair, or none on one of two sides, or a file cannot be written.
     """
     output = output.expanduser()
     held_out = output.with_name(f"{output.stem}.held_out{output.suffix or '.jsonl'}")
     paths = [output, held_out] if share else [output]
     with telling(output, "name another file: --output"), ExitStack() as stack:
-        files, is_empty = [stack.enter_context(replacing(path)) for path in paths], True
+        files, written = [stack.enter_context(replacing(path)) for path in paths], [0] * len(paths)
         for row, is_held_out in pairs:
             files[is_held_out].write(json.dumps(row, ensure_ascii=False) + "\n")
-            is_empty = False
-        if is_empty:
+            written[is_held_out] += 1
+        if not any(written):
             raise UserError(f"no pair can be made: {counts}")
+        if not all(written):
+            which = "none" if written[0] else "each"
+            way_out = f"give another --seed, a {'larger' if written[0] else 'smaller'} share, or more rows"
+            raise UserError(
+                f"--held-out {share:g}: of {sum(written):,} pairs {which} is held out, and a run refuses an empty "
+                f"file; {way_out}"
+            )
     return paths

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from pairtune.cli.ask import add_how, check_how, one_folder
+from pairtune.cli.ask import add_how, check_how, check_overrides, one_folder
 from pairtune.cli.making_binarise import write_pairs
 from pairtune.cli.words import parser_of
 from pairtune.errors import UserError
@@ -28,6 +28,7 @@ def contrast(argv: list[str]) -> int:
     args = parser.parse_intermixed_args(argv)
     check_how(args)
     folder, overrides = one_folder(args.words, "data contrast")
+    check_overrides(args, overrides)
     if not 0 <= args.held_out < 1:
         raise UserError(f"--held-out {args.held_out:g}: must be at least 0 and below 1")
     from pairtune.making.contrast import Contrast

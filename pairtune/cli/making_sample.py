@@ -2,10 +2,11 @@
 
 import argparse
 import re
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
-from pairtune.cli.ask import add_how, check_how, one_folder, sampling_of
+from pairtune.cli.ask import add_how, check_how, check_overrides, one_folder, sampling_of
 from pairtune.cli.judging import BUDGET_USED, body_of, limits_of, option_of
 from pairtune.cli.prompts import read_prompts_file
 from pairtune.cli.words import parser_of
@@ -34,10 +35,11 @@ def sample(argv: list[str]) -> int:
     if given := [name for name in OF_ENDPOINTS if getattr(args, name) is not None]:
         raise UserError(f"{option_of(given[0])}: has no effect but on an endpoint, https://HOST/v1")
     folder, overrides = one_folder(args.words, "data sample")
+    check_overrides(args, overrides)
     from pairtune.making.sample import sample as draw
 
     rows = _rows(args.prompts)
-    answer, drawing = drawn_from(folder, overrides, args, args.count)
+    answer, drawing = drawn_from(folder, overrides, args, args.count, [row["prompt"] for row in rows])
     print(f"{args.output}: {draw(answer, rows, args.output, drawing)}")
     return 0
 
@@ -101,12 +103,17 @@ def _from_endpoint(addresses: list[str], args) -> int:
     return BUDGET_USED if client.is_budget_used else 0
 
 
-def drawn_from(folder: Path, overrides: list[str], args, count: int):
-    """Returns what making/sample.py takes: a function that answers prompts by a model, and how it draws."""
+def drawn_from(folder: Path, overrides: list[str], args, count: int, prompts: Sequence = ()):
+    """Returns what making/sample.py takes: a function that answers prompts by a model, and how it draws.
+
+    Raises:
+        UserError: One of the prompts, where they are known already, leaves no room for an answer.
+    """
     from pairtune.cli import asking  # and torch
     from pairtune.making.sample import Drawing
 
     model = asking.Model(asking.Asked(folder, args.adapter, args.base_dtype, overrides))
+    model.check_room([model.prompt(one, args.system) for one in prompts])
 
     def answer(prompts: list, seed: int) -> list[str]:
         texts = [""] * len(prompts)

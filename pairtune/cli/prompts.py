@@ -16,7 +16,12 @@ def read_prompts_file(path: Path | None) -> list[dict]:
     if path is None:
         return []
     if str(path) == "-":
-        return _rows(Path("standard input"), sys.stdin.read())
+        try:
+            text = sys.stdin.read()
+            text.encode()  # not the surrogates that stand for other bytes
+        except UnicodeError:
+            raise UserError("standard input: is no text in UTF-8") from None
+        return _rows(Path("standard input"), text)
     try:
         text = path.expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

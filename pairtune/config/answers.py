@@ -8,6 +8,8 @@ from pairtune.config.names_elsewhere import ROWS, Elsewhere
 from pairtune.config.reading import read_value
 from pairtune.errors import UserError
 
+# Keys whose values have other names elsewhere, and the name there of which the values are known
+_NAMED_BY = {"optimizer": "optim", "lr_scheduler": "lr_scheduler_type"}
 _BY_WORD = {word: row for rows in ROWS.values() for row in rows for word in row.words}
 
 
@@ -53,6 +55,8 @@ def check_dashes(words: Sequence[str], options: Iterable[str]) -> None:
 def _answer_to_option(option: str, value: str | None) -> str:
     """Returns what to write in place of an option, or "" where it is no key. Alone, --load_in_4bit, it is a switch."""
     name = option.lstrip("-").replace("-", "_")
+    if name in _NAMED_BY and value and "." not in value:  # no import path, as --optimizer adamw
+        return f"set {_BY_WORD[_NAMED_BY[name]].says(read_value(name, value, option))}"
     said = answer(name, "" if value is None else read_value(name, value, option))
     if name in keys.KEYS or said.startswith(f"here it is called {name}:"):
         said = ""

@@ -79,7 +79,7 @@ ROWS = {
         _row(
             "optim optimizer_type", "TRL, LLaMA-Factory, others",
             "optimizer=torch.optim.AdamW, or another class by its import path",
-            **dict.fromkeys(("adamw_torch", "adamw_hf"), "optimizer=torch.optim.AdamW"),
+            **dict.fromkeys(("adamw", "adamw_torch", "adamw_hf"), "optimizer=torch.optim.AdamW"),
             adamw_torch_fused="optimizer.fused=true",
             rmsprop="optimizer=torch.optim.RMSprop", sgd="optimizer=torch.optim.SGD",
             adafactor="optimizer=torch.optim.Adafactor",

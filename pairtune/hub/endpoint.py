@@ -238,7 +238,7 @@ def read_completion(content: bytes) -> tuple[str, int, str]:
     text, tokens = text or "", tokens if isinstance(tokens, int) else 0
     if message.get("refusal") or end == "content_filter":
         return str(message.get("refusal") or text), tokens, "refused"
-    answer = re.sub(r"(?s)^.*</think>", "", text)
+    answer = re.sub(r"(?s)^.*</think>\s*", "", text)
     # A reasoning parser takes thoughts out of the text: then nothing is left of it
     if (text.lstrip().startswith("<think>") and answer == text) or (end == "length" and not answer.strip()):
         return text, tokens, THINKS

@@ -55,7 +55,7 @@ class Function:
         if value is None:
             return Said(None, "the function gives none")
         try:
-            number = float(value)
+            number = math.nan if isinstance(value, str | bytes | bytearray) else float(value)  # float reads texts
         except (TypeError, ValueError):
             number = math.nan
         if math.isnan(number):

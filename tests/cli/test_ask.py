@@ -290,6 +290,10 @@ def test_an_answer_that_was_not_asked_for_before_has_not_changed(tmp_path, capsy
         (["generate", "{base}", "--prompt", "w1", "--top-p", "0.9"], "has no effect with --temperature 0"),
         (["generate", "{base}", "--prompts", "{work}/none.txt"], "cannot be read: No such file"),
         (["generate", "{base}", "--prompt", "w1 " * 200, "dtype=fp32"], "leaves no room in the model's 128 positions"),
+        (["generate", "{base}", "--prompt", "w1", "--prompt", "w1 " * 200, "dtype=fp32"], "prompt 2 of 2, of "),
+        (["generate", "{base}", "--prompt", "w1", "batch_size=3"], "is an option of this command: --batch-size 3"),
+        (["compare", "{base}", "--prompt", "w1", "seed=3"], "is an option of this command: --seed 3"),
+        (["chat", "{base}", "batch_size=3"], "batch_size=3: has no effect on answers"),
         (["chat", "{base}", "{base}", "{base}"], "3 folders; one or two"),
     ],
 )

@@ -149,6 +149,7 @@ def test_a_mistake_in_a_run_is_one_sentence_before_torch_is_imported(folder, wor
         (["plan", "site"], "site: holds no config.json"),
         (["plan", "my", "sead=1"], "unknown key sead; nearest: seed"),
         (["plan", "my", "--recipe", "nothing"], "nothing: no such recipe"),
+        (["validate", "lora_dpo_single_device", "--config", "my"], "take CONFIG --recipe lora_dpo_single_device"),
         (["validate", "your"], "your: no such config"),
     ],
 )

@@ -149,6 +149,9 @@ def test_a_file_of_another_system_is_answered_at_once(tmp_path):
         (["--bf16", "seed=1"], "dtype: set dtype=bf16"),
         (["--max_length", "512"], "set max_length=512"),
         (["--optimizer.lr=1e-4"], "set optimizer.lr=1e-4"),
+        (["--optimizer", "adamw"], "set optimizer=torch.optim.AdamW"),
+        (["--optimizer=adafactor"], "set optimizer=torch.optim.Adafactor"),
+        (["--lr_scheduler", "cosine"], "set lr_scheduler=pairtune.schedules.cosine"),
     ],
 )
 def test_a_name_with_dashes_gets_the_answer_that_it_has_without(capsys, tmp_path, words, set_here):

@@ -184,6 +184,7 @@ def test_a_question_that_is_refused_for_itself_keeps_no_call_from_going_on(answe
         (completion("", content=None, finish="length", reasoning_content="Well,"), "", endpoint.THINKS),
         (completion(" \n", finish="length"), " \n", endpoint.THINKS),
         (completion("<think>Well,</think>\n", finish="length"), "<think>Well,</think>\n", endpoint.THINKS),
+        (completion("<think>Well,</think>\n\n Yes"), "Yes", ""),
         (completion("<think>Well,"), "<think>Well,", endpoint.THINKS),
         (completion("", content=None), "", ""),
         (completion("<think>Well,</think>Yes", finish="length"), "Yes", endpoint.CUT),
@@ -245,6 +246,9 @@ def odd(answer, other):
 def says(answer):
     return "good"
 
+def writes(answer):
+    return "0.5"
+
 def none(answer):
     return None
 """
@@ -278,6 +282,7 @@ def test_a_function_of_ones_own_judges(answers, mine, capsys):
         ("odd", "takes answer, other; a judge takes answer, or first and second"),
         ("fails", "KeyError: 'x' ("),
         ("says", "returned 'good'; a judge returns a number, higher is better, or None"),
+        ("writes", "returned '0.5'; a judge returns a number, higher is better, or None"),
         ("missing", "cannot be imported: AttributeError"),
     ],
 )

@@ -219,6 +219,11 @@ def test_other_layouts_are_read_and_what_is_written_are_pairs(tmp_path, name):
         (HELPSTEER, ["--score", "help"], "--score: {source} has no score help;"),
         ([{"prompt": "q", "chosen": "a", "rejected": "b"}], [], "hold no scores or ranks of several"),
         (HELPSTEER, ["--held-out", "1"], "--held-out 1: must be at least 0 and below 1"),
+        (
+            ultrafeedback(4),
+            ["--held-out", "0.0001"],
+            "none is held out, and a run refuses an empty file; give another --seed",
+        ),
         (ultrafeedback(4), ["--against", "best"], "--against"),
         ([{"prompt": "q", "answers": ["a", "b"], "scores": [1, 1]}], [], "no pair can be made: 0 pairs of 1 questions"),
     ],
