@@ -5,7 +5,7 @@
 
 Measured is what torch's CPU allocator hands out during two training steps, as torch.profiler records it: neither the
 process's memory nor time plays a part, so the numbers are the same on every machine. What gloo allocates for itself
-is left out.
+is left out; as its own thread can let go of a gathered layer late, the lesser of two trials counts.
 """
 
 import argparse
@@ -48,6 +48,7 @@ OPTIMIZER = {"_component_": "torch.optim.AdamW", "lr": 1e-4}
 BITS_8, BITS_4 = "torchao.optim.AdamW8bit", "torchao.optim.AdamW4bit"
 FOUR_BIT = {"name": "model", "quantize": True}
 STEPS = 2  # from the second on, the optimizer has its state
+TRIALS = 2  # on many processes: gloo's own thread can let go of a gathered layer late, which only adds
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ CASES = (
 )
 SHARDED_CASES = (
     Case("full", "fp32", 2, 40, 60, sizes=WIDE),
-    Case("full", "bf16", 4, 40, 60, micro_batches=3, checkpointing=True, sizes=WIDE),
+    Case("full", "bf16", 2, 40, 60, micro_batches=2, checkpointing=True, sizes=WIDE),
     Case("qlora", "fp32", 2, 40, 60, micro_batches=2, sizes=WIDE),
     Case("lora", "fp32", 2, 40, 60, sizes=WIDE, reference=FOUR_BIT),
     Case("full", "fp32", 2, 40, 60, sizes=WIDE, optimizer=BITS_8),
@@ -241,7 +242,7 @@ def measure_sharded(processes: int) -> list[int]:
 
 def _work(path: Path) -> None:
     world = dist.connect(dist.start("cpu"))
-    measured = [measure(case, world) for case in SHARDED_CASES]
+    measured = [min(measure(case, world) for _ in range(TRIALS)) for case in SHARDED_CASES]
     if world.is_main:
         path.write_text(json.dumps(measured))
     dist.stop(world)
