@@ -3,7 +3,7 @@ process makes row by row."""
 
 import json
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 
 import numpy as np
@@ -39,16 +39,24 @@ def gather(
     Raises:
         UserError: What the first row raises that raises anything.
     """
-    digests = [kept.digest(row) for row in rows] if kept else []
     tables, known = (kept.tables, kept.known) if kept else ([], {})
-    of_row: list[tuple[int, int] | None] = [known.get(digest) for digest in digests] or [None] * len(rows)
-    missing, new = [], set()
-    for index, place in enumerate(of_row):
-        if place is None and (not kept or digests[index] not in new):
-            missing.append(index)
-            new.update(digests[index : index + 1])
-    update(len(rows) - len(missing))
-    for indices, batch in _combined(_work(read_row, report), missing, processes, update):
+    digests: list[bytes] = []
+    of_row: list[tuple[int, int] | None] = [None] * len(rows)
+
+    def missing() -> Iterator[int]:
+        """The rows to be read, of those that are alike the first: looked up as they are asked for."""
+        new = set()
+        for index, row in enumerate(rows):
+            digests.append(kept.digest(row))
+            of_row[index] = known.get(digests[index])
+            if of_row[index] is None and digests[index] not in new:
+                new.add(digests[index])
+                yield index
+            else:
+                update(1)
+
+    lacking = missing() if kept else range(len(rows))
+    for indices, batch in _combined(_work(read_row, report), lacking, processes, update):
         for place, index in enumerate(indices):
             of_row[index] = len(tables), place
         if kept:
@@ -72,7 +80,7 @@ def _work(read_row: ReadRow, report: Report) -> Callable[[Sequence[int]], pa.Rec
 
 
 def _combined(
-    work: Callable, indices: list[int], processes: int, update: Callable[[int], None]
+    work: Callable, indices: Iterable[int], processes: int, update: Callable[[int], None]
 ) -> Iterator[tuple[list[int], pa.RecordBatch]]:
     """Yields what became of some thousand rows at a time; of those before a row that raises, too."""
     parts, batches = [], []

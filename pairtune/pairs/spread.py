@@ -5,10 +5,11 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from itertools import islice
 
 from pairtune.errors import UserError
 
@@ -22,8 +23,10 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def spread(work: Callable[[Sequence], object], things: Sequence, *, processes: int) -> Iterator[tuple]:
+def spread(work: Callable[[list], object], things: Iterable, *, processes: int) -> Iterator[tuple]:
     """Yields the things' parts, in their order, each with work(part); what a part raises is raised in its turn.
+
+    Things are taken as they are needed, while earlier ones are worked on.
 
     Processes are forks: they begin in a moment, with all that this one has, and hand over results only. `work` must not
     touch a GPU, nor threads of a library.
@@ -31,13 +34,14 @@ def spread(work: Callable[[Sequence], object], things: Sequence, *, processes: i
     Raises:
         UserError: A process was killed.
     """
-    parts = (things[start : start + PART] for start in range(0, len(things), PART))
+    remaining = iter(things)
+    parts = iter(lambda: list(islice(remaining, PART)), [])
     if processes < 2:
         for part in parts:
             yield part, work(part)
         return
     with _pool(work, processes) as pool:
-        pending: list[tuple[Sequence, Future]] = []
+        pending: list[tuple[list, Future]] = []
         for part in parts:
             pending.append((part, pool.submit(_do, part)))
             if len(pending) > AHEAD * processes:
@@ -46,7 +50,7 @@ def spread(work: Callable[[Sequence], object], things: Sequence, *, processes: i
             yield _taken(pending)
 
 
-def _taken(pending: list[tuple[Sequence, Future]]) -> tuple:
+def _taken(pending: list[tuple[list, Future]]) -> tuple:
     part, future = pending.pop(0)
     return part, future.result()
 
@@ -82,5 +86,5 @@ def _end_with(parent) -> None:
     os._exit(1)
 
 
-def _do(part: Sequence) -> object:
+def _do(part: list) -> object:
     return _work(part)

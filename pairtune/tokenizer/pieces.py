@@ -16,6 +16,7 @@ from functools import partial
 import tokenizers
 
 REMEMBERED = 64  # pieces: those of a few conversations
+WORDS = 2**16  # whose tokens the library remembers: behind its own 10,000 it would cut each new one again
 # What looks at a word alone. Metaspace may look at where a text begins, see _is_local.
 PRE_TOKENIZERS = (
     *("ByteLevel", "Split", "Digits", "Punctuation", "Whitespace", "WhitespaceSplit", "Metaspace", "BertPreTokenizer"),
@@ -67,11 +68,13 @@ class PieceEncoder:
     """Encodes texts as a backend does without the tokens that it adds at their ends.
 
     Args:
-        backend: Is not changed, and must not be.
+        backend: Must not be changed. It gives the tokens that it gave.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer):
         self._backend = backend
+        if resize := getattr(backend.model, "_resize_cache", None):  # a fifth of the time, and no other tokens
+            resize(WORDS)
         added = backend.get_added_tokens_decoder()
         self._ids = {token.content: i for i, token in added.items()}
         # As the library finds them: the first, and of those that begin there the longest.
