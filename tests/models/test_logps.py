@@ -196,7 +196,8 @@ def test_lora_on_the_output_layer_agrees_with_the_padded_forward():
     models.prepare(model, max_length=128)
     values = ours(model, pairs)
     torch.testing.assert_close(values, expected, atol=1e-4, rtol=0)
-    torch.testing.assert_close(gradients(model, values, weights)["output.lora_a.weight"], wanted, atol=1e-5, rtol=1e-5)
+    off = gradients(model, values, weights)["output.lora_a.weight"] - wanted
+    assert off.norm() <= 1e-5 * wanted.norm()
 
 
 class LargestVocabularyTensor:
