@@ -84,8 +84,14 @@ def tokenized(monkeypatch):
     numbers, real = [], gathering.spread
 
     def counting(work, things, *, processes):
-        numbers.append(len(things))
-        return real(work, things, processes=processes)
+        numbers.append(0)
+
+        def counted():
+            for thing in things:
+                numbers[-1] += 1
+                yield thing
+
+        return real(work, counted(), processes=processes)
 
     monkeypatch.setattr(gathering, "spread", counting)
     return numbers
@@ -266,7 +272,8 @@ def test_parts_come_in_order_and_what_one_raises_in_its_turn():
         return sum(part)
 
     found = spread(work, range(1000), processes=3)
-    assert [next(found) for _ in range(2)] == [(range(256), sum(range(256))), (range(256, 512), sum(range(256, 512)))]
+    first, second = list(range(256)), list(range(256, 512))
+    assert [next(found) for _ in range(2)] == [(first, sum(first)), (second, sum(second))]
     with pytest.raises(UserError, match="seven hundred"):
         next(found)
 

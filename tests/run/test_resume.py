@@ -92,8 +92,7 @@ def exported(folder):
     return load_file(folder / "export" / "model.safetensors")
 
 
-@pytest.mark.parametrize("step", [2, 6, 8])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "step"), [("full", 6), ("lora", 2), ("lora", 6), ("lora", 8), ("qlora", 2)])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(work, method, step):
     """Step 2 is mid-epoch, 6 an evaluation that the signal forestalls, 8 the end of an epoch; dropout is on."""
     recipe = f"{method}_dpo_single_device"
@@ -113,7 +112,7 @@ def test_any_checkpoint_of_a_run_can_be_branched_from(work):
     keep = ("save_every_n_steps=1", "keep_last_n=12")
     straight = run(work, "lora_dpo_single_device", f"output_dir={work / 'straight'}", *keep)
     expected = exported(work / "straight")
-    for step in (1, 3, 5, 9, 12):
+    for step in (1, 5, 9):
         source = work / "straight" / "checkpoints" / f"step_{step}"
         branch = work / f"branch-{step}"
         log = run(work, "lora_dpo_single_device", f"output_dir={branch}", f"resume={source}")
@@ -174,7 +173,7 @@ def test_two_processes_resume_bit_for_bit(two_processes, method):
 
 @pytest.mark.parametrize(
     ("method", "num_processes", "setting"),
-    [("full", 1, ""), ("full", 4, "data_parallel_replicate_dim=2"), ("lora", 1, ""), ("lora", 4, "")],
+    [("full", 4, "data_parallel_replicate_dim=2"), ("lora", 1, "")],
 )
 def test_a_checkpoint_of_two_processes_goes_on_in_any_number(two_processes, method, num_processes, setting):
     work, runs = two_processes
