@@ -61,7 +61,7 @@ def work(tmp_path_factory):
         "samples": {"num_prompts": 2, "max_new_tokens": 5},
         "lora": {"rank": 4, "alpha": 8},
         "per_method": {"lora": {"optimizer": {"lr": 2e-3}}, "qlora": {"optimizer": {"lr": 2e-3}}},
-        "collective_timeout_s": 60,
+        "collective_timeout_s": 240,  # a slow machine compiles for longer than a minute
     }
     (work / "config.yaml").write_text(json.dumps(cfg))
     return work
