@@ -165,7 +165,7 @@ def start_two(program, *words):
     """Runs a program in two processes, and waits for it."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*command, str(program), *words], env=ENVIRONMENT, text=True, capture_output=True, timeout=300
+        [*command, str(program), *words], env=ENVIRONMENT, text=True, capture_output=True, timeout=600
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
 

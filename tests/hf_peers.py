@@ -232,7 +232,7 @@ def check_two_processes(folder, method):
     recipe = str(ROOT / "recipes" / f"{method}_dpo_distributed.py")
     command = [sys.executable, "-m", "pairtune.cli", "run", "--nproc_per_node", "2", recipe]
     arguments = ["--config", str(folder / "config.yaml"), f"output_dir={folder / 'two'}"]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     shared = from_first_step(folder / "two" / "metrics.jsonl")
     for one, other in zip(alone, shared, strict=True):

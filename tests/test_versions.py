@@ -20,7 +20,7 @@ PINNED = os.environ.get("PAIRTUNE_PINNED_PYTHON")  # the Python of an environmen
 def plan(**environment):
     """Runs `tune plan`, which imports all that a run does."""
     command = [sys.executable, "-m", "pairtune.cli", "plan", "reviewer2", "--recipe", "qlora_dpo_distributed"]
-    return subprocess.run(command, env=ENVIRONMENT | environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=ENVIRONMENT | environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 def test_importing_what_a_run_needs_says_nothing():

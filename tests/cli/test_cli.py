@@ -54,7 +54,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def tune(*words, cwd):
-    return subprocess.run([TUNE, *words], cwd=cwd, capture_output=True, text=True, timeout=120)
+    return subprocess.run([TUNE, *words], cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
 def seen(result):
@@ -154,7 +154,7 @@ def test_a_distributed_recipe_gets_a_process_for_each_gpu_and_one_without_any(fo
 def test_under_a_torchrun_of_the_users_no_second_one_starts(folder):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python", TUNE]
     words = ["run", "x_distributed", "--config", "first"]
-    results = seen(subprocess.run([*command, *words], cwd=folder, capture_output=True, text=True, timeout=120))
+    results = seen(subprocess.run([*command, *words], cwd=folder, capture_output=True, text=True, timeout=300))
     assert sorted(r["RANK"] for r in results) == ["0", "1"]
 
 
@@ -165,7 +165,7 @@ def test_two_nodes_meet_at_the_address_they_are_given(folder):
     node = ["--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", str(port)]
     commands = [[TUNE, "run", *node, "--node_rank", rank, "x_distributed", "--config", "first"] for rank in "01"]
     started = [subprocess.Popen(c, cwd=folder, stdout=subprocess.PIPE, text=True) for c in commands]
-    results = [yaml.safe_load(process.communicate(timeout=120)[0]) for process in started]
+    results = [yaml.safe_load(process.communicate(timeout=300)[0]) for process in started]
     assert [(r["RANK"], r["WORLD_SIZE"]) for r in results] == [("0", "2"), ("1", "2")]
 
 
@@ -437,7 +437,7 @@ def test_a_reader_that_has_read_enough_is_no_error(tmp_path, words, unbuffered):
     try:
         command = [sys.executable, "-m", "pairtune.cli", *words.format(folder=tmp_path).split()]
         environment = os.environ | {"PYTHONUNBUFFERED": unbuffered, "PYTHONPATH": str(ROOT)}
-        ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, env=environment, timeout=120)
+        ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, env=environment, timeout=300)
     finally:
         os.close(writing)
     assert ended.stderr == b""

@@ -73,7 +73,7 @@ def start(folder, *words):
     paths = [str(folder / "site"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     command = [sys.executable, "-P", "-m", "pairtune.cli", *words]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
 MISTAKES = {

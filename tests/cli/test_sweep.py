@@ -208,7 +208,7 @@ def test_a_killed_sweep_finishes_what_is_missing_and_computes_reference_and_toke
 
     def sweep():
         return subprocess.run(
-            [*TUNE, *words], cwd=tmp_path, env=ENVIRONMENT | kept, capture_output=True, text=True, timeout=300
+            [*TUNE, *words], cwd=tmp_path, env=ENVIRONMENT | kept, capture_output=True, text=True, timeout=600
         )
 
     assert sweep().returncode == -9  # in the first run, which hears of it and stops

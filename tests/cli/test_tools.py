@@ -31,7 +31,7 @@ def test_a_benchmark_makes_the_same_steps_by_ours_torchtune_and_trl(tmp_path):
     words = ["--model", "tiny", "--lengths", "~24/8/8", "--steps", "3", "--json", tmp_path / "rows.jsonl"]
     words += ["--trl-env", tmp_path / "trl"]
     command = [sys.executable, TOOLS / "bench.py", *words, "--systems", *systems]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [row["system"] for row in rows] == systems[:-1]
@@ -78,7 +78,7 @@ def test_a_gpu_check_rehearsed_on_the_cpu_goes_on_after_a_case_whose_process_die
     dies = "dies=lora_dpo_single_device 24/8/8 metric_logger.signal=9"
     words += ["--run", dies, "--only", "dies", "--only", "full cached"]
     command = [sys.executable, TOOLS / "gpu_check.py", *words]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 1, done.stdout + done.stderr
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     found = {(row["part"], row["name"]): row for row in rows}

@@ -210,7 +210,7 @@ def test_two_processes_compute_what_one_does(tmp_path):
     worker, path = Path(__file__).with_name("windows_worker.py"), tmp_path / "results.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*command, str(worker), str(path)], env=ENVIRONMENT, text=True, capture_output=True, timeout=300
+        [*command, str(worker), str(path)], env=ENVIRONMENT, text=True, capture_output=True, timeout=600
     )
     assert done.returncode == 0, done.stdout + done.stderr
     cases = [(method, back_end) for method in ("full", "lora") for back_end in BACK_ENDS]

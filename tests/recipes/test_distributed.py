@@ -92,7 +92,7 @@ def tune_run(work, num_processes, method, folder, *overrides, cwd=None):
 
 
 def run(command, **options):
-    done = subprocess.run(command, env=ENVIRONMENT, text=True, capture_output=True, timeout=300, **options)
+    done = subprocess.run(command, env=ENVIRONMENT, text=True, capture_output=True, timeout=600, **options)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -236,7 +236,7 @@ def test_two_nodes_meet_by_rendezvous_and_give_the_same_numbers(work, single):
     command = [*command[:at], *rendezvous, *command[at:]]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     agents = [subprocess.Popen(command, env=ENVIRONMENT, **pipes) for _ in range(2)]
-    outputs = [agent.communicate(timeout=200)[0] for agent in agents]
+    outputs = [agent.communicate(timeout=600)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], "\n".join(o[-2000:] for o in outputs)
     assert_same_numbers(from_first_step(folder / "metrics.jsonl"), single("lora")[1])
     assert sum(output.count("rows read") for output in outputs) == 2

@@ -662,7 +662,7 @@ def test_two_processes_fill_a_cache_and_one_reads_it(tmp_path, reference):
     config = ["--config", str(tmp_path / "config.yaml"), f"output_dir={tmp_path / 'two'}", *overrides]
     command = [sys.executable, "-m", "pairtune.cli", "run", "--nproc_per_node", "2", recipe, *config]
     done = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, capture_output=True, timeout=300
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, capture_output=True, timeout=600
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     (entry,) = [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and p.stat().st_size >= 48 * 32]

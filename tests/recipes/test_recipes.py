@@ -172,7 +172,7 @@ def test_every_kind_of_forward_is_compiled(work):
     """
     settings = ["compile=true", "loss=aot", "batch_size=4", "eval_every_n_steps=2", "max_steps=6"]
     command = [sys.executable, "-c", COUNT, str(work / "config.yaml"), *settings, "samples.num_prompts=0"]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     frames = json.loads(done.stdout.splitlines()[-1])
     assert frames["ok"] == frames["total"] > 8

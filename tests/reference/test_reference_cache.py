@@ -427,7 +427,7 @@ def test_two_processes_of_one_run_without_a_common_disk_end_with_the_table_of_on
     folder, output = tmp_path / "cache", tmp_path / "output"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", WORKER]
     for expected_forwards in (38, 0):  # the second time all is there
-        done = subprocess.run([*command, str(folder), str(base), "75", str(output)], env=ENVIRONMENT, timeout=200)
+        done = subprocess.run([*command, str(folder), str(base), "75", str(output)], env=ENVIRONMENT, timeout=600)
         assert done.returncode == 0
         results = [json.loads(Path(f"{output}.{rank}").read_text()) for rank in range(2)]
         assert results[0]["values"] == results[1]["values"]

@@ -972,7 +972,7 @@ def test_processes_that_share_the_work_have_the_references_of_one(tmp_path, num_
         *("--master_port", str(port), str(Path(__file__).with_name("reference_worker.py"))),
         *(str(tmp_path / "results.json"), json.dumps(cases)),
     ]
-    done = subprocess.run(command, env=ENVIRONMENT, text=True, capture_output=True, timeout=300)
+    done = subprocess.run(command, env=ENVIRONMENT, text=True, capture_output=True, timeout=600)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     for case, result in zip(cases, json.loads((tmp_path / "results.json").read_text()), strict=True):
         expected = train(world=ONE, **{k: v for k, v in case.items() if k not in ("replicate", "cpu_offload")})

@@ -244,7 +244,7 @@ def test_a_run_that_diverges_stops_before_the_update_and_keeps_its_checkpoint(wo
     # A process of its own: the checkpoint is whole when the process has ended
     recipe = ROOT / "recipes" / "full_dpo_single_device.py"
     command = [sys.executable, recipe, "--config", work / "config.yaml", *settings]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=600)
     assert done.returncode == 1
     assert re.search(r"step 2: .*rows of this step: \[8, 9, 10, 11, 12, 13, 14, 15\]\) is not a", done.stderr)
     log = read_log(work / "run" / "metrics.jsonl")

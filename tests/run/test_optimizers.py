@@ -232,7 +232,7 @@ def tune_run(work, name, recipe, *words):
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # as many as here, for the same bits
     command = [sys.executable, "-m", "pairtune.cli", "run", *recipe.split(), "--config", str(work / "config.yaml")]
     command += [f"output_dir={work / name}", *words]
-    done = subprocess.run(command, env=ENVIRONMENT | threads, text=True, capture_output=True, timeout=300)
+    done = subprocess.run(command, env=ENVIRONMENT | threads, text=True, capture_output=True, timeout=600)
     return done.returncode, done.stdout + done.stderr
 
 

@@ -75,7 +75,7 @@ def test_a_run_ends_with_the_next_smaller_choice_and_the_numbers_of_a_run_that_n
     done = subprocess.run(
         [sys.executable, "-m", "pairtune.cli", "run", *["--nproc_per_node", str(processes)] * (processes > 1),
          str(ROOT / "recipes" / f"lora_dpo_{kind}.py"), "--config", "config.yaml", f"output_dir={folder}"],
-        cwd=work, env=ENVIRONMENT, text=True, capture_output=True, timeout=300,
+        cwd=work, env=ENVIRONMENT, text=True, capture_output=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     tried = "attention=segments compile=false enable_activation_checkpointing=false batch_size="

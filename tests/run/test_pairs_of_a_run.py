@@ -433,7 +433,7 @@ def test_a_browser_shows_a_report_whole_on_a_telephone_and_on_a_screen(made, tmp
             f"--blink-settings=preferredColorScheme={0 if dark else 1}",
         ]
         command = [CHROMIUM, *flags, "--virtual-time-budget=5000", "--dump-dom", f"file://{tmp_path}/look.html"]
-        dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+        dom = subprocess.run(command, capture_output=True, text=True, timeout=300).stdout
         whole, furthest, back, lines = json.loads(unescape(re.search("<title>(.*?)</title>", dom)[1]))
         assert whole <= width and furthest <= width and lines >= 10
         assert back == ("rgb(20, 22, 26)" if dark else "rgb(255, 255, 255)")

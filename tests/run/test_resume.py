@@ -130,7 +130,7 @@ def tune_run(work, num_processes, method, *overrides):
         *(sys.executable, "-m", "pairtune.cli", "run", "--nproc_per_node", str(num_processes)),
         *(str(ROOT / "recipes" / f"{method}_dpo_distributed.py"), "--config", str(work / "config.yaml"), *overrides),
     ]
-    done = subprocess.run(command, env=ENVIRONMENT, text=True, capture_output=True, timeout=300)
+    done = subprocess.run(command, env=ENVIRONMENT, text=True, capture_output=True, timeout=600)
     return done.returncode, done.stdout + done.stderr
 
 
