@@ -2,15 +2,18 @@
 
 import sys
 
-from pairtune import torchao_names
+from pairtune.process import torchao_names
 
 __version__ = "0.1.0"
 
-# Modules that configs name, and where they are now: a config.yaml of an earlier run goes on working.
+# Modules that configs and copies of recipes name, and where they are now: those of an earlier day go on working.
 MOVED = {
+    "pairtune.console": "pairtune.process.console",
+    "pairtune.dist": "pairtune.process.dist",
     "pairtune.gemma2": "pairtune.models.gemma2",
     "pairtune.gpt2": "pairtune.models.gpt2",
     "pairtune.gpt_neox": "pairtune.models.gpt_neox",
+    "pairtune.judge": "pairtune.making.judge",
     "pairtune.mixtral": "pairtune.models.mixtral",
     "pairtune.qwen3": "pairtune.models.qwen3",
     "pairtune.preference_losses": "pairtune.losses.modules",

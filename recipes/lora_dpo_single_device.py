@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from pairtune import config, console, dist, models
+from pairtune import config, models
 from pairtune.config import keys
 from pairtune.folders import peft, weights
 from pairtune.folders.export import export_checked, export_size, probe
@@ -22,6 +22,7 @@ from pairtune.models.experts import with_router_loss
 from pairtune.pairs.batch import lay_out
 from pairtune.pairs.steps import Steps, count_steps
 from pairtune.pairs.tokenize import read_train_and_held_out
+from pairtune.process import console, dist
 from pairtune.reference import KL_PAIRS, Reference
 from pairtune.run import checkpoints, choosing, contract, dry_run, folder, metrics, optimizers, rehearsal, resuming
 from pairtune.run.card import write_card

@@ -11,7 +11,6 @@ from torchtune.modules.peft import LoRALinear
 from torchtune.rlhf import get_batch_log_probs
 
 from pairtune import models
-from pairtune.dist import World
 from pairtune.folders import peft as adapters
 from pairtune.folders import weights as checkpoint
 from pairtune.folders.check_model import windows
@@ -19,6 +18,7 @@ from pairtune.folders.export import export
 from pairtune.folders.opening import check_model
 from pairtune.models.logps import answer_logps
 from pairtune.pairs.batch import lay_out
+from pairtune.process.dist import World
 
 ONE = World(torch.device("cpu"))
 

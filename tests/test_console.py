@@ -13,7 +13,7 @@ import termios
 import pytest
 from helpers import ENVIRONMENT, NF4_SIZES, ROOT, random_pairs, run_config, save_llama, save_pairs
 
-from pairtune import console
+from pairtune.process import console
 
 
 class Terminal(io.StringIO):

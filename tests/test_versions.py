@@ -12,7 +12,7 @@ import pytest
 import torchao
 from helpers import ENVIRONMENT, ROOT
 
-from pairtune import torchao_names
+from pairtune.process import torchao_names
 
 PINNED = os.environ.get("PAIRTUNE_PINNED_PYTHON")  # the Python of an environment made from constraints.txt
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import consumers_env
 import torch
 
-from pairtune import torchao_names
+from pairtune.process import torchao_names
 
 ROUNDING = 1e-4  # nats a token: products are summed in another order
 NUM_NEW, VOCABULARY = 24, 320

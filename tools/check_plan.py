@@ -20,18 +20,19 @@ import torch
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from pairtune import torchao_names
+from pairtune.process import torchao_names
 
 torchao_names.quiet()  # before torchao is imported
 
 from torchtune.rlhf.loss import DPOLoss  # noqa: E402
 
-from pairtune import dist, models  # noqa: E402
+from pairtune import models
 from pairtune.cli import plan  # noqa: E402
 from pairtune.folders.check_model import windows  # noqa: E402
 from pairtune.models.adapters import own_shapes  # noqa: E402
 from pairtune.models.logps import answer_logps  # noqa: E402
 from pairtune.pairs.batch import ROW_MULTIPLE  # noqa: E402
+from pairtune.process import dist  # noqa: E402
 from pairtune.reference.sources import frozen_model  # noqa: E402
 from pairtune.run import memory, optimizers  # noqa: E402
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pairtune import torchao_names
 from pairtune.cli import plan
 from pairtune.cli.recipe import read_recipe
 from pairtune.config.layers import load
+from pairtune.process import torchao_names
 
 AT_LEAST = ("enable_activation_checkpointing=true", "attention=segments", "compile=false")
 CONFIGS = Path(__file__).parents[1] / "configs"

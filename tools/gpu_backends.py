@@ -9,10 +9,10 @@ from gpu_parts import BACK_ENDS
 
 from pairtune import models
 from pairtune.config import keys
-from pairtune.dist import World
 from pairtune.models.logps import answer_logps
 from pairtune.pairs.at_once import longest_row
 from pairtune.pairs.batch import lay_out
+from pairtune.process.dist import World
 
 SIZES = {
     "vocab_size": 320, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 256, "max_seq_len": 512,

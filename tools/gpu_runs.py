@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from pairtune import config, torchao_names
+from pairtune import config
+from pairtune.process import torchao_names
 from pairtune.run.metrics import read_log
 
 torchao_names.quiet()

@@ -18,8 +18,8 @@ from functools import cache
 from itertools import product
 from pathlib import Path
 
-from pairtune import torchao_names
 from pairtune.making.contrast import Contrast
+from pairtune.process import torchao_names
 
 NUM_TRAIN, NUM_HELD_OUT = 1000, 100
 STANCES = ("negative", "positive")

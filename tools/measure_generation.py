@@ -13,12 +13,13 @@ from pathlib import Path
 
 import torch
 
-from pairtune import config, dist, models
+from pairtune import config, models
 from pairtune.cli.alone import overrides_of, without_pairs
 from pairtune.folders import weights
 from pairtune.folders.opening import make_ready
 from pairtune.models import decoding, execution
 from pairtune.models.generation import answers
+from pairtune.process import dist
 
 
 def make(folder: Path) -> None:

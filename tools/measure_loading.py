@@ -16,7 +16,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-from pairtune import torchao_names
+from pairtune.process import torchao_names
 
 MODEL = {
     "vocab_size": 32_000, "num_layers": 16, "num_heads": 16, "num_kv_heads": 16, "embed_dim": 1024, "max_seq_len": 512,
@@ -70,8 +70,9 @@ def load(folder: Path) -> None:
     """One process: loads its shard and appends what it took to the folder's report."""
     from omegaconf import OmegaConf
 
-    from pairtune import dist, models
+    from pairtune import models
     from pairtune.folders.weights import Weights, open_weights
+    from pairtune.process import dist
 
     world = dist.connect(dist.start("cpu"))
     cfg = {

@@ -91,12 +91,13 @@ def measure(folder: Path, settings: list[str]) -> tuple[float, float]:
 
 def work(folder: Path, settings: list[str]) -> None:
     """Runs the recipe; prints the peak by its last step, before the export, and what the process held at first."""
-    from pairtune import torchao_names
+    from pairtune.process import torchao_names
 
     torchao_names.quiet()  # before torchao is imported
     import runpy
 
-    from pairtune import config, dist
+    from pairtune import config
+    from pairtune.process import dist
     from pairtune.run import metrics
 
     recipe = runpy.run_path(str(ROOT / "recipes" / "full_dpo_single_device.py"))

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from pairtune import torchao_names  # before torchtune, which may want names that torchao no longer has
+from pairtune.process import torchao_names  # before torchtune, which may want names that torchao no longer has
 
 # isort: split
 
@@ -26,9 +26,9 @@ from torchtune.models.llama3 import llama3
 from tqdm import tqdm
 
 from pairtune import models
-from pairtune.dist import World
 from pairtune.models.logps import answer_logps
 from pairtune.pairs.batch import lay_out
+from pairtune.process.dist import World
 from pairtune.run.checkpoints import Checkpoints
 from pairtune.run.metrics import Meter
 from pairtune.run.state import TrainState

@@ -20,7 +20,7 @@ from measure_tokenizing import make_rows, make_tokenizer
 
 READ = """
 import json, resource, sys, time
-from pairtune import dist
+from pairtune.process import dist
 from pairtune.config.keys import ROWS, STREAM
 from pairtune.pairs.steps import Steps
 from pairtune.pairs.tokenize import read_train_and_held_out

@@ -25,7 +25,7 @@ TEMPLATE = (
 )
 READ = """
 import json, os, sys, time
-from pairtune import dist
+from pairtune.process import dist
 from pairtune.config.keys import ROWS
 from pairtune.losses.modules import build
 from pairtune.pairs.steps import Steps

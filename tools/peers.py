@@ -25,7 +25,8 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "output_proj"]
 
 def ours(spec: dict) -> None:
     """The recipe of the method, in one process or, under torchrun, in several."""
-    from pairtune import config, models, torchao_names
+    from pairtune import config, models
+    from pairtune.process import torchao_names
 
     torchao_names.quiet()
     alone, folder = spec["processes"] == 1, Path(spec["folder"])
@@ -130,7 +131,7 @@ class DrawnWeights:
 
 def torchtune(spec: dict) -> None:
     """The class of torchtune's recipe, set up and trained as its `tune run` does; full DPO is distributed only."""
-    from pairtune import torchao_names  # what torchtune wants of torchao
+    from pairtune.process import torchao_names  # what torchtune wants of torchao
 
     torchao_names.quiet()
     import torchtune

@@ -26,7 +26,7 @@ from importlib import import_module
 import torch
 from torch import nn
 
-from pairtune import torchao_names
+from pairtune.process import torchao_names
 
 PEAK_FLOPS, KERNELS = 989e12, 0.5  # bf16 on an H100, and the share of it that matrix products reach
 NVLINK, NETWORK = 450e9, 50e9  # bytes a second a GPU, one direction: within eight GPUs, and beyond (400 Gb/s a GPU)

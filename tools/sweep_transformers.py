@@ -29,13 +29,13 @@ import torch
 import pairtune  # noqa: F401  before torchtune
 from pairtune import models
 from pairtune.config.rules import one_line
-from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.folders.opening import make_ready
 from pairtune.folders.weights import ModelFolder, Weights, open_weights
 from pairtune.models.bridge.build import class_of, known_types
 from pairtune.models.logps import answer_token_logps
 from pairtune.pairs.batch import lay_out
+from pairtune.process.dist import World
 
 CPU = World(torch.device("cpu"))
 VOCABULARY = 96

@@ -7,12 +7,12 @@ import re
 import sys
 from pathlib import Path
 
-from pairtune import console
 from pairtune.cli import judging
 from pairtune.cli.prompts import read_prompts_file
 from pairtune.cli.words import parser_of
 from pairtune.errors import UserError
 from pairtune.files import telling, write_text
+from pairtune.process import console
 
 
 def generate(argv: list[str]) -> int:
@@ -211,7 +211,7 @@ def sampling_of(args):
 
 def _print_asked(asked, *, alone: bool = False) -> None:
     if not alone:
-        from pairtune.judge.question import in_words
+        from pairtune.making.judge.question import in_words
 
         print(f"\n> {in_words(asked, between=chr(10))}")
 

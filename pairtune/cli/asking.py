@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from pairtune import config, dist, models
+from pairtune import config, models
 from pairtune.cli.alone import overrides_of, without_pairs
 from pairtune.errors import UserError
 from pairtune.files import read_object
@@ -15,6 +15,7 @@ from pairtune.folders.opening import make_ready
 from pairtune.folders.peft_config import lora_of
 from pairtune.models import decoding, execution
 from pairtune.models.generation import Sampling, stream
+from pairtune.process import dist
 from pairtune.run import places
 from pairtune.tokenizer import adapt
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import yaml
 
-from pairtune import console, torchao_names
 from pairtune.cli.after import evaluate, pairs, plot, report
 from pairtune.cli.ask import chat, compare, generate
 from pairtune.cli.copies import cp, diff, update
@@ -33,6 +32,7 @@ from pairtune.cli.push import push
 from pairtune.cli.sweep import sweep
 from pairtune.cli.words import parser_of, prog
 from pairtune.errors import UserError, nearest
+from pairtune.process import console, torchao_names
 
 LAID_ON_TOP = "a further config, such as a published run's, whose keys win; may be given again"
 

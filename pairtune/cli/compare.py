@@ -5,9 +5,9 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pairtune import console
 from pairtune.errors import UserError
 from pairtune.files import telling, write_text
+from pairtune.process import console
 from pairtune.run import places
 from pairtune.run.evaluations import held_of
 from pairtune.run.finished import Finished, open_run

@@ -15,7 +15,7 @@ import torch
 import yaml
 from omegaconf import DictConfig
 
-from pairtune import config, dist, models
+from pairtune import config, models
 from pairtune.cli.recipe import read_recipe
 from pairtune.config import saved as saved_config
 from pairtune.errors import UserError
@@ -28,6 +28,7 @@ from pairtune.pairs.batch import lay_out
 from pairtune.pairs.pair import Pair
 from pairtune.pairs.steps import Steps
 from pairtune.pairs.tokenize import read_train_and_held_out
+from pairtune.process import dist
 from pairtune.reference import KL_PAIRS, Reference
 from pairtune.run import choosing, contract, metrics, pair_log, places
 from pairtune.run.evaluations import interval

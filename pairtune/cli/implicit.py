@@ -12,12 +12,12 @@ from typing import Any
 
 import yaml
 
-from pairtune import console
 from pairtune.config.config_json import setting
 from pairtune.config.saved import reference_of
 from pairtune.errors import UserError
 from pairtune.files import read_object
-from pairtune.judge.question import Question, Said
+from pairtune.making.judge.question import Question, Said
+from pairtune.process import console
 from pairtune.run import places
 
 NAME_ONE = "name a reference that is a model's folder: --judge-reference FOLDER"
@@ -62,9 +62,10 @@ class ImplicitReward:
         """
         import torch
 
-        from pairtune import config, dist
+        from pairtune import config
         from pairtune.cli.evaluate import Asked, open_models, settle
         from pairtune.losses.modules import Sigmoid
+        from pairtune.process import dist
 
         found = [Said(None, "the answer is empty")] * len(questions)
         asked = [n for n, question in enumerate(questions) if question.answers[0].strip()]

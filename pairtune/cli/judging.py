@@ -53,9 +53,9 @@ def judge_of(args: argparse.Namespace) -> Iterator:
         raise UserError(f"--judge-reference: has no effect but on {IMPLICIT}FOLDER; --judge {args.judge} is none")
     from pairtune.hub.endpoint import Limits
     from pairtune.hub.replies import Kept
-    from pairtune.judge import open_judge
-    from pairtune.judge.endpoint import Asking
-    from pairtune.judge.rubric import read_rubric
+    from pairtune.making.judge import open_judge
+    from pairtune.making.judge.endpoint import Asking
+    from pairtune.making.judge.rubric import read_rubric
 
     if is_implicit or "://" not in args.judge:
         if given:
@@ -78,7 +78,7 @@ def _implicit(args: argparse.Namespace):
 
 def told(judge, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Sequence[str]]) -> str:
     """Asks a judge about all columns of answers, and returns what it says in lines."""
-    from pairtune.judge import table, win_rates
+    from pairtune.making.judge import table, win_rates
 
     lines = [f"\njudged by {judge.name}", table(win_rates(judge, rows, columns), next(iter(columns)))]
     return "\n".join([*lines, *spent(judge)])

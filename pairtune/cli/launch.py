@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pairtune import console
 from pairtune.cli.find import find, is_torchtunes, one_process_only
 from pairtune.cli.words import Words, prog
 from pairtune.config.answers import check_dashes
 from pairtune.errors import UserError
+from pairtune.process import console
 
 
 def execute(recipe: Path, args: list[str]) -> None:
@@ -34,7 +34,7 @@ def launch(options: list[str], recipe: Path, args: list[str]) -> int:
     from torch.distributed.run import determine_local_world_size
     from torch.distributed.run import run as torchrun
 
-    from pairtune.dist import ignores_hangup
+    from pairtune.process.dist import ignores_hangup
 
     parser = torchrun_parser()
     processes = 1 if is_torchtunes(recipe) else max(1, torch.cuda.device_count())

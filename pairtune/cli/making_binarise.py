@@ -8,12 +8,12 @@ from pathlib import Path
 
 from pairtune.cli.data import rows_of
 from pairtune.cli.words import parser_of
-from pairtune.console import Progress
 from pairtune.errors import UserError
 from pairtune.files import replacing, telling
 from pairtune.making.binarise import WAYS, Counts
 from pairtune.making.binarise import binarise as choose
 from pairtune.making.rated import read_rated
+from pairtune.process.console import Progress
 
 
 def binarise(argv: list[str]) -> int:

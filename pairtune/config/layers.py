@@ -15,7 +15,6 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pairtune import console
 from pairtune.config import auto, keys
 from pairtune.config.answers import check_dashes
 from pairtune.config.checks import check_together, check_values, is_component, unknown_keys
@@ -28,6 +27,7 @@ from pairtune.config.rules import REQUIRED, show
 from pairtune.config.secrets import check_secrets
 from pairtune.config.uses import check_installed
 from pairtune.errors import UserError
+from pairtune.process import console
 
 METHODS = ("full", "lora", "qlora")
 COMMAND_LINE = "command line"

@@ -10,9 +10,9 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from pairtune.console import Progress
 from pairtune.errors import UserError
 from pairtune.files import write_text
+from pairtune.process.console import Progress
 
 SAMPLES, SAMPLE_BYTES = 64, 2**16  # of a weight file
 MEMO = "weights.json"

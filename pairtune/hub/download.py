@@ -19,12 +19,12 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import WeakFileLock
 
 from pairtune.config.layout import INDEX_FILES, REPO_ID_FILE
-from pairtune.console import Progress
 from pairtune.errors import UserError
 from pairtune.files import parse_object, read_object, write_text
 from pairtune.hub.http import UNREACHABLE, File, explained, get, no_space
 from pairtune.hub.plan import Plan, in_the_way, show_size, size_of
 from pairtune.hub.record import ANOTHER, BOOKKEEPING, note, write_record
+from pairtune.process.console import Progress
 
 THREADS = 8  # files at a time
 LARGEST = 50 * 10**9  # bytes; above that the Hub serves a file through Xet only

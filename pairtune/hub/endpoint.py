@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 
-from pairtune import console
 from pairtune.errors import UserError
 from pairtune.hub.post import Answer, check_address, key_of_environment, post
 from pairtune.hub.replies import Kept
+from pairtune.process import console
 
 WAITS = (1, 2, 4, 8, 16, 32, 60)  # seconds before each further try, where the service does not say how many
 WITHOUT = 3  # replies that give nothing, after which there is nothing

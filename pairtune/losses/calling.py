@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torchtune.modules import TransformerDecoder
 
 from pairtune.config.rules import one_line
-from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.models.logps import AnswerScores, answer_scores
 from pairtune.pairs.at_once import longest_row
 from pairtune.pairs.batch import PairBatch
 from pairtune.pairs.digests import NUMBERS
+from pairtune.process.dist import World
 
 
 @dataclass(frozen=True)

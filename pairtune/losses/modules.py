@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from pairtune.config.components import check_component, instantiate
 from pairtune.config.rules import Rule, above, at_least, between, fits, show, wrong_kind
 from pairtune.config.short_names import path_of
-from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.losses.base import (
     SHARE,
@@ -38,6 +37,7 @@ from pairtune.losses.base import (
 )
 from pairtune.losses.calling import Needs, after_step, check_convention, needs
 from pairtune.losses.formulas import log_odds, same_rank, smoothed
+from pairtune.process.dist import World
 
 # Of the margin between two scores
 

@@ -8,7 +8,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pairtune.dist import World
 from pairtune.losses.calling import (
     AnswerScores,
     StepLosses,
@@ -24,6 +23,7 @@ from pairtune.pairs.batch import PairBatch
 from pairtune.pairs.digests import numbers_of
 from pairtune.pairs.steps import Steps
 from pairtune.pairs.tokenize import Pair
+from pairtune.process.dist import World
 
 
 class WholeStep:

@@ -2,7 +2,7 @@
 
 import hashlib
 
-from pairtune.judge.question import in_words
+from pairtune.making.judge.question import in_words
 
 
 def is_held_out(prompt: str | list[dict], share: float, seed: int) -> bool:

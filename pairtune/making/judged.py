@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from pairtune.judge import Judge, scores, verdicts
+from pairtune.making.judge import Judge, scores, verdicts
 
 
 @dataclass(frozen=True)

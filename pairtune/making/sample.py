@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
-from pairtune.console import Progress
 from pairtune.errors import UserError
 from pairtune.files import telling
 from pairtune.hub.endpoint import WITHOUT
+from pairtune.process.console import Progress
 
 WAY_OUT = "name another file: --output"
 

@@ -16,7 +16,6 @@ from torchtune.training import set_default_dtype
 
 from pairtune.config.components import check_component, instantiate
 from pairtune.config.rules import LORA_LAYERS, OUR_LAYERS
-from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.models import frozen_base
 from pairtune.models.adapters import add_frozen_copy
@@ -25,6 +24,7 @@ from pairtune.models.bridge import roles
 from pairtune.models.bridge.decoder import BridgedDecoder
 from pairtune.models.dora import DoRALinear
 from pairtune.models.grouped import ExpertsLinear, LoRAExpertsLinear
+from pairtune.process.dist import World
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Layers that QLoRA keeps as they are: the last word, who has it, what a kernel reads, what texts do not pass through.

@@ -9,7 +9,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torchao.dtypes.nf4tensor import NF4Tensor
 
-from pairtune.dist import World
 from pairtune.models import frozen_base
 from pairtune.models.adapters import (
     adapted_modules,
@@ -21,6 +20,7 @@ from pairtune.models.adapters import (
 )
 from pairtune.models.build import DTYPES
 from pairtune.models.dora import DoRALinear, row_norms
+from pairtune.process.dist import World
 
 
 @torch.no_grad()

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchtune.modules import TransformerDecoder
 
-from pairtune import console
-from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.models.attention import GroupedAttention
 from pairtune.models.bridge.decoder import BridgedDecoder
 from pairtune.models.cached import cached, seen_by_the_newest
 from pairtune.models.decoding import Step
+from pairtune.process import console
+from pairtune.process.dist import World
 
 
 @dataclass(frozen=True)

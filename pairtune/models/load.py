@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torchtune.modules import TransformerDecoder
 
-from pairtune.dist import World
 from pairtune.errors import UserError, listed
 from pairtune.models import frozen_base
 from pairtune.models.adapters import (
@@ -23,6 +22,7 @@ from pairtune.models.bridge.decoder import BridgedDecoder
 from pairtune.models.bridge.towers import towers_of
 from pairtune.models.dora import DoRALinear
 from pairtune.models.shard import shard
+from pairtune.process.dist import World
 
 _STRANGERS = "`model` and `checkpointer.checkpoint_dir` do not belong together"
 

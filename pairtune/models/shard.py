@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from pairtune.dist import World
+from pairtune.process.dist import World
 
 
 def shard(block: nn.Module, world: World, *, is_root: bool) -> None:

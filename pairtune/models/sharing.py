@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from pairtune.config.rules import one_line
-from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.models.adapters import frozen
 from pairtune.models.additions import Sharing, additions
@@ -28,6 +27,7 @@ from pairtune.models.logps import answer_token_logps
 from pairtune.models.shard import forget_gathered
 from pairtune.pairs.at_once import document_lengths, lengths_of
 from pairtune.pairs.batch import PairBatch, lay_out
+from pairtune.process.dist import World
 
 SOME = 2  # pairs: a row of several documents, and no more memory than a step takes
 # Nats a token, the mean over tokens and the most: beyond this no rounding goes. Another token that is seen, or one that

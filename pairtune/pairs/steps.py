@@ -10,11 +10,11 @@ from operator import add
 import numpy as np
 import torch
 
-from pairtune.dist import World
 from pairtune.pairs import packing
 from pairtune.pairs.at_once import document_lengths, take
 from pairtune.pairs.batch import document_length
 from pairtune.pairs.tokenize import Pair
+from pairtune.process.dist import World
 
 
 class Steps:

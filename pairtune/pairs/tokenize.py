@@ -9,8 +9,6 @@ from dataclasses import replace
 from functools import partial, reduce
 from operator import add
 
-from pairtune import console
-from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.pairs import mixture
 from pairtune.pairs.already_rendered import AlreadyRendered
@@ -33,6 +31,8 @@ from pairtune.pairs.rows import Rows, read_rows
 from pairtune.pairs.sources import check_source
 from pairtune.pairs.spread import num_cores
 from pairtune.pairs.streaming import BUFFER, UNSEEN, Stream, read_first, streamed_source
+from pairtune.process import console
+from pairtune.process.dist import World
 from pairtune.tokenizer.hf import adapt
 
 __all__ = [

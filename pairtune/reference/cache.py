@@ -35,7 +35,6 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.files import entries, remove_entries, write_text
 from pairtune.folders.digests import digest_files
@@ -46,6 +45,7 @@ from pairtune.models.bridge.build import settings
 from pairtune.pairs.at_once import lengths_of, take
 from pairtune.pairs.digests import digest_each
 from pairtune.pairs.tokenize import Pair
+from pairtune.process.dist import World
 
 VERSION = 1  # part of every key: raise it when log-probabilities or records change
 ENTRY, VALUES = "entry.json", "values.bin"

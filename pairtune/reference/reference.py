@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from pairtune import models
-from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.folders import peft
 from pairtune.folders.weights import ModelFolder
@@ -23,6 +22,7 @@ from pairtune.models.sharing import SOME
 from pairtune.pairs.batch import PairBatch
 from pairtune.pairs.digests import digest_pair
 from pairtune.pairs.tokenize import Pair
+from pairtune.process.dist import World
 from pairtune.reference import cache
 from pairtune.reference.sources import (
     AdapterCopy,

@@ -15,11 +15,11 @@ from torch.distributed.tensor import DTensor
 from torchtune.modules import TransformerDecoder
 
 from pairtune import models
-from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.folders.opening import check_model, make_ready
 from pairtune.folders.weights import ModelFolder, Weights, open_like
 from pairtune.losses.calling import needs
+from pairtune.process.dist import World
 from pairtune.tokenizer.hf import check_vocabulary
 
 KNOWN = {  # by method, the default first

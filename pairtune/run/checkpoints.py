@@ -22,9 +22,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter
 
-from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.files import give_modes, sync_folder, telling, write_text
+from pairtune.process.dist import World
 from pairtune.run import disk_space
 from pairtune.run.disk_space import reason, shown
 from pairtune.run.marker import MARKER, check_files, digest, digest_file, is_complete, replace_file, write_marker

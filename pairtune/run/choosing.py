@@ -16,7 +16,6 @@ from torchtune.modules import MultiHeadAttention
 from pairtune import models
 from pairtune.config.checks import offloading_on_cpu
 from pairtune.config.components import plain
-from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.losses.calling import row_length
 from pairtune.models import execution, fp8
@@ -28,6 +27,7 @@ from pairtune.models.frozen_base import is_held
 from pairtune.pairs import packing
 from pairtune.pairs.at_once import document_lengths, longest_row
 from pairtune.pairs.batch import ROW_MULTIPLE, document_length, lay_out
+from pairtune.process.dist import World
 from pairtune.reference import Reference
 from pairtune.run import starting_again
 from pairtune.run.memory import Setting, step_memory

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pairtune.config.rules import set_and_metric
-from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.losses.calling import check_takes, needs
 from pairtune.models.experts import mixtures_of
 from pairtune.pairs.at_once import lengths_of, sets_of, tokens_at
 from pairtune.pairs.digests import NUMBERS, numbers_of
 from pairtune.pairs.tokenize import Pair
+from pairtune.process.dist import World
 from pairtune.run.metrics import RunLog
 from pairtune.run.optimizers import parameters_of
 

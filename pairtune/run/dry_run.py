@@ -15,12 +15,12 @@ from torch.optim import Optimizer
 
 from pairtune import models
 from pairtune.config.rules import one_line
-from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.losses.calling import loss_at_start, loss_of, needs, unchanged
 from pairtune.models.logps import answer_logps
 from pairtune.pairs.batch import PairBatch, lay_out
 from pairtune.pairs.tokenize import Pair
+from pairtune.process.dist import World
 from pairtune.reference import Reference
 from pairtune.reference.cache import TOLERANCE
 from pairtune.run import starting_again

@@ -8,12 +8,12 @@ from omegaconf import DictConfig, OmegaConf
 from pairtune.config import keys
 from pairtune.config.rules import show
 from pairtune.config.short_names import current
-from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.folders.digests import digest_samples
 from pairtune.folders.weights import ModelFolder
 from pairtune.pairs.digests import digest_in_order
 from pairtune.pairs.tokenize import Pair
+from pairtune.process.dist import World
 
 BLOCKS = 256  # of pairs, each with a digest of its own, to tell where data differ
 

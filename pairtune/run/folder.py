@@ -16,8 +16,8 @@ from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
-from pairtune import console
 from pairtune.errors import UserError
+from pairtune.process import console
 from pairtune.run import places
 from pairtune.run.places import ANOTHER, EXPORT, LOCK, MARK
 
@@ -130,7 +130,7 @@ class Claim:
     def make_room(self, resumed: Path | None) -> None:
         """Makes the folder this run's; an earlier run that it holds is kept beside it, as NAME.1, NAME.2, ...
 
-        It keeps what is printed from here on, and what was printed before: see console.py.
+        It keeps what is printed from here on, and what was printed before: see process/console.py.
 
         Args:
             resumed: The checkpoint that the run goes on from. If it is of this folder, the folder stays; if of another

@@ -7,9 +7,9 @@ import hashlib
 import json
 from pathlib import Path
 
-from pairtune.dist import World
 from pairtune.errors import UserError, listed
 from pairtune.files import write_text
+from pairtune.process.dist import World
 
 MARKER = "COMPLETE"
 DAMAGED = "is damaged: its checksum is not that of what was written"

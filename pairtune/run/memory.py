@@ -26,13 +26,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchtune.modules import TransformerDecoder
 
 from pairtune import models
-from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.models import attention, logps, nf4, offloading
 from pairtune.models.bridge.towers import towers_of
 from pairtune.models.execution import SELECTIVE, Execution, checkpointed
 from pairtune.pairs.batch import PairBatch, lay_out
 from pairtune.pairs.limits import worst_pair
+from pairtune.process.dist import World
 from pairtune.run import optimizers
 from pairtune.run.compiled_memory import as_compiled
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from pairtune.config import instantiate
 from pairtune.config.uses import lacks
-from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.files import telling, write_text
 from pairtune.models.logps import AnswerScores
@@ -26,6 +25,7 @@ from pairtune.pairs.at_once import sets_of
 from pairtune.pairs.batch import PairBatch
 from pairtune.pairs.digests import numbers_of, short_digest
 from pairtune.pairs.pair import Pair
+from pairtune.process.dist import World
 from pairtune.run import pair_log, report, verdict
 from pairtune.run.curves import draw_curves, plot_curves
 from pairtune.run.finished import open_run

@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 
-from pairtune.dist import World
 from pairtune.errors import UserError
+from pairtune.process.dist import World
 from pairtune.run.optimizers import copies, groups_of, state_of
 
 DTYPES = (  # that torch.distributed.checkpoint writes as safetensors

@@ -13,10 +13,10 @@ from torch.optim import Optimizer
 
 from pairtune.config.components import build, plain
 from pairtune.config.rules import one_line, show
-from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.losses.calling import check_convention
 from pairtune.models.shard import shard
+from pairtune.process.dist import World
 from pairtune.run import optimizers
 from pairtune.run.optimizer_state import OptimizerState, as_before, as_numbers, check_json
 from pairtune.run.optimizers import make_state

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import yaml
 
-from pairtune import console
 from pairtune.config.saved import changes
+from pairtune.process import console
 from pairtune.run import pair_log, places
 from pairtune.run.curves import PANELS, length_baseline, points, start_of
 from pairtune.run.dynamics import courses

@@ -12,8 +12,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader
 
-from pairtune.dist import World
 from pairtune.errors import UserError
+from pairtune.process.dist import World
 from pairtune.run.disk_space import reason
 from pairtune.run.marker import MARKER, check_content, check_files, is_complete, lacking
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from torchtune.modules import TransformerDecoder
 
-from pairtune.dist import World
 from pairtune.files import telling, write_text
 from pairtune.models.generation import answers
 from pairtune.pairs.tokenize import Pair
+from pairtune.process.dist import World
 
 
 class Samples:

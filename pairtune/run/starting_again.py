@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as torch_dist
 
-from pairtune.dist import TRY, World
+from pairtune.process.dist import TRY, World
 from pairtune.run import folder
 
 NOTE = "PAIRTUNE_RAN_OUT"  # environment: of the try before, as JSON

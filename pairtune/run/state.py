@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from pairtune.config.rules import HIGHER_IS_BETTER, set_and_metric
-from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.models.adapters import plain_name
 from pairtune.models.shard import forget_gathered
+from pairtune.process.dist import World
 from pairtune.run.marker import is_complete, lacking
 from pairtune.run.metrics import Meter
 from pairtune.run.optimizer_state import OptimizerState, as_before, as_numbers, check_json

@@ -24,11 +24,11 @@ from test_tokenizer import CHATML, GEMMA, save
 
 from pairtune import config, models
 from pairtune.cli import commands as cli
-from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.folders import weights as checkpoint
 from pairtune.folders.check_model import check_model
 from pairtune.pairs.tokenize import read_rows, split_pairs, tokenize_pairs
+from pairtune.process.dist import World
 from pairtune.run import rehearsal
 from pairtune.tokenizer.hf import adapt, hf_tokenizer
 

@@ -14,10 +14,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torchao.dtypes.nf4tensor import to_nf4
 from torchtune.models.llama3 import lora_llama3
 
-from pairtune import dist
 from pairtune.cli import plan
 from pairtune.cli.commands import main
 from pairtune.cli.recipe import read_recipe
+from pairtune.process import dist
 from pairtune.run import choosing, memory
 
 TOOL = runpy.run_path(str(ROOT / "tools" / "check_plan.py"))

@@ -8,8 +8,8 @@ import torch
 from pairtune import config
 from pairtune.cli.recipe import read_recipe
 from pairtune.config.uses import check_installed
-from pairtune.dist import World
 from pairtune.errors import UserError
+from pairtune.process.dist import World
 from pairtune.run.metrics import RunLog
 
 RECIPE = read_recipe("lora_dpo_distributed")

@@ -326,7 +326,7 @@ STREAM = """
 import json, sys
 import torch
 from pairtune.config import keys
-from pairtune.dist import World
+from pairtune.process.dist import World
 from pairtune.pairs.steps import Steps
 from pairtune.pairs.tokenize import read_train_and_held_out
 from pairtune.tokenizer.hf import hf_tokenizer

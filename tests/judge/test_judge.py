@@ -17,8 +17,8 @@ from pairtune.errors import UserError
 from pairtune.hub import endpoint
 from pairtune.hub.endpoint import Limits
 from pairtune.hub.replies import Kept
-from pairtune.judge import Verdict, WinRate, open_judge, scores, verdicts, win_rates
-from pairtune.judge.endpoint import Asking
+from pairtune.making.judge import Verdict, WinRate, open_judge, scores, verdicts, win_rates
+from pairtune.making.judge.endpoint import Asking
 
 KEY = "sk-a-secret-0123456789"
 ROWS = [{"prompt": f"question {n}"} for n in range(8)]

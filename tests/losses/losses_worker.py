@@ -13,7 +13,7 @@ import torch
 from helpers import SHARDED_SIZES, random_pairs, tiny_llama
 from torchtune.rlhf.loss import DPOLoss, RSOLoss
 
-from pairtune import dist, models
+from pairtune import models
 from pairtune.losses import formulas as losses
 from pairtune.losses.calling import loss_inputs, mean_chosen_length, mismatched, needs, num_answers, step_losses
 from pairtune.losses.modules import LOSSES, build
@@ -21,6 +21,7 @@ from pairtune.models.logps import answer_logps, answer_scores
 from pairtune.pairs.batch import lay_out
 from pairtune.pairs.steps import share
 from pairtune.pairs.tokenize import Pair
+from pairtune.process import dist
 
 # Margins of a policy that is not the reference are large on random models: at these betas losses that sort, and
 # those with an exponential in them, are not flat.

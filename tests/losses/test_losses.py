@@ -24,9 +24,8 @@ from torch import nn
 from torchtune.modules.peft import LoRALinear
 from torchtune.rlhf.loss import DPOLoss, RSOLoss
 
-from pairtune import dist, models
+from pairtune import models
 from pairtune.config.short_names import path_of
-from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.losses import calling as loss_needs
 from pairtune.losses import formulas as losses
@@ -36,6 +35,8 @@ from pairtune.losses.published import ADVICE, advice_for
 from pairtune.models.logps import answer_logps, answer_scores, token_logps
 from pairtune.pairs.batch import lay_out
 from pairtune.pairs.tokenize import Pair
+from pairtune.process import dist
+from pairtune.process.dist import World
 
 MIX = [{"name": "sigmoid", "beta": 0.2}, {"name": "hinge", "weight": 0.5}, {"name": "sft", "weight": 0.2}]
 CASES = [

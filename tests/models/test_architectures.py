@@ -13,7 +13,6 @@ from torchtune.modules.peft import LoRALinear
 
 from pairtune import config, models
 from pairtune.config.architectures import check_config
-from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.folders import weights as checkpoint
 from pairtune.folders.check_model import check_model, check_model_type
@@ -21,6 +20,7 @@ from pairtune.folders.export import export
 from pairtune.models import generation
 from pairtune.models.logps import answer_logps
 from pairtune.pairs.batch import lay_out
+from pairtune.process.dist import World
 
 ONE = World(torch.device("cpu"))
 SIZES = {

@@ -11,13 +11,14 @@ import transformers
 from helpers import ROOT, random_pairs
 from torchtune.modules.peft import get_adapter_params
 
-from pairtune import dist, models
+from pairtune import models
 from pairtune.errors import UserError
 from pairtune.folders import weights as checkpoint
 from pairtune.models import grouped
 from pairtune.models.frozen_base import is_held
 from pairtune.models.logps import answer_scores
 from pairtune.pairs.batch import lay_out
+from pairtune.process import dist
 from pairtune.run import contract
 
 SIZES = {

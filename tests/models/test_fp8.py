@@ -7,11 +7,11 @@ from helpers import NF4_SIZES, random_pairs, tiny_llama
 from torchao.float8.float8_linear import Float8Linear
 
 from pairtune import models
-from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.models import fp8
 from pairtune.models.logps import answer_logps
 from pairtune.pairs.batch import lay_out
+from pairtune.process.dist import World
 
 CPU = torch.device("cpu")
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "modules": ["q_proj"]}

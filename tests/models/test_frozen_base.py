@@ -8,10 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchao.dtypes.nf4tensor import to_nf4
 
 from pairtune import models
-from pairtune.dist import World
 from pairtune.models import frozen_base, nf4
 from pairtune.models.logps import answer_logps
 from pairtune.pairs.batch import lay_out
+from pairtune.process.dist import World
 
 ONE = World(torch.device("cpu"))
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "modules": ["q_proj", "v_proj", "mlp"], "dtype": "fp32"}

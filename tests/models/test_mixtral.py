@@ -20,7 +20,6 @@ from torchtune.modules.peft import LoRALinear
 from torchtune.rlhf import get_batch_log_probs
 
 from pairtune import models
-from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.folders import peft as adapters
 from pairtune.folders import weights as checkpoint
@@ -30,6 +29,7 @@ from pairtune.folders.families import FAMILIES
 from pairtune.models import experts, mixtral
 from pairtune.models.logps import answer_logps, answer_scores
 from pairtune.pairs.batch import lay_out
+from pairtune.process.dist import World
 from pairtune.run import contract
 
 ONE = World(torch.device("cpu"))

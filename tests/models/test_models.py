@@ -13,11 +13,11 @@ from torchtune.modules import FeedForward
 from torchtune.modules.peft import LoRALinear, disable_adapter
 
 from pairtune import models
-from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.models import offloading, pieces
 from pairtune.models.logps import answer_logps
 from pairtune.pairs.batch import lay_out
+from pairtune.process.dist import World
 
 ONE = World(torch.device("cpu"))
 LLAMA3, TIED = "torchtune.models.llama3", "torchtune.models.llama3_2.llama3_2_1b"

@@ -9,13 +9,13 @@ from omegaconf import OmegaConf
 from torchtune.modules.peft import LoRALinear
 
 from pairtune import models
-from pairtune.dist import World
 from pairtune.folders import weights as checkpoint
 from pairtune.folders.check_model import check_model
 from pairtune.folders.families import FAMILIES
 from pairtune.models import generation
 from pairtune.models.logps import answer_logps
 from pairtune.pairs.batch import lay_out
+from pairtune.process.dist import World
 
 ONE = World(torch.device("cpu"))
 SIZES = {  # heads together are twice as wide as the model

@@ -14,12 +14,12 @@ from helpers import ENVIRONMENT, NF4_SIZES, random_pairs, run_config, run_recipe
 
 from pairtune import models
 from pairtune.config.architectures import check_config
-from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.folders.check_model import check_model, windows
 from pairtune.folders.families import FAMILIES as FAMILY
 from pairtune.models import attention, gemma2, generation, logps, visibility
 from pairtune.pairs.batch import lay_out
+from pairtune.process.dist import World
 
 ONE = World(torch.device("cpu"))
 BACK_ENDS = ("segments", "mask")

@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from helpers import random_pairs
 
-from pairtune import dist, models
+from pairtune import models
 from pairtune.models.gemma2 import gemma2
 from pairtune.models.logps import answer_logps
 from pairtune.pairs.batch import lay_out
+from pairtune.process import dist
 
 SIZES = {
     "vocab_size": 320, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "embed_dim": 72,

@@ -19,7 +19,6 @@ from test_tokenizer import CHATML, GEMMA, save
 
 from pairtune.cli.commands import main
 from pairtune.config.keys import ROWS
-from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.losses.modules import build
 from pairtune.pairs import gathering, kept, tokenize
@@ -31,6 +30,7 @@ from pairtune.pairs.pair import Pair
 from pairtune.pairs.spread import spread
 from pairtune.pairs.steps import Steps
 from pairtune.pairs.tokenize import count_overlap, read_pairs, read_rows, split_pairs, tokenize_pairs
+from pairtune.process.dist import World
 from pairtune.run import choosing, contract
 from pairtune.tokenizer.hf import hf_tokenizer
 

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pairtune.dist import World
 from pairtune.pairs.batch import document_length
 from pairtune.pairs.steps import Steps, cost, share
+from pairtune.process.dist import World
 
 
 def real_pairs(count, seed=0):

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pairtune.dist import World
 from pairtune.pairs.steps import Steps, count_steps
+from pairtune.process.dist import World
 from pairtune.run.state import TrainState
 
 

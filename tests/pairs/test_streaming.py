@@ -14,13 +14,13 @@ from test_data import write_csv, write_json, write_jsonl, write_parquet
 
 from pairtune.config.checks import check_together
 from pairtune.config.keys import ROWS, STREAM
-from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.pairs.rows import read_rows
 from pairtune.pairs.steps import Steps, count_steps
 from pairtune.pairs.stream_nodes import Blocks, Passes
 from pairtune.pairs.streamed_files import CHUNK, shards_of
 from pairtune.pairs.tokenize import read_train_and_held_out, tokenize_pairs
+from pairtune.process.dist import World
 from pairtune.run import choosing, contract
 from pairtune.run.fingerprint import digest_pairs
 from pairtune.tokenizer.hf import hf_tokenizer

@@ -12,9 +12,10 @@ from torch.utils._pytree import tree_leaves
 from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune.modules.peft import disable_adapter
 
-from pairtune import dist, models
+from pairtune import models
 from pairtune.models.logps import answer_logps
 from pairtune.pairs.batch import lay_out
+from pairtune.process import dist
 
 
 class CountCollectives(TorchDispatchMode):

@@ -27,8 +27,8 @@ from helpers import (
 )
 from safetensors.torch import load_file
 
-from pairtune.dist import World
 from pairtune.pairs.steps import Steps, share
+from pairtune.process.dist import World
 from pairtune.run import pair_log
 from pairtune.run.metrics import read_log
 from pairtune.run.resuming import complete_checkpoints

@@ -27,12 +27,12 @@ from safetensors.torch import load_file, save_file
 from torchtune.models.convert_weights import hf_to_tune
 
 from pairtune import config, models
-from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.folders import weights as checkpoint
 from pairtune.folders.export import Probe, check_export, probe
 from pairtune.models.logps import answer_logps
 from pairtune.pairs.batch import lay_out
+from pairtune.process.dist import World
 
 RECIPES = ("full_dpo_single_device", "lora_dpo_single_device", "qlora_dpo_single_device")
 METRICS = {

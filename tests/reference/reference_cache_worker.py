@@ -14,11 +14,12 @@ import torch
 from helpers import SIZES, random_pairs
 from omegaconf import OmegaConf
 
-from pairtune import dist, models
+from pairtune import models
 from pairtune.folders import weights as checkpoint
 from pairtune.models.logps import answer_logps
 from pairtune.pairs.batch import lay_out
 from pairtune.pairs.steps import share
+from pairtune.process import dist
 from pairtune.reference import cache as reference_cache
 
 LLAMA = "torchtune.models.llama3.llama3"

@@ -10,9 +10,10 @@ import torch.distributed.checkpoint as dcp
 from helpers import SHARDED_SIZES, random_pairs, tiny_llama
 from torch.nn.functional import logsigmoid
 
-from pairtune import dist, models
+from pairtune import models
 from pairtune.models.logps import answer_logps
 from pairtune.pairs.batch import lay_out
+from pairtune.process import dist
 from pairtune.reference.sources import AdapterCopy, SecondModel, frozen_model
 
 COMPONENT = {"_component_": "torchtune.models.llama3.llama3", **SHARDED_SIZES}

@@ -30,7 +30,6 @@ from torch.nn.functional import logsigmoid
 from torchao.dtypes.nf4tensor import to_nf4
 
 from pairtune import models
-from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.folders import peft as adapters
 from pairtune.folders import weights as checkpoint
@@ -38,6 +37,7 @@ from pairtune.folders.export import export
 from pairtune.models.divergence import token_divergence
 from pairtune.models.logps import answer_logps, answer_token_logps
 from pairtune.pairs.batch import lay_out
+from pairtune.process.dist import World
 from pairtune.reference.sources import AdapterCopy, AdaptersOff, SecondModel, open_second_model
 from pairtune.tokenizer.hf import HFTokenizer
 

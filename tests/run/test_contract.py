@@ -13,12 +13,12 @@ from helpers import ENVIRONMENT, ROOT, random_pairs, run_config, run_recipe, sav
 from torchtune.rlhf.loss import DPOLoss, RSOLoss
 
 from pairtune import models
-from pairtune.dist import World
 from pairtune.errors import UserError
 from pairtune.losses.calling import loss_inputs, policy_scores
 from pairtune.losses.modules import build
 from pairtune.models.logps import answer_logps
 from pairtune.pairs.batch import lay_out
+from pairtune.process.dist import World
 from pairtune.run import contract, dry_run
 from pairtune.run.metrics import read_log
 from pairtune.run.resuming import complete_checkpoints

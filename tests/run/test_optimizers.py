@@ -12,8 +12,8 @@ from helpers import ENVIRONMENT, ROOT, SHARDED_SIZES, random_pairs, run_config, 
 from safetensors.torch import load_file
 from torch import nn
 
-from pairtune.dist import World
 from pairtune.errors import UserError
+from pairtune.process.dist import World
 from pairtune.run import optimizers
 from pairtune.run.metrics import read_log
 from pairtune.run.optimizer_state import OptimizerState

@@ -18,8 +18,8 @@ from huggingface_hub import ModelCard
 from pairtune.cli import main
 from pairtune.cli.evaluate import Asked, settle
 from pairtune.config.saved import reference_of
-from pairtune.dist import World
 from pairtune.errors import UserError
+from pairtune.process.dist import World
 from pairtune.run import pair_log, places
 from pairtune.run.card import write_card
 from pairtune.run.dynamics import contradictions, courses

@@ -29,9 +29,9 @@ from helpers import (
 )
 from safetensors.torch import load_file
 
-from pairtune.dist import Interruption, World
 from pairtune.errors import UserError
 from pairtune.folders.tensors import read_shard
+from pairtune.process.dist import Interruption, World
 from pairtune.run import disk_space, marker, samples
 from pairtune.run.checkpoints import Checkpoints
 from pairtune.run.marker import is_complete, lacking

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pairtune.judge.question import Judge
-from pairtune.judge.verdicts import EQUAL, Verdict, verdicts
+from pairtune.making.judge.question import Judge
+from pairtune.making.judge.verdicts import EQUAL, Verdict, verdicts
 from pairtune.run.evaluations import interval
 
 

@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from tqdm import tqdm
 
-from pairtune import console
 from pairtune.errors import UserError
+from pairtune.process import console
 
 # What asks a run to stop: a scheduler, a person, a terminal or a connection that has gone.
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

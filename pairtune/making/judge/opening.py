@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from pairtune.errors import UserError
-from pairtune.judge.endpoint import Asking, Endpoint
-from pairtune.judge.function import WAYS, open_function
-from pairtune.judge.question import Judge
+from pairtune.making.judge.endpoint import Asking, Endpoint
+from pairtune.making.judge.function import WAYS, open_function
+from pairtune.making.judge.question import Judge
 
 
 def open_judge(name: str, asking: Asking | None = None) -> Judge:
@@ -26,7 +26,7 @@ def open_judge(name: str, asking: Asking | None = None) -> Judge:
     if name.startswith("implicit:"):
         raise UserError(f"--judge {name}: reads a config; from Python it is pairtune.cli.implicit.ImplicitReward")
     if Path(name).expanduser().is_dir():
-        from pairtune.judge.reward_model import RewardModel
+        from pairtune.making.judge.reward_model import RewardModel
 
         return RewardModel(Path(name).expanduser())
     if not all(part.isidentifier() for part in name.split(".")) or "." not in name:

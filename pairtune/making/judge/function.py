@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from pairtune.errors import UserError
-from pairtune.judge.question import Question, Said
+from pairtune.making.judge.question import Question, Said
 
 WAYS = (
     "a judge is an endpoint's address (https://...), a reward model's folder, implicit:FOLDER of a trained policy, or "

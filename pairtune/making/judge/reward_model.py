@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from pairtune import console
 from pairtune.errors import UserError
 from pairtune.files import read_object
-from pairtune.judge.question import Question, Said
+from pairtune.making.judge.question import Question, Said
+from pairtune.process import console
 
 BATCH_TOKENS = 8192  # of a batch, padding included
 
@@ -65,7 +65,7 @@ class RewardModel:
     def _open(self):
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        from pairtune import dist
+        from pairtune.process import dist
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(self._folder, local_files_only=True)

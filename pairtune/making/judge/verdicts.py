@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pairtune.judge.question import Judge, Question, Said
+from pairtune.making.judge.question import Judge, Question, Said
 
 EQUAL = "equal"  # answers that nobody was asked about
 

@@ -3,10 +3,10 @@
 A judge scores single answers, or compares two; one that compares is asked both ways round. Nothing here trains.
 """
 
-from pairtune.judge.opening import open_judge
-from pairtune.judge.question import Judge, Question, Said
-from pairtune.judge.rates import WinRate, table, win_rates
-from pairtune.judge.verdicts import Verdict, scores, verdicts
+from pairtune.making.judge.opening import open_judge
+from pairtune.making.judge.question import Judge, Question, Said
+from pairtune.making.judge.rates import WinRate, table, win_rates
+from pairtune.making.judge.verdicts import Verdict, scores, verdicts
 
 __all__ = [
     "Judge",

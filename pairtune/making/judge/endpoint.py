@@ -8,8 +8,8 @@ from typing import Any
 
 from pairtune.hub.endpoint import Client, Limits, Reply, Terms
 from pairtune.hub.replies import Kept
-from pairtune.judge import rubric as rubrics
-from pairtune.judge.question import Question, Said
+from pairtune.making.judge import rubric as rubrics
+from pairtune.making.judge.question import Question, Said
 
 TERMS = Terms(
     command="judge",

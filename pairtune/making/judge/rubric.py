@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from pairtune.errors import UserError
-from pairtune.judge.question import Question
+from pairtune.making.judge.question import Question
 
 RUBRIC = """\
 Two assistants answered the same prompt. Say which answer serves the person who asked better: whether it does what was
