@@ -26,7 +26,7 @@ torchao_names.quiet()  # before torchao is imported
 
 from torchtune.rlhf.loss import DPOLoss  # noqa: E402
 
-from pairtune import models
+from pairtune import models  # noqa: E402
 from pairtune.cli import plan  # noqa: E402
 from pairtune.folders.check_model import windows  # noqa: E402
 from pairtune.models.adapters import own_shapes  # noqa: E402
