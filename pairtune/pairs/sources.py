@@ -42,9 +42,11 @@ def _exists(path: Path, key: str) -> bool:
 def _missing_file(path: Path, key: str) -> UserError:
     if not path.parent.is_dir():
         return UserError(f"{key}.source={path}: there is no folder {path.parent}.")
-    names = sorted(entry.name for entry in path.parent.iterdir())
-    shown = difflib.get_close_matches(path.name, names, n=5, cutoff=0.3) or names[:5]
-    return UserError(
-        f"{key}.source={path}: there is no such file. Nearest in {path.parent.resolve()}: "
-        f"{', '.join(shown) or 'nothing, the folder is empty'}."
-    )
+    entries = sorted(path.parent.iterdir())
+    rows = [entry.name for entry in entries if Path(entry.name.removesuffix(".gz")).suffix in ROW_FILES]
+    folders = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    near = difflib.get_close_matches(path.name, rows, n=5, cutoff=0.3) or rows[:5]
+    near += difflib.get_close_matches(path.name, folders, n=2)
+    here = path.parent.resolve()
+    hint = f"Nearest in {here}: {', '.join(near)}" if near else f"{here} has no file that could hold rows"
+    return UserError(f"{key}.source={path}: there is no such file. {hint}.")

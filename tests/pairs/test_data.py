@@ -205,6 +205,7 @@ except ValueError as error:
     ("source", "message"),
     [
         ("piars.jsonl", r"no such file. Nearest in .*: pairs\.jsonl"),
+        ("empty/pairs.jsonl", "no such file. .*empty has no file that could hold rows"),
         ("absent/pairs.jsonl", "there is no folder .*absent"),
         ("notes.txt", "of files, .json, .jsonl, .csv, .parquet are read"),
         ("broken.jsonl", r"broken.jsonl, line 3: invalid JSON, .* \(column 12\)"),
