@@ -170,7 +170,7 @@ def test_a_sweep_that_was_stopped_or_failed_goes_on_with_what_is_missing(tmp_pat
     assert main(["sweep", "mine.py", "rate=1,2,fast"]) == 2
     assert "run rate=fast: rate=fast: must be a number" in capfd.readouterr().err and not starts.exists()
     words = ["sweep", "mine.py", "rate=1,2,3"]
-    stopped = subprocess.run([*TUNE, *words], env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False)
+    stopped = subprocess.run([*TUNE, *words], env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
     assert stopped.returncode == 130, stopped.stderr
     assert "1 of 3 runs have ended; the same command goes on:\n  tune sweep mine.py rate=1,2,3" in stopped.stdout
     assert starts.read_text() == "1 auto None\n2 auto None\n"
