@@ -278,7 +278,7 @@ def test_what_torchtune_does_and_recipes_here_do_not_is_refused(tmp_path, change
         config.load(*RECIPES["lora_dpo_single_device"], [path], [] if "dataset" in change else THEIR_DATA)
 
 
-@pytest.mark.parametrize("name", ["gemma2_2b", "llama3_2_1b", "qwen2_5_0_5b", "smollm2_360m", "tinyllama_1_1b"])
+@pytest.mark.parametrize("name", ["llama3_2_1b", "tinyllama_1_1b"])
 def test_a_config_tells_what_is_counted_on_a_gpu(name):
     """The others take minutes: python tools/count_gpus.py --check"""
     tool = runpy.run_path(str(ROOT / "tools" / "count_gpus.py"))
