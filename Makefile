@@ -23,7 +23,7 @@ test: .venv/ready-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 test-newest: .venv/ready-test .venv-newest/ready-test
-	OMP_NUM_THREADS=1 PAIRTUNE_PINNED_PYTHON=$(CURDIR)/$(BIN)/python .venv-newest/bin/python -m pytest $(NEWEST)
+	OMP_NUM_THREADS=1 PAIRTUNE_PINNED_PYTHON=$(CURDIR)/$(BIN)/python .venv-newest/bin/python -m pytest -n auto --dist worksteal $(NEWEST)
 
 check: .venv/ready-test
 	$(BIN)/ruff check .
