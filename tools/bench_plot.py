@@ -5,8 +5,8 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-import bench
 import random_work as work
+from side_by_side import WARM_STEPS, Task, in_turn, summary
 
 LENGTHS = (128, 256, 512, 1024)  # tokens of a pair, of which two thirds are its prompt
 PAIRS = (1, 2, 4, 8)
@@ -14,11 +14,11 @@ VOCABULARIES = (32_000, 128_256, 262_144)
 PROCESSES = (1, 2, 4)  # ours only; seconds that pass, on as many cores
 
 
-def plot(path: Path, systems: list[str], task: bench.Task, steps: int, *, tiny: bool = False) -> list[dict]:
+def plot(path: Path, systems: list[str], task: Task, steps: int, *, tiny: bool = False) -> list[dict]:
     """Measures and draws; prints a line a point, and returns them."""
     points = []
 
-    def measure(panel: str, size: int, texts: list[str], changed: bench.Task, processes: int = 0) -> None:
+    def measure(panel: str, size: int, texts: list[str], changed: Task, processes: int = 0) -> None:
         for row in _rows(texts, changed, steps, processes):
             points.append({"panel": panel, "size": size, **row})
             told = f"{row['system']:<28}{row['seconds']:8.3f} s{row['peak_gib']:8.2f} GiB"
@@ -40,15 +40,15 @@ def plot(path: Path, systems: list[str], task: bench.Task, steps: int, *, tiny: 
     return points
 
 
-def _rows(texts: list[str], task: bench.Task, steps: int, processes: int) -> list[dict]:
+def _rows(texts: list[str], task: Task, steps: int, processes: int) -> list[dict]:
     with tempfile.TemporaryDirectory(dir=task.folder) as name:
         task = replace(task, folder=Path(name))
         task.write()
-        found = bench.in_turn(texts, task, steps, processes=processes or 1)
-        rows = [bench.summary(made, task, text) for text, made in found.items()]
+        found = in_turn(texts, task, steps, processes=processes or 1)
+        rows = [summary(made, task, text) for text, made in found.items()]
         if processes:  # what the others compute is not in the first one's CPU seconds
             for row in rows:
-                row["seconds"] = statistics.median(step["wall"] for step in found[row["system"]][bench.WARM_STEPS :])
+                row["seconds"] = statistics.median(step["wall"] for step in found[row["system"]][WARM_STEPS:])
         return rows
 
 

@@ -7,9 +7,9 @@ import statistics
 import time
 from pathlib import Path
 
-import bench
 import gpu_parts as parts
 import random_work as work
+import side_by_side
 import torch
 from gpu_runs import ROOT, run
 from omegaconf import OmegaConf
@@ -124,18 +124,18 @@ def plan(name: str, settings: dict) -> dict:
 
 
 def peers(name: str, settings: dict) -> dict:
-    """A peer's steps, as bench.py makes them, with weights drawn on the device."""
+    """A peer's steps, as side_by_side.py makes them, with weights drawn on the device."""
     folder = Path(settings["folder"]) / f"peer_{parts.PEERS[name].replace(':', '_').replace('=', '')}"
     folder.mkdir()
     threads = (os.cpu_count() or 1) if settings["device"] == "cuda" else 1
-    steps, pairs = bench.WARM_STEPS + 2, settings["peer_pairs"]
+    steps, pairs = side_by_side.WARM_STEPS + 2, settings["peer_pairs"]
     lengths = work.draw_lengths("24/8/8" if settings["tiny"] else parts.LONG, pairs * steps)
-    task = bench.Task(
+    task = side_by_side.Task(
         folder, work.MODELS[settings["shape"]], tuple(lengths), device=settings["device"], dtype=settings["dtype"],
         rank=16, pairs_per_step=pairs, threads=threads, drawn=True, paths=tuple(map(tuple, settings["paths"])),
     )  # fmt: skip
     task.write()
-    system = bench.System(parts.PEERS[name], task)
+    system = side_by_side.System(parts.PEERS[name], task)
     try:
         made = [system.step(is_first=n == 0) for n in range(steps)]
     except RuntimeError as error:
@@ -144,6 +144,6 @@ def peers(name: str, settings: dict) -> dict:
         raise
     finally:
         system.stop()
-    found = bench.summary(made, task, parts.PEERS[name])
+    found = side_by_side.summary(made, task, parts.PEERS[name])
     told = f"{found['pairs_per_second']:.2f} pairs/s, {found['peak_gib']:.2f} GiB, losses"
     return {**found, "note": f"{told} {found['losses'][0]:.4f} to {found['losses'][-1]:.4f}"}

@@ -90,14 +90,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--imports", type=int, default=12, metavar="N", help="how many packages are shown")
     arguments = parser.parse_args()
-    import bench  # beside this file
     import peers
     import random_work
+    import side_by_side  # beside this file
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sizes, lengths = random_work.MODELS["small"], random_work.draw_lengths("~300/85/85", 8)
-        task = bench.Task(folder, sizes, tuple(lengths))
+        task = side_by_side.Task(folder, sizes, tuple(lengths))
         task.write()
         (folder / "ours.yaml").write_text(json.dumps(peers.our_config(task.spec("ours", []))))
         (folder / "first.py").write_text(LOGGER)

@@ -41,7 +41,8 @@ def contrast(argv: list[str]) -> int:
         raise UserError(f"--items {args.items}: holds none")
     from pairtune.cli.making_sample import drawn_from
 
-    answer, drawing = drawn_from(folder, overrides, args, 1)
+    asked = [how.asks(item, side) for side in (0, 1) for item in items]
+    answer, drawing = drawn_from(folder, overrides, args, 1, asked)
     drawn = args.output.with_name(f"{args.output.stem}.drawn.jsonl")
     found = draw(answer, items, how, drawing, drawn=drawn, held_out=args.held_out)
     files = write_pairs(found.pairs, args.output, args.held_out, found)

@@ -103,11 +103,11 @@ def _from_endpoint(addresses: list[str], args) -> int:
     return BUDGET_USED if client.is_budget_used else 0
 
 
-def drawn_from(folder: Path, overrides: list[str], args, count: int, prompts: Sequence = ()):
+def drawn_from(folder: Path, overrides: list[str], args, count: int, prompts: Sequence):
     """Returns what making/sample.py takes: a function that answers prompts by a model, and how it draws.
 
     Raises:
-        UserError: One of the prompts, where they are known already, leaves no room for an answer.
+        UserError: One of the prompts leaves no room for an answer.
     """
     from pairtune.cli import asking  # and torch
     from pairtune.making.sample import Drawing

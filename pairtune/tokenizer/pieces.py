@@ -73,7 +73,7 @@ class PieceEncoder:
 
     def __init__(self, backend: tokenizers.Tokenizer):
         self._backend = backend
-        if resize := getattr(backend.model, "_resize_cache", None):  # a fifth of the time, and no other tokens
+        if resize := getattr(backend.model, "_resize_cache", None):  # no other tokens
             resize(WORDS)
         added = backend.get_added_tokens_decoder()
         self._ids = {token.content: i for i, token in added.items()}

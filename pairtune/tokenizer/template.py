@@ -76,9 +76,12 @@ class ChatTemplate:
             Refusal: The template refuses the conversation: many know no system role, or want roles to alternate.
             UserError: It needs a day and has none, counts for ever, or writes without end.
         """
-        given = {"messages": self._as_read(messages), "tools": tools, "add_generation_prompt": add_generation_prompt}
+        read = self._as_read(messages)
+        given = {"messages": read, "tools": tools, "add_generation_prompt": add_generation_prompt}
         values = {**self._values, **(arguments or {}), **given}
-        self._environment.budget.begin(_characters([messages, tools]))
+        has_more = read is not messages or tools
+        size = _characters([messages, tools]) if has_more else sum(len(message["content"]) for message in messages)
+        self._environment.budget.begin(size)
         try:
             return self._template.render(**values)
         except UserError:
@@ -100,17 +103,32 @@ class ChatTemplate:
         """Returns how many characters of `text`, the rendered messages, stand behind what the last message says.
 
         What it says last, its content or the last tool that it calls, is marked, not searched for: it may be trimmed,
-        or be as short as 'e'.
+        or be as short as 'e'. Where it stands whole before the tail that the template usually writes, this is its end,
+        and one more rendering is spared.
 
         Args:
             options: As for `render`.
         """
+        said = messages[-1].get("content")
+        is_text = said and isinstance(said, str) and not messages[-1].get("tool_calls")
+        if is_text and self._usual_tail and text.endswith(said + self._usual_tail):
+            return len(self._usual_tail)
         marked = self.render([*messages[:-1], _marked_at_end(messages[-1])], **options)
         _, mark, tail = marked.rpartition(ANSWER_END)
         if not mark or not text.endswith(tail):
             what = "tool calls" if messages[-1].get("tool_calls") else "the last assistant message as it is"
             raise Refusal(f"The chat template does not write {what}; give another one.", f"it does not write {what}")
         return len(tail)
+
+    @cached_property
+    def _usual_tail(self) -> str:
+        """What it writes behind a short answer to a short question; "" where that is nothing, or cannot be told."""
+        messages = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": f"Hello.{ANSWER_END}"}]
+        try:
+            _, mark, tail = self.render(messages).rpartition(ANSWER_END)
+        except UserError:
+            return ""
+        return tail if mark else ""
 
     def _as_read(self, messages: list[dict]) -> list[dict]:
         """Returns messages as transformers hands them over: thoughts under each of their names, and nothing that is

@@ -71,6 +71,7 @@ def test_a_stopped_one_goes_on_and_ends_the_same(sampled, tmp_path, capsys):
         (["--count", "0"], "--count 0: must be at least 1"),
         (["--prompts", "other"], "line 2: answers another prompt"),
         (["--prompts", "fewer"], "holds answers to 5 prompts, and 2 are asked"),
+        (["--prompts", "long"], "prompt 2 of 2, of 201 tokens, leaves no room in the model's 128 positions"),
         (["--output", "held"], "another process writes there"),
         (["--output", "notes"], "line 1: is no row of drawn answers"),
     ],
@@ -79,6 +80,7 @@ def test_what_cannot_be_gone_on_with_is_refused_and_left_alone(sampled, tmp_path
     output = shutil.copy(sampled / "s.jsonl", tmp_path / "s.jsonl")
     write(tmp_path / "other", []).write_text("w0 w1 w7\nsomething else\nw2\nw3\nw4\n")
     (tmp_path / "fewer").write_text("w0 w1 w7\nw1 w2 w7\n")
+    (tmp_path / "long").write_text("w0 w1 w7\n" + "w1 " * 200 + "\n")
     (tmp_path / "notes").write_text("my notes\n")
     shutil.copy(output, tmp_path / "held")
     with (tmp_path / "held").open() as file:
@@ -166,3 +168,7 @@ def test_a_pair_has_the_answers_to_both_prompts_under_the_neutral_one(sampled, t
                            ("{word} {item} {example}", "1 places of an {example}, and there are 0")):  # fmt: skip
         assert main([template if word == "w1 {word} w2 {item}" else word for word in words]) == 2
         assert said in capsys.readouterr().err
+    (tmp_path / "items").write_text("w3 w4\n" + "w5 " * 200 + "\n")
+    assert main([word.replace("pairs.jsonl", "long.jsonl") for word in words]) == 2
+    assert "prompt 2 of 4, of 20" in capsys.readouterr().err
+    assert not (tmp_path / "long.drawn.jsonl").exists()

@@ -152,6 +152,20 @@ def test_an_answer_ends_in_exactly_one_end_token(tmp_path, behind_the_answer, en
     assert tokenizer.decode(ids, skip_special_tokens=False) == f"<s>[user]Hi[assistant]{answer}{before_end}{end}"
 
 
+@pytest.mark.parametrize("answer", ["Fine", "!", "Fine!", "e", " e ", "</s>", "!</s>", "</s>\n", "e</s>\n!", "\n"])
+def test_an_answers_end_may_depend_on_the_conversation(tmp_path, answer):
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content if messages | length == 2 else m.content | trim }}"
+        "{% if m.role == 'assistant' %}{{ '</s>\n' if messages | length == 2 else '!</s>\n' }}{% endif %}{% endfor %}"
+    )
+    tokenizer = hf_tokenizer(save(tmp_path, chat_template=template))
+    ids = tokenizer.render(chat("Hi", answer))
+    assert tokenizer.decode(ids, skip_special_tokens=False) == f"[user]Hi[assistant]{answer}</s>"
+    ids = tokenizer.render(chat("Hi", "Ho", "And", answer))
+    before = "[user]Hi[assistant]Ho!</s>\n[user]And[assistant]"
+    assert tokenizer.decode(ids, skip_special_tokens=False) == f"{before}{answer.strip()}!</s>"
+
+
 def test_an_end_token_at_the_end_of_the_answer_is_not_taken_for_the_templates(folders):
     tokenizer = hf_tokenizer(folders["chatml"])
     text = tokenizer.decode(tokenizer.render(chat("Which token?", "It is <|im_end|>")), skip_special_tokens=False)
