@@ -157,7 +157,7 @@ def main(cfg):
     )
     if resumed:
         state.load(resumed, run_dir, best_metric=cfg.keep_best)
-    saved = checkpoints.Checkpoints(run_dir, world, cfg.keep_last_n, cfg.keep_best, cfg.on_save_failure)
+    saved = checkpoints.Checkpoints(run_dir, world, cfg.keep_last_n, cfg.keep_best, cfg.on_save_failure, state.best)
     world.print(f"{models.sizes(model)}, {cfg.dtype} on {world}; {total_steps:,} steps of {cfg.pairs_per_step} pairs\n")
 
     # 6. Signals; the losses of a few pairs, and of all held-out ones
@@ -190,7 +190,9 @@ def main(cfg):
             for pairs in interruption.unless_stopped(world.progress(micro, "evaluation")):
                 world.beat("evaluation")
                 pair_losses(pairs, whole, held_out_meter)
-            for pairs in steps.share(held_out[:KL_PAIRS] if state.step else []):  # token by token
+            of_kl = steps.share(held_out[:KL_PAIRS] if state.step else [])  # token by token
+            for pairs in interruption.unless_stopped(of_kl):
+                world.beat("evaluation")
                 held_out_meter.add(kl_per_token=reference.divergence(model, batch_of(pairs)))
         model.train()
         if interruption.requested():  # the loop's top makes up for it after resuming
@@ -249,7 +251,8 @@ def main(cfg):
         after_step(loss_fn, world)
         state.step = step
         progress.update()
-        if step == 1 or state.is_due(cfg.log_every_n_steps, total_steps):
+        may_end = cfg.early_stop and state.owes_evaluation(eval_every, total_steps)
+        if step == 1 or may_end or state.is_due(cfg.log_every_n_steps, total_steps):
             results = meter.read(world) | steps.seen(step) | {"lr": lr} | meter.read_speed(world)
             log.write(step, results)
             progress.tell(f"{metrics.summary(results)}, {results['pairs_per_second']:.1f} pairs/s")

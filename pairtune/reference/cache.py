@@ -1,10 +1,11 @@
 """What a frozen reference says of pairs, kept on the disk: one pass serves every run with the same reference and pairs.
 
-Found by content, never by names. An entry belongs to the bytes of the weight files, the builder's arguments, dtypes and
-quantization, and ld_alpha; a value in it to the tokens of a pair. So runs that differ in beta, learning rate, loss or
-seed share it, full and LoRA alike, and another template, tokenizer or length limit finds nothing. What changes rounding
-only (attention, compile, sharding, which pairs share a batch) is not part of it. A builder's code is not either: a few
-values are computed again when an entry is read, see `ReferenceCache.check`; not by a second model that no value needs.
+Found by content, never by names. An entry belongs to what `identify` says: the bytes of the weight files, and of an
+adapter with its scale; the builder's arguments, windows, dtypes, quantization and fp8; ld_alpha and score_end. A
+value in it belongs to the tokens of a pair. So runs that differ in beta, learning rate, loss or seed share it, full
+and LoRA alike, and another template, tokenizer or length limit finds nothing. What changes rounding only (attention,
+compile, sharding, which pairs share a batch) is not part of it. A builder's code is not either: a few values are
+computed again when an entry is read, see `ReferenceCache.check`; not by a second model that no value needs.
 
 An entry is a folder. entry.json tells people what it is of. values.bin holds records with a checksum each, appended
 under a lock: a kill leaves a record whole or invalid, and an invalid one is no value.
@@ -140,11 +141,8 @@ class ReferenceCache:
     """Reference log-probabilities of a run's pairs: those on the disk, and those that this run adds.
 
     Every process has the same pairs and calls every method but `__call__` equally often; all of them have all values,
-    the main process alone touches the disk. The pass over what is missing stands in the recipe:
-
-        for pairs in share(cache.missing, batch_size, rank=world.rank, size=world.size):
-            cache.put(pairs, *answer_logps(reference, lay_out(pairs).to(world.device)))
-        cache.complete()
+    the main process alone touches the disk. The pass over what is missing stands in the recipe, which goes through
+    `unanswered` of its reference and lets it `keep` what each answer came to.
     """
 
     def __init__(self, folder: Path, identity: Identity, pairs: Sequence[Pair], world: World):
@@ -212,7 +210,8 @@ class ReferenceCache:
         Raises:
             UserError: One is further off than rounding goes. It names the pair and the way out.
         """
-        absolute, relative = max(TOLERANCE[dtype] for dtype in self._identity.content["dtypes"])
+        dtypes = TOLERANCE.keys() & self._identity.content["dtypes"]  # a base in 8 bits has those of its bytes, too
+        absolute, relative = max(TOLERANCE[dtype] for dtype in dtypes)
         found = []
         stored = self._table[:, torch.tensor(self._indices(pairs), dtype=torch.long)]
         for name, values, computed in zip(("chosen", "rejected"), stored.tolist(), (chosen, rejected), strict=True):

@@ -8,11 +8,12 @@ by state.TrainState; how one is found and read: resuming.py.
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -46,27 +47,32 @@ class Checkpoints:
         keep_last_n: int,
         keep_best: str | None = None,
         on_save_failure: str = "stop",
+        best: Mapping | None = None,
     ):
         """
         Args:
             keep_last_n: Checkpoints that stay, besides the best; 0 writes none.
             keep_best: The metric by which a best one is kept, if one is.
             on_save_failure: stop, or continue: say so and train on. Earlier checkpoints stay in either case.
+            best: TrainState.best, of a resumed run.
         """
         self._dir, self._world = run_dir / "checkpoints", world
         self._keep_last_n, self._on_save_failure = keep_last_n, on_save_failure
         self._keeps_best = keep_best is not None
         self._pending: Future | None = None
         self._writing: Path | None = None  # the folder that it fills
-        self._best: Path | None = None  # the best that is on the disk
+        self._synced = 0  # bytes of it that are known to be on the disk
+        there = best and is_complete(self.folder(best["step"]))
+        self._best = self.folder(best["step"]) if there else None  # that is on the disk
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         # Collectives of a save run beside those of training: on the CPU, in a group of their own.
         hours = timedelta(hours=6)  # a slow disk; a process that dies ends it at once
         self._group = torch_dist.new_group(backend="gloo", timeout=hours) if world.mesh is not None else None
         if world.is_main:  # what a kill has left
-            without_marker = (folder for folder in self._dir.glob("step_*") if not (folder / MARKER).exists())
-            for folder in (*self._dir.glob(".step_*"), *without_marker):
-                shutil.rmtree(folder, ignore_errors=True)
+            ours = (folder for folder in self._dir.glob("*") if re.fullmatch(r"\.?step_\d+", folder.name))
+            for folder in ours:
+                if folder.name[0] == "." or not (folder / MARKER).exists():
+                    shutil.rmtree(folder, ignore_errors=True)
         self._check_shared()
 
     def folder(self, step: int) -> Path:
@@ -134,17 +140,19 @@ class Checkpoints:
             return
         check_files(folder, self._world, way_out="resume=true export_best=false exports the last weights")
         state.load_weights(folder)
-        metric = read_values(folder)["best"]["metric"]
-        self._world.print(f"\nexported are the weights of {folder}, the best by the held-out {metric}")
+        best = state.best if state.best and folder == self.folder(state.best["step"]) else read_values(folder)["best"]
+        self._world.print(f"\nexported are the weights of {folder}, the best by the held-out {best['metric']}")
 
     def wait(self) -> None:
         """Returns when the last save has ended. Raises as `save` does."""
         pending, self._pending = self._pending, None
+        before = None
+        while pending and not futures.wait([pending], timeout=5).done:
+            now = _size(self._writing), self._synced
+            if now != before:  # it gets on; a disk that hangs is for the watchdog
+                self._world.beat("writing a checkpoint", patient=True)
+            before = now
         try:
-            size = None
-            while pending and not futures.wait([pending], timeout=5).done:
-                if size != (size := _size(self._writing)):  # it gets on; a disk that hangs is for the watchdog
-                    self._world.beat("writing a checkpoint", patient=True)
             if pending:
                 pending.result()
         except (Exception, CheckpointException) as error:
@@ -221,22 +229,36 @@ class Checkpoints:
             raise
 
     def _sync_files(self, temporary: Path) -> dict[str, list]:
-        """Has every process's files on the disk, and returns what the marker says of each, by their names."""
-        own = {}
-        for path in temporary.glob(f"shard-{self._world.rank + 1:05}-*.safetensors"):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())  # torch before 2.15 leaves what is in a buffer
-            own[path.name] = digest_file(path)
-        parts = [own]
-        if self._group is not None:
+        """Has every process's files on the disk, and returns what the marker says of each, by their names.
+
+        Raises:
+            OSError: In every process, where one of them cannot.
+        """
+        own, error = {}, None
+        try:
+            for path in temporary.glob(f"shard-{self._world.rank + 1:05}-*.safetensors"):
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())  # torch before 2.15 leaves what is in a buffer
+                own[path.name] = digest_file(path, self._count_synced)
+        except OSError as raised:
+            error = raised
+        parts = [(own, error)]
+        if self._group is not None:  # told, before it is raised: the others would wait for it
             parts = [None] * self._world.size
-            torch_dist.all_gather_object(parts, own, group=self._group)
-        files = {name: said for part in parts for name, said in part.items()}
+            told = error and f"process {self._world.rank}: {reason(error)}"
+            torch_dist.all_gather_object(parts, (own, told), group=self._group)
+            error = next((OSError(told) for _, told in parts if told), None)
+        if error:
+            raise error
+        files = {name: said for part, _ in parts for name, said in part.items()}
         if self._world.is_main:
             for name, (size, _) in files.items():
                 if (temporary / name).stat().st_size != size:
                     raise OSError(f"{temporary / name} is not as long as the process that wrote it says")
         return files
+
+    def _count_synced(self, num_bytes: int) -> None:
+        self._synced += num_bytes
 
     def _check_shared(self) -> None:
         """Raises UserError if a process does not see what the main one writes."""
@@ -276,11 +298,9 @@ class Checkpoints:
 def _note_evaluation(folder: Path, values: dict) -> None:
     """Adds what an evaluation of its step has found to a checkpoint that is complete; all else in it stays."""
     saved = read_values(folder)
-    if saved["evaluated"] < values["evaluated"]:
-        fingerprint = saved["fingerprint"] | {"held_out": values["fingerprint"]["held_out"]}
-        found = {key: values[key] for key in ("evaluated", "best", "lowest", "num_worse")} | {
-            "fingerprint": fingerprint
-        }
+    found = {key: values[key] for key in ("evaluated", "best", "lowest", "num_worse")}
+    found["fingerprint"] = saved["fingerprint"] | {"held_out": values["fingerprint"]["held_out"]}
+    if saved["evaluated"] <= values["evaluated"] and saved | found != saved:
         replace_file(folder, VALUES, json.dumps(saved | found))
 
 
@@ -297,4 +317,10 @@ def _files(tensors: dict[str, Tensor], num_processes: int) -> dict[str, int]:
 
 
 def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*")) if folder.exists() else 0
+    """Returns how many bytes are in a folder, to which another thread may just give its name."""
+    size = 0
+    with suppress(FileNotFoundError):
+        for path in folder.glob("*"):
+            with suppress(FileNotFoundError):
+                size += path.stat().st_size
+    return size

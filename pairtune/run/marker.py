@@ -5,6 +5,7 @@ Markers of earlier versions have sizes only: of those, checksums are not compare
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from pairtune.errors import UserError, listed
@@ -12,6 +13,7 @@ from pairtune.files import write_text
 from pairtune.process.dist import World
 
 MARKER = "COMPLETE"
+PART_BYTES = 2**22  # of a file, at a time
 DAMAGED = "is damaged: its checksum is not that of what was written"
 
 
@@ -20,11 +22,19 @@ def digest(content: bytes) -> list:
     return [len(content), hashlib.sha256(content).hexdigest()]
 
 
-def digest_file(path: Path) -> list:
-    """Returns `digest` of a file's content."""
-    with path.open("rb") as file:
-        hashed = hashlib.file_digest(file, "sha256")
-        return [file.tell(), hashed.hexdigest()]
+def digest_file(path: Path, update: Callable[[int], None] = lambda num_bytes: None) -> list:
+    """Returns `digest` of a file's content.
+
+    Args:
+        update: Called with the number of bytes that were just read.
+    """
+    hashed, size = hashlib.sha256(), 0
+    with path.open("rb", buffering=0) as file:
+        while part := file.read(PART_BYTES):
+            hashed.update(part)
+            update(len(part))
+            size += len(part)
+    return [size, hashed.hexdigest()]
 
 
 def write_marker(folder: Path, files: dict[str, list], coming: dict[str, list] | None = None) -> None:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from pairtune.errors import UserError
+from pairtune.pairs.steps import exactly
 
 
 def cosine(
@@ -69,7 +70,7 @@ def _with_warmup(
         raise UserError(f"lr_scheduler.warmup_ratio={warmup_ratio}: must be at least 0 and below 1, such as 0.1")
     warmup = num_warmup_steps
     if warmup is None:
-        warmup = min(math.ceil((warmup_ratio or 0.0) * total), total - 1)
+        warmup = min(math.ceil(exactly(warmup_ratio or 0.0) * total), total - 1)
     if not 0 <= warmup < total:
         raise UserError(
             f"lr_scheduler.num_warmup_steps={warmup}: must be at least 0 and below the run's {total} steps; "

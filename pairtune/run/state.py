@@ -59,7 +59,7 @@ class TrainState:
         """
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # in a run of one process it is
         self.step, self.evaluated, self.best, self.origin = 0, -1, None, None
-        self.lowest, self.num_worse = None, 0
+        self.lowest, self.num_worse, self._counted = None, 0, -1
         self.fingerprint = fingerprint
         self._model, self._reference, self._steps = model, reference, steps
         buffers = loss_fn.state_dict() if isinstance(loss_fn, nn.Module) else {}
@@ -101,11 +101,12 @@ class TrainState:
             metric: keep_best, by which the best checkpoint is chosen, if one is.
         """
         self.evaluated = self.step
-        self.num_worse += 1
-        name, _ = set_and_metric(metric or "")
-        loss = results.get(f"eval/{name}/loss" if name else "eval/loss", math.nan)
-        if is_better(loss, self.lowest, "loss"):
-            self.lowest, self.num_worse = {"step": self.step, "metric": "loss", "value": loss}, 0
+        if self._counted < self.step:  # else this step is looked at once more, for another keep_best
+            self._counted, self.num_worse = self.step, self.num_worse + 1
+            loss_of_set = _loss_of_set(metric)
+            loss = results.get(f"eval/{loss_of_set}", math.nan)
+            if is_better(loss, self.lowest, "loss"):
+                self.lowest, self.num_worse = {"step": self.step, "metric": loss_of_set, "value": loss}, 0
         if metric and self.step and is_better(value := results[f"eval/{metric}"], self.best, metric):
             self.best = {"step": self.step, "metric": metric, "value": value}
 
@@ -181,10 +182,14 @@ class TrainState:
         self.origin = values["origin"] if _is_within(folder, run_dir) else str(folder.resolve())
         same_held_out = values["fingerprint"]["held_out"] == self.fingerprint["held_out"]
         same_metric = not self.best or self.best["metric"] == best_metric
-        if not (same_held_out and same_metric):
-            self.evaluated = -1
         if not same_held_out:
+            self.evaluated = -1
+        elif not same_metric:  # this step is looked at again; what was found before it stands
+            self.evaluated = min(self.evaluated, self.step - 1)
+        if not same_held_out or (self.lowest and self.lowest["metric"] != _loss_of_set(best_metric)):
             self.lowest, self.num_worse = None, 0
+        else:
+            self._counted = values["evaluated"]
         if self.best and not (same_held_out and same_metric):
             self.best = None
         if self.best and not self.is_best:
@@ -238,6 +243,12 @@ class TrainState:
         found = [value for key, value in wanted.items() if key.startswith("meter.")]
         sums = torch.stack(found).sum(0) if found else torch.zeros(2, len(values["meter"]), dtype=torch.float64)
         self._meter.load_state(values["meter"], sums, self._world.device)
+
+
+def _loss_of_set(metric: str | None) -> str:
+    """Returns the held-out loss of the set that a metric of keep_best is of."""
+    name, _ = set_and_metric(metric or "")
+    return f"{name}/loss" if name else "loss"
 
 
 def _is_within(folder: Path, run_dir: Path) -> bool:

@@ -223,7 +223,16 @@ def test_a_base_in_8_bits_has_entries_of_its_own(tmp_path, wide):
     keys = set()
     for base_dtype in ("nf4", "int8", "fp8"):
         model = models.lora(component, **LORA, dtype="fp32", quantize_base=True, base_dtype=base_dtype)
-        keys.add(reference_cache.identify(tmp_path, model, ONE, component=component, **files).key)
+        identity = reference_cache.identify(tmp_path, model, ONE, component=component, **files)
+        keys.add(identity.key)
+        pairs, values = random_pairs(3), torch.tensor([-3.0, -4.0, -5.0])
+        writer = ReferenceCache(tmp_path, identity, pairs, ONE)
+        writer.put(pairs, values, values)
+        writer.complete()
+        found = ReferenceCache(tmp_path, identity, pairs, ONE)
+        found.check(pairs, values, values)
+        with pytest.raises(UserError, match="row 0: chosen"):
+            found.check(pairs, values + 1, values)
     assert len(keys) == 3
 
 

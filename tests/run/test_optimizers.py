@@ -14,7 +14,7 @@ from torch import nn
 
 from pairtune.errors import UserError
 from pairtune.process.dist import World
-from pairtune.run import optimizers
+from pairtune.run import optimizers, schedules
 from pairtune.run.metrics import read_log
 from pairtune.run.optimizer_state import OptimizerState
 from pairtune.run.rehearsal import rehearse
@@ -264,3 +264,11 @@ def test_two_processes_learn_in_eight_bits_what_one_learns_also_when_they_are_ki
     assert one[0]["loss"] - one[-1]["loss"] > 0.03
     shards = list((work / "two" / "checkpoints").glob("*/shard-00002-*.safetensors"))
     assert any(name.startswith("local.1.") and name.endswith(".exp_avg_sq.codes") for name in load_file(*shards))
+
+
+def test_a_warm_up_is_as_long_as_its_share_says():
+    """7 % of 100 steps are 7, though 0.07 * 100 is more than that in floats."""
+    for ratio, total, warmup in ((0.07, 100, 7), (0.1, 12, 2), (0.29, 100, 29), (0.5, 3, 2)):
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        schedule = schedules.cosine(optimizer, num_training_steps=total, warmup_ratio=ratio)
+        assert [round(schedule.lr_lambdas[0](step), 9) for step in (0, warmup)] == [round(1 / (warmup + 1), 9), 1.0]

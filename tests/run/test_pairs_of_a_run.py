@@ -151,6 +151,12 @@ def test_each_held_out_set_with_a_name_is_evaluated_by_itself(made, tmp_path, ca
         assert last[f"eval/code/{name}"] == pytest.approx(float(alone[name]), rel=1e-5, abs=1e-6), name
     best = read_values(tmp_path / "run" / "checkpoints" / "step_2")["best"]
     assert (best["metric"], best["value"]) == ("code/loss", last["eval/code/loss"])
+    other = ["keep_best=math/loss", "max_steps=3", "resume=true"]  # whose losses are compared with its own alone
+    rows = run_recipe("full_dpo_single_device", *other, config_paths=[tmp_path / "c.yaml"])
+    found = read_values(tmp_path / "run" / "checkpoints" / "step_3")["lowest"]
+    losses = {row["step"]: row["eval/math/loss"] for row in rows if row["step"] > 1 and "eval/loss" in row}
+    lowest = min(losses, key=losses.get)
+    assert found == {"step": lowest, "metric": "math/loss", "value": losses[lowest]}
     assert "\n  code: loss " in out and re.search(
         r"\n  math: held-out loss 0.69\S+ before training, 0\.\d+ at step 2", out
     )

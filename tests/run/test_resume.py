@@ -32,6 +32,7 @@ from safetensors.torch import load_file
 from pairtune.errors import UserError
 from pairtune.folders.tensors import read_shard
 from pairtune.process.dist import Interruption, World
+from pairtune.run import checkpoints as checkpoints_on_disk
 from pairtune.run import disk_space, marker, samples
 from pairtune.run.checkpoints import Checkpoints
 from pairtune.run.marker import is_complete, lacking
@@ -680,6 +681,69 @@ def test_a_best_checkpoint_that_is_not_there_is_forgotten(work):
     margins = {row["step"]: row["eval/rewards/margins"] for row in log if row["step"] >= 12 and "eval/loss" in row}
     best = read_values(work / "run" / "checkpoints" / "step_16")["best"]
     assert best == {"step": max(margins, key=margins.get), "metric": "rewards/margins", "value": max(margins.values())}
+
+
+def test_another_metric_of_the_best_keeps_what_was_evaluated_before(work, capsys):
+    """The last step is looked at once more; it counts once for early_stop, and is the best by the new metric."""
+    every = ("eval_every_n_steps=4", "disable_dropout=true")
+    before = run(work, "lora_dpo_single_device", *every, "keep_best=loss")
+    pairs, counted = (work / "run" / "pairs.bin").read_bytes(), read_values(work / "run" / "checkpoints" / "step_12")
+    settings = ("resume=true", "keep_best=rewards/margins", "export_best=true")
+    after = run(work, "lora_dpo_single_device", *every, *settings)
+    assert numbers(after) == numbers(before) and (work / "run" / "pairs.bin").read_bytes() == pairs
+    found = read_values(work / "run" / "checkpoints" / "step_12")
+    value = [row["eval/rewards/margins"] for row in after if "eval/loss" in row][-1]
+    assert found["best"] == {"step": 12, "metric": "rewards/margins", "value": value}
+    assert (found["lowest"], found["num_worse"]) == (counted["lowest"], counted["num_worse"])
+    assert "the best by the held-out rewards/margins" in capsys.readouterr().out
+
+
+def test_the_best_stays_where_the_save_of_a_better_one_failed_and_so_do_folders_of_others(tmp_path):
+    folders = tmp_path / "checkpoints"
+    for step in (5, 30):
+        (folders / f"step_{step}").mkdir(parents=True)
+        marker.write_marker(folders / f"step_{step}", {})
+    for name in ("step_8_of_mine", "step_9", ".step_31"):
+        (folders / name).mkdir()
+    saved = Checkpoints(tmp_path, WORLD, 1, "loss", best={"step": 5})
+    saved._prune({"step": 20})
+    assert checkpoints(tmp_path, "") == ["step_30", "step_5", "step_8_of_mine"]
+
+
+def test_bytes_are_counted_while_they_are_digested_and_while_files_go(tmp_path, monkeypatch):
+    monkeypatch.setattr(marker, "PART_BYTES", 1000)
+    (tmp_path / "weights").write_bytes(bytes(range(250)) * 10)
+    counted = []
+    assert marker.digest_file(tmp_path / "weights", counted.append) == marker.digest(bytes(range(250)) * 10)
+    assert counted == [1000, 1000, 500]
+    (tmp_path / "renamed").symlink_to(tmp_path / "gone")  # listed, and not there any more
+    assert checkpoints_on_disk._size(tmp_path) == 2500 and checkpoints_on_disk._size(tmp_path / "gone") == 0
+
+
+SYNC = """
+import sys
+from pathlib import Path
+from pairtune.process import dist
+from pairtune.run.checkpoints import Checkpoints
+world = dist.start("cpu")
+try:
+    Checkpoints(Path(sys.argv[1]), world, 1)._sync_files(Path(sys.argv[1]))
+except OSError as error:
+    (Path(sys.argv[1]) / f"said_{world.rank}").write_text(str(error))
+dist.stop(world)
+"""
+
+
+def test_what_one_process_cannot_sync_is_told_by_all(tmp_path):
+    (tmp_path / "shard-00001-a.safetensors").write_bytes(b"whole")
+    (tmp_path / "shard-00002-a.safetensors").mkdir()  # no file that could be read
+    (tmp_path / "worker.py").write_text(SYNC)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(tmp_path / "worker.py"), str(tmp_path)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = [(tmp_path / f"said_{rank}").read_text() for rank in (0, 1)]
+    assert said[0] == said[1] and said[0].startswith("process 1: IsADirectoryError")
 
 
 def test_a_branch_that_is_started_again_goes_on(work):

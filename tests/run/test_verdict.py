@@ -206,6 +206,7 @@ def test_numbers_of_held_out_pairs_are_those_of_a_naive_computation():
 def test_a_run_ends_early_and_what_it_exports_is_the_best(base, tmp_path, capsys):
     write_inputs(tmp_path, base, 1, with_noise)
     settings = ["optimizer.lr=2e-3", "epochs=5", "eval_every_n_steps=2", "early_stop=3", "keep_best=loss"]
+    settings.append("log_every_n_steps=5")  # what came after the last of these is logged where the run ends
     log = run(tmp_path, *settings, "export_best=true")
     out, found = capsys.readouterr().out, verdict_of(tmp_path)
     held = {row["step"]: row["eval/loss"] for row in read_log(tmp_path / "run" / "metrics.jsonl") if "eval/loss" in row}
