@@ -12,7 +12,7 @@ from pairtune.pairs.example import BadRow, Example, Skip
 from pairtune.pairs.messages import read_message, strings_in, text_of
 from pairtune.pairs.names import BAD_GRADES, CHOICES, GRADES
 from pairtune.pairs.ranked import TIE_WORDS, as_word
-from pairtune.pairs.readers import system, user
+from pairtune.pairs.readers import system, transcript_turns, user
 
 TEXT = "text|transcript"
 # Columns that any form may have: system message, earlier turns, a text before the question and one behind it
@@ -22,11 +22,40 @@ OTHER_NAMES = dict.fromkeys(_OF_SYSTEM, "system")
 TOOLS = ("tools", "functions")
 ARGUMENTS = "chat_template_kwargs"
 NUMBERS = ("weight", "margin")  # which are read where `columns` says what they are, and only then
-_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+_MEDIA = ("image", "images", "img", "photo", "picture", "video", "videos", "audio", "audios")
+_MEDIA += tuple(
+    f"{kind}_{what}{ending}" for kind in ("image", "video", "audio") for what in ("path", "url") for ending in ("", "s")
+)
 # Which may be part of the question, and do not say how: told, unless the prompt holds what they hold
 _OF_A_QUESTION = ("query", "question", "instruction", "passage", "passages", "document", "documents", "background")
 _OF_A_QUESTION += ("knowledge", "persona", "conversation", "conversations", "messages", "dialogue", "dialog", "turns")
+_OF_A_QUESTION += (
+    "prompt",
+    "article",
+    "articles",
+    "body",
+    "paragraph",
+    "paragraphs",
+    "excerpt",
+    "abstract",
+    "selftext",
+)
+_OF_A_QUESTION += (
+    "story",
+    "transcript",
+    "email",
+    "ticket",
+    "code",
+    "snippet",
+    "table",
+    "schema",
+    "sql_schema",
+    "facts",
+)
+_OF_A_QUESTION += ("evidence", "premise", "options", "source_text", "source_document", "input_text", "question_detail")
+_OF_A_QUESTION += ("additional_info", "additional_context", "instructions", "context", "input")
 DOUBTFUL = (*_MEDIA, *_OF_A_QUESTION)
+_NUMBERED = re.compile(r"_?\d+$")
 # Which may say that a row's better answer is another one than its columns say
 SWAPS = ("swapped", "swap", "is_swapped", "flipped", "flip", "is_flipped", "reversed", "is_reversed", "inverted")
 SIDES = (*CHOICES, *SWAPS)
@@ -125,11 +154,20 @@ def number_of(row: dict, name: str) -> float:
     return found
 
 
+def is_doubtful(name: str) -> bool:
+    """Says whether a column that is not used may be part of a question: document_2 and Context are, too."""
+    return _plain(name) in DOUBTFUL
+
+
+def _plain(name: str) -> str:
+    return _NUMBERED.sub("", name.lower())
+
+
 def check_doubtful(example: Example, row: dict, columns: list[str], key: str) -> None:
     """Refuses a row of which part of the question may be in a column that nobody reads.
 
     Args:
-        columns: That are not used; those of DOUBTFUL are looked at.
+        columns: That are not used; those that are `is_doubtful` are looked at.
         key: Where the config describes the rows.
 
     Raises:
@@ -139,11 +177,9 @@ def check_doubtful(example: Example, row: dict, columns: list[str], key: str) ->
     asked = None
     for name in columns:
         cell = row.get(name)
-        if is_empty(cell):
+        if is_empty(cell) or not is_doubtful(name):
             continue
-        if name not in DOUBTFUL:
-            continue
-        if name in _MEDIA:
+        if _plain(name) in _MEDIA:
             raise BadRow(
                 f"column {name!r} holds {kind_of(cell)}: rows with {name} are not read, pairs are text. "
                 f"Remove the row, or leave the column out: {key}.columns={{{name}: null}}.",
@@ -227,5 +263,6 @@ def _is_in(cell, asked: str) -> bool:
         turns = [message for message in cell if (message.get("role") or message.get("from")) in ("user", "human")]
         return all(text.strip() in asked for turn in turns for text in [turn.get("content") or turn.get("value") or ""])
     if isinstance(cell, str):
-        return cell.strip() in asked
+        turns = transcript_turns(cell) if kind_of(cell) == "transcript" else user(cell.strip())
+        return all(turn["content"] in asked for turn in turns)
     return not any(text.strip() not in asked for text in strings_in(cell))

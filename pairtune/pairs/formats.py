@@ -14,7 +14,6 @@ from pairtune.pairs.cells import in_words, is_empty, kind_of, shown
 from pairtune.pairs.context import (
     ARGUMENTS,
     CONTEXT,
-    DOUBTFUL,
     NUMBERS,
     OTHER_NAMES,
     SIDES,
@@ -25,6 +24,7 @@ from pairtune.pairs.context import (
     check_doubtful,
     check_grades,
     in_context,
+    is_doubtful,
     number_of,
     tools_of,
 )
@@ -91,8 +91,9 @@ class Format:
                 )
         examples = self._examples(row, worse)
         given = {"tools": tools_of(row), "arguments": arguments_of(row)} | {n: number_of(row, n) for n in numbers}
+        others = [*(doubtful or []), *(["prompt"] if self.example is readers.from_conversations else [])]
         for example in examples:
-            check_doubtful(example, row, doubtful or [], key)
+            check_doubtful(example, row, others, key)
         if not (self.is_paired or "label" in self.columns):
             check_grades(row, doubtful or [], key)
         if self.is_paired:
@@ -125,7 +126,7 @@ class Format:
 def doubtful(names: list[str]) -> list[str]:
     """Returns those of a form's unused columns that may be part of a question, or say which answer is better, or how
     good one is, by their names."""
-    return [name for name in names if name in (*DOUBTFUL, *SIDES, *GRADES)]
+    return [name for name in names if is_doubtful(name) or name in (*SIDES, *GRADES)]
 
 
 def detect_format(

@@ -164,7 +164,7 @@ def guess(rows: Sequence[dict], values_of: Callable[[str], Iterable]) -> tuple[d
         described["input"] = "input"
     others = [name for name in kinds if name not in (*answers, question)]
     by_name = [name for name in (*CHOICES, *others) if name in others]
-    rated = [name for name in others if _is_number(row[name]) and suffixes_of([name])]
+    rated = [name for name in others if _is_number_or_text_of_one(row[name]) and suffixes_of([name])]
     pairs = [pair for pair in combinations(rated, 2) if suffixes_of(pair) == suffixes_of(answers)]
     for column in dict.fromkeys(by_name):
         values = values_in(values_of(column))
@@ -176,9 +176,9 @@ def guess(rows: Sequence[dict], values_of: Callable[[str], Iterable]) -> tuple[d
             return described | {"choice": {column: words[::-1]}}, False
         if names:
             return described | {"choice": column}, bool(question or whole) and column in CHOICES
-        if any(re.fullmatch(r"-?\d*\.\d+", word) for word in values - set(TIE_WORDS)):  # a number, and no choice
-            continue
-        words = sorted(values - set(TIE_WORDS), reverse=values <= {"true", "false"})[:2]  # true: the first is better
+        words = _choices(values)
+        if sum(bool({*words} & (values_in(values_of(name)) or set())) for name in others if name != column) > 1:
+            continue  # names of models, say, which stand now for the one answer and now for the other
         if len(words) == 2 and not pairs and (column in CHOICES or column == others[-1]):
             return described | {"choice": {column: TO_BE_FILLED_IN if says_worse(column) else words}}, False
     if pairs:
@@ -267,11 +267,20 @@ def _siblings(names: Sequence[str]) -> list[str]:
     return []
 
 
+def _choices(values: set[str]) -> list[str]:
+    """Returns the first two words that stand for the first answer and for the second, by their order; what is to be
+    filled in where it may be either, as of 0 and 1; none where these are numbers, and no choice."""
+    words = sorted(values - set(TIE_WORDS), reverse=values <= {"true", "false"})[:2]  # true: the first is better
+    if not all(re.fullmatch(r"-?\d*[.,]?\d+", word) for word in words) or words == ["1", "2"]:
+        return words
+    return TO_BE_FILLED_IN if set(words) in ({"0", "1"}, {"-1", "1"}) else []
+
+
 def _labels(cells: Iterable) -> list[str]:
     """Returns the first two words that a column of short words holds; none where it holds other things."""
     cells = list(cells)
     values = values_in(cells) or set()
-    words = sorted(values - set(TIE_WORDS), reverse=values <= {"true", "false"})
+    words = _choices(values)
     repeat = len(cells) > len(values)
     short = words and max(map(len, words)) <= _SHORT and (repeat or not any(" " in word for word in words))
     return words[:2] if short else []

@@ -39,7 +39,8 @@ GRADES += ("overall_score", "stars", "upvotes", "points", "is_helpful", "is_appr
 _BETTER = re.compile(r"(?<![a-z])(chosen|better|preferred|good|accepted|best|win|positive|correct(?!ed))")
 _WORSE = re.compile(
     r"(?<![a-z])(reject|worse|worst|bad|los(e|ing|t(?![a-z]))|negative|incorrect|wrong"
-    r"|(dis|un|non_?|not_?|less_|least_)(chosen|better|preferred|accepted|selected|good|best))"
+    r"|(dis|un|non_?|not_?|less_|least_)(chosen|better|preferred|accepted|selected|good|best"
+    r"|helpful|harmless|safe|honest|correct|accurate|true)|harmful|unsafe|toxic(?!ity)|offensive|biased)"
 )
 # A text and what somebody made of it
 _AFTER = re.compile(

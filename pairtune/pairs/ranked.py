@@ -25,7 +25,8 @@ TIE_WORDS = (
     "equal",
     "same",
 )
-TIE_WORDS += ("draw", "0.5", "")
+TIE_WORDS += ("draw", "tied", "both bad", "both good", "both_good", "equally good", "equally bad", "about the same")
+TIE_WORDS += ("no preference", "no_preference", "a=b", "a = b", "0.5", "")
 
 
 @dataclass(frozen=True)

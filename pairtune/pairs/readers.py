@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 
-from pairtune.pairs.cells import kind_of, shown
+from pairtune.pairs.cells import is_empty, kind_of, shown
 from pairtune.pairs.example import Answer, BadRow, Example, Skip
 from pairtune.pairs.messages import is_text_alone, read_message, text_of
 
@@ -113,8 +113,14 @@ def from_transcripts(row: dict) -> Example:
 
 def from_transcript_prompt(row: dict) -> Example:
     prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
-    written = (prompt, chosen, rejected) if prompt.rstrip().endswith("\n\nAssistant:") else None
-    return Example(transcript_turns(prompt), chosen.strip(), rejected.strip(), written)
+    if prompt.rstrip().endswith("\n\nAssistant:"):
+        return Example(transcript_turns(prompt), chosen.strip(), rejected.strip(), (prompt, chosen, rejected))
+    return Example(transcript_turns(prompt), _without_speaker(chosen), _without_speaker(rejected))
+
+
+def _without_speaker(answer: str) -> str:
+    """Returns an answer that may begin with its speaker, where the prompt does not end with it."""
+    return answer.strip().removeprefix("Assistant:").strip()
 
 
 def labelled(row: dict, prompt: list[dict], answer: Answer, written: tuple[str, str] | None = None) -> Example:
@@ -143,8 +149,9 @@ def from_completion(row: dict) -> Example:
 
 def from_transcript_completion(row: dict) -> Example:
     prompt, answer = row["prompt"], row["completion"]
-    written = (prompt, answer) if prompt.rstrip().endswith("\n\nAssistant:") else None
-    return labelled(row, transcript_turns(prompt), answer.strip(), written)
+    if prompt.rstrip().endswith("\n\nAssistant:"):
+        return labelled(row, transcript_turns(prompt), answer.strip(), (prompt, answer))
+    return labelled(row, transcript_turns(prompt), _without_speaker(answer))
 
 
 def from_messages_completion(row: dict) -> Example:
@@ -200,8 +207,11 @@ def repeats_question(example: Example) -> bool:
 
 
 def from_one_answer(row: dict) -> Example:
-    (column,) = {"chosen", "rejected", "completion"} & row.keys()
-    prompt = row["prompt"]
+    named = [name for name in ("chosen", "rejected", "completion") if not is_empty(row.get(name))]
+    if len(named) != 1:
+        said = " and ".join(named) or "no answer"
+        raise BadRow(f"holds {said} where others have one answer. Mend or remove the row.", f"{said}: not one answer")
+    (column,), prompt = named, row["prompt"]
     if isinstance(prompt, list):
         messages = [read_message(raw) for raw in prompt]
     else:

@@ -11,7 +11,7 @@ from pairtune.errors import UserError
 from pairtune.pairs.example import Skip
 from pairtune.pairs.formats import SINGLE, Format, detect_format, fitting_format
 from pairtune.pairs.layouts import TO_BE_FILLED_IN, guess, known_layouts, values_in
-from pairtune.pairs.names import GRADES, QUESTIONS, TO_BE_NAMED, names_of, says_worse
+from pairtune.pairs.names import GRADES, NAMES, QUESTIONS, TO_BE_NAMED, names_of, says_worse
 from pairtune.pairs.ranked import TIE_WORDS, Choice, as_word, from_choice, trees_of
 from pairtune.pairs.readers import (
     from_completion,
@@ -92,15 +92,16 @@ def _check_answers(form: Format, rows: Rows, key: str) -> None:
     Raises:
         UserError: With a line that says so.
     """
-    others = {name.lower(): name for name in rows.column_names if name not in form.columns}
+    others = {_plain(name): name for name in rows.column_names if name not in form.columns}
     names = others.keys() | {name.rpartition("_")[2] for name in others}
+    _check_places(form, rows, key)
     for ours in (name for name in ("chosen", "rejected") if name in form.columns):
         cells = [row.get(ours) for row in rows.first(FIRST)]
-        said = {as_word(cell) for cell in cells if isinstance(cell, str)}
-        if not said or not said <= names:
+        said = {_plain(cell): as_word(cell) for cell in cells if isinstance(cell, str)}
+        if not said or not said.keys() <= names:
             continue
-        named = {name: {word, word.rpartition("_")[2]} & said for word, name in others.items()}
-        named = {name: min(words) for name, words in named.items() if words}
+        named = {name: {word, word.rpartition("_")[2]} & said.keys() for word, name in others.items()}
+        named = {name: said[min(words)] for name, words in named.items() if words}
         answers, values = list(named), list(named.values())
         if len(named) != 2 or len(said) != 2:
             answers = values = TO_BE_FILLED_IN
@@ -109,9 +110,55 @@ def _check_answers(form: Format, rows: Rows, key: str) -> None:
         question = rows.columns.get("prompt") or next((name for name in QUESTIONS if name in rows.found), "prompt")
         line = {"prompt": question, "answers": answers, "choice": {rows.columns.get(ours, ours): values}}
         raise UserError(
-            f"{rows.source}: column {ours!r} holds {' or '.join(sorted(said))}, which name other columns, and is no "
-            f"answer. Say so: {key}.columns={_written(line)}; or, if it is one, {key}.columns={{{ours}: {ours}}}."
+            f"{rows.source}: column {ours!r} holds {' or '.join(sorted(said.values()))}, which name other columns, and "
+            f"is no answer. Say so: {key}.columns={_written(line)}; or, if it is one, {key}.columns={{{ours}: {ours}}}."
         )
+
+
+def _plain(name: str) -> str:
+    """Returns a name by which Response B and response_b are one."""
+    return as_word(name).replace(" ", "_")
+
+
+def _check_places(form: Format, rows: Rows, key: str) -> None:
+    """Refuses rows of which chosen and rejected say where in another column an answer is: B beside {A: ..., B: ...}, 1
+    beside a list, gpt4 beside what each model has said.
+
+    Raises:
+        UserError: With a line that says so, where there can be one.
+    """
+    first = rows.first(FIRST)
+    ours = [name for name in ("chosen", "rejected") if name in form.columns]
+    said = [[as_word(row.get(name)) for name in ours if isinstance(row.get(name), str)] for row in first]
+    for name in (name for name in rows.column_names if name not in form.columns):
+        places = [_places(row.get(name)) for row in first]
+        if not all(words and found and found.issuperset(words) for words, found in zip(said, places, strict=True)):
+            continue
+        cell, theirs = first[0][name], [rows.columns.get(one, one) for one in ours]
+        way_out, held = "Write the answers themselves there", {word for words in said for word in words}
+        paths = [*cell] if isinstance(cell, dict) else [*range(len(cell))]
+        first_place = int(str(len(cell)) in held)  # a place is counted from 1
+        values = [*cell] if isinstance(cell, dict) else [str(first_place + path) for path in paths]
+        if len(paths) == 2 and held <= set(map(as_word, values)):
+            question = rows.columns.get("prompt") or next((name for name in QUESTIONS if name in rows.found), "prompt")
+            values = values if ours[0] == "chosen" else values[::-1]
+            line = {"prompt": question, "answers": [f"{name}.{path}" for path in paths], "choice": {theirs[0]: values}}
+            way_out = f"Say so: {key}.columns={_written(line)}"
+        raise UserError(
+            f"{rows.source}: {' and '.join(theirs)} hold {' and '.join(said[0])}, which say where in column {name!r} "
+            f"an answer is, and are no answers. {way_out}; or, if they are, {key}.columns={{{name}: null}}."
+        )
+
+
+def _places(cell) -> set[str]:
+    """Returns the words that say where an answer is in a column's cell: keys, places, and names of who gave it."""
+    if isinstance(cell, dict):
+        return {as_word(name) for name in cell if cell[name]}
+    if not isinstance(cell, list) or len(cell) < 2:
+        return set()
+    entries = [entry for entry in cell if isinstance(entry, dict)]
+    names = {as_word(entry[key]) for entry in entries for key in NAMES if isinstance(entry.get(key), str)}
+    return names | {str(place) for place in range(len(cell) + 1)}
 
 
 def _has_numbers(rows: Rows) -> bool:

@@ -4,6 +4,7 @@ where nobody can tell. Expected pairs are counted by hand."""
 import json
 
 import pytest
+import yaml
 from test_data import one, text, tokenize
 from test_tokenizer import CHATML, save
 
@@ -308,12 +309,6 @@ def test_one_line_of_columns_describes_what_is_not_recognised(row, columns):
         ([{"question": "Q", "left": "a", "right": "b", "verdict": "L"}, {"question": "R", "left": "c", "right": "d",
           "verdict": "R"}],
          "dataset.columns={prompt: question, answers: [left, right], choice: {verdict: [l, r]}}"),
-        ([{"prompt": "Q", "reply_a": "x", "reply_b": "y", "label": 0}, {"prompt": "Q", "reply_a": "x", "reply_b": "y",
-          "label": 1}],
-         "dataset.columns={prompt: prompt, answers: [reply_a, reply_b], choice: {label: [0, 1]}}"),
-        ([{"prompt": "Q", "output_1": "x", "output_2": "y", "label": 0}, {"prompt": "Q", "output_1": "x",
-          "output_2": "y", "label": 1}],
-         "dataset.columns={prompt: prompt, answers: [output_1, output_2], choice: {label: [0, 1]}}"),
         ([{"q": "Which?", "m": {"x": {"t": "It is so."}, "y": {"t": "It is not so."}}, "won": won}
           for won in ("[[A]]", "[[B]]", "[[A]]")],
          'dataset.columns={prompt: q, answers: [m.x.t, m.y.t], choice: {won: ["[[a]]", "[[b]]"]}}'),
@@ -375,7 +370,7 @@ def test_whose_an_answer_is_stands_for_no_answer():
         ({"system": "Be kind.", "user": "Q", "good": "g", "bad": "b"}, "{prompt: user, chosen: good, rejected: bad}"),
         ({"info": {"id": "t3", "post": "A post.", "title": "T"}, "summaries": [{"text": "W", "policy": "p"},
           {"text": "B", "policy": "q"}], "verdict": 1, "worker": "x"},
-         "{prompt: info.post, answers: [summaries.0.text, summaries.1.text], choice: {verdict: [0, 1]}}"),
+         "{prompt: info.post, answers: [summaries.0.text, summaries.1.text], choice: {verdict: [FIRST, SECOND]}}"),
         ({"Question": "Q", "Response A": "a", "Response B": "b", "Human Choice": "A"},
          "{prompt: Question, answers: [Response A, Response B], choice: Human Choice}"),
         ({"prompt": "Q", "reply_a": "x", "reply_b": "y", "preference_score": 0.9},
@@ -483,3 +478,50 @@ def test_the_tokens_of_a_choice_are_those_of_the_same_pair_written_out(chatml):
     for pair in tokenize(rows, chatml)[0]:
         assert (pair.prompt, pair.chosen, pair.rejected) == (written.prompt, written.chosen, written.rejected)
     assert text(chatml, written.chosen) == "B<|im_end|>"
+
+
+POINTERS = [  # of chosen and rejected, beside what holds the answers, and the line that says so, if there can be one
+    ({"responses": {"A": "W", "B": "B"}}, "B", "A", "answers: [responses.A, responses.B], choice: {chosen: [A, B]}"),
+    ({"responses": ["W", "B"]}, "1", "0", "answers: [responses.0, responses.1], choice: {chosen: [0, 1]}"),
+    ({"responses": ["W", "B"]}, "2", "1", "answers: [responses.0, responses.1], choice: {chosen: [1, 2]}"),
+    ({"outputs": [{"model": "gpt4", "text": "W"}, {"model": "llama", "text": "B"}]}, "llama", "gpt4", ""),
+    ({"response_a": "W", "response_b": "B"}, "Response B", "Response A", "answers: [response_a, response_b]"),
+]
+
+
+@pytest.mark.parametrize(("beside", "chosen", "rejected", "line"), POINTERS)
+def test_what_says_where_an_answer_is_is_no_answer(beside, chosen, rejected, line):
+    rows = [{"prompt": "Q", **beside, "chosen": chosen, "rejected": rejected}]
+    rows += [{"prompt": "R", **beside, "chosen": rejected, "rejected": chosen}]
+    with pytest.raises(UserError, match="no answer") as refused:
+        read(rows)
+    said = str(refused.value)
+    assert line in said and ("Write the answers themselves" in said) == (not line)
+    if "responses" in beside:  # the line is right as it stands
+        columns = yaml.safe_load(said.partition("columns=")[2].partition("; or,")[0])
+        assert read(rows, columns)[0] == [("Q", "B", "W"), ("R", "W", "B")]
+
+
+def test_an_answer_that_stands_in_a_list_of_all_is_an_answer():
+    row = {"prompt": "Q", "all": [{"text": "W", "score": 1}, {"text": "B", "score": 2}], "chosen": "B", "rejected": "W"}
+    assert read([row])[0] == [("Q", "B", "W")]
+
+
+TWO_ANSWERS = {"prompt": "Q", "response_1": "one", "response_2": "two"}
+GUESSED = [  # columns beside two answers, and what the line that is shown must say, and must not
+    ([{"score_1": "9", "score_2": "10"}, {"score_1": "10", "score_2": "9"}], "scores: [score_1, score_2]", "choice"),
+    ([{"label": 1}, {"label": 0}], "choice: {label: [FIRST, SECOND]}", "[0, 1]"),
+    ([{"label": 1}, {"label": -1}], "choice: {label: [FIRST, SECOND]}", "[-1, 1]"),
+    ([{"more_harmful": "A"}, {"more_harmful": "B"}], "choice: {more_harmful: [FIRST, SECOND]}", "[a, b]"),
+    ([{"model_1": "m", "model_2": "n", "winner": "m"}, {"model_1": "n", "model_2": "m", "winner": "n"}],
+     "[FIRST, SECOND]", "winner: [m, n]"),
+    ([{"winner": "both bad"}, {"winner": "x"}, {"winner": "y"}], "choice: {winner: [x, y]}", "both bad"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("beside", "said", "unsaid"), GUESSED)
+def test_a_line_that_is_shown_does_not_say_what_nobody_knows(beside, said, unsaid):
+    with pytest.raises(UserError) as refused:
+        read([{**TWO_ANSWERS, **row} for row in beside])
+    line = str(refused.value).partition("say so: ")[2]
+    assert said in line and unsaid not in line

@@ -130,6 +130,54 @@ def test_a_column_that_says_which_answer_is_better_is_used_or_refused_until_colu
         assert one(ROW | {name: value}, chatml)[0] == one(ROW, chatml)[0]
 
 
+def test_a_prompt_beside_whole_conversations_is_refused_where_they_lack_part_of_it(chatml):
+    """The contract would be left out."""
+    two = {
+        name: [*chat("When is rent due?"), *chat("", text)[1:]] for name, text in (("chosen", "B"), ("rejected", "W"))
+    }
+    with pytest.raises(UserError, match=r"column 'prompt' holds .*\{context: prompt\} before it"):
+        one({"prompt": "Rent is due on May 1.\n\nWhen is rent due?", **two}, chatml)
+    for prompt in ("When is rent due?", " When is rent due?\n", "\n\nHuman: When is rent due?\n\nAssistant:"):
+        assert one({"prompt": prompt, **two}, chatml)[0] == one(two, chatml)[0]
+
+
+@pytest.mark.parametrize("name", ["document_2", "Article", "sql_schema", "options", "Context"])
+def test_a_columns_number_and_capitals_hide_no_part_of_a_question(chatml, name):
+    with pytest.raises(UserError, match=f"column '{name}' holds text, 'a whole text', which the prompt does not hold"):
+        one({**ROW, name: "a whole text"}, chatml)
+    assert one({**ROW, "prompt": "a whole text: Q", name: "a whole text"}, chatml)
+
+
+def test_images_in_a_message_and_by_a_path_are_no_text(chatml):
+    rows = [
+        {**ROW, "prompt": [{"role": "user", "content": "Q", "images": ["cat.png"]}]},
+        {**ROW, "image_path": "a.png"},
+    ]
+    for row, said in zip(rows, ("a message holds images", "column 'image_path'"), strict=True):
+        with pytest.raises(UserError, match=f"{said}.*pairs are text"):
+            tokenize([row], chatml, on_bad_row="error")
+
+
+@pytest.mark.parametrize("rest", [{}, {"label": True}])
+def test_an_answer_is_without_its_speaker_where_the_prompt_does_not_end_with_it(chatml, rest):
+    prompt = "\n\nHuman: Q"
+    answers = {"completion": "\n\nAssistant: B"} if rest else {"chosen": "\n\nAssistant: B", "rejected": "Assistant: W"}
+    pair, _ = one({"prompt": prompt, **answers, **rest}, chatml, unpaired=bool(rest))
+    bare = {"completion": "B"} if rest else {"chosen": "B", "rejected": "W"}
+    assert pair == one({"prompt": prompt + "\n\nAssistant:", **bare, **rest}, chatml, unpaired=bool(rest))[0]
+
+
+def test_a_row_without_one_of_its_answers_is_told_where_others_have_one(chatml):
+    """Files of one answer a row, by which column it is in; both columns are there, and one is null."""
+    rows = [{"prompt": "Q", "chosen": "B", "rejected": None}, {"prompt": "Q", "chosen": None, "rejected": "W"}]
+    ((pair,), _) = tokenize(rows[:1], chatml, unpaired=True)
+    assert (text(chatml, pair.chosen), pair.rejected) == ("B<|im_end|>", [])
+    with pytest.raises(UserError, match=r"row 1 .*column 'chosen' holds nothing \(null\)"):
+        tokenize(rows, chatml, unpaired=True)
+    with pytest.raises(UserError, match="row 12 .*holds chosen and rejected where others have one answer"):
+        tokenize([*rows[:1] * 12, ROW], chatml, unpaired=True, on_bad_row="error")
+
+
 def test_answers_that_were_swapped_are_refused_until_columns_say_what_that_means(chatml):
     for name, is_so in (("swapped", True), ("is_flipped", 1), ("reversed", "true")):
         with pytest.raises(UserError, match=f"row 0 .*column '{name}' holds"):
