@@ -300,7 +300,9 @@ def _note_evaluation(folder: Path, values: dict) -> None:
     saved = read_values(folder)
     found = {key: values[key] for key in ("evaluated", "best", "lowest", "num_worse")}
     found["fingerprint"] = saved["fingerprint"] | {"held_out": values["fingerprint"]["held_out"]}
-    if saved["evaluated"] <= values["evaluated"] and saved | found != saved:
+    # Not what forgets the best, as where a run is resumed without keep_best by mistake
+    is_other = saved["evaluated"] == values["evaluated"] and values["best"] not in (None, saved["best"])
+    if saved["evaluated"] < values["evaluated"] or is_other:
         replace_file(folder, VALUES, json.dumps(saved | found))
 
 

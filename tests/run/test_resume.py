@@ -725,7 +725,7 @@ import sys
 from pathlib import Path
 from pairtune.process import dist
 from pairtune.run.checkpoints import Checkpoints
-world = dist.start("cpu")
+world = dist.connect(dist.start("cpu"))
 try:
     Checkpoints(Path(sys.argv[1]), world, 1)._sync_files(Path(sys.argv[1]))
 except OSError as error:
