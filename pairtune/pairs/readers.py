@@ -233,7 +233,7 @@ def from_one_instruction(row: dict) -> Example:
 def _last_turn(transcript: str) -> tuple[str, str]:
     """Returns the text up to and with the last "Assistant:", and the text after it."""
     before, opening, answer = transcript.rpartition("\n\nAssistant:")
-    if "\n\nHuman:" in answer or not opening:
+    if re.search(r"\n\nhuman:", answer, re.IGNORECASE) or not opening:
         raise Skip("no answer at the end")
     return before + opening, answer
 

@@ -167,6 +167,12 @@ def test_an_answer_is_without_its_speaker_where_the_prompt_does_not_end_with_it(
     assert pair == one({"prompt": prompt + "\n\nAssistant:", **bare, **rest}, chatml, unpaired=bool(rest))[0]
 
 
+def test_a_users_turn_is_no_part_of_an_answer_however_its_speaker_is_written(chatml):
+    later = "\n\nHuman: Q\n\nAssistant: Tell me more.\n\nHUMAN: It is urgent.\n\nAI: "
+    with pytest.raises(UserError, match="no answer at the end"):
+        one({"chosen": later + "B", "rejected": later + "W"}, chatml)
+
+
 def test_a_row_without_one_of_its_answers_is_told_where_others_have_one(chatml):
     """Files of one answer a row, by which column it is in; both columns are there, and one is null."""
     rows = [{"prompt": "Q", "chosen": "B", "rejected": None}, {"prompt": "Q", "chosen": None, "rejected": "W"}]
