@@ -41,6 +41,11 @@ def conversations(count, **more):
     ]
 
 
+def with_prompt(rows):
+    """Rows of message lists and a column that repeats what the first message asks."""
+    return [{"prompt": row["chosen"][0]["content"], **row} for row in rows]
+
+
 def ultrafeedback(count):
     """Rows of openbmb/UltraFeedback's raw layout, on which Zephyr's and Notus's rules take different answers."""
     rows = []
@@ -59,7 +64,7 @@ def ultrafeedback(count):
 
 
 BINARISED = {  # files as the Hub has them
-    f"data/{split}-00000-of-00001.jsonl": conversations(count, prompt="Is it new?")
+    f"data/{split}-00000-of-00001.jsonl": with_prompt(conversations(count))
     for split, count in (("train_prefs", 8), ("test_prefs", 2))
 }
 # What each page names: models by the Hub's id, and files, data sets of the Hub as folders
@@ -126,7 +131,7 @@ WORLDS = {
         },
         {
             "argilla/ultrafeedback-binarized-preferences-cleaned/train.jsonl": [
-                {"source": "x", "prompt": "Is it?", **row} for row in conversations(60)
+                {"source": "x", **row} for row in with_prompt(conversations(60))
             ]
         },
     ),
