@@ -18,7 +18,7 @@ LARGEST_EXPONENT = 80.0  # e^80 and its negative are finite in float32 and bfloa
 def scores(log_ratios: Tensor, divergence: Divergence, alpha: float) -> Tensor:
     """Returns f'(u), u = e^r the ratio of policy and reference, up to a constant: f-DPO, arXiv 2309.16240.
 
-    `alpha` is TRL's, 1 minus that of the paper's table: 1 gives the reverse KL, 0 the forward one.
+    `alpha` is TRL's: 1 gives the reverse KL, 0 the forward one.
 
     Constants cancel between the answers of a pair. Exponents stop at 80, beyond which the gradient is 0; without that,
     the difference of two infinite scores is not a number.

@@ -276,8 +276,7 @@ class Kto(Loss):
     A pair is two answers: the loss of a pair is the mean of its two, so that a step's is the mean over its answers, if
     it has only pairs or only unpaired rows; where it has both, each row counts once. An answer without tokens, which an
     unpaired row has, does not count. `kl` is one number for the whole step, from all answers of its `mismatched` pairs;
-    TRL's is of the answers that its micro-batch holds, over all processes. It stays constant
-    while gradients are taken.
+    TRL's is of the answers that its micro-batch holds, over all processes. It stays constant while gradients are taken.
     """
 
     name = "kto"

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pairtune.errors import UserError
 from pairtune.pairs.cells import is_empty, kind_of, read_literal, shown
 from pairtune.pairs.example import BadRow, Example, Skip
-from pairtune.pairs.messages import read_message, strings_in, text_of
+from pairtune.pairs.messages import MEDIA, read_message, strings_in, text_of
 from pairtune.pairs.names import BAD_GRADES, CHOICES, GRADES
 from pairtune.pairs.ranked import TIE_WORDS, as_word
 from pairtune.pairs.readers import system, transcript_turns, user
@@ -22,38 +22,34 @@ OTHER_NAMES = dict.fromkeys(_OF_SYSTEM, "system")
 TOOLS = ("tools", "functions")
 ARGUMENTS = "chat_template_kwargs"
 NUMBERS = ("weight", "margin")  # which are read where `columns` says what they are, and only then
-_MEDIA = ("image", "images", "img", "photo", "picture", "video", "videos", "audio", "audios")
-_MEDIA += tuple(
-    f"{kind}_{what}{ending}" for kind in ("image", "video", "audio") for what in ("path", "url") for ending in ("", "s")
-)
+_MEDIA = (*MEDIA, "img", "photo", "picture")
+_MEDIA += tuple(f"{kind}_{what}" for kind in MEDIA for what in ("path", "paths", "url", "urls"))
 # Which may be part of the question, and do not say how: told, unless the prompt holds what they hold
-_OF_A_QUESTION = ("query", "question", "instruction", "passage", "passages", "document", "documents", "background")
-_OF_A_QUESTION += ("knowledge", "persona", "conversation", "conversations", "messages", "dialogue", "dialog", "turns")
+_OF_A_QUESTION = ("prompt", "query", "question", "instruction", "instructions", "question_detail", "options", "context")
 _OF_A_QUESTION += (
-    "prompt",
-    "article",
-    "articles",
-    "body",
+    "input",
+    "input_text",
+    "passage",
+    "passages",
     "paragraph",
     "paragraphs",
     "excerpt",
     "abstract",
-    "selftext",
+    "body",
 )
 _OF_A_QUESTION += (
+    "document",
+    "documents",
+    "article",
+    "articles",
+    "source_text",
+    "source_document",
     "story",
-    "transcript",
-    "email",
-    "ticket",
-    "code",
-    "snippet",
-    "table",
-    "schema",
-    "sql_schema",
-    "facts",
+    "selftext",
 )
-_OF_A_QUESTION += ("evidence", "premise", "options", "source_text", "source_document", "input_text", "question_detail")
-_OF_A_QUESTION += ("additional_info", "additional_context", "instructions", "context", "input")
+_OF_A_QUESTION += ("background", "knowledge", "facts", "evidence", "premise", "persona", "additional_info")
+_OF_A_QUESTION += ("additional_context", "code", "snippet", "table", "schema", "sql_schema", "email", "ticket")
+_OF_A_QUESTION += ("transcript", "conversation", "conversations", "messages", "dialogue", "dialog", "turns")
 DOUBTFUL = (*_MEDIA, *_OF_A_QUESTION)
 _NUMBERED = re.compile(r"_?\d+$")
 # Which may say that a row's better answer is another one than its columns say

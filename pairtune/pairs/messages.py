@@ -17,7 +17,7 @@ ROLES = {
 }
 # What templates read of a message besides role and content. Others, such as a score, are the data set's own.
 _READ_BY_TEMPLATES = ("name", "tool_calls", "tool_call_id", "tool_responses", "tools", "recipient", *THOUGHTS)
-_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can write "\ud83d", half of an emoji; UTF-8 cannot
 
@@ -35,7 +35,7 @@ def read_message(raw: dict) -> dict:
             f"a message has the role {role!r}; known are {known}. Rename it, or remove the row.",
             "a message of an unknown role",
         )
-    media = next((key for key in _MEDIA if raw.get(key) not in (None, "", [])), None)
+    media = next((key for key in MEDIA if raw.get(key) not in (None, "", [])), None)
     if media:
         raise BadRow(
             f"a message holds {media}, and pairs are text. Remove the row, or its {media}.", f"a message holds {media}"

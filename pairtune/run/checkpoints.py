@@ -61,7 +61,7 @@ class Checkpoints:
         self._keeps_best = keep_best is not None
         self._pending: Future | None = None
         self._writing: Path | None = None  # the folder that it fills
-        self._synced = 0  # bytes of it that are known to be on the disk
+        self._synced = 0  # bytes of all saves that were read back for their checksums
         there = best and is_complete(self.folder(best["step"]))
         self._best = self.folder(best["step"]) if there else None  # that is on the disk
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
