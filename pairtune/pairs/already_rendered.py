@@ -7,6 +7,7 @@ from pairtune.errors import UserError
 from pairtune.pairs.example import Example
 from pairtune.pairs.messages import text_of
 from pairtune.pairs.report import Report
+from pairtune.pairs.speakers import TO_AN_ANSWER
 
 # How a turn begins in the templates of one family of models or another
 OPENINGS = (
@@ -22,8 +23,7 @@ OPENINGS = (
     ),
     *("[SYSTEM_PROMPT]", "<extra_id_0>", "<|User|>", "<role>", "<|startoftext|><|im_start|>", "[gMASK]<sop>"),
 )
-_BEGINS = ("<s>", "<bos>", "<|begin_of_text|>", "<｜begin▁of▁sentence｜>", "<|startoftext|>", "<BOS_TOKEN>")
-_IN_WORDS = re.compile(r"(?:###\s*)?\b(?:assistant|response|answer|output)\s*:\s*\Z", re.IGNORECASE)
+BEGINS = ("<s>", "<bos>", "<|begin_of_text|>", "<｜begin▁of▁sentence｜>", "<|startoftext|>", "<BOS_TOKEN>")
 MOST = 0.05  # of all rows
 
 
@@ -35,9 +35,9 @@ class AlreadyRendered:
     """
 
     def __init__(self, tokenizer):
-        begins, openings = list(_BEGINS), [*OPENINGS, *_own_openings(tokenizer)]
+        openings = [*OPENINGS, *_own_openings(tokenizer)]
         any_of = "(?:" + "|".join(map(re.escape, openings)) + ")"
-        self._pattern = re.compile(rf"\s*(?:{'|'.join(map(re.escape, begins))})?\s*{any_of}")
+        self._pattern = re.compile(rf"\s*(?:{'|'.join(map(re.escape, BEGINS))})?\s*{any_of}")
         self._is_plain, self._as = tokenizer.is_plain, tokenizer.special_tokens_in_text
         self._is_torchtunes = tokenizer.folder is None
 
@@ -45,7 +45,7 @@ class AlreadyRendered:
         """Enters a row whose prompt is rendered in the report, by a template or in words, such as "### Response:". A
         question about a special token does not begin with it."""
         asked = text_of(example.prompt[-1])
-        found = None if self._is_plain else _IN_WORDS.search(asked[-40:])
+        found = None if self._is_plain else TO_AN_ANSWER.search(asked[-40:])
         if found:
             report.in_words.append(row)
             report.examples["in_words"] = found[0].strip()
@@ -82,4 +82,4 @@ def _own_openings(tokenizer) -> list[str]:
     except UserError:  # which the first row will tell
         return []
     head = (text or "").partition("QUESTION")[0]
-    return [token for token in tokenizer.special_texts_in(head) if token not in _BEGINS]
+    return [token for token in tokenizer.special_texts_in(head) if token not in BEGINS]

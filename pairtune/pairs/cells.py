@@ -6,6 +6,7 @@ import re
 
 _TRANSCRIPT = re.compile(r"\n\nHuman:|Human:.*\n\nAssistant:", re.DOTALL)
 _MESSAGES_AS_TEXT = re.compile(r"""\s*\[?\s*\{\s*(["'])(role|from|content|value)\1\s*:""")
+_NOTHING = ("nan", "none", "null", "n/a", "<na>", "<noinput>", "<nooutput>")  # as other tools write it in a text
 _BETWEEN_MESSAGES = re.compile(r"\}\s*\n\s*\{")  # as numpy writes them, without a comma; no text of theirs has a line
 
 
@@ -48,6 +49,11 @@ def calls_tools(message: dict) -> bool:
 
 def is_empty(value) -> bool:
     return value in (None, "", "[]", "{}", [], {})  # JSON in a text, too
+
+
+def says_nothing(value) -> bool:
+    """Says whether a cell is a word for nothing, such as nan, which pandas makes of an empty one."""
+    return isinstance(value, str) and len(value) < 20 and value.strip().lower() in _NOTHING
 
 
 def either(message: dict, name: str, other_name: str):

@@ -56,7 +56,10 @@ def unpacked(row: dict) -> dict:
 
 
 def look_up(row: dict, path: str):
-    """Returns what a dotted name means in a row, None where it means nothing. A star is every entry of a list."""
+    """Returns what a dotted name means in a row, None where it means nothing.
+
+    A star is every entry of a list or an object.
+    """
     if path in row:
         return row[path]
     if path.endswith("*") and "." not in path:
@@ -68,7 +71,8 @@ def _walk(value, steps: list[str]):
     for i, step in enumerate(steps):
         value = read_literal(value) if isinstance(value, str) else value
         if step == "*":
-            return [_walk(entry, steps[i + 1 :]) for entry in value] if isinstance(value, list) else None
+            entries = [*value.values()] if isinstance(value, dict) else value
+            return [_walk(entry, steps[i + 1 :]) for entry in entries] if isinstance(entries, list) else None
         if isinstance(value, dict):
             value = value.get(step)
         elif isinstance(value, list) and step.removeprefix("-").isdigit() and -len(value) <= int(step) < len(value):

@@ -183,10 +183,12 @@ def check_doubtful(example: Example, row: dict, columns: list[str], key: str) ->
             )
         asked = " ".join(text for m in example.prompt for text in strings_in(m)) if asked is None else asked
         if not _is_in(cell, asked):
+            before = f"{key}.columns={{input: {name}}} writes it behind the prompt, {{context: {name}}} before it"
+            if kind_of(cell) in ("messages", "pairs"):
+                before = f"{key}.columns={{history: {name}}} writes it before the prompt, as earlier turns"
             raise UserError(
                 f"column {name!r} holds {shown(cell)}, which the prompt does not hold, and may be part of the "
-                f"question. Say what it is: {key}.columns={{input: {name}}} writes it behind the prompt, "
-                f"{{context: {name}}} before it, {{{name}: null}} leaves it out."
+                f"question. Say what it is: {before}, {{{name}: null}} leaves it out."
             )
 
 

@@ -22,6 +22,7 @@ from pairtune.errors import UserError
 from pairtune.files import ROW_FILES
 
 MEND = "Mend or remove it."
+_GZIP = b"\x1f\x8b"
 
 
 def read_file(path: Path, key: str) -> list[dict] | datasets.Dataset:
@@ -41,6 +42,10 @@ def read_file(path: Path, key: str) -> list[dict] | datasets.Dataset:
             table.validate(full=True)  # text that is not UTF-8 would show row by row
             return datasets.Dataset(table)
         data = path.read_bytes()
+        if data[:2] == _GZIP and path.suffix != ".gz":
+            raise UserError(
+                f"{key}.source={path} is compressed, as .gz files are. Name it {path.name}.gz, or unpack it."
+            )
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{key}.source={path} cannot be read: {error}. Mend that, or save it as UTF-8.") from error
@@ -164,7 +169,9 @@ def _unique_keys(text: str):
 def as_row(row, where: str) -> dict:
     """Returns a row, if it is an object."""
     if not isinstance(row, dict):
-        way_out = "One list of all rows belongs in a .json file." if isinstance(row, list) else MEND
+        way_out = MEND
+        if isinstance(row, list):
+            way_out = "One list of all rows belongs in a .json file, and each row is an object that names its columns."
         raise UserError(f"{where}: holds {type(row).__name__}, expected an object with columns. {way_out}")
     return row
 

@@ -20,7 +20,7 @@ class Flow:
         times: How often the source was gone through before the last row.
         broken: Rows; `sentences` has one of each kind.
         dropped_for: By reason, how many rows, and the first ones.
-        facts: How many rows of Report's lists, and the first ones.
+        facts: How many rows of Report's lists and remarks, and the first ones.
         columns: That the first rows of the source did not have, and that nobody reads.
     """
 
@@ -61,6 +61,8 @@ class Flow:
                 self.sentences.setdefault(reason, sentence)
         for name in FACTS.keys() & note.keys():
             _enter(self.facts, name, note[name][0])
+        for question, rows in note.get("remarks", {}).items():
+            _enter(self.facts, question, rows[0])
         self.columns += [name for name in note["columns"] if name not in self.columns]
 
     def check(self, source, *, at_least: int) -> None:
@@ -85,7 +87,7 @@ class Flow:
         """Returns what has become of the rows so far."""
         times = f"   gone through {self.times:,} times" if self.times else ""
         lines = [f"Streamed: {name}", self._line("rows read", self.read) + times, self._line("pairs", self.pairs)]
-        lines += [self._line(FACTS[fact], *found) for fact, found in self.facts.items() if FACTS[fact]]
+        lines += [self._line(told, *found) for fact, found in self.facts.items() if (told := FACTS.get(fact, fact))]
         dropped = sorted(self.dropped_for.items(), key=lambda item: -item[1][0])
         lines += [self._line(f"dropped: {reason}", *found) for reason, found in dropped]
         if self.columns:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from pairtune.errors import UserError
 from pairtune.pairs import ranked, readers
-from pairtune.pairs.cells import in_words, is_empty, kind_of, shown
+from pairtune.pairs.cells import in_words, is_empty, kind_of, says_nothing, shown
 from pairtune.pairs.context import (
     ARGUMENTS,
     CONTEXT,
@@ -32,6 +32,7 @@ from pairtune.pairs.example import BadRow, Example
 from pairtune.pairs.messages import check_characters
 from pairtune.pairs.names import GRADES
 from pairtune.pairs.ranked import Ranked
+from pairtune.pairs.speakers import speakers_in
 
 ANSWER = "text|transcript|message|messages"
 LABEL = "bool|int|float|text"  # true and false, as CSV and other tools write them too
@@ -79,7 +80,7 @@ class Format:
             BadRow: A column holds something else.
             UserError: A column that is not used holds part of the question.
         """
-        row = _under_one_name(row)
+        row = _under_one_name(row) | dict.fromkeys(self.says_nothing_in(row))
         optional = {column: k for column, k in (self.optional | self.beside).items() if not is_empty(row.get(column))}
         for column, kinds in {**self.columns, **optional}.items():
             if kind_of(row.get(column)) not in kinds.split("|"):
@@ -101,6 +102,11 @@ class Format:
             examples = [as_chosen(example, row, sides, key) for example in examples]
         read = [in_context(example, row, self.beside.keys()) for example in examples]
         return [check_characters(replace(example, **given)) for example in read]
+
+    def says_nothing_in(self, row: dict) -> list[str]:
+        """Returns the columns that a row may lack and that hold a word for nothing, which `read` leaves out."""
+        row = _under_one_name(row)
+        return [name for name in (*self.optional, *self.beside) if says_nothing(row.get(name))]
 
     def _examples(self, row: dict, worse: str) -> list[Example]:
         found = self.example(row)
@@ -147,10 +153,10 @@ def detect_format(
     row = first_rows[0]
     if wrong := _wrong_column(row):
         column, said = wrong
-        raise UserError(
-            f"{source}, row 0 (from 0): {said}. Mend it, or say where it is: {key}.columns={{{column}: NAME}}, with "
-            "dots where it lies within another column."
-        )
+        way_out = f"{key}.columns={{{column}: NAME}}, with dots where it lies within another column"
+        if kind_of(row.get(column)) == "texts":
+            way_out = f"{key}.columns={{{column}: {column}.0}} takes the first of the list"
+        raise UserError(f"{source}, row 0 (from 0): {said}. Mend it, or say where it is: {way_out}.")
     found = "\n".join(f"  {name}: {shown(row.get(name))}" for name in column_names)
     formats = [f"  {form}" for form in FORMATS if form.is_paired]
     unpaired = "; ".join(str(form) for form in FORMATS if not form.is_paired)
@@ -161,6 +167,12 @@ def detect_format(
         named = (
             "What was asked has to be in a column: prompt. Whole conversations are lists of messages, or transcripts."
         )
+        if marks := speakers_in(row["chosen"]):
+            named = (
+                f"The answers look like transcripts, with {marks[0]!r} and {marks[1]!r}. Those with Human: and "
+                "Assistant:, each behind an empty line (\\n\\n), are read: write these in their place, or whole "
+                "conversations as lists of messages."
+            )
     raise UserError(
         f"{source}: no known format of preference pairs. Columns found, and what the first row holds:\n{found}\n"
         f"Formats known:\n{formats}\n{several or named}"
@@ -246,6 +258,8 @@ FORMATS = [
     Format("answers with scores", ranked.from_scores, {"answers": "texts|conversations|list", "scores": "list|texts"},
            {"prompt": PROMPT}),
     Format("answers with ranks", ranked.from_ranks, {"answers": "texts|conversations|list", "ranks": "list|texts"},
+           {"prompt": PROMPT}),
+    Format("answers and their order", ranked.from_order, {"answers": "texts|conversations|list", "order": "list|texts"},
            {"prompt": PROMPT}),
     Format("answers and a choice", ranked.from_choice,
            {"answers": "texts|conversations|list", "choice": "bool|int|float|text|list|texts"}, {"prompt": PROMPT}),

@@ -19,6 +19,7 @@ from pairtune.pairs.names import (
     OF_WHOM,
     QUESTIONS,
     TO_BE_NAMED,
+    TO_BE_ORDERED,
     better_and_worse,
     names_of,
     numbers_as,
@@ -163,11 +164,11 @@ def guess(rows: Sequence[dict], values_of: Callable[[str], Iterable]) -> tuple[d
     if question == "instruction" and "input" in kinds:
         described["input"] = "input"
     others = [name for name in kinds if name not in (*answers, question)]
-    by_name = [name for name in (*CHOICES, *others) if name in others]
+    by_name = [name for name in (*CHOICES, *_choosing(row, others)) if name in others or "*" in name]
     rated = [name for name in others if _is_number_or_text_of_one(row[name]) and suffixes_of([name])]
     pairs = [pair for pair in combinations(rated, 2) if suffixes_of(pair) == suffixes_of(answers)]
     for column in dict.fromkeys(by_name):
-        values = values_in(values_of(column))
+        values = votes_in(values_of(column))
         if values is None:
             continue
         names = names_of(answers, values)
@@ -177,13 +178,33 @@ def guess(rows: Sequence[dict], values_of: Callable[[str], Iterable]) -> tuple[d
         if names:
             return described | {"choice": column}, bool(question or whole) and column in CHOICES
         words = _choices(values)
-        if sum(bool({*words} & (values_in(values_of(name)) or set())) for name in others if name != column) > 1:
+        if (
+            sum(bool({*words} & (values_in(values_of(name)) or set())) for name in others if name != column) > 1
+            and "*" not in column
+        ):
             continue  # names of models, say, which stand now for the one answer and now for the other
-        if len(words) == 2 and not pairs and (column in CHOICES or column == others[-1]):
+        if len(words) == 2 and not pairs and (column in CHOICES or column == others[-1] or "*" in column):
             return described | {"choice": {column: TO_BE_FILLED_IN if says_worse(column) else words}}, False
     if pairs:
         return described | {numbers_as(pairs[0][0]): list(pairs[0])}, False
     return described | {"choice": {"COLUMN": TO_BE_FILLED_IN}}, False
+
+
+def _choosing(row: dict, names: Sequence[str]) -> list[str]:
+    """Returns the columns that may choose: several voters' under one name with a star, votes within a list or an object
+    by a dotted name."""
+    found = []
+    for name in names:
+        entry = next(iter(row[name]), None) if isinstance(row[name], list) else None
+        stem = name.rstrip("0123456789")
+        of_voters = [other for other in row if other.startswith(stem)]
+        if _VOTES.fullmatch(name) and len(of_voters) > 1 and all(map(_VOTES.fullmatch, of_voters)):
+            found.append(f"{stem}*")
+        elif isinstance(entry, dict):
+            found += [f"{name}.*.{key}" for key in entry if key not in (*NAMES, *OF_WHOM, "user")]
+        else:
+            found.append(f"{name}.*" if isinstance(row[name], dict) else name)
+    return found
 
 
 def _of_lists(row: dict, values_of: Callable[[str], Iterable]) -> tuple[dict, bool]:
@@ -210,7 +231,7 @@ def _of_lists(row: dict, values_of: Callable[[str], Iterable]) -> tuple[dict, bo
         if re.search(_RATES, name) and numbers_as(name) == ours:
             return described | {ours: name}, True
     if numbers:
-        known = (name for name in numbers if numbers_as(name) != TO_BE_NAMED)
+        known = (name for name in numbers if numbers_as(name) not in (TO_BE_NAMED, TO_BE_ORDERED))
         name = next(known, numbers[0])
         return described | {numbers_as(name): name}, False
     for column in (name for name in CHOICES if name in row):
@@ -325,6 +346,11 @@ def values_in(cells: Iterable) -> set[str] | None:
         if len(found) > _FEW:
             return None
     return found
+
+
+def votes_in(cells: Iterable) -> set[str] | None:
+    """Returns the words that a column holds, or its lists of votes; None as values_in."""
+    return values_in(value for cell in cells for value in (cell if isinstance(cell, list) else [cell]))
 
 
 def _fullest(rows: Sequence[dict]) -> dict:

@@ -55,7 +55,8 @@ _MORE_IS_BETTER = re.compile(
     r"(?<![a-z])(score|rating|reward|vote|upvote|like(?!li)|star|grade|point|quality|helpful|harmless|accura|win)"
 )
 _STEM_AND_SUFFIX = re.compile(r"(.*?)[_ ]?(\d+|[A-Za-z]|first|second|left|right)")
-TO_BE_NAMED = "SCORES_OR_RANKS"
+_IN_ORDER = re.compile(r"(?<![a-z])(rankings?|order|ordering|sorted|sorting)(?![a-z])")
+TO_BE_NAMED, TO_BE_ORDERED = "SCORES_OR_RANKS", "RANKS_OR_ORDER"
 
 
 def says_worse(name: str) -> bool:
@@ -79,6 +80,8 @@ def numbers_as(name: str) -> str:
     """Returns what answers' numbers are by their name: scores, better where they are higher; ranks, better where they
     are lower, as penalties are; or what is to be filled in."""
     words = _words(name.rpartition(".")[2])
+    if _IN_ORDER.search(words):
+        return TO_BE_ORDERED
     if _FEWER_IS_BETTER.search(words):
         return "ranks"
     return "scores" if _MORE_IS_BETTER.search(words) else TO_BE_NAMED

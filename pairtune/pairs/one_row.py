@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from pairtune.errors import UserError
+from pairtune.pairs import remarks
 from pairtune.pairs.already_rendered import AlreadyRendered
 from pairtune.pairs.conversation import Written, write
 from pairtune.pairs.example import Answer, BadRow, Example, Skip
@@ -24,22 +25,37 @@ USUAL_ORDER = re.compile(r"s*u(at*u|at+)*")
 
 
 def row_reader(
-    rows: Rows, form: Format, tokenizer, limits: Limits, rendered: AlreadyRendered, on_bad_row: str, **asked
+    rows: Rows,
+    form: Format,
+    tokenizer,
+    limits: Limits,
+    rendered: AlreadyRendered,
+    on_bad_row: str,
+    unused: list[str],
+    **asked,
 ) -> ReadRow:
     """Returns what reads a row by its index: see tokenize_pairs.
 
     Args:
+        unused: Columns that nobody reads.
         asked: As of Format.read.
     """
 
+    grades = remarks.grades_of(unused) if form.is_paired else []
+
     def read_row(index: int, number: int, report: Report) -> list[Pair]:
-        pairs, examples = [], []
+        pairs, examples, questions = [], [], []
         with _told(report, rows, index, number, on_bad_row):
-            examples = form.read(rows[index], **asked)
+            row = rows[index]
+            examples = form.read(row, **asked)
+            questions += remarks.of_row(row, grades, form.says_nothing_in(row))
         for example in examples:
             with _told(report, rows, index, number, on_bad_row):
                 rendered.look(example, number, report)
                 pairs.append(_tokenize(example, number, tokenizer, limits=limits, report=report))
+                questions += remarks.of_example(example, tokenizer)
+        for question in questions if pairs else ():
+            report.remark(question, number)
         return pairs
 
     return read_row

@@ -118,6 +118,19 @@ def from_ranks(row: dict) -> Ranked | Example:
     return _read(row, [-number for number in _numbers(row["ranks"], "ranks")])
 
 
+def from_order(row: dict) -> Ranked | Example:
+    """`order` says where the answers are, the best one's place first: from 0, or from 1."""
+    places, answers = _numbers(row["order"], "order"), row["answers"]
+    first = 0 if 0 in places else 1
+    if sorted(places) != [first + i for i in range(len(answers))]:
+        raise BadRow(
+            f"column 'order' holds {shown(row['order'])}, expected the places of {len(answers)} answers, each once. "
+            "Mend or remove the row.",
+            "column 'order' does not hold each answer's place",
+        )
+    return _read(row, [-places.index(first + i) for i in range(len(answers))])
+
+
 def from_preference(row: dict) -> Ranked | Example:
     """Of two answers: a number above 0 prefers the second, one below 0 the first, as HelpSteer's."""
     (number,) = _numbers([row["preference"]], "preference")

@@ -196,14 +196,16 @@ def without_question(read: Callable[[dict], Example], row: dict) -> Example:
 
 
 def repeats_question(example: Example) -> bool:
-    """Says whether all answers are texts that begin with the question, which is all of the prompt, and go on behind a
-    space. To a greeting one may answer so."""
+    """Says whether all answers are texts that begin with the question, which is all of the prompt."""
     answers = [answer for answer in (example.chosen, example.rejected) if answer is not None]
-    asked = text_of(example.prompt[-1]).strip() if len(example.prompt) == 1 else ""
-    return len(asked) >= _A_QUESTION and all(
-        isinstance(text, str) and text.strip().startswith(asked) and text.strip()[len(asked) :][:1].isspace()
-        for text in answers
-    )
+    asked = text_of(example.prompt[-1]) if len(example.prompt) == 1 else ""
+    return all(isinstance(text, str) and begins_with(text, asked) for text in answers)
+
+
+def begins_with(text: str, asked: str) -> bool:
+    """Says whether a text begins with a question, and goes on behind a space. What is short may be a greeting."""
+    asked, text = asked.strip(), text.strip()
+    return len(asked) >= _A_QUESTION and text.startswith(asked) and text[len(asked) :][:1].isspace()
 
 
 def from_one_answer(row: dict) -> Example:

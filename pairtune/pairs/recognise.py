@@ -10,8 +10,8 @@ from functools import partial
 from pairtune.errors import UserError
 from pairtune.pairs.example import Skip
 from pairtune.pairs.formats import SINGLE, Format, detect_format, fitting_format
-from pairtune.pairs.layouts import TO_BE_FILLED_IN, guess, known_layouts, values_in
-from pairtune.pairs.names import GRADES, NAMES, QUESTIONS, TO_BE_NAMED, names_of, says_worse
+from pairtune.pairs.layouts import TO_BE_FILLED_IN, guess, known_layouts, values_in, votes_in
+from pairtune.pairs.names import GRADES, NAMES, QUESTIONS, TO_BE_NAMED, TO_BE_ORDERED, names_of, says_worse
 from pairtune.pairs.ranked import TIE_WORDS, Choice, as_word, from_choice, trees_of
 from pairtune.pairs.readers import (
     from_completion,
@@ -195,6 +195,11 @@ def _to_do(described: dict) -> str:
         return ", with the better answer's column in place of CHOSEN and the worse one's in place of REJECTED"
     if TO_BE_NAMED in described:
         return f", with scores in place of {TO_BE_NAMED} where more is better, or ranks where less is"
+    if TO_BE_ORDERED in described:
+        return (
+            f", with ranks in place of {TO_BE_ORDERED} where the first number is the first answer's rank, or order "
+            "where it is the place of the best answer"
+        )
     if "ranks" in described or "scores" in described:
         return " (scores are better where they are higher, ranks where they are lower)"
     return ""
@@ -232,7 +237,7 @@ def _with_choice(form: Format, rows: Rows, key: str) -> Format:
         )
     found: set[str] = set()
     for column in [said] if isinstance(said, str) else said:
-        found |= values_in(rows.cells(column)) or set()
+        found |= votes_in(rows.cells(column)) or set()
     choice = names_of(answers if isinstance(answers, list) else [], found)
     if choice is None:
         values = sorted(found - set(TIE_WORDS))[:2]

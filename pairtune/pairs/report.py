@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from operator import add
 
 from pairtune.errors import UserError
 from pairtune.pairs.context import NUMBERS
@@ -59,6 +60,10 @@ class Report:
     served_apart: list[int] = field(default_factory=list)  # rows whose conversation does not begin as it is served
     opened: list[int] = field(default_factory=list)  # rows whose answers the template begins with words of its own
     left_out: list[int] = field(default_factory=list)  # rows of whose prompt the template leaves something out
+    remarks: dict[str, list[int]] = field(
+        default_factory=dict
+    )  # what is to be asked about rows that are kept: remarks.py
+    holds: dict[str, str] = field(default_factory=dict)  # what columns that nobody reads hold
     examples: dict[str, str] = field(default_factory=dict)  # of some of these, what is written, or whose it is
     # Tokens of every row that was tokenized, before limits: what max_length would have to be
     lengths: dict[str, list[int]] = field(default_factory=lambda: {"prompt": [], "chosen": [], "rejected": []})
@@ -74,6 +79,12 @@ class Report:
             rows.append(row)
         if broken:
             self.broken.setdefault(row, broken)
+
+    def remark(self, question: str, row: int) -> None:
+        """Enters what is to be asked about a row."""
+        rows = self.remarks.setdefault(question, [])
+        if row not in rows[-1:]:
+            rows.append(row)
 
     def check(self, key: str) -> None:
         """Refuses rows of which more than one in twenty are broken, or none makes a pair.
@@ -103,6 +114,7 @@ class Report:
         for reason, rows in sorted(self.dropped.items(), key=lambda item: -len(item[1])):
             lines.append(self._line(f"dropped: {reason}", len(rows), rows))
         lines += self._counted(BELOW)
+        lines += [self._line(question, len(rows), rows) for question, rows in self.remarks.items()]
         if self.num_held_out is not None:
             lines.append(self._line("held out", self.num_held_out))
             lines.append(self._line("of these, also in training", self.num_overlap))
@@ -118,7 +130,9 @@ class Report:
         if self.beside:
             said.append(f"columns read beside these: {', '.join(self.beside)}")
         if self.unused:
-            said.append(f"columns not used: {', '.join(name or repr(name) for name in self.unused)}")
+            named = [name or repr(name) for name in self.unused]
+            held = [f" ({self.holds[name]})" if name in self.holds else "" for name in self.unused]
+            said.append(f"columns not used: {', '.join(map(add, named, held))}")
         for name in NUMBERS:
             if name in self.unused:
                 said.append(f"dataset.columns={{{name}: {name}}} would take the column {name!r} for each pair's {name}")
@@ -127,7 +141,7 @@ class Report:
     @property
     def _width(self) -> int:
         """Of the first column: what rows were dropped for may be longer than its other words."""
-        return max([32, *(len(f"dropped: {reason}") for reason in self.dropped)])
+        return max([32, *(len(f"dropped: {reason}") for reason in self.dropped), *map(len, self.remarks)])
 
     def _counted(self, facts: dict[str, str]) -> list[str]:
         found = [(title.format(special_as=self.special_as), getattr(self, name)) for name, title in facts.items()]

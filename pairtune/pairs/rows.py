@@ -15,6 +15,7 @@ from pairtune.pairs.formats import OUR_COLUMNS
 from pairtune.pairs.sampling import is_large, sample_file
 from pairtune.pairs.sources import check_source
 
+_FIRST = 10
 MESSAGES_OF_TREES = {"message_id", "parent_id", "text", "role", "rank"}  # Open Assistant's, a message a row
 
 
@@ -73,6 +74,13 @@ class Rows(Sequence):
             yield from self._data[column]
         else:
             yield from (look_up(row, column) for row in self._data)
+
+    def written_as_text(self) -> list[str]:
+        """Returns the columns of theirs that hold messages as text in the first rows."""
+        first = _part(self._data, 0, min(_FIRST, len(self)))
+        return list(
+            dict.fromkeys(name for row in first for name, cell in unpacked(row).items() if cell is not row[name])
+        )
 
     def place(self, index: int) -> str:
         """Returns where a row of these is, in words: its source, or of a folder its file, and its number there."""

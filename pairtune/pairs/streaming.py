@@ -154,6 +154,7 @@ def streamed_source(
             limits,
             rendered,
             block["on_bad_row"],
+            report.unused,
             worse=block["rejected"],
             numbers=[name for name in NUMBERS if first.columns.get(name)],
             doubtful=form.unused([*DOUBTFUL, *SIDES, *GRADES]),  # also those that the first rows do not have

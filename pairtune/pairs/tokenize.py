@@ -26,6 +26,7 @@ from pairtune.pairs.packed import PackedPairs
 from pairtune.pairs.pair import Pair
 from pairtune.pairs.ranked import check_worse
 from pairtune.pairs.recognise import recognise
+from pairtune.pairs.remarks import held_by
 from pairtune.pairs.report import Report, count_overlap, notes_of
 from pairtune.pairs.rows import Rows, read_rows
 from pairtune.pairs.sources import check_source
@@ -48,6 +49,7 @@ __all__ = [
 ]
 
 FEW = 500  # rows: fewer are read in a moment, by this process alone
+LOOKED_AT = 1_000  # for what columns hold that nobody reads
 
 
 def read_pairs(
@@ -248,13 +250,13 @@ def tokenize_pairs(
     numbers = [name for name in NUMBERS if rows.columns.get(name)]
     report, rendered = _report_of(rows, form, tokenizer, numbers), AlreadyRendered(tokenizer)
     asked = {"worse": rejected, "doubtful": doubtful(report.unused), "numbers": numbers, "key": key}
-    read_row = row_reader(rows, form, tokenizer, limits, rendered, on_bad_row, **asked)
+    read_row = row_reader(rows, form, tokenizer, limits, rendered, on_bad_row, report.unused, **asked)
     if kept:
         kept.read_by([form.name, rows.columns, sorted(asked["doubtful"]), getattr(form.example, "keywords", None)])
     pairs = _read_all(read_row, rows, report, kept, beat, progress=progress)
     report.num_kept = len(pairs)
     report.num_desirable = None if form.is_paired else int((lengths_of(pairs)[1] > 0).sum())
-    report.notes = notes_of(report, tokenizer, max_length, max_prompt_length)
+    report.notes += notes_of(report, tokenizer, max_length, max_prompt_length)
     rendered.check(report)
     if not any_may_go:
         report.check(key)
@@ -311,6 +313,9 @@ def _format_of(rows: Rows, key: str, *, unpaired: bool) -> tuple[Format, Rows]:
 def _report_of(rows: Rows, form: Format, tokenizer, numbers: list[str]) -> Report:
     report = Report(rows.source, form.name, tokenizer.style, len(rows), special_as=tokenizer.special_tokens_in_text)
     report.unused = [name for name in form.unused(rows.column_names) if name not in numbers]
+    report.holds = held_by(report.unused, rows.first(LOOKED_AT))
+    if written := rows.written_as_text():
+        report.notes.append(f"messages that are written as text are read as messages: {', '.join(written)}")
     report.beside = [*form.read_beside(rows.column_names), *numbers]
     return report
 

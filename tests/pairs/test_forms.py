@@ -9,6 +9,7 @@ from test_data import one, text, tokenize
 from test_tokenizer import CHATML, save
 
 from pairtune.errors import UserError
+from pairtune.pairs.example import BadRow
 from pairtune.pairs.recognise import recognise
 from pairtune.pairs.rows import Rows, read_rows
 from pairtune.tokenizer.hf import hf_tokenizer
@@ -337,6 +338,13 @@ def test_one_line_of_columns_describes_what_is_not_recognised(row, columns):
         ([{"problem": f"Is it {n}, or another number?", "good": f"It is {n}, I think.", "bad": f"It is not {n}."}
           for n in range(9)],
          "dataset.columns={prompt: problem, chosen: good, rejected: bad}"),
+        ([{"prompt": "Q", "reply_a": "x", "reply_b": "y", "said": [{"user": f"u{i}", "vote": vote} for i, vote in
+           enumerate(votes)]} for votes in (("A", "A", "tie"), ("B",))],
+         "answers: [reply_a, reply_b], choice: said.*.vote}"),
+        ([{"prompt": "Q", "reply_a": "x", "reply_b": "y", "said": {"ann": "A", "bob": "A"}}],
+         "answers: [reply_a, reply_b], choice: said.*}"),
+        ([{"prompt": "Q", "reply_a": "x", "reply_b": "y", "rater_1": "a", "rater_2": "b", "rater_3": "b"}],
+         "answers: [reply_a, reply_b], choice: rater_*}"),
     ],
 )  # fmt: skip
 def test_the_error_shows_the_line_filled_in_where_values_do_not_name_an_answer(rows, line):
@@ -346,6 +354,17 @@ def test_the_error_shows_the_line_filled_in_where_values_do_not_name_an_answer(r
     line = line if "columns=" in line else f"dataset.columns={{prompt: prompt, {line}"
     form, renamed = recognise(Rows(rows, columns=_columns(line)), "dataset")
     assert form.read(renamed[0])  # the line as it stands is one that works
+
+
+@pytest.mark.parametrize("order", [[2, 0, 1], ["3", "1", "2"]])
+def test_an_order_is_of_places_with_the_best_first_and_no_rank(order):
+    row = {"prompt": "Q", "responses": ["x", "y", "z"], "ranking": order}
+    with pytest.raises(UserError, match="answers: responses, RANKS_OR_ORDER: ranking}, with ranks in place of"):
+        read([row] * 3)
+    columns = {"answers": "responses", "order": "ranking"}
+    assert read([row], columns)[0] == [("Q", "z", "x"), ("Q", "z", "y")]
+    with pytest.raises(BadRow, match="expected the places of 3 answers, each once"):
+        read([row | {"ranking": [1, 1, 2]}], columns)
 
 
 def test_whose_an_answer_is_stands_for_no_answer():

@@ -73,11 +73,23 @@ def test_columns_that_nobody_reads_are_named(chatml):
     assert "columns" not in str(report)
 
 
+def test_what_unused_columns_hold_is_shown_where_it_tells_what_they_are_for(chatml):
+    beside = [
+        {"status": "tie" if i % 3 else "ok", "note": "say it in  three words, please, or more", "id": f"x{i}"}
+        for i in range(9)
+    ]
+    _, report = tokenize([{**ROW, "prompt": f"Q{i}", **beside[i], "meta": [1]} for i in range(9)], chatml)
+    said = "columns not used: status (ok, tie), note ('say it in three words, please...'), id, meta (list)"
+    assert said in str(report).splitlines()
+
+
 def test_weights_and_margins_are_read_where_columns_name_them_and_only_there(chatml, tmp_path):
     rows = [{**ROW, "prompt": f"Q{i}", "weight": 0.5 + i, "score": {"gap": str(i)}} for i in range(40)]
     pairs, report = tokenize(rows, chatml)
     assert {(pair.weight, pair.margin) for pair in pairs} == {(1.0, 0.0)}
-    assert "columns not used: weight, score\ndataset.columns={weight: weight} would take the column" in str(report)
+    assert "columns not used: weight, score (dict)\ndataset.columns={weight: weight} would take the column" in str(
+        report
+    )
     columns = {"weight": "weight", "margin": "score.gap"}
     rows[3], rows[7], rows[9] = ({**rows[i], "weight": weight} for i, weight in ((3, 0), (7, -1), (9, None)))
     pairs, report = tokenize(rows, chatml, columns=columns)
@@ -384,7 +396,8 @@ def test_a_type_that_no_row_has_right_is_told_in_a_sentence(chatml, row, column,
         tokenize([row] * 3, chatml)
     said = str(error.value)
     assert "\n" not in said and f"row 0 (from 0): column {column!r} holds {holds}, expected " in said
-    assert expected in said and f"dataset.columns={{{column}: NAME}}" in said
+    place = f"{column}.0" if holds.startswith("texts") else "NAME"
+    assert expected in said and f"dataset.columns={{{column}: {place}}}" in said
 
 
 def test_rows_that_are_broken_in_several_ways_are_each_named(chatml):

@@ -1,0 +1,121 @@
+"""What can be read and may be meant otherwise is told with its rows, and changes nothing."""
+
+import json
+
+import pytest
+from test_data import one, tokenize
+from test_tokenizer import CHATML, save
+
+from pairtune.errors import UserError
+from pairtune.pairs.digests import digest_each
+from pairtune.pairs.files import read_file
+from pairtune.pairs.flow import Flow
+from pairtune.pairs.gathering import note_of
+from pairtune.pairs.tokenize import read_pairs
+from pairtune.tokenizer.hf import hf_tokenizer
+
+ROW = {"prompt": "Which of these is it?", "chosen": "It is this one.", "rejected": "It is that one."}
+ANSWERS = {"prompt": "Which of these is it?", "answers": ["this", "that", "neither"]}
+QUESTIONS = [
+    (ROW | {"chosen": "Which of these is it? It is this one."}, "one answer repeats the question"),
+    (ROW | {"rejected": " N/A "}, "an answer that is none, nan or so"),
+    (ROW | {"prompt": "nan"}, "a prompt that is none, nan or so"),
+    (ROW | {"prompt": "User: Hi\nBot: Hello\nUser: Which is it?"}, "speakers within one message"),
+    (ROW | {"prompt": "### Human: Which is it?\n### Assistant: What?"}, "speakers within one message"),
+    (ROW | {"prompt": "Q: Which is it?\nA:"}, "speakers within one message"),
+    (ROW | {"rejected": "That one.\n\nHuman: Are you sure?"}, "a user's turn within an answer"),
+    (ROW | {"chosen": "Assistant: This one."}, "an answer begins with Assistant:"),
+    (ROW | {"chosen": "This one.<|end|>"}, "another model's special tokens"),
+    (ROW | {"prompt": "Which is it?<|endoftext|>"}, "another model's special tokens"),
+    (ROW | {"prompt": "<image>\nWhich is it?"}, "a placeholder such as <image>"),
+    (ROW | {"chosen_rating": 2, "rejected_rating": "3.5"}, "chosen_rating below rejected_rating"),
+    (ROW | {"Score_Chosen": 2.0, "Score_Rejected": 3}, "Score_Chosen below Score_Rejected"),
+    (ROW | {"rank_chosen": 2, "rank_rejected": 1}, "rank_rejected below rank_chosen"),
+    (ANSWERS | {"scores": [4, 2, -1]}, "a score of -1, read as the lowest"),
+    (ANSWERS | {"ranks": [1, 2, 0]}, "a rank of 0, read as the best"),
+]
+PLAIN = [
+    ROW | {"rejected": "None of these."},
+    ROW | {"prompt": "Who wrote: 'the user'? Explain the model: what is it?"},
+    ROW | {"prompt": "Note: answer the question: which is it?"},
+    ROW | {"chosen": "The question: which is it? Answer: this one.", "rejected": "Question: no."},
+    ROW | {"chosen": "<s>struck out</s> in HTML"},
+    ROW | {"prompt": "What does <|im_start|> mean?"},  # the tokenizer's own, which is counted by itself
+    ROW | {"chosen_rating": 3, "rejected_rating": 2},
+    ROW | {"chosen_length": 3, "rejected_length": 20, "chosen_model": "a", "rejected_model": "b"},
+    ROW | {"chosen_score": None, "rejected_score": 3},
+    ANSWERS | {"scores": [1, 0, -1]},
+    ANSWERS | {"scores": [7, 2, -3]},
+    ANSWERS | {"ranks": [1, 2, 3]},
+]
+
+
+@pytest.fixture(scope="module")
+def chatml(tmp_path_factory):
+    return hf_tokenizer(save(tmp_path_factory.mktemp("chatml") / "model", chat_template=CHATML))
+
+
+@pytest.mark.parametrize(("row", "question"), QUESTIONS)
+def test_what_may_be_meant_otherwise_is_told_with_its_rows(chatml, row, question):
+    good = {name: [1, 2, 3] for name in ("scores", "ranks") if name in row} if "answers" in row else ROW
+    good = {name: None for name in row if name not in (*ROW, "answers")} | good  # no grades
+    _, report = tokenize([row, row | good, row], chatml)
+    assert report.remarks == {question: [0, 2]}
+    (line,) = [line for line in str(report).splitlines() if line.startswith(question)]
+    assert line.endswith("       2   66.7 %   row 0, 2")
+
+
+@pytest.mark.parametrize("row", PLAIN)
+def test_what_only_looks_like_it_is_not_told(chatml, row):
+    assert tokenize([row], chatml)[1].remarks == {}
+
+
+@pytest.mark.parametrize("word", ["nan", "None", "null", " N/A", "<NA>", "<noinput>"])
+@pytest.mark.parametrize("name", ["input", "system", "context"])
+def test_a_word_for_nothing_beside_a_question_is_left_out(chatml, word, name):
+    pair, report = one(ROW | {name: word}, chatml)
+    assert pair == one(ROW, chatml)[0]
+    assert report.remarks == {f"{name} is none, nan or so: left out": [0]}
+    kept, report = one(ROW | {name: "Na"}, chatml)  # sodium
+    assert kept != pair and report.remarks == {}
+
+
+def test_messages_that_were_text_are_told(chatml):
+    messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    row = {"chosen": json.dumps(messages), "rejected": json.dumps([messages[0], {**messages[1], "content": "B"}])}
+    assert "messages that are written as text are read as messages: chosen, rejected" in str(one(row, chatml)[1])
+
+
+def test_remarks_are_the_same_from_many_processes_from_a_cache_and_of_a_stream(chatml, tmp_path):
+    rows = [
+        ROW | {"prompt": f"{ROW['prompt']} {i} " + "x" * 500, "rejected": "nan" if i % 7 == 0 else "No."}
+        for i in range(1200)
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    block = {"source": str(tmp_path / "a.jsonl"), "split": "train", "name": None, "revision": None, "limit": None}
+    block |= {"columns": None, "on_bad_row": "drop", "rejected": "all", "overlong": "drop"}
+    found = [
+        read_pairs(block, chatml, max_length=2048, progress=False, cache_dir=str(tmp_path / "kept")) for _ in range(2)
+    ]
+    want = {"an answer that is none, nan or so": list(range(0, 1200, 7))}
+    assert [report.remarks for _, report in found] == [want, want]
+    assert digest_each(found[0][0]) == digest_each(found[1][0])
+    flow = Flow()
+    for i in range(8):
+        _, report = tokenize([rows[i]], chatml)
+        flow.add(note_of(report) | {"columns": []}, 1, 0)
+    assert "an answer that is none, nan or so        2   25.0 %" in flow.table("a stream")
+
+
+def test_transcripts_with_other_marks_and_files_of_other_kinds_are_named_for_what_they_are(chatml, tmp_path):
+    row = {"chosen": "### Human: a\n### Assistant: b", "rejected": "### Human: a\n### Assistant: c"}
+    with pytest.raises(UserError, match="look like transcripts, with '### Human:' and '### Assistant:'"):
+        tokenize([row], chatml)
+    (tmp_path / "a.jsonl").write_bytes(b"\x1f\x8b\x08\x00")
+    with pytest.raises(UserError, match=r"is compressed, as .gz files are. Name it a.jsonl.gz, or unpack it"):
+        read_file(tmp_path / "a.jsonl", "dataset")
+    (tmp_path / "a.json").write_text('[["Q", "B", "W"]]')
+    with pytest.raises(UserError, match=r"row 0 \(from 0\): holds list.* each row is an object that names its columns"):
+        read_file(tmp_path / "a.json", "dataset")
+    with pytest.raises(UserError, match=r"dataset.columns=\{history: turns\} writes it before the prompt"):
+        tokenize([ROW | {"turns": [{"role": "user", "content": "x"}]}], chatml)
