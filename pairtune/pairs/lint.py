@@ -10,18 +10,22 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 from pairtune.errors import UserError
+from pairtune.pairs import remarks
 from pairtune.pairs.example import BadRow, Example, Skip, turns_of
 from pairtune.pairs.formats import doubtful
 from pairtune.pairs.messages import text_of, thoughts_of
 from pairtune.pairs.near import near_duplicates
 from pairtune.pairs.recognise import recognise
+from pairtune.pairs.report import not_used
 from pairtune.pairs.rows import Rows
 
 MOST_NEAR = 20_000  # rows in which near-duplicates are looked for
 SHOWN = 10  # rows of either kind
+SEEN = 1_000  # rows: what columns hold that nobody reads
 _REFUSAL = re.compile(
     r"\b(i (can't|cannot|can not|won't|will not|am not able to|'m not able to|am unable to|'m unable to)"
     r"|as an ai\b|as a language model|i do not feel comfortable|i don't feel comfortable|it would not be appropriate)",
@@ -70,6 +74,17 @@ class Finding:
     is_fault: bool = True
 
 
+class Read(NamedTuple):
+    """What rows hold: their form, texts, what cannot be read by its reason, what is to be asked about the others, and a
+    sentence about columns that nobody reads, if there are any."""
+
+    form: str
+    texts: list[Text]
+    unread: dict[str, list[int]]
+    questions: list[Finding]
+    unused: list[str]
+
+
 @dataclass(frozen=True)
 class Looked:
     """What was found in a source."""
@@ -114,8 +129,8 @@ def look(rows: Rows, key: str, *, held_out: Rows | None = None, single: bool = F
     Raises:
         UserError: The rows' form is unknown.
     """
-    form, texts, unread = _texts(rows, key, single=single)
-    findings = [Finding(f"cannot be read: {reason}", numbers) for reason, numbers in unread.items()]
+    read = _read(rows, key, single=single)
+    texts, findings = read.texts, [Finding(f"cannot be read: {why}", numbers) for why, numbers in read.unread.items()]
     findings += [
         Finding("an answer is empty", _where(texts, lambda t: not all(a.strip() for a in t.answers))),
         Finding("both answers are the same", _where(texts, _is_same)),
@@ -125,28 +140,37 @@ def look(rows: Rows, key: str, *, held_out: Rows | None = None, single: bool = F
     scripts = [_languages(text) for text in texts]
     apart = [text.row for text, (asked, *given) in zip(texts, scripts, strict=True) if _differs(asked, given)]
     findings.append(Finding("an answer in another script than its prompt", apart, is_fault=False))
-    findings += _scores(rows)
+    findings += read.questions
     if held_out is not None:
-        findings += _shared(texts, _texts(held_out, "held-out", single=single)[1])
+        findings += _shared(texts, _read(held_out, "held-out", single=single).texts)
     facts = [*_of_lengths(texts), *_of_phrases(texts), *_of_languages([asked for asked, *_ in scripts])]
     if len(texts) > MOST_NEAR:
         facts.append(f"near-duplicates are those among the first {MOST_NEAR:,}")
-    return Looked(rows.source, form, len(rows), texts, findings, facts, _odd(texts))
+    facts += read.unused
+    return Looked(rows.source, read.form, len(rows), texts, findings, facts, _odd(texts))
 
 
-def _texts(rows: Rows, key: str, *, single: bool) -> tuple[str, list[Text], dict[str, list[int]]]:
+def _read(rows: Rows, key: str, *, single: bool) -> Read:
     form, rows = recognise(rows, key, single=single)
-    texts, unread, unsaid = [], {}, doubtful(form.unused(rows.column_names))
+    unused = form.unused(rows.column_names)
+    texts, unread, asked, unsaid, grades = [], {}, {}, doubtful(unused), remarks.grades_of(unused)
     for index, (number, row) in enumerate(zip(rows.numbers, rows, strict=True)):
         try:
-            texts += [_text(number, example) for example in form.read(row, doubtful=unsaid, key=key)]
+            examples = form.read(row, doubtful=unsaid, key=key)
+            texts += [_text(number, example) for example in examples]
+            questions = [*remarks.of_row(row, grades, form.says_nothing_in(row))]
+            for question in [*questions, *chain.from_iterable(map(remarks.of_example, examples))]:
+                asked.setdefault(question, []).append(number)
         except BadRow as bad:
             unread.setdefault(bad.reason, []).append(number)
         except Skip as skip:
             unread.setdefault(str(skip), []).append(number)
         except UserError as error:
             raise UserError(f"{rows.place(index)}: {error}") from error
-    return form.name, texts, unread
+    against = {f"{better} below {worse}" for better, worse in grades}
+    findings = [Finding(question, numbers, is_fault=question in against) for question, numbers in asked.items()]
+    said = [not_used(unused, remarks.held_by(unused, rows.first(SEEN)))] if unused else []
+    return Read(form.name, texts, unread, findings, said)
 
 
 def _text(number: int, example: Example) -> Text:
@@ -192,25 +216,6 @@ def _repeated(texts: list[Text]) -> list[Finding]:
         Finding("contradict an earlier pair", against),
         Finding("near-duplicates of an earlier pair", [row for row in near if row not in against], is_fault=False),
     ]
-
-
-def _scores(rows: Rows) -> list[Finding]:
-    """Numbers of both answers, such as score_chosen and score_rejected, that say the opposite of the columns' names."""
-    found = []
-    for better in rows.found:
-        worse = better.replace("chosen", "rejected")
-        if worse == better or worse not in rows.found:
-            continue
-        cells = zip(rows.numbers, rows.cells(better), rows.cells(worse), strict=True)
-        both = [(number, a, b) for number, a, b in cells if _is_number(a) and _is_number(b)]
-        is_rank = "rank" in better
-        against = [number for number, a, b in both if (a > b if is_rank else a < b)]
-        found.append(Finding(f"{better} is {'above' if is_rank else 'below'} {worse}", against))
-    return found
-
-
-def _is_number(cell) -> bool:
-    return isinstance(cell, int | float) and not isinstance(cell, bool)
 
 
 def _shared(texts: list[Text], held_out: list[Text]) -> list[Finding]:

@@ -72,11 +72,11 @@ def of_row(row: dict, grades: Sequence[tuple[str, str]], beside: Sequence[str]) 
             yield f"{name} is none, nan or so: left out"
 
 
-def of_example(example: Example, tokenizer) -> Iterator[str]:
+def of_example(example: Example, tokenizer=None) -> Iterator[str]:
     """Yields what is to be asked about what a question and its answers say.
 
     Args:
-        tokenizer: What writes them.
+        tokenizer: What writes them, if that is known: what is a special token in a text is asked of it.
     """
     asked = text_of(example.prompt[-1])
     answers = [text_of(turns[-1]) for turns in example.answers]
@@ -86,7 +86,7 @@ def of_example(example: Example, tokenizer) -> Iterator[str]:
         yield "an answer that is none, nan or so"
     if len(example.prompt) == 1 and len({begins_with(answer, asked) for answer in answers}) == 2:
         yield "one answer repeats the question"
-    if not tokenizer.is_plain and speakers_in(asked):
+    if not (tokenizer and tokenizer.is_plain) and speakers_in(asked):
         yield "speakers within one message"
     if any(map(holds_users_turn, answers)):
         yield "a user's turn within an answer"
@@ -94,8 +94,8 @@ def of_example(example: Example, tokenizer) -> Iterator[str]:
         yield "an answer begins with Assistant:"
     texts = [*answers, *strings_in([turn.get("content") for turn in example.prompt])]
     texts = [text for text in texts if "<" in text or "[" in text]  # as all of these begin
-    others = {match[0].strip() for text in texts for match in _TOKEN.finditer(text)}
-    if any(not tokenizer.holds_special(token) for token in others):
+    special = {match[0].strip() for text in texts for match in _TOKEN.finditer(text)}
+    if tokenizer and not all(map(tokenizer.holds_special, special)):
         yield "another model's special tokens"
     if any(map(_PLACEHOLDER.search, texts)):
         yield "a placeholder such as <image>"

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from operator import add
 
 from pairtune.errors import UserError
 from pairtune.pairs.context import NUMBERS
@@ -130,9 +129,7 @@ class Report:
         if self.beside:
             said.append(f"columns read beside these: {', '.join(self.beside)}")
         if self.unused:
-            named = [name or repr(name) for name in self.unused]
-            held = [f" ({self.holds[name]})" if name in self.holds else "" for name in self.unused]
-            said.append(f"columns not used: {', '.join(map(add, named, held))}")
+            said.append(not_used(self.unused, self.holds))
         for name in NUMBERS:
             if name in self.unused:
                 said.append(f"dataset.columns={{{name}: {name}}} would take the column {name!r} for each pair's {name}")
@@ -168,6 +165,12 @@ class Report:
         ranked = sorted(lengths)
         median, most, longest = (ranked[-(-len(ranked) * percent // 100) - 1] for percent in (50, 95, 100))
         return f"  {name:{self._width - 2}} {median:8,} {most:8,} {longest:8,}"
+
+
+def not_used(names: Sequence[str], held: dict[str, str]) -> str:
+    """Returns a sentence about columns that nobody reads; `held`: what they hold, from remarks.held_by."""
+    told = [(name or repr(name)) + (f" ({held[name]})" if name in held else "") for name in names]
+    return f"columns not used: {', '.join(told)}"
 
 
 def is_too_many(num_broken: int, num_rows: int) -> bool:

@@ -74,10 +74,13 @@ def test_rows_of_several_pairs_are_counted_once(rows):
     assert "near-duplicates of an earlier pair                4  100.0 %   row 0, 1, 2, ..." in str(looked)
 
 
-def test_scores_that_say_the_opposite_are_found(rows):
+def test_what_may_be_meant_otherwise_and_what_nobody_reads_is_told(rows):
     rows = [{**row, "score_chosen": 5.0, "score_rejected": float(n), "rank_chosen": 1, "rank_rejected": 2}
             for n, row in enumerate(rows)]  # fmt: skip
-    assert found(rows[:8])[0] == {"score_chosen is below score_rejected": [6, 7]}
+    rows[3]["rejected"], rows[4]["note"] = "N/A", "seen"
+    findings, looked = found(rows[:8])
+    assert findings == {"score_chosen below score_rejected": [6, 7], "an answer that is none, nan or so": [3]}
+    assert "columns not used: score_chosen (5), score_rejected, rank_chosen (1), rank_rejected (2), note" in str(looked)
 
 
 def test_what_training_has_of_held_out_prompts_is_found(rows):
