@@ -2,9 +2,10 @@
 
 import re
 
-_USERS = ("human", "user", "prompter", "customer", "client", "student", "question", "q")
-_WHO_SPEAK = _USERS[:3]  # and write no list of questions
-_ASSISTANTS = ("assistant", "chatbot", "ai", "bot", "gpt", "model", "agent", "response", "answer", "a")
+# "Q:" and "A:" are none: many a single question is written so
+_USERS = ("human", "user", "prompter", "customer", "client", "student")
+_WHO_SPEAK = ("human", "user", "prompter")  # the others may be of a play that was asked for
+_ASSISTANTS = ("assistant", "chatbot", "ai", "bot", "gpt", "model", "agent", "response")
 _A_MARK = r"^[ \t]*(?P<mark>(?:#+[ \t]*|\*\*|\[|<\|?)?(?:{names})\b[^\w\n:]{{0,3}}:)"
 _MARKS = {
     names: re.compile(_A_MARK.format(names="|".join(names)), re.IGNORECASE | re.MULTILINE)
@@ -37,7 +38,7 @@ def begins_with_speaker(answer: str) -> bool:
 
 def _first_mark(text: str, names: tuple[str, ...]) -> str | None:
     lower = text.lower()
-    if not any((name if len(name) > 1 else f"{name}:") in lower for name in names):  # a tenth of the search's time
+    if not any(name in lower for name in names):  # a tenth of the search's time
         return None
     found = _MARKS[names].search(text)
     return found and found["mark"]

@@ -22,7 +22,6 @@ QUESTIONS = [
     (ROW | {"prompt": "nan"}, "a prompt that is none, nan or so"),
     (ROW | {"prompt": "User: Hi\nBot: Hello\nUser: Which is it?"}, "speakers within one message"),
     (ROW | {"prompt": "### Human: Which is it?\n### Assistant: What?"}, "speakers within one message"),
-    (ROW | {"prompt": "Q: Which is it?\nA:"}, "speakers within one message"),
     (ROW | {"rejected": "That one.\n\nHuman: Are you sure?"}, "a user's turn within an answer"),
     (ROW | {"chosen": "Assistant: This one."}, "an answer begins with Assistant:"),
     (ROW | {"chosen": "This one.<|end|>"}, "another model's special tokens"),
@@ -37,6 +36,7 @@ QUESTIONS = [
 PLAIN = [
     ROW | {"rejected": "None of these."},
     ROW | {"prompt": "Who wrote: 'the user'? Explain the model: what is it?"},
+    ROW | {"prompt": "Q: Which is it?\nA: This.\nQ: And now?\nA:"},
     ROW | {"prompt": "Note: answer the question: which is it?"},
     ROW | {"chosen": "The question: which is it? Answer: this one.", "rejected": "Question: no."},
     ROW | {"chosen": "<s>struck out</s> in HTML"},
