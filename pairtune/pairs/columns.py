@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from pairtune.errors import UserError
 from pairtune.pairs.cells import read_literal, read_messages
 
-MANY = ("answers", "scores", "ranks", "choice")  # which may be made of several columns
+MANY = ("answers", "scores", "ranks", "order", "choice")  # which may be made of several columns
 
 
 def as_plain(columns) -> dict:

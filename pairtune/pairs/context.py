@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from pairtune.errors import UserError
-from pairtune.pairs.cells import is_empty, kind_of, read_literal, shown
+from pairtune.pairs.cells import is_empty, kind_of, read_literal, says_nothing, shown
 from pairtune.pairs.example import BadRow, Example, Skip
 from pairtune.pairs.messages import MEDIA, read_message, strings_in, text_of
 from pairtune.pairs.names import BAD_GRADES, CHOICES, GRADES
@@ -137,7 +137,7 @@ def number_of(row: dict, name: str) -> float:
     """
     cell, found = row.get(name), None
     if isinstance(cell, int | float | str) and not isinstance(cell, bool):
-        with suppress(ValueError):
+        with suppress(ValueError, OverflowError):
             found = float(cell)
     if found is None or not math.isfinite(found) or (name == "weight" and found < 0):
         least = ", at least 0" if name == "weight" else ""
@@ -173,7 +173,7 @@ def check_doubtful(example: Example, row: dict, columns: list[str], key: str) ->
     asked = None
     for name in columns:
         cell = row.get(name)
-        if is_empty(cell) or not is_doubtful(name):
+        if is_empty(cell) or says_nothing(cell) or not is_doubtful(name):
             continue
         if _plain(name) in _MEDIA:
             raise BadRow(

@@ -94,9 +94,13 @@ class Flow:
             lines.append(f"columns that the first rows did not have, not used: {', '.join(self.columns)}")
         return "\n".join(lines)
 
+    @property
+    def _width(self) -> int:
+        return max([32, *(len(FACTS.get(fact, fact)) for fact in self.facts)])
+
     def _line(self, title: str, count: int, rows: list[int] = ()) -> str:
         examples = ", ".join(map(str, rows)) + (", ..." if count > len(rows) else "")
-        told = f"{title:32} {count:8,} {100 * count / max(1, self.read):6.1f} %"
+        told = f"{title:{self._width}} {count:8,} {100 * count / max(1, self.read):6.1f} %"
         return told + (f"   row {examples}" if rows else "")
 
 

@@ -80,7 +80,7 @@ class Format:
             BadRow: A column holds something else.
             UserError: A column that is not used holds part of the question.
         """
-        row = _under_one_name(row) | dict.fromkeys(self.says_nothing_in(row))
+        row = _under_one_name(row | dict.fromkeys(self.says_nothing_in(row)))
         optional = {column: k for column, k in (self.optional | self.beside).items() if not is_empty(row.get(column))}
         for column, kinds in {**self.columns, **optional}.items():
             if kind_of(row.get(column)) not in kinds.split("|"):
@@ -105,8 +105,8 @@ class Format:
 
     def says_nothing_in(self, row: dict) -> list[str]:
         """Returns the columns that a row may lack and that hold a word for nothing, which `read` leaves out."""
-        row = _under_one_name(row)
-        return [name for name in (*self.optional, *self.beside) if says_nothing(row.get(name))]
+        names = (*self.optional, *self.beside, *OTHER_NAMES, *TOOLS, ARGUMENTS)
+        return [name for name in names if says_nothing(row.get(name))]
 
     def _examples(self, row: dict, worse: str) -> list[Example]:
         found = self.example(row)
@@ -135,28 +135,24 @@ def doubtful(names: list[str]) -> list[str]:
     return [name for name in names if is_doubtful(name) or name in (*SIDES, *GRADES)]
 
 
-def detect_format(
-    column_names: list[str], first_rows: list[dict], *, source: str = "rows", key: str = "dataset", line: str = ""
-) -> Format:
-    """Returns the first of FORMATS that fits a row with nothing missing, or else the first row.
+def no_format(
+    column_names: list[str], row: dict, *, source: str, key: str, columns: dict | None = None, line: str = ""
+) -> UserError:
+    """Returns what is said of rows that no format fits: the columns found, and the formats known.
 
     Args:
-        source, key: Where the rows come from, and where the config describes them, for messages.
-        line: What may describe them, for a message.
-
-    Raises:
-        UserError: None fits. The message lists the columns found and the formats known.
+        column_names, row: Under our names of columns, as far as `columns` gives some; the first row.
+        source, key: Where the rows come from, and where the config describes them.
+        columns: Ours to theirs.
+        line: What may describe them.
     """
-    form = fitting_format(first_rows)
-    if form:
-        return form
-    row = first_rows[0]
     if wrong := _wrong_column(row):
         column, said = wrong
+        theirs = (columns or {}).get(column, column)
         way_out = f"{key}.columns={{{column}: NAME}}, with dots where it lies within another column"
-        if kind_of(row.get(column)) == "texts":
-            way_out = f"{key}.columns={{{column}: {column}.0}} takes the first of the list"
-        raise UserError(f"{source}, row 0 (from 0): {said}. Mend it, or say where it is: {way_out}.")
+        if kind_of(row.get(column)) == "texts" and isinstance(theirs, str):
+            way_out = f"{key}.columns={{{column}: {theirs}.0}} takes the first of the list"
+        return UserError(f"{source}, row 0 (from 0): {said}. Mend it, or say where it is: {way_out}.")
     found = "\n".join(f"  {name}: {shown(row.get(name))}" for name in column_names)
     formats = [f"  {form}" for form in FORMATS if form.is_paired]
     unpaired = "; ".join(str(form) for form in FORMATS if not form.is_paired)
@@ -173,7 +169,7 @@ def detect_format(
                 "Assistant:, each behind an empty line (\\n\\n), are read: write these in their place, or whole "
                 "conversations as lists of messages."
             )
-    raise UserError(
+    return UserError(
         f"{source}: no known format of preference pairs. Columns found, and what the first row holds:\n{found}\n"
         f"Formats known:\n{formats}\n{several or named}"
     )
@@ -188,6 +184,7 @@ def _wrong_column(row: dict) -> tuple[str, str] | None:
     misfits = [
         ([name for name, kinds in form.columns.items() if kind_of(row[name]) not in kinds.split("|")], form)
         for form in having
+        if not form.matches(row)
     ]
     if not misfits:
         return None

@@ -78,6 +78,6 @@ def _without_numbers(told: dict) -> dict:
 
 def _with_numbers(told: dict) -> dict:
     return {
-        name: dict(value[BY_ROW]) if isinstance(value, dict) and BY_ROW in value else value
+        name: dict(value[BY_ROW]) if isinstance(value, dict) and isinstance(value.get(BY_ROW), list) else value
         for name, value in told.items()
     }

@@ -21,6 +21,7 @@ from pairtune.pairs.names import (
     TO_BE_NAMED,
     TO_BE_ORDERED,
     better_and_worse,
+    is_order,
     names_of,
     numbers_as,
     says_worse,
@@ -29,7 +30,8 @@ from pairtune.pairs.names import (
 )
 from pairtune.pairs.ranked import TIE_WORDS, as_word
 
-_VOTES = re.compile(r"(annotator|rater|judge|vote|label)_?\d+")
+_VOTERS = ("annotator", "rater", "judge", "vote", "label", "annotation")
+_VOTES = re.compile(rf"({'|'.join(_VOTERS)})_?\d+")
 _RATES = r"(score|rating|reward|rank)s?$"
 _ENTRY = re.compile(r"(?:^|\.)\d+(?=\.|$)")
 TO_BE_FILLED_IN = ["FIRST", "SECOND"]
@@ -164,10 +166,11 @@ def guess(rows: Sequence[dict], values_of: Callable[[str], Iterable]) -> tuple[d
     if question == "instruction" and "input" in kinds:
         described["input"] = "input"
     others = [name for name in kinds if name not in (*answers, question)]
-    by_name = [name for name in (*CHOICES, *_choosing(row, others)) if name in others or "*" in name]
+    votes = _votes(row, others)
+    alone = [name for name in others if not any(vote[-1] == "*" and name.startswith(vote[:-1]) for vote in votes)]
     rated = [name for name in others if _is_number_or_text_of_one(row[name]) and suffixes_of([name])]
     pairs = [pair for pair in combinations(rated, 2) if suffixes_of(pair) == suffixes_of(answers)]
-    for column in dict.fromkeys(by_name):
+    for column in dict.fromkeys([*(name for name in CHOICES if name in alone), *alone, *votes]):
         values = votes_in(values_of(column))
         if values is None:
             continue
@@ -178,33 +181,32 @@ def guess(rows: Sequence[dict], values_of: Callable[[str], Iterable]) -> tuple[d
         if names:
             return described | {"choice": column}, bool(question or whole) and column in CHOICES
         words = _choices(values)
-        if (
-            sum(bool({*words} & (values_in(values_of(name)) or set())) for name in others if name != column) > 1
-            and "*" not in column
-        ):
+        alike = [name for name in others if name != column and {*words} & (values_in(values_of(name)) or set())]
+        if len(alike) > 1 and column not in votes:
             continue  # names of models, say, which stand now for the one answer and now for the other
-        if len(words) == 2 and not pairs and (column in CHOICES or column == others[-1] or "*" in column):
+        if len(words) == 2 and not pairs and (column in (*CHOICES, *votes, others[-1])):
             return described | {"choice": {column: TO_BE_FILLED_IN if says_worse(column) else words}}, False
     if pairs:
         return described | {numbers_as(pairs[0][0]): list(pairs[0])}, False
     return described | {"choice": {"COLUMN": TO_BE_FILLED_IN}}, False
 
 
-def _choosing(row: dict, names: Sequence[str]) -> list[str]:
-    """Returns the columns that may choose: several voters' under one name with a star, votes within a list or an object
-    by a dotted name."""
+def _votes(row: dict, names: Sequence[str]) -> list[str]:
+    """Returns what votes may be found by: a name with a star for those of several columns, a dotted one for those
+    within a list or an object."""
     found = []
     for name in names:
-        entry = next(iter(row[name]), None) if isinstance(row[name], list) else None
-        stem = name.rstrip("0123456789")
+        stem, cell = name.rstrip("0123456789"), row[name]
         of_voters = [other for other in row if other.startswith(stem)]
         if _VOTES.fullmatch(name) and len(of_voters) > 1 and all(map(_VOTES.fullmatch, of_voters)):
             found.append(f"{stem}*")
-        elif isinstance(entry, dict):
-            found += [f"{name}.*.{key}" for key in entry if key not in (*NAMES, *OF_WHOM, "user")]
-        else:
-            found.append(f"{name}.*" if isinstance(row[name], dict) else name)
-    return found
+        elif isinstance(cell, dict):
+            found.append(f"{name}.*")
+        elif isinstance(cell, list) and isinstance(next(iter(cell), None), dict):
+            found += [f"{name}.*.{key}" for key in cell[0] if key not in (*NAMES, *OF_WHOM, "user")]
+    return [
+        name for name in found if set(re.findall(r"[a-z]+", name.lower().replace("s.", "."))) & {*CHOICES, *_VOTERS}
+    ]
 
 
 def _of_lists(row: dict, values_of: Callable[[str], Iterable]) -> tuple[dict, bool]:
@@ -231,9 +233,9 @@ def _of_lists(row: dict, values_of: Callable[[str], Iterable]) -> tuple[dict, bo
         if re.search(_RATES, name) and numbers_as(name) == ours:
             return described | {ours: name}, True
     if numbers:
-        known = (name for name in numbers if numbers_as(name) not in (TO_BE_NAMED, TO_BE_ORDERED))
-        name = next(known, numbers[0])
-        return described | {numbers_as(name): name}, False
+        name = next((name for name in numbers if numbers_as(name) != TO_BE_NAMED), numbers[0])
+        ours = TO_BE_ORDERED if "." not in name and is_order(name, found[name]) else numbers_as(name)
+        return described | {ours: name}, False
     for column in (name for name in CHOICES if name in row):
         places = values_in(values_of(column)) or set()
         first = 0 if "0" in places else 1

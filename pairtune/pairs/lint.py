@@ -158,7 +158,7 @@ def _read(rows: Rows, key: str, *, single: bool) -> Read:
         try:
             examples = form.read(row, doubtful=unsaid, key=key)
             texts += [_text(number, example) for example in examples]
-            questions = [*remarks.of_row(row, grades, form.says_nothing_in(row))]
+            questions = [*remarks.of_row(row, form, grades)]
             for question in [*questions, *chain.from_iterable(map(remarks.of_example, examples))]:
                 asked.setdefault(question, []).append(number)
         except BadRow as bad:

@@ -80,11 +80,19 @@ def numbers_as(name: str) -> str:
     """Returns what answers' numbers are by their name: scores, better where they are higher; ranks, better where they
     are lower, as penalties are; or what is to be filled in."""
     words = _words(name.rpartition(".")[2])
-    if _IN_ORDER.search(words):
-        return TO_BE_ORDERED
+    if "rank" in words and _MORE_IS_BETTER.search(words):
+        return TO_BE_NAMED
     if _FEWER_IS_BETTER.search(words):
         return "ranks"
     return "scores" if _MORE_IS_BETTER.search(words) else TO_BE_NAMED
+
+
+def is_order(name: str, numbers: Sequence) -> bool:
+    """Says whether a list may be the answers' places in an order, by its name and by what it holds."""
+    if not _IN_ORDER.search(_words(name)):
+        return False
+    places = sorted(float(number) for number in numbers)
+    return places in ([*range(len(places))], [*range(1, len(places) + 1)])
 
 
 def names_of(answers: Sequence[str], values: set[str]) -> Choice | None:

@@ -48,7 +48,7 @@ def row_reader(
         with _told(report, rows, index, number, on_bad_row):
             row = rows[index]
             examples = form.read(row, **asked)
-            questions += remarks.of_row(row, grades, form.says_nothing_in(row))
+            questions += remarks.of_row(row, form, grades)
         for example in examples:
             with _told(report, rows, index, number, on_bad_row):
                 rendered.look(example, number, report)

@@ -264,7 +264,7 @@ def _numbers(cells, column: str) -> list[float]:
         )
     try:
         return [math.nan if cell is None or cell == "N/A" else float(cell) for cell in cells]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise BadRow(
             f"column {column!r} holds {shown(cells)}, expected numbers. Mend or remove the row.",
             f"column {column!r} holds other than numbers",

@@ -9,7 +9,7 @@ from functools import partial
 
 from pairtune.errors import UserError
 from pairtune.pairs.example import Skip
-from pairtune.pairs.formats import SINGLE, Format, detect_format, fitting_format
+from pairtune.pairs.formats import FORMATS, SINGLE, Format, fitting_format, no_format
 from pairtune.pairs.layouts import TO_BE_FILLED_IN, guess, known_layouts, values_in, votes_in
 from pairtune.pairs.names import GRADES, NAMES, QUESTIONS, TO_BE_NAMED, TO_BE_ORDERED, names_of, says_worse
 from pairtune.pairs.ranked import TIE_WORDS, Choice, as_word, from_choice, trees_of
@@ -24,6 +24,7 @@ from pairtune.pairs.rows import MESSAGES_OF_TREES, Rows
 
 FIRST = 10  # rows that are looked at
 ENOUGH = 3  # of them
+GRADED = {"scores", "ranks", "order", "choice", "preference"}  # columns that say which answers are better
 
 
 def recognise(rows: Rows, key: str, *, single: bool = False) -> tuple[Format, Rows]:
@@ -83,7 +84,8 @@ def _recognise(rows: Rows, key: str, *, single: bool) -> tuple[Format, Rows]:
     if form:
         return form, rows
     line = f"{key}.columns={_written(described)}{_to_do(described)}{unscored}" if described else ""
-    return detect_format(rows.column_names, list(rows.first(FIRST)), source=rows.source, key=key, line=line), rows
+    said = {"source": rows.source, "key": key, "columns": rows.columns, "line": line}
+    raise no_format(rows.column_names, rows[0], **said)
 
 
 def _check_answers(form: Format, rows: Rows, key: str) -> None:
@@ -206,7 +208,18 @@ def _to_do(described: dict) -> str:
 
 
 def _fits(rows: Rows) -> Format | None:
-    return fitting_format(list(rows.first(FIRST)))
+    """Returns the form that fits.
+
+    Where `columns` says what grades the answers, nothing else does. An order may be of anything: it is the answers'
+    where `columns` says so.
+    """
+    named = rows.columns.keys() & GRADED
+    forms = []
+    for form in FORMATS:
+        grading = form.columns.keys() & GRADED
+        if grading <= named if named else "order" not in grading:
+            forms.append(form)
+    return fitting_format(list(rows.first(FIRST)), forms)
 
 
 def _as_trees(rows: Rows) -> Rows:

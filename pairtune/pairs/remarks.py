@@ -1,15 +1,18 @@
 """What a careful reader would ask about a row that can be read. It is told, with the rows' numbers, and nothing else is
 done: a row may be meant so."""
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from pairtune.pairs.already_rendered import BEGINS, OPENINGS
 from pairtune.pairs.cells import is_empty, kind_of, says_nothing
 from pairtune.pairs.example import Example
+from pairtune.pairs.formats import Format
 from pairtune.pairs.layouts import values_in
 from pairtune.pairs.messages import strings_in, text_of
 from pairtune.pairs.names import numbers_as
+from pairtune.pairs.ranked import as_word
 from pairtune.pairs.readers import begins_with
 from pairtune.pairs.speakers import begins_with_speaker, holds_users_turn, speakers_in
 
@@ -18,7 +21,8 @@ _ENDINGS += ("<|END_OF_TURN_TOKEN|>", "<｜end▁of▁sentence｜>", "<eos>")
 _OF_TEMPLATES = [token for token in (*OPENINGS, *BEGINS, *_ENDINGS) if token not in ("<s>", "<role>")]  # HTML's
 _TOKEN = re.compile("|".join(map(re.escape, _OF_TEMPLATES)) + r"|</s>\s*\Z")
 _A_WORD, _A_LOOK = 16, 32  # characters
-_PLACEHOLDER = re.compile(r"<\|?(?:image|audio|video)(?:_\d+|_pad)?\|?>|\[IMG\]")
+_MEDIUM = r"<\|?(?:image|audio|video)(?:_\d+|_pad)?\|?>"
+_PLACEHOLDER = re.compile(rf"^\s*{_MEDIUM}|{_MEDIUM}\s*$", re.MULTILINE)  # not within a sentence about the tag
 
 
 def grades_of(names: Sequence[str]) -> list[tuple[str, str]]:
@@ -26,20 +30,21 @@ def grades_of(names: Sequence[str]) -> list[tuple[str, str]]:
     that has to be higher first."""
     found, by_word = [], {name.lower(): name for name in names}
     for name in names:
-        other = by_word.get(name.lower().replace("chosen", "rejected"), name)
-        kind = numbers_as(name) if other != name else ""
+        other = by_word.get(name.lower().replace("chosen", "rejected")) if "chosen" in name.lower() else None
+        kind = numbers_as(name) if other else ""
         found += [(name, other)] if kind == "scores" else [(other, name)] if kind == "ranks" else []
     return found
 
 
 def held_by(names: Sequence[str], rows: Iterable[dict]) -> dict[str, str]:
     """Returns what columns hold, in words, where it shows what they are for: a few values, or a sentence."""
-    rows, held = list(rows), {}
+    rows, held = list(rows) if names else [], {}
     for name in names:
         cells = [cell for row in rows if not is_empty(cell := row.get(name))]
-        values = values_in(cells)
+        few = cells if values_in(cells) else []
+        values = {" ".join(cell.split()) if isinstance(cell, str) else as_word(cell) for cell in few} - {""}
         if values and max(map(len, values)) <= _A_WORD and len(cells) >= 3 * len(values):
-            held[name] = ", ".join(sorted(values))
+            held[name] = ", ".join(value if value.isprintable() else repr(value) for value in sorted(values))
         elif cells and isinstance(cells[0], str) and " " in cells[0].strip():
             text = " ".join(cells[0].split())
             held[name] = repr(text if len(text) <= _A_LOOK else f"{text[: _A_LOOK - 3]}...")
@@ -48,28 +53,25 @@ def held_by(names: Sequence[str], rows: Iterable[dict]) -> dict[str, str]:
     return held
 
 
-def of_row(row: dict, grades: Sequence[tuple[str, str]], beside: Sequence[str]) -> Iterator[str]:
+def of_row(row: dict, form: Format, grades: Sequence[tuple[str, str]]) -> Iterator[str]:
     """Yields what is to be asked about a row's columns.
 
     Args:
-        grades: From grades_of.
-        beside: Columns of texts that a row may lack, such as `input`.
+        form: That the row is read by.
+        grades: From grades_of, of columns that nobody reads.
     """
     for better, worse in grades:
         numbers = [_number(row.get(name)) for name in (better, worse)]
         if None not in numbers and numbers[0] < numbers[1]:
             yield f"{better} below {worse}"
-    for name in ("scores", "ranks"):
-        cells = row.get(name)
-        numbers = [_number(cell) for cell in cells] if isinstance(cells, list) else []
-        known = [number for number in numbers if number is not None]
-        if name == "scores" and -1 in known and max(known) > 1 and sorted(set(known))[1] >= 0:
+    for name in {"scores", "ranks"} & form.columns.keys():
+        known = {number for cell in row[name] if (number := _number(cell)) is not None}
+        if name == "scores" and -1 in known and max(known) > 1 and min(known - {-1}) >= 0:
             yield "a score of -1, read as the lowest"
         if name == "ranks" and 0 in known:
             yield "a rank of 0, read as the best"
-    for name in beside:
-        if says_nothing(row.get(name)):
-            yield f"{name} is none, nan or so: left out"
+    for name in form.says_nothing_in(row):
+        yield f"{name} is none, nan or so: left out"
 
 
 def of_example(example: Example, tokenizer=None) -> Iterator[str]:
@@ -84,7 +86,8 @@ def of_example(example: Example, tokenizer=None) -> Iterator[str]:
         yield "a prompt that is none, nan or so"
     if any(map(says_nothing, answers)):
         yield "an answer that is none, nan or so"
-    if len(example.prompt) == 1 and len({begins_with(answer, asked) for answer in answers}) == 2:
+    is_first = all(turn["role"] == "system" for turn in example.prompt[:-1])
+    if is_first and len({begins_with(answer, asked) for answer in answers}) == 2:
         yield "one answer repeats the question"
     if not (tokenizer and tokenizer.is_plain) and speakers_in(asked):
         yield "speakers within one message"
@@ -92,12 +95,14 @@ def of_example(example: Example, tokenizer=None) -> Iterator[str]:
         yield "a user's turn within an answer"
     if any(map(begins_with_speaker, answers)):
         yield "an answer begins with Assistant:"
-    texts = [*answers, *strings_in([turn.get("content") for turn in example.prompt])]
-    texts = [text for text in texts if "<" in text or "[" in text]  # as all of these begin
-    special = {match[0].strip() for text in texts for match in _TOKEN.finditer(text)}
+    prompts = [
+        text for text in strings_in([turn.get("content") for turn in example.prompt]) if "<" in text or "[" in text
+    ]
+    marked = [*prompts, *(text for text in answers if "<" in text or "[" in text)]
+    special = {match[0].strip() for text in marked for match in _TOKEN.finditer(text)}
     if tokenizer and not all(map(tokenizer.holds_special, special)):
         yield "another model's special tokens"
-    if any(map(_PLACEHOLDER.search, texts)):
+    if any(map(_PLACEHOLDER.search, prompts)):
         yield "a placeholder such as <image>"
 
 
@@ -105,6 +110,7 @@ def _number(cell) -> float | None:
     if isinstance(cell, bool) or not isinstance(cell, int | float | str):
         return None
     try:
-        return float(cell)
-    except ValueError:
+        number = float(cell)
+    except (ValueError, OverflowError):  # of 400 digits
         return None
+    return None if math.isnan(number) else number

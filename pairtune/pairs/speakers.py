@@ -2,19 +2,20 @@
 
 import re
 
-# "Q:" and "A:" are none: many a single question is written so
-_USERS = ("human", "user", "prompter", "customer", "client", "student")
-_WHO_SPEAK = ("human", "user", "prompter")  # the others may be of a play that was asked for
-_ASSISTANTS = ("assistant", "chatbot", "ai", "bot", "gpt", "model", "agent", "response")
-_A_MARK = r"^[ \t]*(?P<mark>(?:#+[ \t]*|\*\*|\[|<\|?)?(?:{names})\b[^\w\n:]{{0,3}}:)"
+# "Q:" and "A:" are none, nor are customers and models: many a single question, and many a table, is written so
+_USERS = ("human", "user", "prompter")
+_ASSISTANTS = ("assistant", "chatbot", "ai", "bot", "gpt")
 _MARKS = {
-    names: re.compile(_A_MARK.format(names="|".join(names)), re.IGNORECASE | re.MULTILINE)
-    for names in (_USERS, _ASSISTANTS, _WHO_SPEAK)
+    names: re.compile(
+        rf"^(?P<mark>[ \t]*(?:#+[ \t]*|\*\*|\[|<\|?)(?i:{'|'.join(names)})\b[^\w\n:]{{0,3}}:(?!:)"
+        rf"|(?:{'|'.join(form for name in names for form in (name.capitalize(), name.upper()))})[ \t]*:(?!:))",
+        re.MULTILINE,
+    )
+    for names in (_USERS, _ASSISTANTS)
 }
 _BEFORE_AN_ANSWER = re.compile(r"\s*(?:#+[ \t]*)?(?:assistant|chatbot|ai|bot|gpt)[ \t]*:", re.IGNORECASE)
 TO_AN_ANSWER = re.compile(
-    r"(?:(?:###\s*)?\b(?:assistant|response|answer|output)|^[ \t]*(?:#+[ \t]*)?(?:chatbot|ai|bot|gpt|model|agent|a))"
-    r"[ \t]*:\s*\Z",
+    r"(?:(?:###\s*)?\b(?:assistant|response|answer|output)|^[ \t]*(?:#+[ \t]*)?(?:chatbot|ai|bot|gpt|a))[ \t]*:\s*\Z",
     re.IGNORECASE | re.MULTILINE,
 )
 
@@ -27,8 +28,8 @@ def speakers_in(text: str) -> tuple[str, str] | None:
 
 
 def holds_users_turn(answer: str) -> bool:
-    """Says whether an answer goes on with a turn of a user's."""
-    return _first_mark(answer, _WHO_SPEAK) is not None
+    """Says whether an answer is, or goes on with, a turn of a user's."""
+    return _first_mark(answer, _USERS) is not None
 
 
 def begins_with_speaker(answer: str) -> bool:
@@ -41,4 +42,4 @@ def _first_mark(text: str, names: tuple[str, ...]) -> str | None:
     if not any(name in lower for name in names):  # a tenth of the search's time
         return None
     found = _MARKS[names].search(text)
-    return found and found["mark"]
+    return found and found["mark"].strip()

@@ -16,7 +16,7 @@ from tokenizers import models
 
 from pairtune.errors import UserError
 from pairtune.pairs.example import Example
-from pairtune.pairs.formats import FORMATS, detect_format
+from pairtune.pairs.formats import FORMATS, fitting_format
 from pairtune.pairs.recognise import recognise
 from pairtune.pairs.tokenize import Pair, Rows, count_overlap, read_rows, split_pairs, tokenize_pairs
 from pairtune.tokenizer.hf import hf_tokenizer
@@ -517,7 +517,7 @@ def test_llama_factorys_unpaired_demo_is_read_whole(chatml):
 
 def test_a_null_in_the_first_row_does_not_hide_the_format(chatml):
     rows = [{**ROWS[0], "prompt": None}, ROWS[1]]
-    assert detect_format(list(rows[0]), rows).name == "prompt with answers"
+    assert fitting_format(rows).name == "prompt with answers"
     with pytest.raises(
         UserError, match=r"rows, row 0 \(from 0\): column 'prompt' holds nothing \(null\), expected text"
     ):
@@ -998,7 +998,7 @@ def test_the_instruction_rows_lose_the_six_identical_ones(stories):
 def test_llama_factorys_conversations_keep_their_turns_and_system_messages():
     source = PREFERENCE / "llamafactory/dpo_en_demo.json"
     raw, rows = json.loads(source.read_text()), read_rows(str(source))
-    form = detect_format(rows.column_names, [rows[0]])
+    form = fitting_format([rows[0]])
     examples = [example for row in rows for example in form.read(row)]
     assert form.name == "ShareGPT" and max(len(example.prompt) for example in examples) == 13
     role = {"human": "user", "gpt": "assistant", "system": "system"}
@@ -1022,7 +1022,7 @@ def test_real_pairs_are_whole_conversations_with_torchtunes_llama3_tokenizer(sou
     rows = read_rows(str(PREFERENCE / source if source else HH), limit=25)
     pairs, report = tokenize(rows, theirs)
     assert report.style == "torchtune's Llama3Tokenizer" and not report.merges
-    form = detect_format(rows.column_names, [rows[0]])
+    form = fitting_format([rows[0]])
     header = [theirs.start_header_id, *theirs.encode("assistant", False, False), theirs.end_header_id]
     header += theirs.encode("\n\n", False, False)
     for pair in pairs:

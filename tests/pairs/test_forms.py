@@ -341,8 +341,14 @@ def test_one_line_of_columns_describes_what_is_not_recognised(row, columns):
         ([{"prompt": "Q", "reply_a": "x", "reply_b": "y", "said": [{"user": f"u{i}", "vote": vote} for i, vote in
            enumerate(votes)]} for votes in (("A", "A", "tie"), ("B",))],
          "answers: [reply_a, reply_b], choice: said.*.vote}"),
-        ([{"prompt": "Q", "reply_a": "x", "reply_b": "y", "said": {"ann": "A", "bob": "A"}}],
-         "answers: [reply_a, reply_b], choice: said.*}"),
+        ([{"prompt": "Q", "reply_a": "x", "reply_b": "y", "votes": {"ann": "A", "bob": "A"}}],
+         "answers: [reply_a, reply_b], choice: votes.*}"),
+        ([{"prompt": "Q", "reply_a": "x", "reply_b": "y", "meta": {"lang": "en", "kind": "chat"},
+           "sources": [{"lang": "de"}, {"lang": "en"}], "history": [USER, says("x")], "pick": pick}
+          for pick in ("left", "right")],
+         "answers: [reply_a, reply_b], choice: {pick: [left, right]}}"),
+        ([{"prompt": "Q", "reply_a": "x", "reply_b": "y", "ranking_a": 1, "ranking_b": 2}],
+         "answers: [reply_a, reply_b], ranks: [ranking_a, ranking_b]}"),
         ([{"prompt": "Q", "reply_a": "x", "reply_b": "y", "rater_1": "a", "rater_2": "b", "rater_3": "b"}],
          "answers: [reply_a, reply_b], choice: rater_*}"),
     ],
@@ -365,6 +371,17 @@ def test_an_order_is_of_places_with_the_best_first_and_no_rank(order):
     assert read([row], columns)[0] == [("Q", "z", "x"), ("Q", "z", "y")]
     with pytest.raises(BadRow, match="expected the places of 3 answers, each once"):
         read([row | {"ranking": [1, 1, 2]}], columns)
+
+
+@pytest.mark.parametrize(
+    "grades", [{"order": [1, 0]}, {"scores": [1, 2]}, {"ranks": [2, 1]}, {"preference": 1}, {"choice": "right"}]
+)
+def test_what_columns_name_grades_the_answers_and_an_order_only_then(grades):
+    row = {"prompt": "Q", "left": "B", "right": "W", "vote": "L", **grades}
+    assert read([row], {"answers": ["left", "right"], "choice": {"vote": ["L", "R"]}})[0] == [("Q", "B", "W")]
+    assert read([{"prompt": "Q", "answers": ["W", "B"], "preference": 3, "order": [0, 1]}])[0] == [("Q", "B", "W")]
+    with pytest.raises(UserError, match="RANKS_OR_ORDER: order}"):
+        read([{"prompt": "Q", "answers": ["x", "y"], "order": [1, 0]}] * 3)
 
 
 def test_whose_an_answer_is_stands_for_no_answer():

@@ -75,12 +75,14 @@ def test_columns_that_nobody_reads_are_named(chatml):
 
 def test_what_unused_columns_hold_is_shown_where_it_tells_what_they_are_for(chatml):
     beside = [
-        {"status": "tie" if i % 3 else "ok", "note": "say it in  three words, please, or more", "id": f"x{i}"}
+        {"status": "tie" if i % 3 else "OK", "note": "say it in  three words, please, or more", "id": f"x{i}"}
         for i in range(9)
     ]
-    _, report = tokenize([{**ROW, "prompt": f"Q{i}", **beside[i], "meta": [1]} for i in range(9)], chatml)
-    said = "columns not used: status (ok, tie), note ('say it in three words, please...'), id, meta (list)"
-    assert said in str(report).splitlines()
+    _, report = tokenize(
+        [{**ROW, "prompt": f"Q{i}", **beside[i], "meta": [1], "odd": "\x1b[31m"} for i in range(9)], chatml
+    )
+    said = "columns not used: status (OK, tie), note ('say it in three words, please...'), id, meta (list), "
+    assert said + r"odd ('\x1b[31m')" in str(report).splitlines()
 
 
 def test_weights_and_margins_are_read_where_columns_name_them_and_only_there(chatml, tmp_path):

@@ -30,6 +30,8 @@ QUESTIONS = [
     (ROW | {"chosen_rating": 2, "rejected_rating": "3.5"}, "chosen_rating below rejected_rating"),
     (ROW | {"Score_Chosen": 2.0, "Score_Rejected": 3}, "Score_Chosen below Score_Rejected"),
     (ROW | {"rank_chosen": 2, "rank_rejected": 1}, "rank_rejected below rank_chosen"),
+    (ROW | {"chosen": "**Human**: This one."}, "a user's turn within an answer"),
+    (ANSWERS | {"scores": [float("nan"), 2, -1]}, "a score of -1, read as the lowest"),
     (ANSWERS | {"scores": [4, 2, -1]}, "a score of -1, read as the lowest"),
     (ANSWERS | {"ranks": [1, 2, 0]}, "a rank of 0, read as the best"),
 ]
@@ -44,6 +46,11 @@ PLAIN = [
     ROW | {"chosen_rating": 3, "rejected_rating": 2},
     ROW | {"chosen_length": 3, "rejected_length": 20, "chosen_model": "a", "rejected_model": "b"},
     ROW | {"chosen_score": None, "rejected_score": 3},
+    ROW | {"chosen_score": 10**400, "rejected_score": 3, "Score": 1, "score": 2},
+    ROW | {"ranks": [0, 1], "scores": [-1, 5]},  # which nobody reads
+    ROW | {"chosen": "services:\n    user: 1000\nUser::find(1)\nHost x\n  User: git\nuser: root"},
+    ROW | {"prompt": "Question: Which is the capital?\nA: Paris\nB: Rome"},
+    ROW | {"prompt": "Customer: Acme\nModel: X100\nAgent: 007", "chosen": "Use the <video> tag.\n<video>"},
     ANSWERS | {"scores": [1, 0, -1]},
     ANSWERS | {"scores": [7, 2, -3]},
     ANSWERS | {"ranks": [1, 2, 3]},
@@ -80,15 +87,31 @@ def test_a_word_for_nothing_beside_a_question_is_left_out(chatml, word, name):
     assert kept != pair and report.remarks == {}
 
 
+def test_a_word_for_nothing_hides_no_other_name_of_a_column(chatml):
+    pair, report = one(
+        ROW | {"system": "nan", "system_prompt": "S", "tools": "None", "chat_template_kwargs": "null"}, chatml
+    )
+    assert pair == one(ROW | {"system": "S"}, chatml)[0]
+    left_out = ("system", "tools", "chat_template_kwargs")
+    assert report.remarks == {f"{name} is none, nan or so: left out": [0] for name in left_out}
+    assert list(one(ROW | {"sys_prompt": "nan"}, chatml)[1].remarks) == ["sys_prompt is none, nan or so: left out"]
+
+
 def test_messages_that_were_text_are_told(chatml):
     messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
     row = {"chosen": json.dumps(messages), "rejected": json.dumps([messages[0], {**messages[1], "content": "B"}])}
-    assert "messages that are written as text are read as messages: chosen, rejected" in str(one(row, chatml)[1])
+    row["log"] = row["chosen"]  # which nobody reads
+    assert "messages that are written as text are read as messages: chosen, rejected\n" in f"{one(row, chatml)[1]}\n"
 
 
 def test_remarks_are_the_same_from_many_processes_from_a_cache_and_of_a_stream(chatml, tmp_path):
     rows = [
-        ROW | {"prompt": f"{ROW['prompt']} {i} " + "x" * 500, "rejected": "nan" if i % 7 == 0 else "No."}
+        ROW
+        | {
+            "prompt": f"{ROW['prompt']} {i} " + "x" * 500,
+            "rejected": "nan" if i % 7 == 0 else "No.",
+            "by row": "a text",
+        }
         for i in range(1200)
     ]
     (tmp_path / "a.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
@@ -117,5 +140,7 @@ def test_transcripts_with_other_marks_and_files_of_other_kinds_are_named_for_wha
     (tmp_path / "a.json").write_text('[["Q", "B", "W"]]')
     with pytest.raises(UserError, match=r"row 0 \(from 0\): holds list.* each row is an object that names its columns"):
         read_file(tmp_path / "a.json", "dataset")
+    with pytest.raises(UserError, match=r"dataset.columns=\{chosen: good.0\} takes the first of the list"):
+        tokenize([{"prompt": "Q", "good": ["x"], "rejected": "y"}], chatml, columns={"chosen": "good"})
     with pytest.raises(UserError, match=r"dataset.columns=\{history: turns\} writes it before the prompt"):
         tokenize([ROW | {"turns": [{"role": "user", "content": "x"}]}], chatml)
