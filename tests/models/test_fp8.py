@@ -56,6 +56,24 @@ def test_what_a_pair_comes_to_does_not_depend_on_the_pairs_beside_it():
     torch.testing.assert_close(together, alone, atol=0.02, rtol=0)
 
 
+def test_compiled_layers_round_with_gradients_as_without_them():
+    """A policy and the reference that it starts from are two programs, and the first loss is ln 2."""
+    model = built(num_layers=1)
+    models.fit(model, max_length=128)
+    fp8.convert(model, CPU)
+    models.load(model, tiny_llama(**{**NF4_SIZES, "num_layers": 1}).state_dict(), world=World(CPU))
+    batch = lay_out(random_pairs(4))
+    with torch.no_grad():
+        eager = torch.stack(answer_logps(model, batch))
+    with torch._inductor.config.patch(emulate_precision_casts=False):  # which is put back behind the test
+        models.execute(model, models.Execution("mask", compile=True))
+        policy = torch.stack(answer_logps(model, batch))
+        with torch.no_grad():
+            reference = torch.stack(answer_logps(model, batch))
+    torch.testing.assert_close(policy.detach(), reference, atol=1e-3, rtol=0)
+    torch.testing.assert_close(policy.detach(), eager, atol=1e-2, rtol=0)
+
+
 def test_layers_that_the_kernels_do_not_take_are_left_out_with_output_and_embedding():
     model, told = loaded()
     inside = sum(m.weight.numel() for layer in model.layers for m in layer.modules() if isinstance(m, Float8Linear))
