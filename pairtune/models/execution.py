@@ -90,8 +90,8 @@ def execute(model: TransformerDecoder, how: Execution) -> None:
         # layer's input, a few shapes. Beyond torch's limit of 8 it would not be compiled.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         if additions(model).fp8:
-            # Within a kernel numbers would be rounded to bf16 less often, and with gradients in other places than without
-            # them. A number that is near the middle of two of fp8's moves by a sixteenth: the first loss was 0.681.
+            # Within a kernel numbers would be rounded to bf16 less often, and with gradients in other places than
+            # without. One that is near the middle of two of fp8's moves by a sixteenth: the first loss was 0.681.
             torch._inductor.config.emulate_precision_casts = True
         torch._functorch.config.activation_memory_budget = SELECTIVE_BUDGET if how.checkpointing == SELECTIVE else 1.0
         if isinstance(model, BridgedDecoder):

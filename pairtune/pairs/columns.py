@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 from pairtune.errors import UserError
 from pairtune.pairs.cells import read_literal, read_messages
 
+OF_VALUES = ("choice", "preference")  # which may say what a column's values stand for
 MANY = ("answers", "scores", "ranks", "order", "choice")  # which may be made of several columns
 
 
@@ -71,7 +72,8 @@ def _walk(value, steps: list[str]):
     for i, step in enumerate(steps):
         value = read_literal(value) if isinstance(value, str) else value
         if step == "*":
-            entries = [*value.values()] if isinstance(value, dict) else value
+            # by key: the answers of one object and the scores of another belong together so
+            entries = [value[key] for key in sorted(value)] if isinstance(value, dict) else value
             return [_walk(entry, steps[i + 1 :]) for entry in entries] if isinstance(entries, list) else None
         if isinstance(value, dict):
             value = value.get(step)
@@ -92,7 +94,7 @@ def check_columns(columns: dict, found: Sequence[str], ours: Sequence[str], sour
         if name not in ours and not (theirs is None and name in found):
             known = ", ".join(ours)
             raise UserError(f"{key}.columns.{name}: no column of ours. {_nearest(name, ours)} Known: {known}.")
-        if isinstance(theirs, list) and name not in MANY or isinstance(theirs, dict) and name != "choice":
+        if isinstance(theirs, list) and name not in MANY or isinstance(theirs, dict) and name not in OF_VALUES:
             raise _no_such(key, f"{name}={theirs}", theirs, found, source)
         for path in _listed(_paths(name if theirs is None else theirs)):
             if not isinstance(path, str) or not set(_heads(path, found)) <= set(found):
@@ -109,7 +111,7 @@ def _no_such(key: str, setting: str, path, found: Sequence[str], source: str) ->
 
 
 def _paths(theirs):
-    """Returns the name or names of a column, of a choice with its values those of the choice."""
+    """Returns the name or names of a column, without what its values stand for."""
     if isinstance(theirs, dict):
         names = [str(name) for name in theirs]
         return names[0] if len(names) == 1 else names

@@ -3,11 +3,12 @@ and columns that may be part of the question, which nobody may leave out in sile
 
 import math
 import re
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import replace
 
 from pairtune.errors import UserError
-from pairtune.pairs.cells import is_empty, kind_of, read_literal, says_nothing, shown
+from pairtune.pairs.cells import either, is_empty, kind_of, read_literal, says_nothing, shown
 from pairtune.pairs.example import BadRow, Example, Skip
 from pairtune.pairs.messages import MEDIA, read_message, strings_in, text_of
 from pairtune.pairs.names import BAD_GRADES, CHOICES, GRADES
@@ -53,8 +54,12 @@ _OF_A_QUESTION += ("transcript", "conversation", "conversations", "messages", "d
 DOUBTFUL = (*_MEDIA, *_OF_A_QUESTION)
 _NUMBERED = re.compile(r"_?\d+$")
 # Which may say that a row's better answer is another one than its columns say
+# Which say of a pair "chosen" or "rejected" for its better answer, and no review's verdict on the row
+WINNERS = ("winner", "preferred", "preference", "better", "best", "human_preference", "preferred_response")
+WINNERS += ("preferred_answer", "better_response_id", "choice")
 SWAPS = ("swapped", "swap", "is_swapped", "flipped", "flip", "is_flipped", "reversed", "is_reversed", "inverted")
 SIDES = (*CHOICES, *SWAPS)
+_NO_CHANCE = 20  # characters
 _A_WORD = 40  # characters: longer ones are a text about it
 _SIDES = re.compile(
     r"-1|[012ab]|true|false|yes|no|first|second|left|right|(model|response|answer|output|option)[_ ]?[012ab]"
@@ -73,10 +78,12 @@ def in_context(example: Example, row: dict, columns: set[str]) -> Example:
         prompt = prompt[1:]
     history = row.get("history", [])
     if kind_of(history) == "messages":
-        context += [read_message(raw) for raw in history]
+        turns = [read_message(raw) for raw in history]
     else:
-        for question, answer in history:
-            context += [*user(question), {"role": "assistant", "content": answer}]
+        turns = [turn for asked, said in history for turn in (*user(asked), {"role": "assistant", "content": said})]
+    start = sum(turn["role"] == "system" for turn in prompt)  # where the prompt holds its earlier turns already
+    if turns != prompt[start : start + len(turns)] and turns != prompt[: len(turns)]:
+        context += turns
     return replace(example, prompt=context + prompt, written=None) if context else example
 
 
@@ -87,13 +94,18 @@ def _with_texts(example: Example, row: dict) -> Example:
     last = example.prompt[-1]
     asked = text_of(last)
     parts = [row.get("context", ""), asked, row.get("input", "")]
-    before, behind = ("" if part in asked else part for part in (parts[0], parts[2]))
+    before, behind = ("" if _is_held(part, asked) else part for part in (parts[0], parts[2]))
     text = (f"{before}\n\n" if before else "") + asked + (f"\n{behind}" if behind else "")
     if text == asked:
         return example
     written = example.written
     written = (text, *written[1:]) if written and written[0] == asked else None
     return replace(example, prompt=[*example.prompt[:-1], {**last, "content": text}], written=written)
+
+
+def _is_held(part: str, asked: str) -> bool:
+    """Says whether a question holds a text as a whole, and not by chance, as one about 10 does a 1."""
+    return part in asked if len(part) >= _NO_CHANCE else part.strip() in map(str.strip, asked.splitlines())
 
 
 def tools_of(row: dict) -> list | None:
@@ -202,22 +214,39 @@ def check_grades(row: dict, columns: list[str], key: str) -> None:
     Raises:
         UserError: `columns` says what to do with it.
     """
-    for name in columns:
-        cell = row.get(name)
+    beside = [(name, name, row.get(name)) for name in columns]
+    for path, name, cell in [*beside, *_of_the_last_message(row)]:
         is_word = isinstance(cell, str) and len(cell) <= _A_WORD
         if name in GRADES and not is_empty(cell) and (is_word or isinstance(cell, int | float)):
             is_bad = name in BAD_GRADES
             way_out = (
                 "Add a column label, true for a good answer and false for a bad one"
                 if is_bad
-                else f"Say what it is: {key}.columns={{label: {name}}} where true, 1 or thumbs_up is "
-                "a good answer, and false, 0 or thumbs_down a bad one"
+                else f"Say what it is: {key}.columns={{{_with_its_column(path)}label: {path}}} where true, 1 or "
+                "thumbs_up is a good answer, and false, 0 or thumbs_down a bad one"
             )
+            without = f"{key}.columns={{{name}: null}} leaves it out" if path == name else "a file without it"
+            said = "that the answer is a bad one" if is_bad else "how good the answer is"
             raise UserError(
-                f"column {name!r} holds {shown(cell)}, and may say {'that' if is_bad else 'how good'} the answer is"
-                f"{' a bad one' if is_bad else ''}, which no label does. {way_out}; or {key}.columns={{{name}: null}} "
-                "leaves it out, and takes each answer for a good one."
+                f"column {path!r} holds {shown(cell)}, and may say {said}, which no label does. {way_out}; or "
+                f"{without}, and takes each answer for a good one."
             )
+
+
+def _of_the_last_message(row: dict) -> Iterator[tuple[str, str, object]]:
+    """Yields what a conversation's last message says of itself: a dotted name, its last part, and what it holds."""
+    for column in ("messages", "conversations"):
+        last = row[column][-1] if kind_of(row.get(column)) == "messages" else {}
+        for name, value in last.items():
+            inner = value.items() if isinstance(value, dict) else ()
+            for path, key, cell in [(name, name, value), *((f"{name}.{key}", key, cell) for key, cell in inner)]:
+                yield f"{column}.-1.{path}", key, cell
+
+
+def _with_its_column(path: str) -> str:
+    """Returns what keeps a column under its name where a part of it has another, too."""
+    column, dot, _ = path.partition(".")
+    return f"{column}: {column}, " if dot else ""
 
 
 def as_chosen(example: Example, row: dict, columns: list[str], key: str) -> Example:
@@ -236,11 +265,11 @@ def as_chosen(example: Example, row: dict, columns: list[str], key: str) -> Exam
         if is_empty(cell) or not isinstance(cell, str | int | float):
             continue
         word = as_word(cell)
-        if word in ("chosen", "rejected") and name not in SWAPS:
+        if word == "chosen" or word == "rejected" and name in WINNERS:
             example = example if word == "chosen" else _turned(example)
         elif word in TIE_WORDS and name not in SWAPS:
             raise Skip("a tie")
-        elif _SIDES.fullmatch(word) and not (name in SWAPS and word in ("false", "no", "0")):
+        elif (_SIDES.fullmatch(word) or word == "rejected") and not (name in SWAPS and word in ("false", "no", "0")):
             raise UserError(
                 f"column {name!r} holds {shown(cell)}, and may say which answer is better, beside columns that say so. "
                 f"Say what it is: {key}.columns={{answers: [FIRST, SECOND], choice: {{{name}: [VALUE, VALUE]}}}}, with "
@@ -250,16 +279,29 @@ def as_chosen(example: Example, row: dict, columns: list[str], key: str) -> Exam
     return example
 
 
+def turned_by(row: dict, columns: Collection[str]) -> list[str]:
+    """Returns the columns by which `as_chosen` turns a pair; `columns` are those that its form reads."""
+    return [name for name in WINNERS if name not in columns and as_word(row.get(name)) == "rejected"]
+
+
 def _turned(example: Example) -> Example:
     written = example.written and (example.written[0], example.written[2], example.written[1])
     return replace(example, chosen=example.rejected, rejected=example.chosen, written=written)
 
 
+def _texts_in(content) -> list[str]:
+    """Returns a message's texts; of what is no text and no list of parts, how it is written."""
+    if isinstance(content, list):
+        return [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
+    return [content if isinstance(content, str) else str(content or "")]
+
+
 def _is_in(cell, asked: str) -> bool:
     """Says whether a prompt holds what a cell says, an assistant's turns aside."""
     if kind_of(cell) == "messages":
-        turns = [message for message in cell if (message.get("role") or message.get("from")) in ("user", "human")]
-        return all(text.strip() in asked for turn in turns for text in [turn.get("content") or turn.get("value") or ""])
+        turns = [message for message in cell if either(message, "role", "from") in ("user", "human")]
+        texts = [text for turn in turns for text in _texts_in(either(turn, "content", "value"))]
+        return all(text.strip() in asked for text in texts)
     if isinstance(cell, str):
         turns = transcript_turns(cell) if kind_of(cell) == "transcript" else user(cell.strip())
         return all(turn["content"] in asked for turn in turns)

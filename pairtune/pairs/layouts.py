@@ -9,7 +9,7 @@ stand for each answer, in their order.
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import takewhile
 
 from pairtune.pairs.cells import kind_of
 from pairtune.pairs.names import (
@@ -21,10 +21,13 @@ from pairtune.pairs.names import (
     TO_BE_NAMED,
     TO_BE_ORDERED,
     better_and_worse,
+    in_turn,
     is_order,
     names_of,
     numbers_as,
+    says_which,
     says_worse,
+    stem_and_suffix,
     stem_of,
     suffixes_of,
 )
@@ -34,7 +37,9 @@ _VOTERS = ("annotator", "rater", "judge", "vote", "label", "annotation")
 _VOTES = re.compile(rf"({'|'.join(_VOTERS)})_?\d+")
 _RATES = r"(score|rating|reward|rank)s?$"
 _ENTRY = re.compile(r"(?:^|\.)\d+(?=\.|$)")
-TO_BE_FILLED_IN = ["FIRST", "SECOND"]
+_PLACES = ["FIRST", "SECOND", "THIRD", "FOURTH", "FIFTH", "SIXTH"]  # of an answer among several
+TO_BE_FILLED_IN, TO_BE_FOUND = _PLACES[:2], "PROMPT"
+_TIMES = ("time", "timestamp", "date", "created", "updated", "createdtime", "utc")
 _FEW = 4  # values that a column of choices may have, ties included
 _SHORT = 12  # characters of such a value, where nothing else tells it from an answer
 
@@ -154,10 +159,10 @@ def guess(rows: Sequence[dict], values_of: Callable[[str], Iterable]) -> tuple[d
     rated, is_sure = _of_lists(row, values_of)
     if rated:
         return rated, is_sure
-    answers = _two_answers(kinds)
+    answers = _answers(kinds)
     if answers is None:
         return _likely(row, values_of), False
-    described: dict = {"answers": list(answers)}
+    described: dict = {"answers": answers}
     texts = [name for name in kinds if kinds[name] in ("text", "transcript", "messages") and name not in answers]
     question = next((name for asked in QUESTIONS for name in texts if name.lower() == asked), None)
     whole = all(kinds[name] == "messages" for name in answers)
@@ -165,30 +170,77 @@ def guess(rows: Sequence[dict], values_of: Callable[[str], Iterable]) -> tuple[d
         described = {"prompt": question} | described
     if question == "instruction" and "input" in kinds:
         described["input"] = "input"
+    if not question and not whole:
+        described = {"prompt": _other_question(row, answers, values_of)} | described
     others = [name for name in kinds if name not in (*answers, question)]
+    chosen, is_sure = _chosen(row, others, described, values_of, is_plain=bool(question or whole))
+    graded = {} if is_sure or len(answers) > 2 else _graded(row, others, answers)
+    return (described | graded, False) if graded else (chosen, is_sure)
+
+
+def _chosen(
+    row: dict, others: list[str], described: dict, values_of: Callable[[str], Iterable], *, is_plain: bool
+) -> tuple[dict, bool]:
+    """Returns a description with the column that chooses among its answers, and whether that is sure.
+
+    Args:
+        is_plain: The question is known.
+    """
+    answers = described["answers"]
     votes = _votes(row, others)
     alone = [name for name in others if not any(vote[-1] == "*" and name.startswith(vote[:-1]) for vote in votes)]
-    rated = [name for name in others if _is_number_or_text_of_one(row[name]) and suffixes_of([name])]
-    pairs = [pair for pair in combinations(rated, 2) if suffixes_of(pair) == suffixes_of(answers)]
-    for column in dict.fromkeys([*(name for name in CHOICES if name in alone), *alone, *votes]):
+    alone = [name for name in alone if not set(stem_of(name)) & set(NAMES) or name in CHOICES]
+    likely = [
+        *(name for name in CHOICES if name in alone),
+        *filter(says_which, alone),
+        *filter(says_worse, alone),
+        *votes,
+    ]
+    for column in dict.fromkeys([*likely, *alone]):
         values = votes_in(values_of(column))
         if values is None:
             continue
         names = names_of(answers, values)
         if names and says_worse(column):  # what stands for an answer is the other's name
             words = [next((word for word in known if word in values), known[1]) for known in names.names]
-            return described | {"choice": {column: words[::-1]}}, False
-        if names:
-            return described | {"choice": column}, bool(question or whole) and column in CHOICES
-        words = _choices(values)
-        alike = [name for name in others if name != column and {*words} & (values_in(values_of(name)) or set())]
+            words = words[::-1] if len(words) == 2 else _PLACES[: len(words)]
+            return described | {"choice": {column: words}}, False
+        if names and column in likely:
+            return described | {"choice": column}, is_plain and column in CHOICES
+        words = _choices(column, values, suffixes_of(answers))
+        words = TO_BE_FILLED_IN if words and says_worse(column) else words
+        alike = [
+            name for name in others if name != column and values & (values_in(values_of(name)) or set()) - {*TIE_WORDS}
+        ]
         if len(alike) > 1 and column not in votes:
             continue  # names of models, say, which stand now for the one answer and now for the other
-        if len(words) == 2 and not pairs and (column in (*CHOICES, *votes, others[-1])):
-            return described | {"choice": {column: TO_BE_FILLED_IN if says_worse(column) else words}}, False
-    if pairs:
-        return described | {numbers_as(pairs[0][0]): list(pairs[0])}, False
-    return described | {"choice": {"COLUMN": TO_BE_FILLED_IN}}, False
+        if words and (column in likely or column == others[-1]):
+            return described | {"choice": {column: words if len(answers) == 2 else _PLACES[: len(answers)]}}, False
+    return described | {"choice": {"COLUMN": _PLACES[: len(answers)]}}, False
+
+
+def _graded(row: dict, others: Sequence[str], answers: Sequence[str]) -> dict:
+    """Returns the columns of two numbers, or of true and false, that grade an answer each, by what differs in their
+    names; {} where there are none."""
+    ends = suffixes_of(answers)
+    for name in others:
+        for place in re.finditer(rf"(?<![a-z0-9]){ends[0]}(?![a-z0-9])", name, re.IGNORECASE):
+            other = name[: place.start()] + ends[1] + name[place.end() :]
+            pair = [name, next((one for one in others if one.lower() == other.lower()), None)]
+            if pair[1] and all(isinstance(row[one], bool) or _is_number_or_text_of_one(row[one]) for one in pair):
+                return {numbers_as(name): pair}
+    return {}
+
+
+def _other_question(row: dict, answers: Sequence[str], values_of: Callable[[str], Iterable]) -> str:
+    """Returns the column that asks, by what it holds: sentences, and not the same few."""
+    for name, cell in row.items():
+        if name not in answers and isinstance(cell, str) and " " in cell.strip() and values_in(values_of(name)) is None:
+            return name
+    named = (
+        name for name, cell in row.items() if name not in answers and isinstance(cell, str) and " " in cell.strip()
+    )
+    return next(named, TO_BE_FOUND)
 
 
 def _votes(row: dict, names: Sequence[str]) -> list[str]:
@@ -256,29 +308,40 @@ def _likely(row: dict, values_of: Callable[[str], Iterable]) -> dict:
     """Returns the likeliest description of columns whose names say nothing: the question, two answers, a choice."""
     leaves = {name: value for name, value in _leaves(row) if value not in (None, "")}
     texts = [name for name, value in leaves.items() if kind_of(value) in ("text", "transcript", "message", "messages")]
-    texts = [name for name in texts if name.rpartition(".")[2] not in OF_WHOM]
+    texts = [name for name in texts if not set(stem_of(name.rpartition(".")[2])) & {*OF_WHOM, *_TIMES}]
     asked = (*QUESTIONS, "user", "human")
     said = better_and_worse(name for name in texts if not any(word in name.lower() for word in asked[:4]))
     better, worse = said or (None, None)
-    few = {name: words for name in leaves if name not in QUESTIONS and (words := _labels(values_of(name)))}
-    choice = next((name for name in few if name.rpartition(".")[2] in CHOICES), next(reversed(few), None))
+    few = [name for name in leaves if name not in QUESTIONS and _is_label(values_of(name))]
+    deciding = [
+        name for name in few if not _of_an_entry(name) and not set(stem_of(name.rpartition(".")[2])) & set(NAMES)
+    ]
+    choice = next((name for name in deciding if name.rpartition(".")[2] in CHOICES), None)
+    choice = choice or next(filter(says_which, deciding), next(reversed(deciding), None))
     rest = [name for name in texts if name not in (better, worse, choice)]
-    long = [name for name in rest if name not in few]
-    rest = long if len(long) >= 3 else rest
+    rest = [name for name in rest if not name.lower().startswith("system")]
+    long = [name for name in rest if name not in few and " " in str(leaves[name]).strip()]
+    rest = long if len(long) >= (1 if better and worse else 3) else rest
     siblings = _siblings(rest)
     asking = [name for name in rest if name not in siblings and not _ENTRY.search(name)]  # of a list, one is not all
-    asking = [name for name in asking if not name.lower().startswith("system")]
     named = (name for name in asking if any(word in name.lower() for word in asked))
     question = next(named, next(iter(asking), None))
     if question and better and worse:
         return {"prompt": question, "chosen": better, "rejected": worse}
-    answers = siblings or [name for name in rest if name != question and not name.lower().startswith("system")][:2]
+    answers = siblings or [name for name in rest if name != question][:2]
     if len(answers) < 2 or question is None:
         return {}
     if choice is None:
         return {"prompt": question, "chosen": "CHOSEN", "rejected": "REJECTED"}  # no name says which
-    values = few[choice] if len(few[choice]) > 1 and not says_worse(choice) else TO_BE_FILLED_IN
-    return {"prompt": question, "answers": answers, "choice": {choice: values}}
+    words = values_in(values_of(choice)) or set()
+    values = _choices(choice, words, None) if says_which(choice.rpartition(".")[2]) and not says_worse(choice) else []
+    return {"prompt": question, "answers": answers, "choice": {choice: values or TO_BE_FILLED_IN}}
+
+
+def _of_an_entry(name: str) -> bool:
+    """Says whether a dotted name is of one entry of a list itself, or of something in the list's second entry: what it
+    says is said of that one."""
+    return re.search(r"\.\d+$", name) is not None or re.search(r"\.1(\.|$)", name) is not None
 
 
 def _siblings(names: Sequence[str]) -> list[str]:
@@ -290,23 +353,33 @@ def _siblings(names: Sequence[str]) -> list[str]:
     return []
 
 
-def _choices(values: set[str]) -> list[str]:
-    """Returns the first two words that stand for the first answer and for the second, by their order; what is to be
-    filled in where it may be either, as of 0 and 1; none where these are numbers, and no choice."""
-    words = sorted(values - set(TIE_WORDS), reverse=values <= {"true", "false"})[:2]  # true: the first is better
-    if not all(re.fullmatch(r"-?\d*[.,]?\d+", word) for word in words) or words == ["1", "2"]:
-        return words
-    return TO_BE_FILLED_IN if set(words) in ({"0", "1"}, {"-1", "1"}) else []
+def _choices(name: str, values: set[str], suffixes: Sequence[str] | None) -> list[str]:
+    """Returns the words that stand for the first answer and for the second; what is to be filled in where it may be
+    either, as of 0 and 1, or of good and bad; none where these are numbers, and no choice.
+
+    Args:
+        name: Of the column.
+        suffixes: How the answers' columns end, if they begin alike.
+    """
+    words = sorted(values - set(TIE_WORDS))
+    if all(re.fullmatch(r"-?\d*[.,]?\d+", word) for word in words):
+        if set(words) <= {"0", "1", "2"} and len(words) == 3:
+            return [*TO_BE_FILLED_IN, "TIE"]
+        if set(words) not in ({"0", "1"}, {"-1", "1"}, {"1", "2"}):
+            return []
+    return in_turn(name, words, suffixes) or TO_BE_FILLED_IN if len(words) > 1 else []
 
 
-def _labels(cells: Iterable) -> list[str]:
-    """Returns the first two words that a column of short words holds; none where it holds other things."""
+def _is_label(cells: Iterable) -> bool:
+    """Says whether a column holds a few short words, over and over."""
     cells = list(cells)
     values = values_in(cells) or set()
-    words = _choices(values)
-    repeat = len(cells) > len(values)
-    short = words and max(map(len, words)) <= _SHORT and (repeat or not any(" " in word for word in words))
-    return words[:2] if short else []
+    words = values - set(TIE_WORDS)
+    if len(words) < 2 or max(map(len, words)) > _SHORT:
+        return False
+    if all(re.fullmatch(r"-?\d*[.,]?\d+", word) for word in words) and not words <= {"-1", "0", "1", "2"}:
+        return False
+    return len(cells) > len(values) or not any(" " in word for word in words)
 
 
 def _leaves(value, name: str = "") -> Iterable[tuple[str, object]]:
@@ -321,20 +394,23 @@ def _leaves(value, name: str = "") -> Iterable[tuple[str, object]]:
         yield from _leaves(item, f"{name}.{key}" if name else str(key))
 
 
-def _two_answers(kinds: dict[str, str]) -> tuple[str, str] | None:
-    """Returns two columns of texts or conversations whose names differ in their suffix alone; none where several such
-    pairs may be the answers."""
+def _answers(kinds: dict[str, str]) -> list[str] | None:
+    """Returns two or more columns of texts or conversations whose names differ in their suffix alone; none where
+    several such groups may be the answers."""
     texts = [name for name, kind in kinds.items() if kind in ("text", "messages", "message")]
-    orders = (("1", "2"), ("0", "1"), ("a", "b"), ("first", "second"), ("left", "right"))
-    found = [
-        pair
-        for first, second in combinations(texts, 2)
-        for pair in ((first, second), (second, first))
-        if kinds[first] == kinds[second] and suffixes_of(pair) in orders and not _VOTES.fullmatch(first)
-    ]
-    found = [pair for pair in found if not set(stem_of(pair[0])) & set(NAMES)]  # who has answered, and not what
+    orders = ("0123456789", "123456789", "abcdefgh", ("first", "second", "third", "fourth"), ("left", "right"))
+    groups: dict[tuple[str, str], dict[str, str]] = {}  # of one stem and kind: suffix to name
+    for name in texts:
+        stem, suffix = stem_and_suffix(name)
+        groups.setdefault((stem, kinds[name]), {})[suffix] = name
+    found = []
+    for group in groups.values():
+        rows = [list(takewhile(group.__contains__, order)) for order in orders]
+        found += [[group[suffix] for suffix in max(rows, key=len)]] if max(map(len, rows)) > 1 else []
+    found = [group for group in found if not _VOTES.fullmatch(group[0])]
+    found = [group for group in found if not set(stem_of(group[0])) & set(NAMES)]  # who has answered, and not what
     if len(found) > 1:
-        found = [pair for pair in found if kinds[pair[0]] != "text" or set(stem_of(pair[0])) & set(ANSWERS)]
+        found = [group for group in found if kinds[group[0]] != "text" or set(stem_of(group[0])) & set(ANSWERS)]
     return found[0] if len(found) == 1 else None
 
 

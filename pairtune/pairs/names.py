@@ -36,11 +36,22 @@ GRADES += ("correct", "is_correct", "desirable", "is_desirable", "is_preferred",
 GRADES += ("quality_score", "reward_score", "helpfulness", "helpfulness_score", "safety_score", "is_safe", "safe")
 GRADES += ("overall_score", "stars", "upvotes", "points", "is_helpful", "is_approved", "is_accepted", *BAD_GRADES)
 
-_BETTER = re.compile(r"(?<![a-z])(chosen|better|preferred|good|accepted|best|win|positive|correct(?!ed))")
+_BETTER = re.compile(r"(?<![a-z])(chosen|better|preferred|good|accepted|best|win|pos(?![a-z])|positive|correct(?!ed))")
+_CHOOSES = re.compile(
+    r"(?<![a-z])(choice|choose|chose|label|win|won|prefer|better|best|vote|verdict|select|pick|judg|decision|favou?r|first|second)"
+)
+# What stands for the first answer and for the second, but for signs around it
+_IN_TURN = [("a", "b"), ("1", "2"), ("l", "r"), ("left", "right"), ("first", "second"), ("ab", "ba"), ("x", "y")]
+_IN_TURN += [
+    (f"{what}{a}", f"{what}{b}")
+    for what in ("response", "answer", "output", "model")
+    for a, b in (("a", "b"), ("1", "2"))
+]
 _WORSE = re.compile(
-    r"(?<![a-z])(reject|worse|worst|bad|los(e|ing|t(?![a-z]))|negative|incorrect|wrong"
+    r"(?<![a-z])(reject|worse|worst|bad|los(e|ing|t(?![a-z]))|neg(?![a-z])|negative|incorrect|wrong"
     r"|(dis|un|non_?|not_?|less_|least_)(chosen|better|preferred|accepted|selected|good|best"
-    r"|helpful|harmless|safe|honest|correct|accurate|true)|harmful|unsafe|toxic(?!ity)|offensive|biased)"
+    r"|helpful|harmless|safe|honest|correct|accurate|true)|harmful|unsafe|toxic(?!ity)|offensive|biased"
+    r"|discard|eliminat|hallucinat|corrupt|flawed|failed|dropped|removed|disliked|fake)"
 )
 # A text and what somebody made of it
 _AFTER = re.compile(
@@ -69,11 +80,45 @@ def better_and_worse(names: Iterable[str]) -> tuple[str, str] | None:
     words = {name: _words(name) for name in names}
     worse = next(filter(says_worse, words), None)
     better = next((name for name, said in words.items() if _BETTER.search(said) and not says_worse(name)), None)
+    if worse and not better:  # response and rejected_response
+        better = next((name for name in words if name != worse and words[worse].endswith(f"_{words[name]}")), None)
     if better and worse:
         return better, worse
     after = next((name for name, said in words.items() if _AFTER.search(said)), None)
     before = next((name for name, said in words.items() if _BEFORE.search(said) and not _AFTER.search(said)), None)
     return (after, before) if after and before else None
+
+
+def says_which(name: str) -> bool:
+    """Says whether a column may say which answer is better, by its name."""
+    return _CHOOSES.search(_words(name)) is not None
+
+
+def in_turn(name: str, values: Iterable[str], suffixes: Sequence[str] | None) -> list[str] | None:
+    """Returns the two values of a column that stand for the first answer and for the second, and a third one that is no
+    known word for a tie; None where that is not plain.
+
+    Args:
+        suffixes: How the answers' columns end, if they begin alike.
+    """
+    plain = {re.sub(r"[^a-z0-9]", "", value): value for value in values}
+    if set(plain) in ({"true", "false"}, {"yes", "no"}):  # which one is it about?
+        words = re.split(r"[^a-z0-9]+", _words(name))
+        firsts = [
+            first in words or last in words
+            for first, last in zip(("first", suffixes and suffixes[0]), ("1st", "left"), strict=True)
+        ]
+        seconds = [
+            first in words or last in words
+            for first, last in zip(("second", suffixes and suffixes[1]), ("2nd", "right"), strict=True)
+        ]
+        if any(firsts) == any(seconds):
+            return None
+        yes, no = (plain[word] for word in (("true", "false") if "true" in plain else ("yes", "no")))
+        return [yes, no] if any(firsts) else [no, yes]
+    pair = next((pair for pair in _IN_TURN if set(plain) >= set(pair)), None)
+    rest = [value for word, value in plain.items() if pair and word not in pair]
+    return [plain[word] for word in pair] + rest if pair and len(rest) < 2 else None
 
 
 def numbers_as(name: str) -> str:
@@ -98,7 +143,7 @@ def is_order(name: str, numbers: Sequence) -> bool:
 def names_of(answers: Sequence[str], values: set[str]) -> Choice | None:
     """Returns what stands for each answer where a choice's values name the answers: by column or by its suffix.
 
-    Suffixes 0 and 1 are taken by their number, as are 1 and 2, where 0 is a tie if 1 and 2 are both there.
+    Suffixes 0 and 1 are taken by their number, as are 1 and 2.
     """
     columns = [name.lower() for name in answers]
     suffixes = suffixes_of(answers)
@@ -108,13 +153,10 @@ def names_of(answers: Sequence[str], values: set[str]) -> Choice | None:
         (column, suffix, f"model_{suffix}", f"response_{suffix}")
         for column, suffix in zip(columns, suffixes, strict=True)
     ]
-    ties = TIE_WORDS
-    if suffixes == ("1", "2") and {"1", "2"} <= values:
-        ties = (*TIE_WORDS, "0")
     known = {word for words in names for word in words}
-    if not values & known or values - known - set(ties):
+    if not values & known or values - known - set(TIE_WORDS):  # 0 beside 1 and 2 may be a tie, and 2 beside 0 and 1
         return None
-    return Choice(tuple(names), ties)
+    return Choice(tuple(names))
 
 
 def suffixes_of(answers: Sequence[str]) -> tuple[str, ...] | None:
@@ -125,10 +167,15 @@ def suffixes_of(answers: Sequence[str]) -> tuple[str, ...] | None:
     return tuple(match[2].lower() for match in found)
 
 
+def stem_and_suffix(name: str) -> tuple[str, str]:
+    """Returns how a column's name begins and, in lower case, how it ends: "" where it has no suffix."""
+    found = _STEM_AND_SUFFIX.fullmatch(name)
+    return (found[1], found[2].lower()) if found else (name, "")
+
+
 def stem_of(name: str) -> list[str]:
     """Returns the words of a name, in the singular, but for its suffix."""
-    stem = _STEM_AND_SUFFIX.fullmatch(name)[1].lower()
-    return [word.strip("s") for word in re.split(r"[^a-z]+", stem)]
+    return [word.strip("s") for word in re.split(r"[^a-z]+", stem_and_suffix(name)[0].lower())]
 
 
 def _words(name: str) -> str:

@@ -131,10 +131,10 @@ def from_order(row: dict) -> Ranked | Example:
     return _read(row, [-places.index(first + i) for i in range(len(answers))])
 
 
-def from_preference(row: dict) -> Ranked | Example:
-    """Of two answers: a number above 0 prefers the second, one below 0 the first, as HelpSteer's."""
+def from_preference(row: dict, middle: float = 0.0) -> Ranked | Example:
+    """Of two answers: a number above the middle prefers the second, one below it the first, as HelpSteer's about 0."""
     (number,) = _numbers([row["preference"]], "preference")
-    return _read(row, [-number, number])
+    return _read(row, [middle - number, number - middle])
 
 
 def from_rejected_list(row: dict) -> Ranked:

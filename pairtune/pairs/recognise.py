@@ -2,6 +2,7 @@
 a question with two answers whose names say themselves which is better."""
 
 import json
+import math
 import re
 from contextlib import suppress
 from dataclasses import replace
@@ -11,8 +12,8 @@ from pairtune.errors import UserError
 from pairtune.pairs.example import Skip
 from pairtune.pairs.formats import FORMATS, SINGLE, Format, fitting_format, no_format
 from pairtune.pairs.layouts import TO_BE_FILLED_IN, guess, known_layouts, values_in, votes_in
-from pairtune.pairs.names import GRADES, NAMES, QUESTIONS, TO_BE_NAMED, TO_BE_ORDERED, names_of, says_worse
-from pairtune.pairs.ranked import TIE_WORDS, Choice, as_word, from_choice, trees_of
+from pairtune.pairs.names import ANSWERS, GRADES, NAMES, QUESTIONS, TO_BE_NAMED, TO_BE_ORDERED, names_of, says_worse
+from pairtune.pairs.ranked import TIE_WORDS, Choice, as_word, from_choice, from_preference, trees_of
 from pairtune.pairs.readers import (
     from_completion,
     from_one_answer,
@@ -95,14 +96,14 @@ def _check_answers(form: Format, rows: Rows, key: str) -> None:
         UserError: With a line that says so.
     """
     others = {_plain(name): name for name in rows.column_names if name not in form.columns}
-    names = others.keys() | {name.rpartition("_")[2] for name in others}
+    names = set().union(*map(_short_names, others))
     _check_places(form, rows, key)
     for ours in (name for name in ("chosen", "rejected") if name in form.columns):
         cells = [row.get(ours) for row in rows.first(FIRST)]
         said = {_plain(cell): as_word(cell) for cell in cells if isinstance(cell, str)}
         if not said or not said.keys() <= names:
             continue
-        named = {name: {word, word.rpartition("_")[2]} & said.keys() for word, name in others.items()}
+        named = {name: _short_names(word) & said.keys() for word, name in others.items()}
         named = {name: said[min(words)] for name, words in named.items() if words}
         answers, values = list(named), list(named.values())
         if len(named) != 2 or len(said) != 2:
@@ -115,6 +116,12 @@ def _check_answers(form: Format, rows: Rows, key: str) -> None:
             f"{rows.source}: column {ours!r} holds {' or '.join(sorted(said.values()))}, which name other columns, and "
             f"is no answer. Say so: {key}.columns={_written(line)}; or, if it is one, {key}.columns={{{ours}: {ours}}}."
         )
+
+
+def _short_names(name: str) -> set[str]:
+    """Returns what may stand for a column: its name, how it ends, and how it begins if it ends in what an answer is."""
+    stem, _, end = name.rpartition("_")
+    return {name, end, stem} if end in ANSWERS and stem else {name, end}
 
 
 def _plain(name: str) -> str:
@@ -228,7 +235,9 @@ def _as_trees(rows: Rows) -> Rows:
 
 
 def _with_choice(form: Format, rows: Rows, key: str) -> Format:
-    """Returns a form of answers and a choice that knows what the choice's values mean."""
+    """Returns a form of answers and a choice, or a preference, that knows what its values mean."""
+    if form.example is from_preference:
+        return replace(form, example=partial(from_preference, middle=_middle(rows, key)))
     if form.example is not from_choice:
         return form
     answers, said = rows.columns.get("answers", []), rows.columns.get("choice", "choice")
@@ -239,9 +248,11 @@ def _with_choice(form: Format, rows: Rows, key: str) -> Format:
                 f"{key}.columns.choice={_written(said)}: must be a column and the values that stand for the answers, "
                 "in their order, such as {winner: [a, b]}."
             )
-        words = tuple((as_word(value),) for value in values)
-        ties = tuple(word for word in (*TIE_WORDS, "0") if (word,) not in words)
-        return replace(form, example=partial(from_choice, choice=Choice(words, ties)))
+        words = [as_word(value) for value in values]
+        count = len(answers) if isinstance(answers, list) else len(words)
+        ties = tuple(word for word in (*TIE_WORDS, "0", *words[count:]) if word not in words[:count])
+        choice = Choice(tuple((word,) for word in words[:count]), ties)
+        return replace(form, example=partial(from_choice, choice=choice))
     if isinstance(said, str) and says_worse(said):
         raise UserError(
             f"{key}.columns.choice={_written(said)}: its name says which answer is the worse one. Give what it holds "
@@ -260,6 +271,33 @@ def _with_choice(form: Format, rows: Rows, key: str) -> Format:
             f"which answer they stand for. Give them in the answers' order: {key}.columns={_written(line)}"
         )
     return replace(form, example=partial(from_choice, choice=choice))
+
+
+def _middle(rows: Rows, key: str) -> float:
+    """Returns what is a tie of a preference: as `columns` says, or 0.
+
+    Raises:
+        UserError: `columns` does not say it, and 0 is in the middle of nothing: all prefer one side.
+    """
+    said = rows.columns.get("preference", "preference")
+    if isinstance(said, dict):
+        middles = list(said.values())
+        if len(middles) == 1 and isinstance(middles[0], int | float) and not isinstance(middles[0], bool):
+            return float(middles[0])
+        raise UserError(
+            f"{key}.columns.preference={_written(said)}: must be a column and its number for a tie, such as "
+            "{rating: 4}."
+        )
+    cells = [cell for cell in rows.cells(said) if isinstance(cell, int | float) and not math.isnan(cell)]
+    if len(cells) < FIRST or min(cells) < 0 < max(cells) or set(cells) == {0}:
+        return 0.0
+    line = {**rows.columns, "preference": {said: "MIDDLE"}}
+    raise UserError(
+        f"{rows.source}: column {said!r} holds {min(cells):g} to {max(cells):g}; a preference is for the first answer "
+        f"below 0, for the second above, and here all would be for one. Say where its middle is: "
+        f"{key}.columns={_written(line)}, with its number for a tie in place of MIDDLE, such as 4 of 1 to 7; "
+        "where more is for the first answer, name the answers the other way round."
+    )
 
 
 def _written(described) -> str:

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from pairtune.pairs.already_rendered import BEGINS, OPENINGS
-from pairtune.pairs.cells import is_empty, kind_of, says_nothing
+from pairtune.pairs.cells import is_empty, kind_of, read_literal, says_nothing
+from pairtune.pairs.context import OTHER_NAMES, turned_by
 from pairtune.pairs.example import Example
 from pairtune.pairs.formats import Format
 from pairtune.pairs.layouts import values_in
@@ -20,6 +21,21 @@ _ENDINGS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|endoftext
 _ENDINGS += ("<|END_OF_TURN_TOKEN|>", "<｜end▁of▁sentence｜>", "<eos>")
 _OF_TEMPLATES = [token for token in (*OPENINGS, *BEGINS, *_ENDINGS) if token not in ("<s>", "<role>")]  # HTML's
 _TOKEN = re.compile("|".join(map(re.escape, _OF_TEMPLATES)) + r"|</s>\s*\Z")
+# What a failed generation, an annotation tool or a spreadsheet leaves in place of an answer
+_NO_ANSWER = re.compile(
+    r"\W+|undefined|nil|na"
+    r"|[\[(<{]?(?:empty|removed|deleted|redacted|no (?:response|answer|output)|todo|tbd|insert\b[^\])>}]*)[\])>}]?\.?"
+    r"|#(?:REF!|N/A|VALUE!|NAME\?|DIV/0!|NUM!|NULL!)|=[A-Z]+\(.*\)"
+    r"|\{\"error\".*|.{0,60}\brate limit\b.{0,60}|(?:[a-z]+ ){0,2}error(?:\s*:|\s+code\b|\s+\d).{0,160}",
+    re.IGNORECASE | re.DOTALL,
+)
+_LONGEST_ERROR = 300  # characters
+_DAMAGED = re.compile(
+    r"&(?:amp|quot|lt|gt|nbsp|apos|#\d{2,4}|#x[0-9a-f]{2,4});|Ã[\x80-\xbf©¼¶¤Ÿ€]|â€[™œ\x9d“”˜¦]|\ufffd|_x000[dD]_"
+)
+_MARKS_OF_DAMAGE = ("&", "Ã", "â€", "\ufffd", "_x000")  # one of which it has
+_OBJECT = re.compile(r"\s*(?:b?['\"]|array\(|[\[{]).*['\"\])}]\s*", re.DOTALL)
+_A_PASSAGE = 40  # characters
 _A_WORD, _A_LOOK = 16, 32  # characters
 _MEDIUM = r"<\|?(?:image|audio|video)(?:_\d+|_pad)?\|?>"
 _PLACEHOLDER = re.compile(rf"^\s*{_MEDIUM}|{_MEDIUM}\s*$", re.MULTILINE)  # not within a sentence about the tag
@@ -60,6 +76,8 @@ def of_row(row: dict, form: Format, grades: Sequence[tuple[str, str]]) -> Iterat
         form: That the row is read by.
         grades: From grades_of, of columns that nobody reads.
     """
+    for name in turned_by(row, form.columns) if form.is_paired else ():
+        yield f"turned round, as {name} says"
     for better, worse in grades:
         numbers = [_number(row.get(name)) for name in (better, worse)]
         if None not in numbers and numbers[0] < numbers[1]:
@@ -72,6 +90,10 @@ def of_row(row: dict, form: Format, grades: Sequence[tuple[str, str]]) -> Iterat
             yield "a rank of 0, read as the best"
     for name in form.says_nothing_in(row):
         yield f"{name} is none, nan or so: left out"
+    systems = [name for name in ("system", *OTHER_NAMES) if not is_empty(row.get(name)) and not says_nothing(row[name])]
+    for name in systems[1:]:
+        if row[name] != row[systems[0]]:
+            yield f"{name} beside {systems[0]}: not read"
 
 
 def of_example(example: Example, tokenizer=None) -> Iterator[str]:
@@ -82,10 +104,20 @@ def of_example(example: Example, tokenizer=None) -> Iterator[str]:
     """
     asked = text_of(example.prompt[-1])
     answers = [text_of(turns[-1]) for turns in example.answers]
-    if says_nothing(asked):
-        yield "a prompt that is none, nan or so"
-    if any(map(says_nothing, answers)):
-        yield "an answer that is none, nan or so"
+    if _is_none(asked):
+        yield "a prompt that is none, an error or so"
+    if any(map(_is_none, answers)):
+        yield "an answer that is none, an error or so"
+    elif any(map(_is_object, answers)):
+        yield "an answer that is a list or object as text"
+    if any("<think>" in answer and "</think>" not in answer for answer in answers):
+        yield "a thought without an end"
+    if any(len(answer) >= _A_PASSAGE and answer.strip() in asked for answer in answers):
+        yield "a prompt that holds its answer"
+    if sum(turn["role"] == "system" for turn in example.prompt) > 1:
+        yield "several system messages"
+    if any(map(_is_damaged, (asked, *answers))):
+        yield "text that looks damaged, as by &amp; or Ã©"
     is_first = all(turn["role"] == "system" for turn in example.prompt[:-1])
     if is_first and len({begins_with(answer, asked) for answer in answers}) == 2:
         yield "one answer repeats the question"
@@ -104,6 +136,24 @@ def of_example(example: Example, tokenizer=None) -> Iterator[str]:
         yield "another model's special tokens"
     if any(map(_PLACEHOLDER.search, prompts)):
         yield "a placeholder such as <image>"
+
+
+def _is_none(text: str) -> bool:
+    return says_nothing(text) or len(text) < _LONGEST_ERROR and _NO_ANSWER.fullmatch(text.strip()) is not None
+
+
+def _is_object(text: str) -> bool:
+    """Says whether a text is what JSON or Python writes of a list, an object or bytes."""
+    if not text.lstrip().startswith(("[", "{", "b'", 'b"', "array(")) or not _OBJECT.fullmatch(text):
+        return False
+    return read_literal(text) is not None or text.lstrip()[0] in "ba"
+
+
+def _is_damaged(text: str) -> bool:
+    """Says whether a text has entities, UTF-8 read as Latin-1, lost characters, or line ends as two characters."""
+    if any(mark in text for mark in _MARKS_OF_DAMAGE) and _DAMAGED.search(text):
+        return True
+    return "\\n" in text and "\n" not in text
 
 
 def _number(cell) -> float | None:

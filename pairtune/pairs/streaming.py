@@ -46,7 +46,7 @@ class GivenRows:
     """What a row reader takes a row from that it is given, under our names of columns."""
 
     def __init__(self, columns: dict, found: Sequence[str]):
-        self._under_our_names = Renaming(columns, found)
+        self.columns, self._under_our_names = columns, Renaming(columns, found)
 
     def __getitem__(self, given: Given) -> dict:
         return self._under_our_names(unpacked(given.row))

@@ -193,7 +193,7 @@ FILES = [
     ("gzip, truncated", "a.jsonl.gz", gzip.compress(LINES.encode())[:-9], {}, ["a.jsonl.gz cannot be read"]),
     ("gzip, corrupt", "a.jsonl.gz", bytes(CORRUPT), {}, ["a.jsonl.gz cannot be read"]),
     ("gzip that is none", "a.jsonl.gz", LINES, {}, ["a.jsonl.gz cannot be read", "Not a gzipped file"]),
-    ("gzip without its suffix", "a.jsonl", gzip.compress(LINES.encode()), {}, ["a.jsonl cannot be read", "UTF-8"]),
+    ("gzip without its suffix", "a.jsonl", gzip.compress(LINES.encode()), {}, ["a.jsonl is compressed", "a.jsonl.gz"]),
     ("invalid UTF-8", "a.jsonl", LINES.replace("good", "gööd").encode("latin-1"), {}, ["a.jsonl cannot be", "UTF-8"]),
     ("UTF-16", "a.jsonl", LINES.encode("utf-16"), {}, ["a.jsonl cannot be read", "save it as UTF-8"]),
     ("a line cut short", "a.jsonl", LINES + '{"prompt": "Q', {}, ["a.jsonl, line 5: invalid JSON", "column 12"]),

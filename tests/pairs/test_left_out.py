@@ -62,8 +62,14 @@ def test_plain_texts_have_their_context_before_them(plain):
 
 
 def test_a_context_that_the_prompt_holds_is_not_written_twice(chatml):
-    row = {"prompt": "Text: c\nQ\ni", "chosen": "B", "rejected": "W"}
-    assert one({**row, "context": "c", "input": "i"}, chatml)[0] == one(row, chatml)[0]
+    row = {"prompt": "Text: a line of some length\nQ 15\ni", "chosen": "B", "rejected": "W"}
+    assert one({**row, "context": "a line of some length", "input": "i"}, chatml)[0] == one(row, chatml)[0]
+    assert (
+        one({**row, "input": "5"}, chatml)[0] == one({**row, "prompt": f"{row['prompt']}\n5"}, chatml)[0]
+    )  # by chance
+    earlier = {"prompt": chat("a", "b", "Q", system="S"), "chosen": "B", "rejected": "W"}
+    for history in (chat("a", "b"), [["a", "b"]]):
+        assert one({**earlier, "history": history, "system": "S"}, chatml)[0] == one(earlier, chatml)[0]
 
 
 def test_columns_that_nobody_reads_are_named(chatml):
@@ -125,7 +131,14 @@ def test_a_column_that_may_be_part_of_the_question_is_refused_until_columns_say_
         assert pairs[1].prompt == one({**ROW, "prompt": prompt}, chatml)[0].prompt
 
 
-@pytest.mark.parametrize("name", ["winner", "label", "choice", "preference", "preferred", "better_response_id", "vote"])
+@pytest.mark.parametrize("name", ["label", "vote", "verdict", "selected"])
+def test_a_column_that_may_say_that_a_pair_is_rejected_is_refused(chatml, name):
+    rows = [ROW | {"prompt": f"Q{i}", name: ("chosen", "rejected")[i % 2]} for i in range(30)]
+    with pytest.raises(UserError, match=rf"row 1 .*column '{name}' holds text, 'rejected', and may say which"):
+        tokenize(rows, chatml)
+
+
+@pytest.mark.parametrize("name", ["winner", "choice", "preference", "preferred", "better_response_id"])
 def test_a_column_that_says_which_answer_is_better_is_used_or_refused_until_columns_say_what_it_is(chatml, name):
     """Beside chosen and rejected answers, or two of which another column says so."""
     rows = [ROW | {"prompt": f"Q{i}", name: ("chosen", "rejected", "tie")[i % 3]} for i in range(30)]
@@ -133,6 +146,8 @@ def test_a_column_that_says_which_answer_is_better_is_used_or_refused_until_colu
     turned = {**ROW, "chosen": "W", "rejected": "B"}
     written, _ = tokenize([(ROW, turned)[i % 3] | {"prompt": f"Q{i}"} for i in range(30) if i % 3 < 2], chatml)
     assert digest_each(pairs) == digest_each(written) and "dropped: a tie" in str(report)
+    assert report.remarks == {f"turned round, as {name} says": list(range(1, 30, 3))}
+    assert f"columns read beside these: {name}\n" in str(report) and "not used" not in str(report)
     for value in (0, 1, 2, True, "a", "B", "1", "response_1", "model_b", "Left"):
         with pytest.raises(UserError, match=f"row 0 .*column '{name}' holds .*answers: .FIRST, SECOND.*{name}: null"):
             tokenize([ROW | {name: value}], chatml)

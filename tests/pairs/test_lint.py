@@ -79,7 +79,7 @@ def test_what_may_be_meant_otherwise_and_what_nobody_reads_is_told(rows):
             for n, row in enumerate(rows)]  # fmt: skip
     rows[3]["rejected"], rows[4]["note"] = "N/A", "seen"
     findings, looked = found(rows[:8])
-    assert findings == {"score_chosen below score_rejected": [6, 7], "an answer that is none, nan or so": [3]}
+    assert findings == {"score_chosen below score_rejected": [6, 7], "an answer that is none, an error or so": [3]}
     assert "columns not used: score_chosen (5), score_rejected, rank_chosen (1), rank_rejected (2), note" in str(looked)
 
 

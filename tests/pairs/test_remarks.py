@@ -18,8 +18,8 @@ ROW = {"prompt": "Which of these is it?", "chosen": "It is this one.", "rejected
 ANSWERS = {"prompt": "Which of these is it?", "answers": ["this", "that", "neither"]}
 QUESTIONS = [
     (ROW | {"chosen": "Which of these is it? It is this one."}, "one answer repeats the question"),
-    (ROW | {"rejected": " N/A "}, "an answer that is none, nan or so"),
-    (ROW | {"prompt": "nan"}, "a prompt that is none, nan or so"),
+    (ROW | {"rejected": " N/A "}, "an answer that is none, an error or so"),
+    (ROW | {"prompt": "nan"}, "a prompt that is none, an error or so"),
     (ROW | {"prompt": "User: Hi\nBot: Hello\nUser: Which is it?"}, "speakers within one message"),
     (ROW | {"prompt": "### Human: Which is it?\n### Assistant: What?"}, "speakers within one message"),
     (ROW | {"rejected": "That one.\n\nHuman: Are you sure?"}, "a user's turn within an answer"),
@@ -30,6 +30,34 @@ QUESTIONS = [
     (ROW | {"chosen_rating": 2, "rejected_rating": "3.5"}, "chosen_rating below rejected_rating"),
     (ROW | {"Score_Chosen": 2.0, "Score_Rejected": 3}, "Score_Chosen below Score_Rejected"),
     (ROW | {"rank_chosen": 2, "rank_rejected": 1}, "rank_rejected below rank_chosen"),
+    *(
+        (ROW | {"chosen": text}, "an answer that is none, an error or so")
+        for text in (
+            "[deleted]",
+            "#REF!",
+            '{"error": {"message": "Rate limit"}}',
+            "Error: 429 Too many",
+            "-",
+            "TODO",
+            "\u200b.",
+        )
+    ),
+    *(
+        (ROW | {"rejected": text}, "an answer that is a list or object as text")
+        for text in ('["It is that."]', "{'text': 'that'}", "b'that'", '[{"generated_text": "that"}]')
+    ),
+    (ROW | {"chosen": "<think>It may be this."}, "a thought without an end"),
+    (
+        ROW
+        | {"prompt": "Say this: It is the one that stands in the middle of all."}
+        | {"chosen": "It is the one that stands in the middle of all."},
+        "a prompt that holds its answer",
+    ),
+    (ROW | {"system_prompt": "S", "sys_prompt": "T"}, "sys_prompt beside system_prompt: not read"),
+    *(
+        (ROW | {"chosen": text}, "text that looks damaged, as by &amp; or Ã©")
+        for text in ("this &amp; that", "cafÃ© itâ€™s", "one\\n\\ntwo", "lost \ufffd", "a_x000D_b")
+    ),
     (ROW | {"chosen": "**Human**: This one."}, "a user's turn within an answer"),
     (ANSWERS | {"scores": [float("nan"), 2, -1]}, "a score of -1, read as the lowest"),
     (ANSWERS | {"scores": [4, 2, -1]}, "a score of -1, read as the lowest"),
@@ -49,6 +77,9 @@ PLAIN = [
     ROW | {"chosen_score": 10**400, "rejected_score": 3, "Score": 1, "score": 2},
     ROW | {"ranks": [0, 1], "scores": [-1, 5]},  # which nobody reads
     ROW | {"chosen": "services:\n    user: 1000\nUser::find(1)\nHost x\n  User: git\nuser: root"},
+    ROW | {"chosen": "Error handling matters: an error may come at any time.", "rejected": "This & that; no error 5."},
+    ROW | {"chosen": "[1] is a source.", "rejected": '"Quoted," he said, "is it."'},
+    ROW | {"chosen": 'print("a\\n")\nand so on', "rejected": "<think>a</think> b"},
     ROW | {"prompt": "Question: Which is the capital?\nA: Paris\nB: Rome"},
     ROW | {"prompt": "Customer: Acme\nModel: X100\nAgent: 007", "chosen": "Use the <video> tag.\n<video>"},
     ANSWERS | {"scores": [1, 0, -1]},
@@ -97,6 +128,12 @@ def test_a_word_for_nothing_hides_no_other_name_of_a_column(chatml):
     assert list(one(ROW | {"sys_prompt": "nan"}, chatml)[1].remarks) == ["sys_prompt is none, nan or so: left out"]
 
 
+def test_several_system_messages_are_told(chatml):
+    prompt = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}]
+    assert one(ROW | {"prompt": prompt, "system": "T"}, chatml)[1].remarks == {"several system messages": [0]}
+    assert one(ROW | {"prompt": prompt, "system": "S"}, chatml)[1].remarks == {}
+
+
 def test_messages_that_were_text_are_told(chatml):
     messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
     row = {"chosen": json.dumps(messages), "rejected": json.dumps([messages[0], {**messages[1], "content": "B"}])}
@@ -120,14 +157,14 @@ def test_remarks_are_the_same_from_many_processes_from_a_cache_and_of_a_stream(c
     found = [
         read_pairs(block, chatml, max_length=2048, progress=False, cache_dir=str(tmp_path / "kept")) for _ in range(2)
     ]
-    want = {"an answer that is none, nan or so": list(range(0, 1200, 7))}
+    want = {"an answer that is none, an error or so": list(range(0, 1200, 7))}
     assert [report.remarks for _, report in found] == [want, want]
     assert digest_each(found[0][0]) == digest_each(found[1][0])
     flow = Flow()
     for i in range(8):
         _, report = tokenize([rows[i]], chatml)
         flow.add(note_of(report) | {"columns": []}, 1, 0)
-    assert "an answer that is none, nan or so        2   25.0 %" in flow.table("a stream")
+    assert "an answer that is none, an error or so        2   25.0 %" in flow.table("a stream")
 
 
 def test_transcripts_with_other_marks_and_files_of_other_kinds_are_named_for_what_they_are(chatml, tmp_path):
