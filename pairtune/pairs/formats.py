@@ -85,9 +85,13 @@ class Format:
         for column, kinds in {**self.columns, **optional}.items():
             if kind_of(row.get(column)) not in kinds.split("|"):
                 kind = "nothing (null)" if row.get(column) is None else kind_of(row[column])
+                way_out = "Mend or remove the row."
+                if column not in self.columns:
+                    way_out = f"Mend it, or say what it is: {key}.columns={{{column}: null}} leaves it out"
+                    way_out += f", {{prompt: {column}}} asks with it." if kind == "messages" else "."
                 raise BadRow(
                     f"column {column!r} holds {shown(row.get(column))}, expected {in_words(kinds)} "
-                    f"as in the first rows ({self.name}). Mend or remove the row.",
+                    f"as in the first rows ({self.name}). {way_out}",
                     f"column {column!r} holds {kind}",
                 )
         examples = self._examples(row, worse)

@@ -6,6 +6,8 @@ from pairtune.pairs.at_once import lengths_of
 from pairtune.pairs.packed import PARTS, PackedPairs
 from pairtune.pairs.pair import Pair
 
+MANY = 10  # pairs
+
 
 def glance(pairs: Sequence[Pair]) -> str:
     """Returns two lines: duplicates, pairs that contradict others, and how often the longer answer is chosen."""
@@ -18,6 +20,8 @@ def glance(pairs: Sequence[Pair]) -> str:
     apart = (chosen > 0) & (rejected > 0) & (chosen != rejected)
     if apart.any():
         said.append(f"of answers that differ in length the longer is chosen in {(chosen > rejected)[apart].mean():.1%}")
+    if len(seen) >= MANY and len({prompt for prompt, _, _ in seen}) == 1:
+        said.append("all prompts are the same")
     return (
         f"at a glance: {', '.join(said)}\n"
         "  `tune data FILE` shows near-duplicates, refusals, languages, special tokens, and rows to read"

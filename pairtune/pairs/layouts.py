@@ -15,6 +15,7 @@ from pairtune.pairs.cells import kind_of
 from pairtune.pairs.names import (
     ANSWERS,
     CHOICES,
+    GRADES,
     NAMES,
     OF_WHOM,
     QUESTIONS,
@@ -23,6 +24,7 @@ from pairtune.pairs.names import (
     better_and_worse,
     in_turn,
     is_order,
+    is_preference,
     names_of,
     numbers_as,
     says_which,
@@ -38,7 +40,7 @@ _VOTES = re.compile(rf"({'|'.join(_VOTERS)})_?\d+")
 _RATES = r"(score|rating|reward|rank)s?$"
 _ENTRY = re.compile(r"(?:^|\.)\d+(?=\.|$)")
 _PLACES = ["FIRST", "SECOND", "THIRD", "FOURTH", "FIFTH", "SIXTH"]  # of an answer among several
-TO_BE_FILLED_IN, TO_BE_FOUND = _PLACES[:2], "PROMPT"
+TO_BE_FILLED_IN, TO_BE_FOUND, MIDDLE = _PLACES[:2], "PROMPT", "MIDDLE"
 _TIMES = ("time", "timestamp", "date", "created", "updated", "createdtime", "utc")
 _FEW = 4  # values that a column of choices may have, ties included
 _SHORT = 12  # characters of such a value, where nothing else tells it from an answer
@@ -124,7 +126,8 @@ _BETTER_AND_WORSE = (
     ("chosen", "rejected"), ("chosen_response", "rejected_response"), ("chosen_answer", "rejected_answer"),
     ("response_chosen", "response_rejected"), ("chosen_messages", "rejected_messages"), ("preferred", "dispreferred"),
     ("preferred_response", "dispreferred_response"), ("preferred_output", "non_preferred_output"),
-    ("messages", "rejected_messages"), ("accepted", "rejected"),
+    ("messages", "rejected_messages"), ("accepted", "rejected"), ("chosen_conversations", "rejected_conversations"),
+    ("real", "generated"),
 )  # fmt: skip
 _ASKED = ("prompt", "instruction", "question", "query", "input")
 LAYOUTS += tuple(
@@ -208,7 +211,7 @@ def _chosen(
         if names and column in likely:
             return described | {"choice": column}, is_plain and column in CHOICES
         words = _choices(column, values, suffixes_of(answers))
-        words = TO_BE_FILLED_IN if words and says_worse(column) else words
+        words = TO_BE_FILLED_IN if words and (says_worse(column) or column not in likely) else words
         alike = [
             name for name in others if name != column and values & (values_in(values_of(name)) or set()) - {*TIE_WORDS}
         ]
@@ -216,6 +219,11 @@ def _chosen(
             continue  # names of models, say, which stand now for the one answer and now for the other
         if words and (column in likely or column == others[-1]):
             return described | {"choice": {column: words if len(answers) == 2 else _PLACES[: len(answers)]}}, False
+    numbers = (name for name in others if _is_number(row[name]) and is_preference(name))
+    column = next(numbers, None)
+    words = column and values_in(values_of(column))
+    if len(answers) == 2 and column and not (words and all(re.fullmatch(r"-?\d", word) for word in words)):
+        return described | {"preference": {column: MIDDLE}}, False
     return described | {"choice": {"COLUMN": _PLACES[: len(answers)]}}, False
 
 
@@ -266,6 +274,8 @@ def _of_lists(row: dict, values_of: Callable[[str], Iterable]) -> tuple[dict, bo
     that have one each, or with the best one's place; {} where it is no such row. Sure are scores and ranks by name."""
     found = {}
     for name, value in row.items():
+        if isinstance(value, dict) and not any(isinstance(cell, dict | list) for cell in value.values()):
+            name, value = f"{name}.*", [value[key] for key in sorted(value)]
         if not isinstance(value, list) or len(value) < 2 or name in QUESTIONS:
             continue
         if all(isinstance(entry, dict) for entry in value):
@@ -273,20 +283,22 @@ def _of_lists(row: dict, values_of: Callable[[str], Iterable]) -> tuple[dict, bo
         else:
             found[name] = value
     texts = [n for n, cells in found.items() if kind_of(cells) in ("texts", "conversations")]
-    answers = next((n for n in texts if n.rpartition(".")[2].strip("s") in ANSWERS), None)
+    answers = next((n for n in texts if n.removesuffix(".*").rpartition(".")[2].strip("s") in ANSWERS), None)
     question = next((n for n in QUESTIONS if kind_of(row.get(n)) in ("text", "transcript", "messages")), None)
     if not (answers and question):
         return {}, False
     described, count = {"prompt": question, "answers": answers}, len(found[answers])
-    beside = [n for n in found if n.rpartition(".")[0] == answers.rpartition(".")[0] and len(found[n]) == count]
-    numbers = [n for n in beside if all(map(_is_number_or_text_of_one, found[n]))]
-    for name in numbers:
+    heads = {n: n.removesuffix(".*").rpartition(".")[0] for n in found}
+    beside = [n for n in found if heads[n] == heads[answers] and len(found[n]) == count]
+    known = {n: [cell for cell in found[n] if cell is not None] for n in beside}
+    numbers = [n for n in beside if known[n] and all(map(_is_number_or_text_of_one, known[n]))]
+    for name in numbers if not answers.endswith(".*") else ():
         ours = "ranks" if "rank" in name.rpartition(".")[2] else "scores"
         if re.search(_RATES, name) and numbers_as(name) == ours:
             return described | {ours: name}, True
     if numbers:
         name = next((name for name in numbers if numbers_as(name) != TO_BE_NAMED), numbers[0])
-        ours = TO_BE_ORDERED if "." not in name and is_order(name, found[name]) else numbers_as(name)
+        ours = TO_BE_ORDERED if "." not in name and is_order(name, known[name]) else numbers_as(name)
         return described | {ours: name}, False
     for column in (name for name in CHOICES if name in row):
         places = values_in(values_of(column)) or set()
@@ -325,17 +337,29 @@ def _likely(row: dict, values_of: Callable[[str], Iterable]) -> dict:
     siblings = _siblings(rest)
     asking = [name for name in rest if name not in siblings and not _ENTRY.search(name)]  # of a list, one is not all
     named = (name for name in asking if any(word in name.lower() for word in asked))
-    question = next(named, next(iter(asking), None))
+    written = [name for name in asking if kind_of(leaves[name]) in ("messages", "transcript")]
+    question = next(named, next(iter(written or asking), None))
     if question and better and worse:
         return {"prompt": question, "chosen": better, "rejected": worse}
     answers = siblings or [name for name in rest if name != question][:2]
     if len(answers) < 2 or question is None:
-        return {}
+        return _one_answer(
+            question, answers, [*few, *(name for name, cell in leaves.items() if isinstance(cell, bool))]
+        )
     if choice is None:
         return {"prompt": question, "chosen": "CHOSEN", "rejected": "REJECTED"}  # no name says which
     words = values_in(values_of(choice)) or set()
     values = _choices(choice, words, None) if says_which(choice.rpartition(".")[2]) and not says_worse(choice) else []
     return {"prompt": question, "answers": answers, "choice": {choice: values or TO_BE_FILLED_IN}}
+
+
+def _one_answer(question: str | None, answers: list[str], marks: list[str]) -> dict:
+    """Returns the description of a question with one answer, and what marks it as good or bad; {} where it is no such
+    row."""
+    if not question or not answers or answers[0].rpartition(".")[2].lower().strip("s") not in ANSWERS or not marks:
+        return {}
+    label = next((name for name in marks if name.rpartition(".")[2] in GRADES), marks[0])
+    return {"prompt": question, "completion": answers[0], "label": label}
 
 
 def _of_an_entry(name: str) -> bool:

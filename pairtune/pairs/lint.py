@@ -147,6 +147,8 @@ def look(rows: Rows, key: str, *, held_out: Rows | None = None, single: bool = F
     if len(texts) > MOST_NEAR:
         facts.append(f"near-duplicates are those among the first {MOST_NEAR:,}")
     facts += read.unused
+    if len(texts) >= SHOWN and len({text.prompt for text in texts}) == 1:
+        facts.append("all prompts are the same")
     return Looked(rows.source, read.form, len(rows), texts, findings, facts, _odd(texts))
 
 

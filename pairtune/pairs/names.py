@@ -36,10 +36,13 @@ GRADES += ("correct", "is_correct", "desirable", "is_desirable", "is_preferred",
 GRADES += ("quality_score", "reward_score", "helpfulness", "helpfulness_score", "safety_score", "is_safe", "safe")
 GRADES += ("overall_score", "stars", "upvotes", "points", "is_helpful", "is_approved", "is_accepted", *BAD_GRADES)
 
-_BETTER = re.compile(r"(?<![a-z])(chosen|better|preferred|good|accepted|best|win|pos(?![a-z])|positive|correct(?!ed))")
-_CHOOSES = re.compile(
-    r"(?<![a-z])(choice|choose|chose|label|win|won|prefer|better|best|vote|verdict|select|pick|judg|decision|favou?r|first|second)"
+_BETTER = re.compile(
+    r"(?<![a-z])((?:not|non)_?reject|chosen|better|preferred|good|accepted|best|win|pos(?![a-z])|positive|correct(?!ed))"
 )
+_CHOOSES = re.compile(
+    r"(?<![a-z])(choice|choose|chose|label|win|won|prefer|better|best|vote|verdict|select|pick|judg|decision|favou?r)"
+)
+_PREFERS = re.compile(r"(?<![a-z])(prefer|likert|rating|score|margin|diff|delta|elo|prob|win|strength|better)")
 # What stands for the first answer and for the second, but for signs around it
 _IN_TURN = [("a", "b"), ("1", "2"), ("l", "r"), ("left", "right"), ("first", "second"), ("ab", "ba"), ("x", "y")]
 _IN_TURN += [
@@ -48,7 +51,7 @@ _IN_TURN += [
     for a, b in (("a", "b"), ("1", "2"))
 ]
 _WORSE = re.compile(
-    r"(?<![a-z])(reject|worse|worst|bad|los(e|ing|t(?![a-z]))|neg(?![a-z])|negative|incorrect|wrong"
+    r"(?<![a-z])(?<!not_)(?<!non_)(reject|worse|worst|bad|los(e|ing|t(?![a-z]))|neg(?![a-z])|negative|incorrect|wrong"
     r"|(dis|un|non_?|not_?|less_|least_)(chosen|better|preferred|accepted|selected|good|best"
     r"|helpful|harmless|safe|honest|correct|accurate|true)|harmful|unsafe|toxic(?!ity)|offensive|biased"
     r"|discard|eliminat|hallucinat|corrupt|flawed|failed|dropped|removed|disliked|fake)"
@@ -81,7 +84,9 @@ def better_and_worse(names: Iterable[str]) -> tuple[str, str] | None:
     worse = next(filter(says_worse, words), None)
     better = next((name for name, said in words.items() if _BETTER.search(said) and not says_worse(name)), None)
     if worse and not better:  # response and rejected_response
-        better = next((name for name in words if name != worse and words[worse].endswith(f"_{words[name]}")), None)
+        better = next(
+            (name for name in words if words[worse].endswith(f"_{words[name]}") and not says_worse(name)), None
+        )
     if better and worse:
         return better, worse
     after = next((name for name, said in words.items() if _AFTER.search(said)), None)
@@ -121,10 +126,15 @@ def in_turn(name: str, values: Iterable[str], suffixes: Sequence[str] | None) ->
     return [plain[word] for word in pair] + rest if pair and len(rest) < 2 else None
 
 
+def is_preference(name: str) -> bool:
+    """Says whether a column's numbers may say how much better one of two answers is, by its name."""
+    return _PREFERS.search(_words(name)) is not None
+
+
 def numbers_as(name: str) -> str:
     """Returns what answers' numbers are by their name: scores, better where they are higher; ranks, better where they
     are lower, as penalties are; or what is to be filled in."""
-    words = _words(name.rpartition(".")[2])
+    words = _words(name.removesuffix(".*").rpartition(".")[2])
     if "rank" in words and _MORE_IS_BETTER.search(words):
         return TO_BE_NAMED
     if _FEWER_IS_BETTER.search(words):

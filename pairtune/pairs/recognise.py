@@ -11,7 +11,7 @@ from functools import partial
 from pairtune.errors import UserError
 from pairtune.pairs.example import Skip
 from pairtune.pairs.formats import FORMATS, SINGLE, Format, fitting_format, no_format
-from pairtune.pairs.layouts import TO_BE_FILLED_IN, guess, known_layouts, values_in, votes_in
+from pairtune.pairs.layouts import MIDDLE, TO_BE_FILLED_IN, TO_BE_FOUND, guess, known_layouts, values_in, votes_in
 from pairtune.pairs.names import ANSWERS, GRADES, NAMES, QUESTIONS, TO_BE_NAMED, TO_BE_ORDERED, names_of, says_worse
 from pairtune.pairs.ranked import TIE_WORDS, Choice, as_word, from_choice, from_preference, trees_of
 from pairtune.pairs.readers import (
@@ -202,6 +202,15 @@ def _to_do(described: dict) -> str:
     """Returns what is to be filled in, or to be checked, in a description that is shown."""
     if "CHOSEN" in described.values():
         return ", with the better answer's column in place of CHOSEN and the worse one's in place of REJECTED"
+    if "completion" in described:
+        return ", for losses of single answers, such as loss=kto; the label is true, 1 or good, or the opposite"
+    if TO_BE_FOUND in described.values():
+        return f", with the question's column in place of {TO_BE_FOUND}"
+    if "preference" in described:
+        return (
+            f", with the number of a tie in place of {MIDDLE}; where more is for the first answer, with the answers "
+            "the other way round"
+        )
     if TO_BE_NAMED in described:
         return f", with scores in place of {TO_BE_NAMED} where more is better, or ranks where less is"
     if TO_BE_ORDERED in described:
@@ -291,11 +300,11 @@ def _middle(rows: Rows, key: str) -> float:
     cells = [cell for cell in rows.cells(said) if isinstance(cell, int | float) and not math.isnan(cell)]
     if len(cells) < FIRST or min(cells) < 0 < max(cells) or set(cells) == {0}:
         return 0.0
-    line = {**rows.columns, "preference": {said: "MIDDLE"}}
+    line = {**rows.columns, "preference": {said: MIDDLE}}
     raise UserError(
         f"{rows.source}: column {said!r} holds {min(cells):g} to {max(cells):g}; a preference is for the first answer "
         f"below 0, for the second above, and here all would be for one. Say where its middle is: "
-        f"{key}.columns={_written(line)}, with its number for a tie in place of MIDDLE, such as 4 of 1 to 7; "
+        f"{key}.columns={_written(line)}, with its number for a tie in place of {MIDDLE}, such as 4 of 1 to 7; "
         "where more is for the first answer, name the answers the other way round."
     )
 

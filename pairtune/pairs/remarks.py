@@ -34,6 +34,7 @@ _DAMAGED = re.compile(
     r"&(?:amp|quot|lt|gt|nbsp|apos|#\d{2,4}|#x[0-9a-f]{2,4});|Ã[\x80-\xbf©¼¶¤Ÿ€]|â€[™œ\x9d“”˜¦]|\ufffd|_x000[dD]_"
 )
 _MARKS_OF_DAMAGE = ("&", "Ã", "â€", "\ufffd", "_x000")  # one of which it has
+_TO_BE_FILLED = re.compile(r"\{\{ *\w+ *\}\}|\{[a-z_]{3,20}\}")
 _OBJECT = re.compile(r"\s*(?:b?['\"]|array\(|[\[{]).*['\"\])}]\s*", re.DOTALL)
 _A_PASSAGE = 40  # characters
 _A_WORD, _A_LOOK = 16, 32  # characters
@@ -134,8 +135,8 @@ def of_example(example: Example, tokenizer=None) -> Iterator[str]:
     special = {match[0].strip() for text in marked for match in _TOKEN.finditer(text)}
     if tokenizer and not all(map(tokenizer.holds_special, special)):
         yield "another model's special tokens"
-    if any(map(_PLACEHOLDER.search, prompts)):
-        yield "a placeholder such as <image>"
+    if any(map(_PLACEHOLDER.search, prompts)) or len(asked) < _LONGEST_ERROR and _TO_BE_FILLED.search(asked):
+        yield "a placeholder such as <image> or {question}"
 
 
 def _is_none(text: str) -> bool:

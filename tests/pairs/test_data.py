@@ -488,7 +488,7 @@ def test_the_report_of_unpaired_rows_counts_labels(chatml):
     assert re.search(r"\n  desirable ", shown) and "prompt + answer" in shown
 
 
-@pytest.mark.parametrize("label", ["good", None, 2, 0.5, ""])
+@pytest.mark.parametrize("label", ["fine", None, 2, 0.5, ""])
 def test_a_label_that_is_neither_true_nor_false_is_an_error_with_its_row(chatml, label):
     rows = [*unpaired(ROWS[:2]), {"prompt": "Q", "completion": "B", "label": label}]
     with pytest.raises(UserError, match=r"row 4 \(from 0\): column 'label' holds .*, expected"):

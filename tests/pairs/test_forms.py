@@ -9,7 +9,7 @@ from test_data import one, text, tokenize
 from test_tokenizer import CHATML, save
 
 from pairtune.errors import UserError
-from pairtune.pairs.example import BadRow
+from pairtune.pairs.example import BadRow, Skip
 from pairtune.pairs.recognise import recognise
 from pairtune.pairs.rows import Rows, read_rows
 from pairtune.tokenizer.hf import hf_tokenizer
@@ -410,7 +410,9 @@ def test_whose_an_answer_is_stands_for_no_answer():
         ({"Question": "Q", "Response A": "a", "Response B": "b", "Human Choice": "A"},
          "{prompt: Question, answers: [Response A, Response B], choice: Human Choice}"),
         ({"prompt": "Q", "reply_a": "x", "reply_b": "y", "preference_score": 0.9},
-         "{prompt: prompt, answers: [reply_a, reply_b], choice: {COLUMN: [FIRST, SECOND]}}"),
+         "{prompt: prompt, answers: [reply_a, reply_b], preference: {preference_score: MIDDLE}}, with the number"),
+        ({"prompt": "What is it?", "response": "It is so.", "is_safe": False},
+         "{prompt: prompt, completion: response, label: is_safe}, for losses of single answers"),
         ({"instruction": "Which?", "input": "", "output": ["It is so, I think.", "It is not so."]},
          "{prompt: instruction, chosen: CHOSEN, rejected: REJECTED}, with the better"),
         ({"prompt": "Q", "alice": "It is so, I think.", "bob": "No, it is not so."},
@@ -429,10 +431,73 @@ def test_a_line_that_is_shown_names_the_question_and_the_answers_or_none(row, li
     assert f"dataset.columns={line}" in said if line else "dataset.columns={" not in said
 
 
-@pytest.mark.parametrize("beside", [{"preferred": "x"}, {"p_a_better": 0.7}, {}])
+@pytest.mark.parametrize("beside", [{"preferred": "x"}, {"batch": "a"}, {}])
 def test_a_choice_that_nobody_can_guess_is_left_to_be_filled_in(beside):
     with pytest.raises(UserError, match=r"answers: \[reply_a, reply_b\], choice: \{\w+: \[FIRST, SECOND\]\}\}"):
         read([{"prompt": "Q", "reply_a": "x", "reply_b": "y", **beside}])
+
+
+UNSAID = [  # what names no better answer: whose a flag is, words by the alphabet, something else of two values
+    ({"response_1": "x", "response_2": "y"}, {"is_response_1_safe": True, "is_response_2_safe": False},
+     "SCORES_OR_RANKS: [is_response_1_safe, is_response_2_safe]"),
+    ({"reply_a": "x", "reply_b": "y"}, {"b_wins": True}, "choice: {b_wins: [false, true]}"),
+    ({"reply_a": "x", "reply_b": "y"}, {"better_is_swapped": "yes"}, "choice: {better_is_swapped: [FIRST, SECOND]}"),
+    ({"reply_a": "x", "reply_b": "y"}, {"cohort": "a"}, "choice: {cohort: [FIRST, SECOND]}"),
+    ({"reply_a": "x", "reply_b": "y"}, {"discarded": "a"}, "choice: {discarded: [b, a]}"),
+    ({"reply_a": "x", "reply_b": "y"}, {"verdict": "not a"}, "choice: {verdict: [FIRST, SECOND]}"),
+    ({"reply_a": "x", "reply_b": "y"}, {"verdict": "good"}, "choice: {verdict: [FIRST, SECOND]}"),
+    ({"response_1": "x", "response_2": "y"}, {"label": 0}, "choice: {label: [FIRST, SECOND, TIE]}"),
+    ({"reply_a": "x", "reply_b": "y", "reply_c": "z"}, {"picked": 0}, "choice: {picked: [FIRST, SECOND, THIRD]}"),
+]  # fmt: skip
+OTHERS = {True: False, "yes": "no", "a": "b", "not a": "not b", "good": "bad", 0: 1}
+
+
+@pytest.mark.parametrize(("answers", "beside", "line"), UNSAID)
+def test_a_line_that_is_shown_takes_no_side_that_nobody_knows(answers, beside, line):
+    rows = [{"prompt": "Q", **answers, **beside} for _ in range(3)]
+    rows += [{**row, **{name: OTHERS[cell] for name, cell in beside.items()}} for row in rows]
+    rows += [rows[0] | {"label": 2}] if "TIE" in line else []
+    with pytest.raises(UserError) as refused:
+        read(rows)
+    assert f"answers: [{', '.join(answers)}], {line}}}" in str(refused.value)
+
+
+def test_three_answers_are_all_read_and_what_is_beyond_them_is_a_tie():
+    rows = [
+        {"prompt": "Q", "reply_a": "x", "reply_b": "y", "reply_c": "z", "winner": winner} for winner in ("b", "tie")
+    ]
+    with pytest.raises(Skip, match="a tie"):
+        read(rows)
+    assert read(rows[:1])[0] == [("Q", "y", "x"), ("Q", "y", "z")]
+    two = [{"prompt": "Q", "left": "B", "right": "W", "label": label} for label in (0, 2)]
+    columns = {"answers": ["left", "right"], "choice": {"label": [0, 1, 2]}}
+    assert read(two[:1], columns)[0] == [("Q", "B", "W")]
+    with pytest.raises(Skip, match="a tie"):
+        read(two[1:], columns)
+
+
+def test_a_preference_has_its_middle_where_columns_say_or_at_0():
+    rows = [{"context": "Q", "response1": "A", "response2": "B", "overall_preference": 1 + i % 7} for i in range(14)]
+    with pytest.raises(UserError, match=r"holds 1 to 7; .*preference: \{overall_preference: MIDDLE\}\}"):
+        read(rows)
+    columns = {"prompt": "context", "answers": ["response1", "response2"], "preference": {"overall_preference": 4}}
+    rows = [row for row in rows if row["overall_preference"] != 4]
+    assert [better for _, better, _ in read(rows, columns)[0]] == list("AAABBB" * 2)
+    for row in rows:
+        row["overall_preference"] -= 4
+    assert [better for _, better, _ in read(rows)[0]] == list("AAABBB" * 2)
+
+
+def test_a_star_puts_the_entries_of_two_objects_together_by_their_keys():
+    row = {"prompt": "Q", "responses": {"m": "B", "n": "W"}, "scores": {"n": 1, "m": 2}}
+    with pytest.raises(UserError, match=r"answers: responses.\*, scores: scores.\*\}"):
+        read([row])
+    assert read([row], {"answers": "responses.*", "scores": "scores.*"})[0] == [("Q", "B", "W")]
+
+
+def test_answers_that_nobody_has_scored_hide_no_form():
+    rows = [{"prompt": "Q", "responses": ["x", "B", "W"], "scores": [None, 3, 1]}]
+    assert read(rows)[0] == [("Q", "B", "W")]
 
 
 def test_files_of_columns_and_of_other_marks_are_named_for_what_they_are(tmp_path):

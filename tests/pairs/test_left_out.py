@@ -417,6 +417,37 @@ def test_a_type_that_no_row_has_right_is_told_in_a_sentence(chatml, row, column,
     assert expected in said and f"dataset.columns={{{column}: {place}}}" in said
 
 
+def test_a_header_within_the_rows_is_no_pair(chatml):
+    header = {name: name for name in ROW}
+    rows = [*ROWS, *ROWS, *ROWS, header]
+    pairs, report = tokenize(rows, chatml)
+    assert len(pairs) == len(rows) - 1 and report.dropped == {"a header once more": [len(rows) - 1]}
+    theirs = [{"question": row["prompt"], "good": row["chosen"], "bad": row["rejected"]} for row in ROWS * 3]
+    columns = {"prompt": "question", "chosen": "good", "rejected": "bad"}
+    _, report = tokenize([*theirs, {name: name for name in theirs[0]}], chatml, columns=columns)
+    assert report.dropped == {"a header once more": [len(theirs)]}
+
+
+@pytest.mark.parametrize("mark", [{"rating": "thumbs_down"}, {"annotation": {"rating": "thumbs_down"}}])
+def test_a_grade_within_a_message_is_no_unread_label(chatml, mark):
+    row = {"messages": [*chat("Q"), {"role": "assistant", "content": "A", **mark}]}
+    path = "messages.-1." + ("rating" if "rating" in mark else "annotation.rating")
+    with pytest.raises(UserError, match=rf"column '{path}' holds .*columns=\{{messages: messages, label: {path}\}}"):
+        tokenize([row] * 3, chatml, unpaired=True)
+    pairs, _ = tokenize([row], chatml, columns={"messages": "messages", "label": path}, unpaired=True)
+    assert not pairs[0].chosen and pairs[0].rejected
+
+
+@pytest.mark.parametrize("content", [[{"type": "text", "text": "Q"}], {"parts": ["Q"]}, 5])
+def test_messages_that_nobody_reads_may_hold_anything(chatml, content):
+    rows = [{**ROW, "messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "B"}]}]
+    if isinstance(content, list):
+        assert tokenize(rows, chatml)[0] == [one(ROW, chatml)[0]]
+    else:
+        with pytest.raises(UserError, match="column 'messages' holds messages"):
+            tokenize(rows, chatml)
+
+
 def test_rows_that_are_broken_in_several_ways_are_each_named(chatml):
     rows = [*ROWS[:4], {**ROWS[4], "chosen": None}, {**ROWS[5], "rejected": 7}, {**ROWS[6], "system": 5}]
     with pytest.raises(UserError) as refused:
