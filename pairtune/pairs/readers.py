@@ -133,8 +133,12 @@ def labelled(row: dict, prompt: list[dict], answer: Answer, written: tuple[str, 
 def _is_true(label) -> bool:
     """Returns whether the answer is desirable."""
     known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
-    known |= dict.fromkeys(("chosen", "good", "yes", "desirable", "positive", "up", "like", "accepted"), True)
-    known |= dict.fromkeys(("rejected", "bad", "no", "undesirable", "negative", "down", "dislike"), False)
+    known |= dict.fromkeys(
+        ("chosen", "good", "yes", "desirable", "positive", "up", "like", "accepted", "accept", "pass"), True
+    )
+    known |= dict.fromkeys(
+        ("rejected", "bad", "no", "undesirable", "negative", "down", "dislike", "reject", "fail"), False
+    )
     known |= {"thumbs_up": True, "thumbs up": True, "👍": True}
     known |= {"thumbs_down": False, "thumbs down": False, "👎": False}
     if str(label).strip().lower() not in known:

@@ -178,23 +178,24 @@ def _has_numbers(rows: Rows) -> bool:
 
 
 def _check_marks(form: Format, rows: Rows, key: str) -> None:
-    """Refuses single answers beside one column of true and false, or 0 and 1, that nobody reads: it may be their label,
-    under whatever name.
+    """Refuses single answers beside one column of true and false, 0 and 1, or two words such as pass and fail, that
+    nobody reads: it may be their label, under whatever name.
 
     Raises:
         UserError: `columns` says what to do with it.
     """
     marks = {}
     for name in form.unused(rows.column_names):
-        values = values_in(rows.cells(name)) or set()
-        if values <= {"0", "1", ""} and {"0", "1"} <= values or values - {""} == {"true", "false"}:
-            marks[name] = " or ".join(sorted(values - {""}))
+        said = (values_in(rows.cells(name)) or set()) - {""}
+        two = len(said) == 2 and any(says_worse(word) or word in ("fail", "down") for word in said)
+        if said in ({"0", "1"}, {"true", "false"}) or two:
+            marks[name] = " or ".join(sorted(said))
     if len(marks) == 1 and not marks.keys() & set(GRADES):
         ((name, said),) = marks.items()
         raise UserError(
             f"{rows.source}: column {name!r} holds {said}, and may say how good the answer is, which no label does. "
-            f"Say what it is: {key}.columns={{label: {name}}} where true or 1 is a good answer; or "
-            f"{key}.columns={{{name}: null}} leaves it out, and takes each answer for a good one."
+            f"Say what it is: {key}.columns={{label: {name}}} where true, 1 or a word such as good or pass is a good "
+            f"answer; or {key}.columns={{{name}: null}} leaves it out, and takes each answer for a good one."
         )
 
 

@@ -257,6 +257,8 @@ def test_a_column_that_may_say_how_good_a_single_answer_is_is_refused_until_colu
         ("is_bad", (False, True)),
         ("passed_check", (True, False)),
         ("x", (1, 0)),
+        ("class", ("accept", "reject")),
+        ("outcome", ("pass", "fail")),
     ],
 )
 def test_a_column_that_may_say_that_a_single_answer_is_bad_is_refused_and_never_taken_for_its_label(name, values):
