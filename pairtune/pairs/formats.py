@@ -37,6 +37,7 @@ from pairtune.pairs.speakers import speakers_in
 ANSWER = "text|transcript|message|messages"
 LABEL = "bool|int|float|text"  # true and false, as CSV and other tools write them too
 PROMPT = "text|transcript|messages|texts"
+_A_NAME = 40  # characters that a column's name has at most
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,11 @@ def no_format(
                 "Assistant:, each behind an empty line (\\n\\n), are read: write these in their place, or whole "
                 "conversations as lists of messages."
             )
+    if any(len(name) > _A_NAME and " " in name for name in column_names):
+        several = (
+            "It seems that the file has no header: its first row stands in place of the columns' names. Add a line "
+            "before it, such as prompt,chosen,rejected."
+        )
     return UserError(
         f"{source}: no known format of preference pairs. Columns found, and what the first row holds:\n{found}\n"
         f"Formats known:\n{formats}\n{several or named}"

@@ -19,6 +19,7 @@ from pairtune.pairs.rows import Rows
 from pairtune.tokenizer.hf import hf_tokenizer
 
 ROW = {"prompt": "Q", "chosen": "B", "rejected": "W"}
+NEUTRAL = ("passed_check", "x", "class", "outcome")  # columns that may say that an answer is good
 
 
 @pytest.fixture(scope="module")
@@ -267,11 +268,11 @@ def test_a_column_that_may_say_that_a_single_answer_is_bad_is_refused_and_never_
         look(Rows(rows), "dataset", single=True)
     said = str(refused.value)
     assert f"column '{name}' holds" in said and f"dataset.columns={{{name}: null}} leaves it out" in said
-    assert (f"label: {name}" in said) == (name in ("passed_check", "x"))  # which may say that it is good
+    assert (f"label: {name}" in said) == (name in NEUTRAL)  # which may say that it is good
     left = look(Rows(rows, columns={name: None}), "dataset", single=True)
     assert all(text.chosen for text in left.texts) and len(left.texts) == 4
     other = [row | {"has_code": i > 1} for i, row in enumerate(rows)]  # one of several marks is no label by its kind
-    if name in ("passed_check", "x"):
+    if name in NEUTRAL:
         assert len(look(Rows(other), "dataset", single=True).texts) == 4
 
 
