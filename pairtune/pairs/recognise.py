@@ -11,7 +11,8 @@ from functools import partial
 from pairtune.errors import UserError
 from pairtune.pairs.example import Skip
 from pairtune.pairs.formats import FORMATS, SINGLE, Format, fitting_format, no_format
-from pairtune.pairs.layouts import MIDDLE, TO_BE_FILLED_IN, TO_BE_FOUND, guess, known_layouts, values_in, votes_in
+from pairtune.pairs.guess import MIDDLE, TO_BE_FILLED_IN, TO_BE_FOUND, guess, values_in, votes_in
+from pairtune.pairs.layouts import known_layouts
 from pairtune.pairs.names import ANSWERS, GRADES, NAMES, QUESTIONS, TO_BE_NAMED, TO_BE_ORDERED, names_of, says_worse
 from pairtune.pairs.ranked import TIE_WORDS, Choice, as_word, from_choice, from_preference, trees_of
 from pairtune.pairs.readers import (

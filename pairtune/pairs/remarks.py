@@ -10,7 +10,7 @@ from pairtune.pairs.cells import is_empty, kind_of, read_literal, says_nothing
 from pairtune.pairs.context import OTHER_NAMES, turned_by
 from pairtune.pairs.example import Example
 from pairtune.pairs.formats import Format
-from pairtune.pairs.layouts import values_in
+from pairtune.pairs.guess import values_in
 from pairtune.pairs.messages import strings_in, text_of
 from pairtune.pairs.names import numbers_as
 from pairtune.pairs.ranked import as_word
