@@ -6,7 +6,24 @@ import re
 
 _TRANSCRIPT = re.compile(r"\n\nHuman:|Human:.*\n\nAssistant:", re.DOTALL)
 _MESSAGES_AS_TEXT = re.compile(r"""\s*\[?\s*\{\s*(["'])(role|from|content|value)\1\s*:""")
-_NOTHING = ("nan", "none", "null", "n/a", "<na>", "<noinput>", "<nooutput>")  # as other tools write it in a text
+# As other tools write an empty cell in a text
+_NOTHING = (
+    "nan",
+    "none",
+    "null",
+    "n/a",
+    "n.a.",
+    "<na>",
+    "\\n",
+    "-",
+    "--",
+    "—",
+    "noinput",
+    "nooutput",
+    "no input",
+    "keine",
+)
+_NOTHING += ("aucun", "ninguno", "nessuno", "nenhum", "无")
 _BETWEEN_MESSAGES = re.compile(r"\}\s*\n\s*\{")  # as numpy writes them, without a comma; no text of theirs has a line
 
 
@@ -53,7 +70,19 @@ def is_empty(value) -> bool:
 
 def says_nothing(value) -> bool:
     """Says whether a cell is a word for nothing, such as nan, which pandas makes of an empty one."""
-    return isinstance(value, str) and len(value) < 20 and value.strip().lower() in _NOTHING
+    if not isinstance(value, str) or len(value) > 20:
+        return False
+    word = value.strip().lower()
+    return word in _NOTHING or word[:1] in "(<[" and word[1:-1] in _NOTHING
+
+
+def as_word(value) -> str:
+    """Returns a choice's value as a word to compare: 1, 1.0 and "1" are one; null is none."""
+    if value is None:
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip().lower()
 
 
 def either(message: dict, name: str, other_name: str):

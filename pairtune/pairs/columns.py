@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from pairtune.errors import UserError
 from pairtune.pairs.cells import read_literal, read_messages
 
-OF_VALUES = ("choice", "preference")  # which may say what a column's values stand for
+OF_VALUES = ("choice", "preference", "label")  # which may say what a column's values stand for
 MANY = ("answers", "scores", "ranks", "order", "choice")  # which may be made of several columns
 
 
@@ -39,6 +39,9 @@ class Renaming:
             ours: [look_up(row, path) for path in paths] if isinstance(paths, list) else look_up(row, paths)
             for ours, paths in self._theirs.items()
         }
+        for name in ("scores", "ranks"):
+            if found := _by_key(row, self._theirs.get("answers"), self._theirs.get(name)):
+                ours[name] = found
         return ours | {name: value for name, value in row.items() if name not in self.taken}
 
 
@@ -68,12 +71,22 @@ def look_up(row: dict, path: str):
     return _walk(row, path.split("."))
 
 
+def _by_key(row: dict, answers, numbers) -> list | None:
+    """Returns an object's numbers in the order of another one's answers, null where there is none; None where these are
+    no paths to all that two objects hold."""
+    if not all(isinstance(path, str) and path.endswith(".*") for path in (answers, numbers)):
+        return None
+    answered, numbered = look_up(row, answers.removesuffix(".*")), look_up(row, numbers.removesuffix(".*"))
+    if not (isinstance(answered, dict) and isinstance(numbered, dict)):
+        return None
+    return [numbered.get(key) for key in answered]
+
+
 def _walk(value, steps: list[str]):
     for i, step in enumerate(steps):
         value = read_literal(value) if isinstance(value, str) else value
         if step == "*":
-            # by key: the answers of one object and the scores of another belong together so
-            entries = [value[key] for key in sorted(value)] if isinstance(value, dict) else value
+            entries = [*value.values()] if isinstance(value, dict) else value
             return [_walk(entry, steps[i + 1 :]) for entry in entries] if isinstance(entries, list) else None
         if isinstance(value, dict):
             value = value.get(step)

@@ -3,21 +3,21 @@ and columns that may be part of the question, which nobody may leave out in sile
 
 import math
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
 from pairtune.errors import UserError
-from pairtune.pairs.cells import either, is_empty, kind_of, read_literal, says_nothing, shown
+from pairtune.pairs.cells import as_word, either, is_empty, kind_of, read_literal, says_nothing, shown
 from pairtune.pairs.example import BadRow, Example, Skip
 from pairtune.pairs.messages import MEDIA, read_message, strings_in, text_of
 from pairtune.pairs.names import BAD_GRADES, CHOICES, GRADES
-from pairtune.pairs.ranked import TIE_WORDS, as_word
+from pairtune.pairs.ranked import TIE_WORDS
 from pairtune.pairs.readers import system, transcript_turns, user
 
 TEXT = "text|transcript"
 # Columns that any form may have: system message, earlier turns, a text before the question and one behind it
-CONTEXT = {"system": TEXT, "history": "pairs|messages", "context": TEXT, "input": TEXT}
+CONTEXT = {"system": TEXT, "history": "pairs|messages", "context": f"{TEXT}|texts", "input": f"{TEXT}|texts"}
 _OF_SYSTEM = ("system_prompt", "system_message", "system_instruction", "sys", "sys_prompt")
 OTHER_NAMES = dict.fromkeys(_OF_SYSTEM, "system")
 TOOLS = ("tools", "functions")
@@ -53,13 +53,13 @@ _OF_A_QUESTION += ("additional_context", "code", "snippet", "table", "schema", "
 _OF_A_QUESTION += ("transcript", "conversation", "conversations", "messages", "dialogue", "dialog", "turns")
 DOUBTFUL = (*_MEDIA, *_OF_A_QUESTION)
 _NUMBERED = re.compile(r"_?\d+$")
-# Which may say that a row's better answer is another one than its columns say
 # Which say of a pair "chosen" or "rejected" for its better answer, and no review's verdict on the row
 WINNERS = ("winner", "preferred", "preference", "better", "best", "human_preference", "preferred_response")
 WINNERS += ("preferred_answer", "better_response_id", "choice")
+# Which may say that a row's better answer is another one than its columns say
 SWAPS = ("swapped", "swap", "is_swapped", "flipped", "flip", "is_flipped", "reversed", "is_reversed", "inverted")
 SIDES = (*CHOICES, *SWAPS)
-_NO_CHANCE = 20  # characters
+_NO_CHANCE = 4  # characters
 _A_WORD = 40  # characters: longer ones are a text about it
 _SIDES = re.compile(
     r"-1|[012ab]|true|false|yes|no|first|second|left|right|(model|response|answer|output|option)[_ ]?[012ab]"
@@ -93,8 +93,8 @@ def _with_texts(example: Example, row: dict) -> Example:
         return example
     last = example.prompt[-1]
     asked = text_of(last)
-    parts = [row.get("context", ""), asked, row.get("input", "")]
-    before, behind = ("" if _is_held(part, asked) else part for part in (parts[0], parts[2]))
+    parts = ["\n\n".join(cell) if isinstance(cell, list) else cell for cell in map(row.get, ("context", "input"))]
+    before, behind = ("" if not part or _is_held(part, asked) else part for part in parts)
     text = (f"{before}\n\n" if before else "") + asked + (f"\n{behind}" if behind else "")
     if text == asked:
         return example
@@ -105,7 +105,10 @@ def _with_texts(example: Example, row: dict) -> Example:
 
 def _is_held(part: str, asked: str) -> bool:
     """Says whether a question holds a text as a whole, and not by chance, as one about 10 does a 1."""
-    return part in asked if len(part) >= _NO_CHANCE else part.strip() in map(str.strip, asked.splitlines())
+    part = part.strip()
+    if len(part) < _NO_CHANCE and not any(map(str.isalpha, part)):
+        return part in map(str.strip, asked.splitlines())
+    return re.search(rf"(?<!\w){re.escape(part)}(?!\w)", asked) is not None
 
 
 def tools_of(row: dict) -> list | None:
@@ -204,7 +207,7 @@ def check_doubtful(example: Example, row: dict, columns: list[str], key: str) ->
             )
 
 
-def check_grades(row: dict, columns: list[str], key: str) -> None:
+def check_grades(row: dict, columns: list[str], key: str, theirs: dict) -> None:
     """Refuses a row of one answer and no label, of which a column that nobody reads may say how good it is.
 
     Args:
@@ -215,15 +218,15 @@ def check_grades(row: dict, columns: list[str], key: str) -> None:
         UserError: `columns` says what to do with it.
     """
     beside = [(name, name, row.get(name)) for name in columns]
-    for path, name, cell in [*beside, *_of_the_last_message(row)]:
+    for path, name, cell in [*beside, *_of_the_last_message(row, theirs)]:
         is_word = isinstance(cell, str) and len(cell) <= _A_WORD
-        if name in GRADES and not is_empty(cell) and (is_word or isinstance(cell, int | float)):
+        if name in GRADES and not is_empty(cell) and (is_word or not isinstance(cell, str)):
             is_bad = name in BAD_GRADES
             way_out = (
                 "Add a column label, true for a good answer and false for a bad one"
                 if is_bad
-                else f"Say what it is: {key}.columns={{{_with_its_column(path)}label: {path}}} where true, 1 or "
-                "thumbs_up is a good answer, and false, 0 or thumbs_down a bad one"
+                else f"Say what it is: {key}.columns={{{_with_its_column(path, theirs)}label: {path}}} where true, 1 "
+                "or thumbs_up is a good answer, and false, 0 or thumbs_down a bad one"
             )
             without = f"{key}.columns={{{name}: null}} leaves it out" if path == name else "a file without it"
             said = "that the answer is a bad one" if is_bad else "how good the answer is"
@@ -233,20 +236,23 @@ def check_grades(row: dict, columns: list[str], key: str) -> None:
             )
 
 
-def _of_the_last_message(row: dict) -> Iterator[tuple[str, str, object]]:
-    """Yields what a conversation's last message says of itself: a dotted name, its last part, and what it holds."""
+def _of_the_last_message(row: dict, theirs: dict) -> Iterator[tuple[str, str, object]]:
+    """Yields what a conversation's last message says of itself: a dotted name, its last part, and what it holds. That
+    it is not bad says nothing."""
     for column in ("messages", "conversations"):
         last = row[column][-1] if kind_of(row.get(column)) == "messages" else {}
         for name, value in last.items():
             inner = value.items() if isinstance(value, dict) else ()
             for path, key, cell in [(name, name, value), *((f"{name}.{key}", key, cell) for key, cell in inner)]:
-                yield f"{column}.-1.{path}", key, cell
+                if not (key in BAD_GRADES and as_word(cell) in ("false", "0", "0.0", "no")):
+                    yield f"{theirs.get(column, column)}.-1.{path}", key, cell
 
 
-def _with_its_column(path: str) -> str:
-    """Returns what keeps a column under its name where a part of it has another, too."""
+def _with_its_column(path: str, theirs: dict) -> str:
+    """Returns what keeps a column under our name where a part of it has another, too."""
     column, dot, _ = path.partition(".")
-    return f"{column}: {column}, " if dot else ""
+    ours = next((name for name, their in theirs.items() if their == column), column)
+    return f"{ours}: {column}, " if dot else ""
 
 
 def as_chosen(example: Example, row: dict, columns: list[str], key: str) -> Example:
@@ -277,6 +283,13 @@ def as_chosen(example: Example, row: dict, columns: list[str], key: str) -> Exam
                 f"{key}.columns={{{name}: null}} leaves it out."
             )
     return example
+
+
+def turning_columns(names: Sequence[str], rows: Iterable[dict]) -> list[str]:
+    """Returns the columns, of those that nobody else reads, that turn a pair in some of the rows."""
+    names = [name for name in names if name in WINNERS]
+    rows = list(rows) if names else []
+    return [name for name in names if any(as_word(row.get(name)) == "rejected" for row in rows)]
 
 
 def turned_by(row: dict, columns: Collection[str]) -> list[str]:

@@ -66,6 +66,7 @@ class Format:
         worse: str = "all",
         doubtful: list[str] | None = None,
         numbers: Sequence[str] = (),
+        columns: dict | None = None,
         key: str = "dataset",
     ) -> list[Example]:
         """Returns the row's Examples, one but for rows of several answers.
@@ -74,6 +75,7 @@ class Format:
             worse: Of several worse answers: all, the best or the worst.
             doubtful: Columns that are not used, and may be part of the question, or say how good answers are.
             numbers: Those of context.NUMBERS that `columns` speaks of.
+            columns: Ours to theirs, where theirs are others.
             key: Where the config describes the rows.
 
         Raises:
@@ -81,6 +83,9 @@ class Format:
             BadRow: A column holds something else.
             UserError: A column that is not used holds part of the question.
         """
+        theirs = columns or {}
+        if all(row.get(name) == theirs.get(name, name) for name in self.columns):
+            raise BadRow("holds its columns' names, a header once more. Remove the row.", "a header once more")
         row = _under_one_name(row | dict.fromkeys(self.says_nothing_in(row)))
         optional = {column: k for column, k in (self.optional | self.beside).items() if not is_empty(row.get(column))}
         for column, kinds in {**self.columns, **optional}.items():
@@ -101,7 +106,7 @@ class Format:
         for example in examples:
             check_doubtful(example, row, others, key)
         if not (self.is_paired or "label" in self.columns):
-            check_grades(row, doubtful or [], key)
+            check_grades(row, doubtful or [], key, theirs)
         if self.is_paired:
             sides = [name for name in doubtful or [] if name in SIDES]
             examples = [as_chosen(example, row, sides, key) for example in examples]

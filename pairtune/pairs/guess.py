@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import takewhile
 
-from pairtune.pairs.cells import kind_of
+from pairtune.pairs.cells import as_word, kind_of
 from pairtune.pairs.names import (
     ANSWERS,
     CHOICES,
@@ -18,6 +18,7 @@ from pairtune.pairs.names import (
     QUESTIONS,
     TO_BE_NAMED,
     TO_BE_ORDERED,
+    asked_by,
     better_and_worse,
     in_turn,
     is_order,
@@ -30,7 +31,7 @@ from pairtune.pairs.names import (
     stem_of,
     suffixes_of,
 )
-from pairtune.pairs.ranked import TIE_WORDS, as_word
+from pairtune.pairs.ranked import TIE_WORDS
 
 _VOTERS = ("annotator", "rater", "judge", "vote", "label", "annotation")
 _VOTES = re.compile(rf"({'|'.join(_VOTERS)})_?\d+")
@@ -59,6 +60,8 @@ def guess(rows: Sequence[dict], values_of: Callable[[str], Iterable]) -> tuple[d
     if rated:
         return rated, is_sure
     answers = _answers(kinds)
+    if several := _several_rejected(kinds):
+        return several, True
     if answers is None:
         return _likely(row, values_of), False
     described: dict = {"answers": answers}
@@ -75,6 +78,20 @@ def guess(rows: Sequence[dict], values_of: Callable[[str], Iterable]) -> tuple[d
     chosen, is_sure = _chosen(row, others, described, values_of, is_plain=bool(question or whole))
     graded = {} if is_sure or len(answers) > 2 else _graded(row, others, answers)
     return (described | graded, False) if graded else (chosen, is_sure)
+
+
+def _several_rejected(kinds: dict[str, str]) -> dict:
+    """Returns the description of a row with chosen and rejected_1, rejected_2; {} where it is no such row."""
+    worse = [name for name in kinds if re.fullmatch(r"rejected_?\d+", name)]
+    question = next((name for name in QUESTIONS if name in kinds), None)
+    if (
+        len(worse) < 2
+        or "chosen" not in kinds
+        or not question
+        or [*filter(lambda n: n.startswith("rejected"), kinds)] != worse
+    ):
+        return {}
+    return {"prompt": question, "chosen": "chosen", "rejected": "rejected*"}
 
 
 def _chosen(
@@ -106,7 +123,7 @@ def _chosen(
             return described | {"choice": {column: words}}, False
         if names and column in likely:
             return described | {"choice": column}, is_plain and column in CHOICES
-        words = _choices(column, values, suffixes_of(answers))
+        words = sides_of(column, values, suffixes_of(answers))
         words = TO_BE_FILLED_IN if words and (says_worse(column) or column not in likely) else words
         alike = [
             name for name in others if name != column and values & (values_in(values_of(name)) or set()) - {*TIE_WORDS}
@@ -137,14 +154,12 @@ def _graded(row: dict, others: Sequence[str], answers: Sequence[str]) -> dict:
 
 
 def _other_question(row: dict, answers: Sequence[str], values_of: Callable[[str], Iterable]) -> str:
-    """Returns the column that asks, by what it holds: sentences, and not the same few."""
-    for name, cell in row.items():
-        if name not in answers and isinstance(cell, str) and " " in cell.strip() and values_in(values_of(name)) is None:
-            return name
-    named = (
+    """Returns the column that asks, by what it holds: the longest sentences, and not the same few."""
+    texts = [
         name for name, cell in row.items() if name not in answers and isinstance(cell, str) and " " in cell.strip()
-    )
-    return next(named, TO_BE_FOUND)
+    ]
+    varied = [name for name in texts if values_in(values_of(name)) is None]
+    return max(varied or texts, key=lambda name: len(row[name]), default=TO_BE_FOUND)
 
 
 def _votes(row: dict, names: Sequence[str]) -> list[str]:
@@ -171,7 +186,7 @@ def _of_lists(row: dict, values_of: Callable[[str], Iterable]) -> tuple[dict, bo
     found = {}
     for name, value in row.items():
         if isinstance(value, dict) and not any(isinstance(cell, dict | list) for cell in value.values()):
-            name, value = f"{name}.*", [value[key] for key in sorted(value)]
+            name, value = f"{name}.*", [*value.values()]
         if not isinstance(value, list) or len(value) < 2 or name in QUESTIONS:
             continue
         if all(isinstance(entry, dict) for entry in value):
@@ -185,10 +200,13 @@ def _of_lists(row: dict, values_of: Callable[[str], Iterable]) -> tuple[dict, bo
         return {}, False
     described, count = {"prompt": question, "answers": answers}, len(found[answers])
     heads = {n: n.removesuffix(".*").rpartition(".")[0] for n in found}
-    beside = [n for n in found if heads[n] == heads[answers] and len(found[n]) == count]
+    is_object = answers.endswith(".*")  # whose entries are found by their keys, and not by their places
+    beside = [
+        n for n in found if heads[n] == heads[answers] and n.endswith(".*") == is_object and len(found[n]) == count
+    ]
     known = {n: [cell for cell in found[n] if cell is not None] for n in beside}
     numbers = [n for n in beside if known[n] and all(map(_is_number_or_text_of_one, known[n]))]
-    for name in numbers if not answers.endswith(".*") else ():
+    for name in numbers if not is_object else ():
         ours = "ranks" if "rank" in name.rpartition(".")[2] else "scores"
         if re.search(_RATES, name) and numbers_as(name) == ours:
             return described | {ours: name}, True
@@ -196,7 +214,7 @@ def _of_lists(row: dict, values_of: Callable[[str], Iterable]) -> tuple[dict, bo
         name = next((name for name in numbers if numbers_as(name) != TO_BE_NAMED), numbers[0])
         ours = TO_BE_ORDERED if "." not in name and is_order(name, known[name]) else numbers_as(name)
         return described | {ours: name}, False
-    for column in (name for name in CHOICES if name in row):
+    for column in (name for name in CHOICES if name in row and not is_object):
         places = values_in(values_of(column)) or set()
         first = 0 if "0" in places else 1
         if places & {"0", str(count)} and places <= {str(first + i) for i in range(count)}:
@@ -209,7 +227,9 @@ def _is_number(value) -> bool:
 
 
 def _is_number_or_text_of_one(value) -> bool:
-    return _is_number(value) or isinstance(value, str) and re.fullmatch(r"\s*[-+]?\d+(\.\d*)?\s*", value) is not None
+    return (
+        _is_number(value) or isinstance(value, str) and re.fullmatch(r"\s*[-+]?\d+(\.\d*)?\s*%?\s*", value) is not None
+    )
 
 
 def _likely(row: dict, values_of: Callable[[str], Iterable]) -> dict:
@@ -217,8 +237,9 @@ def _likely(row: dict, values_of: Callable[[str], Iterable]) -> dict:
     leaves = {name: value for name, value in _leaves(row) if value not in (None, "")}
     texts = [name for name, value in leaves.items() if kind_of(value) in ("text", "transcript", "message", "messages")]
     texts = [name for name in texts if not set(stem_of(name.rpartition(".")[2])) & {*OF_WHOM, *_TIMES}]
-    asked = (*QUESTIONS, "user", "human")
-    said = better_and_worse(name for name in texts if not any(word in name.lower() for word in asked[:4]))
+    texts = [name for name in texts if not (_is_number_or_text_of_one(leaves[name]) or _is_date(leaves[name]))]
+    asked = {*QUESTIONS, "user", "human"}
+    said = better_and_worse(name for name in texts if not asked_by(name) & set(QUESTIONS[:4]))
     better, worse = said or (None, None)
     few = [name for name in leaves if name not in QUESTIONS and _is_label(values_of(name))]
     deciding = [
@@ -231,8 +252,11 @@ def _likely(row: dict, values_of: Callable[[str], Iterable]) -> dict:
     long = [name for name in rest if name not in few and " " in str(leaves[name]).strip()]
     rest = long if len(long) >= (1 if better and worse else 3) else rest
     siblings = _siblings(rest)
+    beside = siblings[0].partition(".0")[0] if siblings else None
+    if choice and beside and choice.startswith(f"{beside}."):  # which is said of one of them
+        choice = None
     asking = [name for name in rest if name not in siblings and not _ENTRY.search(name)]  # of a list, one is not all
-    named = (name for name in asking if any(word in name.lower() for word in asked))
+    named = (name for name in asking if asked_by(name) & asked)
     written = [name for name in asking if kind_of(leaves[name]) in ("messages", "transcript")]
     question = next(named, next(iter(written or asking), None))
     if question and better and worse:
@@ -245,7 +269,9 @@ def _likely(row: dict, values_of: Callable[[str], Iterable]) -> dict:
     if choice is None:
         return {"prompt": question, "chosen": "CHOSEN", "rejected": "REJECTED"}  # no name says which
     words = values_in(values_of(choice)) or set()
-    values = _choices(choice, words, None) if says_which(choice.rpartition(".")[2]) and not says_worse(choice) else []
+    values = sides_of(choice, words, None) if says_which(choice.rpartition(".")[2]) and not says_worse(choice) else []
+    if any(as_word(value) in map(as_word, answers) for value in leaves.values()):  # who was shown first, say
+        values = []
     return {"prompt": question, "answers": answers, "choice": {choice: values or TO_BE_FILLED_IN}}
 
 
@@ -256,6 +282,13 @@ def _one_answer(question: str | None, answers: list[str], marks: list[str]) -> d
         return {}
     label = next((name for name in marks if name.rpartition(".")[2] in GRADES), marks[0])
     return {"prompt": question, "completion": answers[0], "label": label}
+
+
+def _is_date(value) -> bool:
+    return (
+        isinstance(value, str)
+        and re.match(r"\d{4}-\d\d-\d\d|\d{1,2}[./]\d{1,2}[./]\d{2,4}\b", value.strip()) is not None
+    )
 
 
 def _of_an_entry(name: str) -> bool:
@@ -273,7 +306,7 @@ def _siblings(names: Sequence[str]) -> list[str]:
     return []
 
 
-def _choices(name: str, values: set[str], suffixes: Sequence[str] | None) -> list[str]:
+def sides_of(name: str, values: set[str], suffixes: Sequence[str] | None) -> list[str]:
     """Returns the words that stand for the first answer and for the second; what is to be filled in where it may be
     either, as of 0 and 1, or of good and bad; none where these are numbers, and no choice.
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from pairtune.errors import UserError
 from pairtune.pairs import remarks
+from pairtune.pairs.context import turning_columns
 from pairtune.pairs.example import BadRow, Example, Skip, turns_of
 from pairtune.pairs.formats import doubtful
 from pairtune.pairs.messages import text_of, thoughts_of
@@ -158,7 +159,7 @@ def _read(rows: Rows, key: str, *, single: bool) -> Read:
     texts, unread, asked, unsaid, grades = [], {}, {}, doubtful(unused), remarks.grades_of(unused)
     for index, (number, row) in enumerate(zip(rows.numbers, rows, strict=True)):
         try:
-            examples = form.read(row, doubtful=unsaid, key=key)
+            examples = form.read(row, doubtful=unsaid, columns=rows.columns, key=key)
             texts += [_text(number, example) for example in examples]
             questions = [*remarks.of_row(row, form, grades)]
             for question in [*questions, *chain.from_iterable(map(remarks.of_example, examples))]:
@@ -171,6 +172,8 @@ def _read(rows: Rows, key: str, *, single: bool) -> Read:
             raise UserError(f"{rows.place(index)}: {error}") from error
     against = {f"{better} below {worse}" for better, worse in grades}
     findings = [Finding(question, numbers, is_fault=question in against) for question, numbers in asked.items()]
+    turning = turning_columns(unused, rows.first(SEEN)) if form.is_paired else []
+    unused = [name for name in unused if name not in turning]
     said = [not_used(unused, remarks.held_by(unused, rows.first(SEEN)))] if unused else []
     return Read(form.name, texts, unread, findings, said)
 

@@ -10,7 +10,20 @@ QUESTIONS = ("prompt", "question", "instruction", "query", "input", "context", "
 ANSWERS = ("text", "response", "answer", "completion", "generation", "candidate", "output", "content", "reply")
 ANSWERS += ("replie",)  # in the singular, but for its ending
 OF_WHOM = ("id", "uuid", "user_id", "annotator_id", "worker_id", "model", "author", "annotator", "status")
-NAMES = ("model", "policy", "name", "author", "annotator", "judge", "worker", "source", "id", "system", "label")
+NAMES = (
+    "model",
+    "policy",
+    "name",
+    "author",
+    "annotator",
+    "judge",
+    "worker",
+    "rater",
+    "source",
+    "id",
+    "system",
+    "label",
+)
 CHOICES = ("choice", "label", "labels", "winner", "preference", "preferred", "better", "vote", "votes", "verdict")
 CHOICES += ("best", "selected", "better_response_id", "human_preference", "preferred_response", "preferred_answer")
 # Which may say how good a single answer is, where no label does; and of these, that it is a bad one
@@ -34,6 +47,7 @@ GRADES = (*CHOICES, "feedback", "thumb", "thumbs", "rating", "ratings", "score",
 GRADES += ("quality", "sentiment", "upvoted", "like", "liked", "accepted", "approved", "is_good", "good", "helpful")
 GRADES += ("correct", "is_correct", "desirable", "is_desirable", "is_preferred", "is_chosen", "completion_label")
 GRADES += ("quality_score", "reward_score", "helpfulness", "helpfulness_score", "safety_score", "is_safe", "safe")
+GRADES += ("reaction", "reactions", "csat", "nps")
 GRADES += ("overall_score", "stars", "upvotes", "points", "is_helpful", "is_approved", "is_accepted", *BAD_GRADES)
 
 _BETTER = re.compile(
@@ -71,6 +85,11 @@ _MORE_IS_BETTER = re.compile(
 _STEM_AND_SUFFIX = re.compile(r"(.*?)[_ ]?(\d+|[A-Za-z]|first|second|left|right)")
 _IN_ORDER = re.compile(r"(?<![a-z])(rankings?|order|ordering|sorted|sorting)(?![a-z])")
 TO_BE_NAMED, TO_BE_ORDERED = "SCORES_OR_RANKS", "RANKS_OR_ORDER"
+
+
+def asked_by(name: str) -> set[str]:
+    """Returns the words of a column's name, by which it may ask."""
+    return set(re.findall(r"[a-z]+", _words(name)))
 
 
 def says_worse(name: str) -> bool:
@@ -146,7 +165,10 @@ def is_order(name: str, numbers: Sequence) -> bool:
     """Says whether a list may be the answers' places in an order, by its name and by what it holds."""
     if not _IN_ORDER.search(_words(name)):
         return False
-    places = sorted(float(number) for number in numbers)
+    try:
+        places = sorted(map(float, numbers))
+    except (ValueError, OverflowError):
+        return False
     return places in ([*range(len(places))], [*range(1, len(places) + 1)])
 
 

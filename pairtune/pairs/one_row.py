@@ -42,14 +42,11 @@ def row_reader(
     """
 
     grades = remarks.grades_of(unused) if form.is_paired else []
-    header = {name: rows.columns.get(name, name) for name in form.columns}
 
     def read_row(index: int, number: int, report: Report) -> list[Pair]:
         pairs, examples, questions = [], [], []
         with _told(report, rows, index, number, on_bad_row):
             row = rows[index]
-            if header.items() <= row.items():
-                raise BadRow("holds its columns' names, a header once more. Remove the row.", "a header once more")
             examples = form.read(row, **asked)
             questions += remarks.of_row(row, form, grades)
         for example in examples:

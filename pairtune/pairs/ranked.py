@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pairtune.errors import UserError
-from pairtune.pairs.cells import kind_of, read_literal, shown
+from pairtune.pairs.cells import as_word, kind_of, read_literal, shown
 from pairtune.pairs.example import Answer, BadRow, Example, Skip
 from pairtune.pairs.messages import read_message
 from pairtune.pairs.readers import answer_of, split, system, transcript_turns, user
@@ -62,15 +62,6 @@ class Choice:
             f"column 'choice' holds {shown(value)}, expected {known}, or a tie. Mend or remove the row.",
             "column 'choice' names none of the answers",
         )
-
-
-def as_word(value) -> str:
-    """Returns a choice's value as a word to compare: 1, 1.0 and "1" are one; null is none."""
-    if value is None:
-        return ""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return str(value).strip().lower()
 
 
 @dataclass(frozen=True)
@@ -204,9 +195,11 @@ def _read(row: dict, scores: list[float]) -> Ranked | Example:
     known = [(answer, score) for answer, score in zip(answers, scores, strict=True) if not math.isnan(score)]
     if not known:
         raise Skip("no score found")
-    if any(answer is None for answer, _ in known):
+    present = [(answer, score) for answer, score in known if answer is not None]
+    best = max(score for _, score in known)
+    if len(present) < len(known) and (len(present) < 2 or all(score < best for _, score in present)):
         raise BadRow("column 'answers' holds nothing (null). Mend or remove the row.", "an answer is null")
-    answers, scores = [answer for answer, _ in known], [score for _, score in known]
+    answers, scores = [answer for answer, _ in present], [score for _, score in present]
     if "prompt" not in row:
         return _of_conversations(row, answers, scores)
     prompt, answers = _of_one_turn(row["prompt"], answers)
@@ -263,12 +256,16 @@ def _numbers(cells, column: str) -> list[float]:
             f"column {column!r} is no list of numbers",
         )
     try:
-        return [math.nan if cell is None or cell == "N/A" else float(cell) for cell in cells]
+        return [math.nan if cell is None or cell == "N/A" else _number(cell) for cell in cells]
     except (TypeError, ValueError, OverflowError):
         raise BadRow(
             f"column {column!r} holds {shown(cells)}, expected numbers. Mend or remove the row.",
             f"column {column!r} holds other than numbers",
         ) from None
+
+
+def _number(cell) -> float:
+    return float(cell.strip().removesuffix("%") if isinstance(cell, str) else cell)
 
 
 def check_worse(worse: str, key: str) -> None:

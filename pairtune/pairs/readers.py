@@ -2,13 +2,17 @@
 is formats.py's to say; rows of several answers are read in ranked.py."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from pairtune.pairs.cells import is_empty, kind_of, shown
+from pairtune.pairs.cells import as_word, is_empty, kind_of, shown
 from pairtune.pairs.example import Answer, BadRow, Example, Skip
 from pairtune.pairs.messages import is_text_alone, read_message, text_of
 
+_LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+_LABELS |= {"thumbs_up": True, "thumbs up": True, "👍": True, "thumbs_down": False, "thumbs down": False, "👎": False}
+_LABELS |= dict.fromkeys(("chosen", "good", "yes", "desirable", "up", "like", "accepted", "accept", "pass"), True)
+_LABELS |= dict.fromkeys(("rejected", "bad", "no", "undesirable", "down", "dislike", "reject", "fail"), False)
 _A_QUESTION = 8  # characters: what is shorter may be a greeting
 
 
@@ -41,7 +45,13 @@ def answer_of(cell, column: str, prompt: list[dict], context: list[dict]) -> Ans
     """
     if isinstance(cell, str):
         return cell
-    turns = [read_message(raw) for raw in (cell if isinstance(cell, list) else [cell])]
+    raws = cell if isinstance(cell, list) else [cell]
+    if not all(isinstance(raw, dict) for raw in raws):
+        raise BadRow(
+            f"column {column!r} holds {shown(cell)}, expected text or messages. Mend or remove the row.",
+            f"column {column!r} holds {kind_of(cell)}",
+        )
+    turns = [read_message(raw) for raw in raws]
     for repeated in (prompt, context + prompt):
         if turns[: len(repeated)] == repeated:
             turns = turns[len(repeated) :]
@@ -132,21 +142,28 @@ def labelled(row: dict, prompt: list[dict], answer: Answer, written: tuple[str, 
 
 def _is_true(label) -> bool:
     """Returns whether the answer is desirable."""
-    known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
-    known |= dict.fromkeys(
-        ("chosen", "good", "yes", "desirable", "positive", "up", "like", "accepted", "accept", "pass"), True
-    )
-    known |= dict.fromkeys(
-        ("rejected", "bad", "no", "undesirable", "negative", "down", "dislike", "reject", "fail"), False
-    )
-    known |= {"thumbs_up": True, "thumbs up": True, "👍": True}
-    known |= {"thumbs_down": False, "thumbs down": False, "👎": False}
-    if str(label).strip().lower() not in known:
+    found = as_label(label)
+    if found is None:
         raise BadRow(
             f"column 'label' holds {shown(label)}, expected true or false (or 1 or 0). Mend or remove the row.",
             "column 'label' holds neither true nor false",
         )
-    return known[str(label).strip().lower()]
+    return found
+
+
+def as_label(value) -> bool | None:
+    """Returns what a label says: whether the answer is desirable; None where it says neither."""
+    return _LABELS.get(str(value).strip().lower())
+
+
+def with_words(read: Callable[[dict], Example], words: Sequence[str], row: dict) -> Example:
+    """Returns the example of a row whose label is one of two words: of a good answer, and of a bad one.
+
+    Args:
+        read: Returns it where the label is true or false.
+    """
+    word = as_word(row.get("label"))
+    return read({**row, "label": word == words[0] if word in words else row.get("label")})
 
 
 def from_completion(row: dict) -> Example:

@@ -9,21 +9,35 @@ from dataclasses import replace
 from functools import partial
 
 from pairtune.errors import UserError
+from pairtune.pairs.cells import as_word
 from pairtune.pairs.example import Skip
 from pairtune.pairs.formats import FORMATS, SINGLE, Format, fitting_format, no_format
-from pairtune.pairs.guess import MIDDLE, TO_BE_FILLED_IN, TO_BE_FOUND, guess, values_in, votes_in
+from pairtune.pairs.guess import MIDDLE, TO_BE_FILLED_IN, TO_BE_FOUND, guess, sides_of, values_in, votes_in
 from pairtune.pairs.layouts import known_layouts
-from pairtune.pairs.names import ANSWERS, GRADES, NAMES, QUESTIONS, TO_BE_NAMED, TO_BE_ORDERED, names_of, says_worse
-from pairtune.pairs.ranked import TIE_WORDS, Choice, as_word, from_choice, from_preference, trees_of
+from pairtune.pairs.names import (
+    ANSWERS,
+    GRADES,
+    NAMES,
+    QUESTIONS,
+    TO_BE_NAMED,
+    TO_BE_ORDERED,
+    names_of,
+    says_worse,
+    suffixes_of,
+)
+from pairtune.pairs.ranked import TIE_WORDS, Choice, from_choice, from_preference, trees_of
 from pairtune.pairs.readers import (
+    as_label,
     from_completion,
     from_one_answer,
     from_texts,
     repeats_question,
+    with_words,
     without_question,
 )
 from pairtune.pairs.rows import MESSAGES_OF_TREES, Rows
 
+_NO_WORDS = ("yes", "no", "on", "off", "null")  # of YAML's, unless they are quoted
 FIRST = 10  # rows that are looked at
 ENOUGH = 3  # of them
 GRADED = {"scores", "ranks", "order", "choice", "preference"}  # columns that say which answers are better
@@ -53,7 +67,7 @@ def _without_questions(form: Format, rows: Rows) -> Format:
     if form.example not in (from_texts, from_completion, from_one_answer):
         return form
     examples = []
-    for row in rows.first(FIRST):
+    for row in filter(form.matches, rows.first(FIRST)):
         with suppress(Skip, UserError, KeyError):  # which are told when rows are read
             examples.append(form.example(row))
     if len(examples) < ENOUGH or not all(map(repeats_question, examples)):
@@ -66,7 +80,7 @@ def _recognise(rows: Rows, key: str, *, single: bool) -> tuple[Format, Rows]:
         rows = _as_trees(rows)
     form = _fits(rows)
     if form:
-        return _with_choice(form, rows, key), rows
+        return _with_values(form, rows, key), rows
     unscored = ""
     if not rows.columns:
         for layout in known_layouts(rows.found):
@@ -75,13 +89,13 @@ def _recognise(rows: Rows, key: str, *, single: bool) -> tuple[Format, Rows]:
             if form and not _has_numbers(renamed):
                 unscored = f"; no score found where {layout.name} have one"
             elif form:
-                return replace(_with_choice(form, renamed, key), name=layout.name), renamed
+                return replace(_with_values(form, renamed, key), name=layout.name), renamed
     described, is_sure = guess(list(rows.first(FIRST)), rows.cells)
     if is_sure:
         renamed = rows.under({**rows.columns, **described})
         form = _fits(renamed)
         if form:
-            return _with_choice(form, renamed, key), renamed
+            return _with_values(form, renamed, key), renamed
     form = fitting_format(list(rows.first(FIRST)), SINGLE) if single else None
     if form:
         return form, rows
@@ -188,14 +202,16 @@ def _check_marks(form: Format, rows: Rows, key: str) -> None:
     marks = {}
     for name in form.unused(rows.column_names):
         said = (values_in(rows.cells(name)) or set()) - {""}
-        two = len(said) == 2 and any(says_worse(word) or word in ("fail", "down") for word in said)
-        if said in ({"0", "1"}, {"true", "false"}) or two:
-            marks[name] = " or ".join(sorted(said))
+        worse = [word for word in said if says_worse(word) or as_label(word) is False]
+        if said in ({"0", "1"}, {"true", "false"}) or len(said) == 2 and len(worse) == 1:
+            marks[name] = sorted(said, key=worse.__contains__)
     if len(marks) == 1 and not marks.keys() & set(GRADES):
-        ((name, said),) = marks.items()
+        ((name, words),) = marks.items()
+        said = " or ".join(sorted(words))
+        named = name if None not in map(as_label, words) else {name: words}
         raise UserError(
             f"{rows.source}: column {name!r} holds {said}, and may say how good the answer is, which no label does. "
-            f"Say what it is: {key}.columns={{label: {name}}} where true, 1 or a word such as good or pass is a good "
+            f"Say what it is: {key}.columns={_written({'label': named})} where true, 1 or the first word is a good "
             f"answer; or {key}.columns={{{name}: null}} leaves it out, and takes each answer for a good one."
         )
 
@@ -231,11 +247,11 @@ def _fits(rows: Rows) -> Format | None:
     Where `columns` says what grades the answers, nothing else does. An order may be of anything: it is the answers'
     where `columns` says so.
     """
-    named = rows.columns.keys() & GRADED
+    named = {name for name, theirs in rows.columns.items() if theirs is not None} & GRADED
     forms = []
     for form in FORMATS:
         grading = form.columns.keys() & GRADED
-        if grading <= named if named else "order" not in grading:
+        if grading and grading <= named if named else "order" not in grading:
             forms.append(form)
     return fitting_format(list(rows.first(FIRST)), forms)
 
@@ -245,10 +261,12 @@ def _as_trees(rows: Rows) -> Rows:
     return Rows(trees, source=rows.source, numbers=[rows.numbers[number] for number in numbers])
 
 
-def _with_choice(form: Format, rows: Rows, key: str) -> Format:
-    """Returns a form of answers and a choice, or a preference, that knows what its values mean."""
+def _with_values(form: Format, rows: Rows, key: str) -> Format:
+    """Returns a form whose choice, preference or label has values that `columns` describes as one that knows them."""
     if form.example is from_preference:
         return replace(form, example=partial(from_preference, middle=_middle(rows, key)))
+    if "label" in form.columns and isinstance(rows.columns.get("label"), dict):
+        return replace(form, example=partial(with_words, form.example, _words_of_label(rows.columns["label"], key)))
     if form.example is not from_choice:
         return form
     answers, said = rows.columns.get("answers", []), rows.columns.get("choice", "choice")
@@ -260,7 +278,12 @@ def _with_choice(form: Format, rows: Rows, key: str) -> Format:
                 "in their order, such as {winner: [a, b]}."
             )
         words = [as_word(value) for value in values]
-        count = len(answers) if isinstance(answers, list) else len(words)
+        count = len(answers) if isinstance(answers, list) and answers else len(words)
+        if len(words) < count:
+            raise UserError(
+                f"{key}.columns.choice={_written(said)}: {len(words)} values for {count} answers. Give one for each, "
+                "in their order."
+            )
         ties = tuple(word for word in (*TIE_WORDS, "0", *words[count:]) if word not in words[:count])
         choice = Choice(tuple((word,) for word in words[:count]), ties)
         return replace(form, example=partial(from_choice, choice=choice))
@@ -275,13 +298,30 @@ def _with_choice(form: Format, rows: Rows, key: str) -> Format:
         found |= votes_in(rows.cells(column)) or set()
     choice = names_of(answers if isinstance(answers, list) else [], found)
     if choice is None:
-        values = sorted(found - set(TIE_WORDS))[:2]
-        line = {**rows.columns, "choice": {said if isinstance(said, str) else said[0]: values}}
+        column = said if isinstance(said, str) else said[0]
+        ends = suffixes_of(answers) if isinstance(answers, list) and answers else None
+        values = sides_of(column, found, ends) or sorted(found - set(TIE_WORDS))[:2]
+        line = {**rows.columns, "choice": {column: values}}
         raise UserError(
             f"{key}.columns.choice={_written(said)}: its values, {', '.join(sorted(found)) or 'none'}, do not say "
             f"which answer they stand for. Give them in the answers' order: {key}.columns={_written(line)}"
         )
     return replace(form, example=partial(from_choice, choice=choice))
+
+
+def _words_of_label(said: dict, key: str) -> list[str]:
+    """Returns the words of a good answer and of a bad one.
+
+    Raises:
+        UserError: These are no two words.
+    """
+    words = list(said.values())
+    if len(words) != 1 or not isinstance(words[0], list) or len(words[0]) != 2:
+        raise UserError(
+            f"{key}.columns.label={_written(said)}: must be a column with what it holds for a good answer and for a "
+            "bad one, such as {review: [ok, needs work]}."
+        )
+    return [as_word(word) for word in words[0]]
 
 
 def _middle(rows: Rows, key: str) -> float:
@@ -299,12 +339,17 @@ def _middle(rows: Rows, key: str) -> float:
             f"{key}.columns.preference={_written(said)}: must be a column and its number for a tie, such as "
             "{rating: 4}."
         )
-    cells = [cell for cell in rows.cells(said) if isinstance(cell, int | float) and not math.isnan(cell)]
-    if len(cells) < FIRST or min(cells) < 0 < max(cells) or set(cells) == {0}:
+    lowest, highest, count = math.inf, -math.inf, 0
+    for cell in rows.cells(said):
+        if isinstance(cell, int | float) and cell == cell:  # no NaN
+            lowest, highest, count = min(cell, lowest), max(cell, highest), count + 1
+        if lowest < 0 < highest:
+            return 0.0
+    if count < FIRST or lowest == highest == 0:
         return 0.0
     line = {**rows.columns, "preference": {said: MIDDLE}}
     raise UserError(
-        f"{rows.source}: column {said!r} holds {min(cells):g} to {max(cells):g}; a preference is for the first answer "
+        f"{rows.source}: column {said!r} holds {lowest} to {highest}; a preference is for the first answer "
         f"below 0, for the second above, and here all would be for one. Say where its middle is: "
         f"{key}.columns={_written(line)}, with its number for a tie in place of {MIDDLE}, such as 4 of 1 to 7; "
         "where more is for the first answer, name the answers the other way round."
@@ -317,5 +362,5 @@ def _written(described) -> str:
         return "{" + ", ".join(f"{_written(key)}: {_written(value)}" for key, value in described.items()) + "}"
     if isinstance(described, list):
         return "[" + ", ".join(map(_written, described)) + "]"
-    is_word = re.fullmatch(r"[\w.*][\w.* -]*", str(described))
-    return str(described) if is_word else json.dumps(described, ensure_ascii=False)
+    is_word = re.fullmatch(r"[\w.*][\w.* -]*", str(described)) and str(described).lower() not in _NO_WORDS
+    return str(described) if is_word or not isinstance(described, str) else json.dumps(described, ensure_ascii=False)

@@ -6,14 +6,13 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from pairtune.pairs.already_rendered import BEGINS, OPENINGS
-from pairtune.pairs.cells import is_empty, kind_of, read_literal, says_nothing
+from pairtune.pairs.cells import as_word, is_empty, read_literal, says_nothing
 from pairtune.pairs.context import OTHER_NAMES, turned_by
 from pairtune.pairs.example import Example
 from pairtune.pairs.formats import Format
 from pairtune.pairs.guess import values_in
 from pairtune.pairs.messages import strings_in, text_of
 from pairtune.pairs.names import numbers_as
-from pairtune.pairs.ranked import as_word
 from pairtune.pairs.readers import begins_with
 from pairtune.pairs.speakers import begins_with_speaker, holds_users_turn, speakers_in
 
@@ -23,10 +22,10 @@ _OF_TEMPLATES = [token for token in (*OPENINGS, *BEGINS, *_ENDINGS) if token not
 _TOKEN = re.compile("|".join(map(re.escape, _OF_TEMPLATES)) + r"|</s>\s*\Z")
 # What a failed generation, an annotation tool or a spreadsheet leaves in place of an answer
 _NO_ANSWER = re.compile(
-    r"\W+|undefined|nil|na"
-    r"|[\[(<{]?(?:empty|removed|deleted|redacted|no (?:response|answer|output)|todo|tbd|insert\b[^\])>}]*)[\])>}]?\.?"
-    r"|#(?:REF!|N/A|VALUE!|NAME\?|DIV/0!|NUM!|NULL!)|=[A-Z]+\(.*\)"
-    r"|\{\"error\".*|.{0,60}\brate limit\b.{0,60}|(?:[a-z]+ ){0,2}error(?:\s*:|\s+code\b|\s+\d).{0,160}",
+    r"[\s\-–—.·•*_/\\|,;:?!\"'()\[\]{}<>\u200b-\u200f\ufeff]+|undefined|nil|na|todo|tbd"
+    r"|[\[(<{](?:empty|removed|deleted|redacted|no (?:response|answer|output)|todo|tbd|insert\b[^\])>}]*)[\])>}]"
+    r"|no (?:response|answer|output)\.?|#(?:REF!|N/A|VALUE!|NAME\?|DIV/0!|NUM!|NULL!)|=[A-Z]+\([A-Z]+\d.*\)"
+    r"|\{\"error\".*|.{0,60}\brate limit\b.{0,60}|(?:[a-z]+ ){0,2}error\b.{0,40}\b[45]\d\d\b.{0,120}",
     re.IGNORECASE | re.DOTALL,
 )
 _LONGEST_ERROR = 300  # characters
@@ -34,12 +33,13 @@ _DAMAGED = re.compile(
     r"&(?:amp|quot|lt|gt|nbsp|apos|#\d{2,4}|#x[0-9a-f]{2,4});|Ã[\x80-\xbf©¼¶¤Ÿ€]|â€[™œ\x9d“”˜¦]|\ufffd|_x000[dD]_"
 )
 _MARKS_OF_DAMAGE = ("&", "Ã", "â€", "\ufffd", "_x000")  # one of which it has
-_TO_BE_FILLED = re.compile(r"\{\{ *\w+ *\}\}|\{[a-z_]{3,20}\}")
+_TO_BE_FILLED = re.compile(r"\{\{ *\w+ *\}\}|(?<![\w\\'\"$])\{[a-z_]{3,20}\}(?!['\"])")
+_NEW_LINES = re.compile(r"\\n(?![a-z]).*\\n(?![a-z])|(?:\\n){2}")
 _OBJECT = re.compile(r"\s*(?:b?['\"]|array\(|[\[{]).*['\"\])}]\s*", re.DOTALL)
 _A_PASSAGE = 40  # characters
 _A_WORD, _A_LOOK = 16, 32  # characters
 _MEDIUM = r"<\|?(?:image|audio|video)(?:_\d+|_pad)?\|?>"
-_PLACEHOLDER = re.compile(rf"^\s*{_MEDIUM}|{_MEDIUM}\s*$", re.MULTILINE)  # not within a sentence about the tag
+_PLACEHOLDER = re.compile(rf"^[ \t]*{_MEDIUM}|{_MEDIUM}[ \t]*$", re.MULTILINE)  # not within a sentence about the tag
 
 
 def grades_of(names: Sequence[str]) -> list[tuple[str, str]]:
@@ -66,7 +66,8 @@ def held_by(names: Sequence[str], rows: Iterable[dict]) -> dict[str, str]:
             text = " ".join(cells[0].split())
             held[name] = repr(text if len(text) <= _A_LOOK else f"{text[: _A_LOOK - 3]}...")
         elif cells and isinstance(cells[0], list | dict):
-            held[name] = kind_of(cells[0])
+            text = " ".join(repr(cells[0]).split())
+            held[name] = text if len(text) <= _A_LOOK else f"{text[: _A_LOOK - 3]}..."
     return held
 
 
@@ -103,7 +104,7 @@ def of_example(example: Example, tokenizer=None) -> Iterator[str]:
     Args:
         tokenizer: What writes them, if that is known: what is a special token in a text is asked of it.
     """
-    asked = text_of(example.prompt[-1])
+    asked = text_of(example.prompt[-1]) if example.prompt else ""
     answers = [text_of(turns[-1]) for turns in example.answers]
     if _is_none(asked):
         yield "a prompt that is none, an error or so"
@@ -154,7 +155,7 @@ def _is_damaged(text: str) -> bool:
     """Says whether a text has entities, UTF-8 read as Latin-1, lost characters, or line ends as two characters."""
     if any(mark in text for mark in _MARKS_OF_DAMAGE) and _DAMAGED.search(text):
         return True
-    return "\\n" in text and "\n" not in text
+    return "\\n" in text and "\n" not in text and _NEW_LINES.search(text) is not None
 
 
 def _number(cell) -> float | None:

@@ -10,6 +10,14 @@ from pairtune.tokenizer.template import plain_text
 
 REFUSED = "refused by the chat template"
 MOST_BROKEN = 0.05  # of all rows
+# Forms of one answer a row, of which no column says how good it is
+UNLABELLED = (
+    "better answers alone",
+    "answers alone",
+    "conversations alone",
+    "ShareGPT alone",
+    "instruction with an answer",
+)
 # Report's lists that its table has a line for: above those of what was dropped, and below them
 ABOVE = {
     "trimmed": "of these, prompt trimmed",
@@ -206,6 +214,10 @@ def notes_of(report: Report, tokenizer, max_length: int, max_prompt_length: int 
             f"tokenizer.date={tokenizer.date}" if tokenizer.date else "its own; tokenizer.date=YYYY-MM-DD sets another"
         )
         notes.append(f"the day that the chat template writes: {day}")
+    if report.format in UNLABELLED:
+        notes.append(
+            "no label: every answer is taken for a good one; dataset.columns={label: COLUMN} names one that says it"
+        )
     if report.special and report.special_as == "text":
         notes.append("special tokens in text are no tokens, unless hf_tokenizer gets special_tokens_in_text=control")
     if tokenizer.chat_template and any(reason.startswith(REFUSED) for reason in report.dropped):

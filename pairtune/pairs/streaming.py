@@ -156,6 +156,7 @@ def streamed_source(
             block["on_bad_row"],
             report.unused,
             worse=block["rejected"],
+            columns=first.columns,
             numbers=[name for name in NUMBERS if first.columns.get(name)],
             doubtful=form.unused([*DOUBTFUL, *SIDES, *GRADES]),  # also those that the first rows do not have
             key=key,

@@ -14,7 +14,7 @@ from pairtune.pairs import mixture
 from pairtune.pairs.already_rendered import AlreadyRendered
 from pairtune.pairs.at_once import lengths_of
 from pairtune.pairs.columns import as_plain
-from pairtune.pairs.context import NUMBERS, WINNERS
+from pairtune.pairs.context import NUMBERS, turning_columns
 from pairtune.pairs.formats import Format, doubtful
 from pairtune.pairs.gathering import ReadRow, gather
 from pairtune.pairs.glance import glance
@@ -249,13 +249,13 @@ def tokenize_pairs(
     tokenizer, (form, rows) = adapt(tokenizer), _format_of(_as_rows(rows, columns, key), key, unpaired=unpaired)
     numbers = [name for name in NUMBERS if rows.columns.get(name)]
     report, rendered = _report_of(rows, form, tokenizer, numbers), AlreadyRendered(tokenizer)
-    asked = {"worse": rejected, "doubtful": doubtful(form.unused(rows.column_names)), "numbers": numbers, "key": key}
+    asked = {"worse": rejected, "numbers": numbers, "columns": rows.columns, "key": key}
+    asked["doubtful"] = doubtful(form.unused(rows.column_names))
     read_row = row_reader(rows, form, tokenizer, limits, rendered, on_bad_row, report.unused, **asked)
     if kept:
         kept.read_by([form.name, rows.columns, sorted(asked["doubtful"]), getattr(form.example, "keywords", None)])
     pairs = _read_all(read_row, rows, report, kept, beat, progress=progress)
-    report.num_kept = len(pairs)
-    report.num_desirable = None if form.is_paired else int((lengths_of(pairs)[1] > 0).sum())
+    report.num_kept, report.num_desirable = len(pairs), None if form.is_paired else _num_desirable(pairs)
     report.notes += notes_of(report, tokenizer, max_length, max_prompt_length)
     rendered.check(report)
     if not any_may_go:
@@ -283,6 +283,10 @@ def _read_all(
             pairs += read_row(index, number, report)
             update(1)
         return pairs
+
+
+def _num_desirable(pairs: Sequence[Pair]) -> int:
+    return int((lengths_of(pairs)[1] > 0).sum())
 
 
 def _as_rows(rows: Sequence[dict], columns: dict | None, key: str) -> Rows:
@@ -317,9 +321,9 @@ def _report_of(rows: Rows, form: Format, tokenizer, numbers: list[str]) -> Repor
     if written := [name for name in rows.written_as_text() if name not in report.unused]:
         report.notes.append(f"messages that are written as text are read as messages: {', '.join(written)}")
     report.beside = [*form.read_beside(rows.column_names), *numbers]
-    turning = [name for name in report.unused if name in WINNERS and "rejected" in report.holds.get(name, "")]
+    turning = turning_columns(report.unused, rows.first(LOOKED_AT)) if form.is_paired else []
     report.unused = [name for name in report.unused if name not in turning]
-    report.beside += turning if form.is_paired else []
+    report.beside += turning
     return report
 
 

@@ -489,10 +489,61 @@ def test_a_preference_has_its_middle_where_columns_say_or_at_0():
 
 
 def test_a_star_puts_the_entries_of_two_objects_together_by_their_keys():
-    row = {"prompt": "Q", "responses": {"m": "B", "n": "W"}, "scores": {"n": 1, "m": 2}}
+    row = {"prompt": "Q", "responses": {"z": "B", "a": "W", "m": "x"}, "scores": {"a": 1, "z": 2, "n": 9}}
     with pytest.raises(UserError, match=r"answers: responses.\*, scores: scores.\*\}"):
         read([row])
-    assert read([row], {"answers": "responses.*", "scores": "scores.*"})[0] == [("Q", "B", "W")]
+    assert read([row], {"answers": "responses.*", "scores": "scores.*"})[0] == [("Q", "B", "W")]  # nobody has scored m
+    listed = {"prompt": "Q", "responses": {"z": "B", "a": "W"}, "stars": [5, 1]}
+    assert read([listed], {"answers": "responses.*", "scores": "stars"})[0] == [("Q", "B", "W")]  # as they stand
+    with pytest.raises(UserError) as refused:
+        read([listed])
+    assert "responses.*" not in str(refused.value)
+
+
+def test_a_choice_among_answers_of_a_column_of_that_name():
+    rows = [
+        {"prompt": "Q", "answers": ["B", "W"], "winner": "a"},
+        {"prompt": "Q", "answers": ["W", "B"], "winner": "b"},
+    ]
+    assert read(rows, {"choice": {"winner": ["a", "b"]}})[0] == [("Q", "B", "W")] * 2
+    with pytest.raises(UserError, match="2 values for 3 answers"):
+        read(
+            [{"prompt": "Q", "a1": "x", "a2": "y", "a3": "z", "p": 0}],
+            {"answers": ["a1", "a2", "a3"], "choice": {"p": [0, 1]}},
+        )
+
+
+def test_what_is_left_out_by_columns_grades_nothing():
+    rows = [{"prompt": "Q", "answers": ["B", "W"], "preference": -1, "choice": "a"}] * 3
+    assert read(rows, {"choice": None})[0] == [("Q", "B", "W")] * 3
+    both = {"prompt": "Q", "chosen": "c", "rejected": "r", "left": "W", "right": "B", "vote": "R"}
+    assert read([both], {"answers": ["left", "right"], "choice": {"vote": ["L", "R"]}})[0] == [("Q", "B", "W")]
+
+
+def test_an_answer_that_a_row_lacks_is_none_of_its_answers():
+    rows = [
+        {"prompt": "Q", "output_1": "B", "output_2": "W", "output_3": None if i else "x", "label": 1} for i in range(3)
+    ]
+    assert read(rows)[0] == [("Q", "B", "W"), ("Q", "B", "x"), ("Q", "B", "W"), ("Q", "B", "W")]
+    with pytest.raises(BadRow, match="holds nothing"):
+        read([rows[0], {**rows[1], "label": 3}])
+
+
+def test_the_first_row_may_lack_its_question_and_an_answer_may_be_a_number(chatml):
+    rows = [
+        {"prompt": None, "chosen": "B", "rejected": "W"},
+        *({"prompt": f"Q{i}", "chosen": "B", "rejected": "W"} for i in range(30)),
+    ]
+    _, report = tokenize(rows, chatml)
+    assert report.dropped == {"column 'prompt' holds nothing (null)": [0]}
+    two = [{"prompt": f"Q{i}", "response_1": "B", "response_2": "W" if i else 5, "label": 1} for i in range(30)]
+    _, report = tokenize(two[1:] + two[:1], chatml)
+    assert report.dropped == {"column 'answers' holds int": [29]}
+
+
+def test_rejected_answers_with_numbers_are_several():
+    row = {"prompt": "Q", "chosen": "B", "rejected_1": "W", "rejected_2": "x"}
+    assert read([row])[0] == [("Q", "B", "W"), ("Q", "B", "x")]
 
 
 def test_answers_that_nobody_has_scored_hide_no_form():

@@ -62,6 +62,14 @@ def test_plain_texts_have_their_context_before_them(plain):
     assert text(plain, pair.prompt + pair.chosen) == "<s>c\n\nQ: B</s>"
 
 
+def test_a_list_of_texts_is_written_as_paragraphs(chatml):
+    row = {**ROW, "sources": [{"title": "A", "text": "one"}, {"title": "B", "text": "two"}]}
+    _, report = tokenize([row], chatml)
+    assert "columns not used: sources ([{'title': 'A', 'text': 'one'...)" in str(report)
+    pair, _ = one(row, chatml, columns={"context": "sources.*.text"})
+    assert pair == one({**ROW, "prompt": "one\n\ntwo\n\nQ"}, chatml)[0]
+
+
 def test_a_context_that_the_prompt_holds_is_not_written_twice(chatml):
     row = {"prompt": "Text: a line of some length\nQ 15\ni", "chosen": "B", "rejected": "W"}
     assert one({**row, "context": "a line of some length", "input": "i"}, chatml)[0] == one(row, chatml)[0]
@@ -88,7 +96,7 @@ def test_what_unused_columns_hold_is_shown_where_it_tells_what_they_are_for(chat
     _, report = tokenize(
         [{**ROW, "prompt": f"Q{i}", **beside[i], "meta": [1], "odd": "\x1b[31m"} for i in range(9)], chatml
     )
-    said = "columns not used: status (OK, tie), note ('say it in three words, please...'), id, meta (list), "
+    said = "columns not used: status (OK, tie), note ('say it in three words, please...'), id, meta ([1]), "
     assert said + r"odd ('\x1b[31m')" in str(report).splitlines()
 
 
@@ -96,8 +104,9 @@ def test_weights_and_margins_are_read_where_columns_name_them_and_only_there(cha
     rows = [{**ROW, "prompt": f"Q{i}", "weight": 0.5 + i, "score": {"gap": str(i)}} for i in range(40)]
     pairs, report = tokenize(rows, chatml)
     assert {(pair.weight, pair.margin) for pair in pairs} == {(1.0, 0.0)}
-    assert "columns not used: weight, score (dict)\ndataset.columns={weight: weight} would take the column" in str(
-        report
+    assert (
+        "columns not used: weight, score ({'gap': '0'})\ndataset.columns={weight: weight} would take the column"
+        in str(report)
     )
     columns = {"weight": "weight", "margin": "score.gap"}
     rows[3], rows[7], rows[9] = ({**rows[i], "weight": weight} for i, weight in ((3, 0), (7, -1), (9, None)))
@@ -439,6 +448,34 @@ def test_a_grade_within_a_message_is_no_unread_label(chatml, mark):
         tokenize([row] * 3, chatml, unpaired=True)
     pairs, _ = tokenize([row], chatml, columns={"messages": "messages", "label": path}, unpaired=True)
     assert not pairs[0].chosen and pairs[0].rejected
+    with pytest.raises(
+        UserError, match=rf"column '{path.replace('messages', 'chat')}' .*messages: chat, label: chat.-1"
+    ):
+        tokenize([{"chat": row["messages"]}] * 3, chatml, columns={"messages": "chat"}, unpaired=True)
+    fine = {"messages": [*chat("Q"), {"role": "assistant", "content": "A", "toxic": False}]}
+    assert tokenize([fine], chatml, unpaired=True)[0][0].chosen
+
+
+def test_words_of_a_label_are_those_that_columns_give(chatml):
+    rows = [{"prompt": f"Q{i}", "completion": "A", "review": ("ok to send", "needs rewrite")[i % 2]} for i in range(4)]
+    columns = {"label": {"review": ["ok to send", "needs rewrite"]}}
+    pairs, report = tokenize(rows, chatml, columns=columns, unpaired=True)
+    assert [bool(pair.chosen) for pair in pairs] == [True, False] * 2 and report.num_desirable == 2
+    with pytest.raises(UserError, match="must be a column with what it holds for a good answer and for a bad one"):
+        tokenize(rows, chatml, columns={"label": {"review": ["ok"]}}, unpaired=True)
+    rows[1]["review"] = "?"
+    with pytest.raises(UserError, match="column 'label' holds text, .*expected true or false"):
+        tokenize(rows, chatml, columns=columns, unpaired=True)
+    _, report = tokenize([{"prompt": "Q", "completion": "A"}], chatml, unpaired=True)
+    assert "no label: every answer is taken for a good one" in str(report)
+
+
+def test_a_check_of_two_words_has_a_line_that_works(chatml):
+    rows = [{"prompt": f"Q{i}", "completion": "A", "check": ("correct", "incorrect")[i % 2]} for i in range(4)]
+    with pytest.raises(UserError, match=r"columns=\{label: \{check: \[correct, incorrect\]\}\}"):
+        tokenize(rows, chatml, unpaired=True)
+    pairs, _ = tokenize(rows, chatml, unpaired=True, columns={"label": {"check": ["correct", "incorrect"]}})
+    assert [bool(pair.chosen) for pair in pairs] == [True, False] * 2
 
 
 @pytest.mark.parametrize("content", [[{"type": "text", "text": "Q"}], {"parts": ["Q"]}, 5])

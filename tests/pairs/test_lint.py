@@ -83,6 +83,14 @@ def test_what_may_be_meant_otherwise_and_what_nobody_reads_is_told(rows):
     assert "columns not used: score_chosen (5), score_rejected, rank_chosen (1), rank_rejected (2), note" in str(looked)
 
 
+def test_a_page_of_an_answer_without_a_question_and_of_a_header_once_more(rows):
+    answers = [{"role": "assistant", "content": row["chosen"]} for row in rows]
+    rows = [{"messages": [{"role": "user", "content": row["prompt"]}, answers[i]], "rejected_response": row["rejected"]}
+            for i, row in enumerate(rows[:9])]  # fmt: skip
+    rows += [{"messages": [answers[30]], "rejected_response": "W"}, {name: name for name in rows[0]}]
+    assert found(rows)[0] == {"cannot be read: a header once more": [10]}
+
+
 def test_what_training_has_of_held_out_prompts_is_found(rows):
     like = {**rows[4], "prompt": rows[4]["prompt"] + " ok"}
     held_out = [{**rows[2], "chosen": "x"}, like, {**rows[0], "prompt": "new"}]

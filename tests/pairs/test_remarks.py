@@ -21,6 +21,8 @@ QUESTIONS = [
     (ROW | {"rejected": " N/A "}, "an answer that is none, an error or so"),
     (ROW | {"prompt": "nan"}, "a prompt that is none, an error or so"),
     (ROW | {"prompt": "User: Hi\nBot: Hello\nUser: Which is it?"}, "speakers within one message"),
+    (ROW | {"prompt": "user: Which is it?\n  assistant: What?"}, "speakers within one message"),
+    (ROW | {"prompt": "Patient: It hurts.\nNurse: Where?\nPatient: Here."}, "speakers within one message"),
     (ROW | {"prompt": "### Human: Which is it?\n### Assistant: What?"}, "speakers within one message"),
     (ROW | {"rejected": "That one.\n\nHuman: Are you sure?"}, "a user's turn within an answer"),
     (ROW | {"chosen": "Assistant: This one."}, "an answer begins with Assistant:"),
@@ -79,6 +81,14 @@ PLAIN = [
     ROW | {"chosen_score": 10**400, "rejected_score": 3, "Score": 1, "score": 2},
     ROW | {"ranks": [0, 1], "scores": [-1, 5]},  # which nobody reads
     ROW | {"chosen": "services:\n    user: 1000\nUser::find(1)\nHost x\n  User: git\nuser: root"},
+    ROW
+    | {
+        "prompt": "Insert a comma where it belongs.",
+        "chosen": "Insert the key.",
+        "rejected": "Error: the file is missing.",
+    },
+    ROW | {"chosen": "\\begin{aligned} x \\neq 3", "rejected": "C:\\new\\folder"},
+    ROW | {"prompt": "What does print(f'{name}') write?", "chosen": "👍"},
     ROW | {"chosen": "Error handling matters: an error may come at any time.", "rejected": "This & that; no error 5."},
     ROW | {"chosen": "[1] is a source.", "rejected": '"Quoted," he said, "is it."'},
     ROW | {"chosen": 'print("a\\n")\nand so on', "rejected": "<think>a</think> b"},
@@ -110,7 +120,7 @@ def test_what_only_looks_like_it_is_not_told(chatml, row):
     assert tokenize([row], chatml)[1].remarks == {}
 
 
-@pytest.mark.parametrize("word", ["nan", "None", "null", " N/A", "<NA>", "<noinput>"])
+@pytest.mark.parametrize("word", ["nan", "None", " N/A", "<NA>", "<noinput>", "\\N", "(none)", "-", "n.a."])
 @pytest.mark.parametrize("name", ["input", "system", "context"])
 def test_a_word_for_nothing_beside_a_question_is_left_out(chatml, word, name):
     pair, report = one(ROW | {name: word}, chatml)
