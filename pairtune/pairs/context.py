@@ -13,7 +13,7 @@ from pairtune.pairs.example import BadRow, Example, Skip
 from pairtune.pairs.messages import MEDIA, read_message, strings_in, text_of
 from pairtune.pairs.names import BAD_GRADES, CHOICES, GRADES
 from pairtune.pairs.ranked import TIE_WORDS
-from pairtune.pairs.readers import system, transcript_turns, user
+from pairtune.pairs.readers import as_label, system, transcript_turns, user
 
 TEXT = "text|transcript"
 # Columns that any form may have: system message, earlier turns, a text before the question and one behind it
@@ -222,12 +222,18 @@ def check_grades(row: dict, columns: list[str], key: str, theirs: dict) -> None:
         is_word = isinstance(cell, str) and len(cell) <= _A_WORD
         if name in GRADES and not is_empty(cell) and (is_word or not isinstance(cell, str)):
             is_bad = name in BAD_GRADES
-            way_out = (
-                "Add a column label, true for a good answer and false for a bad one"
-                if is_bad
-                else f"Say what it is: {key}.columns={{{_with_its_column(path, theirs)}label: {path}}} where true, 1 "
-                "or thumbs_up is a good answer, and false, 0 or thumbs_down a bad one"
-            )
+            if is_bad or isinstance(cell, list | dict):
+                way_out = "Add a column label, true for a good answer and false for a bad one"
+            elif is_word and as_label(cell) is None:
+                way_out = (
+                    f"Say what it is: {key}.columns={{{_with_its_column(path, theirs)}label: {{{path}: [GOOD, BAD]}}}}, "
+                    "with what it holds for a good answer and for a bad one in place of these words"
+                )
+            else:
+                way_out = (
+                    f"Say what it is: {key}.columns={{{_with_its_column(path, theirs)}label: {path}}} where true, 1 or "
+                    "thumbs_up is a good answer, and false, 0 or thumbs_down a bad one"
+                )
             without = f"{key}.columns={{{name}: null}} leaves it out" if path == name else "a file without it"
             said = "that the answer is a bad one" if is_bad else "how good the answer is"
             raise UserError(

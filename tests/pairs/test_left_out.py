@@ -461,6 +461,12 @@ def test_words_of_a_label_are_those_that_columns_give(chatml):
     columns = {"label": {"review": ["ok to send", "needs rewrite"]}}
     pairs, report = tokenize(rows, chatml, columns=columns, unpaired=True)
     assert [bool(pair.chosen) for pair in pairs] == [True, False] * 2 and report.num_desirable == 2
+    for grade, line in (
+        (("high", "low"), r"label: \{quality: \[GOOD, BAD\]\}\}, with"),
+        (([1], [2]), "Add a column label"),
+    ):
+        with pytest.raises(UserError, match=rf"column 'quality' holds .*{line}"):
+            tokenize([{**row, "quality": grade[0]} for row in rows], chatml, unpaired=True)
     with pytest.raises(UserError, match="must be a column with what it holds for a good answer and for a bad one"):
         tokenize(rows, chatml, columns={"label": {"review": ["ok"]}}, unpaired=True)
     rows[1]["review"] = "?"
