@@ -225,14 +225,15 @@ def check_grades(row: dict, columns: list[str], key: str, theirs: dict) -> None:
             if is_bad or isinstance(cell, list | dict):
                 way_out = "Add a column label, true for a good answer and false for a bad one"
             elif is_word and as_label(cell) is None:
+                line = f"{key}.columns={{{_with_its_column(path, theirs)}label: {{{path}: [GOOD, BAD]}}}}"
                 way_out = (
-                    f"Say what it is: {key}.columns={{{_with_its_column(path, theirs)}label: {{{path}: [GOOD, BAD]}}}}, "
-                    "with what it holds for a good answer and for a bad one in place of these words"
+                    f"Say what it is: {line}, with what it holds for a good answer and for a bad one in their place"
                 )
             else:
+                line = f"{key}.columns={{{_with_its_column(path, theirs)}label: {path}}}"
                 way_out = (
-                    f"Say what it is: {key}.columns={{{_with_its_column(path, theirs)}label: {path}}} where true, 1 or "
-                    "thumbs_up is a good answer, and false, 0 or thumbs_down a bad one"
+                    f"Say what it is: {line} where true, 1 or thumbs_up is a good answer, and false, 0 or thumbs_down "
+                    "a bad one"
                 )
             without = f"{key}.columns={{{name}: null}} leaves it out" if path == name else "a file without it"
             said = "that the answer is a bad one" if is_bad else "how good the answer is"
