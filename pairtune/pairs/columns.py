@@ -28,8 +28,8 @@ class Renaming:
     def __init__(self, columns: dict, found: Sequence[str]):
         self.columns = columns
         self._theirs = {ours: _paths(theirs) for ours, theirs in columns.items() if theirs is not None}
-        paths = [path for theirs in self._theirs.values() for path in _listed(theirs)]
-        self.taken = {*columns, *(head for path in paths for head in _heads(path, found))}
+        self.paths = [path for theirs in self._theirs.values() for path in _listed(theirs)]
+        self.taken = {*columns, *(head for path in self.paths for head in _heads(path, found))}
         self.names = [*self._theirs, *(name for name in found if name not in self.taken)]
 
     def __call__(self, row: dict) -> dict:

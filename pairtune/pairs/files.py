@@ -114,6 +114,11 @@ def _json_list(text: str, path: Path) -> list[dict]:
                 f"{path} is one object of columns, {', '.join(content)}, not a list of rows. Write its rows, as by "
                 f"pandas: pandas.read_json({path.name!r}).to_json('rows.jsonl', orient='records', lines=True)."
             )
+        if content and all(isinstance(value, dict) for value in content.values()):
+            raise UserError(
+                f"{path} is one object of {len(content):,} objects by their keys, not a list of rows. Make a list of "
+                "them, with each key in a column of its own, such as prompt."
+            )
         lists = [key for key, value in content.items() if isinstance(value, list)]
         raise UserError(
             f"{path} is one object, not a list of rows; its keys that hold a list: {', '.join(lists) or 'none'}. "

@@ -33,7 +33,7 @@ from pairtune.pairs.names import (
 )
 from pairtune.pairs.ranked import TIE_WORDS
 
-_VOTERS = ("annotator", "rater", "judge", "vote", "label", "annotation")
+_VOTERS = ("annotator", "rater", "judge", "vote", "label", "annotation", "evaluator", "reviewer", "labeler", "grader")
 _VOTES = re.compile(rf"({'|'.join(_VOTERS)})_?\d+")
 _RATES = r"(score|rating|reward|rank)s?$"
 _ENTRY = re.compile(r"(?:^|\.)\d+(?=\.|$)")
@@ -112,7 +112,8 @@ def _chosen(
         *filter(says_worse, alone),
         *votes,
     ]
-    for column in dict.fromkeys([*likely, *alone]):
+    naming = [name for name in alone if names_of(answers, votes_in(values_of(name)) or set())]
+    for column in dict.fromkeys([*likely, *naming, *alone]):
         values = votes_in(values_of(column))
         if values is None:
             continue
@@ -130,7 +131,7 @@ def _chosen(
         ]
         if len(alike) > 1 and column not in votes:
             continue  # names of models, say, which stand now for the one answer and now for the other
-        if words and (column in likely or column == others[-1]):
+        if words and (column in (*likely, *naming) or column == others[-1]):
             return described | {"choice": {column: words if len(answers) == 2 else _PLACES[: len(answers)]}}, False
     numbers = (name for name in others if _is_number(row[name]) and is_preference(name))
     column = next(numbers, None)
@@ -187,6 +188,8 @@ def _of_lists(row: dict, values_of: Callable[[str], Iterable]) -> tuple[dict, bo
     for name, value in row.items():
         if isinstance(value, dict) and not any(isinstance(cell, dict | list) for cell in value.values()):
             name, value = f"{name}.*", [*value.values()]
+        elif isinstance(value, dict) and len({len(cell) for cell in value.values() if isinstance(cell, list)}) == 1:
+            found |= {f"{name}.{key}": cell for key, cell in value.items() if isinstance(cell, list) and len(cell) > 1}
         if not isinstance(value, list) or len(value) < 2 or name in QUESTIONS:
             continue
         if all(isinstance(entry, dict) for entry in value):
@@ -210,16 +213,24 @@ def _of_lists(row: dict, values_of: Callable[[str], Iterable]) -> tuple[dict, bo
         ours = "ranks" if "rank" in name.rpartition(".")[2] else "scores"
         if re.search(_RATES, name) and numbers_as(name) == ours:
             return described | {ours: name}, True
+    places = _of_places(row, count, values_of) if not is_object else {}
+    if places and all(numbers_as(name) == TO_BE_NAMED for name in numbers):
+        return described | places, False
     if numbers:
         name = next((name for name in numbers if numbers_as(name) != TO_BE_NAMED), numbers[0])
         ours = TO_BE_ORDERED if "." not in name and is_order(name, known[name]) else numbers_as(name)
         return described | {ours: name}, False
-    for column in (name for name in CHOICES if name in row and not is_object):
+    return (described | places, False) if places else ({}, False)
+
+
+def _of_places(row: dict, count: int, values_of: Callable[[str], Iterable]) -> dict:
+    """Returns the column that says by its place which answer of a list is best; {} where there is none."""
+    for column in dict.fromkeys([*(name for name in CHOICES if name in row), *filter(says_which, row)]):
         places = values_in(values_of(column)) or set()
         first = 0 if "0" in places else 1
         if places & {"0", str(count)} and places <= {str(first + i) for i in range(count)}:
-            return described | {"choice": {column: [first + i for i in range(count)]}}, False
-    return {}, False
+            return {"choice": {column: [first + i for i in range(count)]}}
+    return {}
 
 
 def _is_number(value) -> bool:

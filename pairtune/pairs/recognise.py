@@ -301,6 +301,8 @@ def _with_values(form: Format, rows: Rows, key: str) -> Format:
         column = said if isinstance(said, str) else said[0]
         ends = suffixes_of(answers) if isinstance(answers, list) and answers else None
         values = sides_of(column, found, ends) or sorted(found - set(TIE_WORDS))[:2]
+        if not isinstance(answers, list) and all(word.isdigit() for word in found):  # places in a list
+            values = sorted(map(int, found))
         line = {**rows.columns, "choice": {column: values}}
         raise UserError(
             f"{key}.columns.choice={_written(said)}: its values, {', '.join(sorted(found)) or 'none'}, do not say "

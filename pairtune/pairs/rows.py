@@ -7,7 +7,7 @@ from pathlib import Path
 import datasets
 
 from pairtune.errors import UserError
-from pairtune.pairs.cells import without_nulls
+from pairtune.pairs.cells import read_literal, without_nulls
 from pairtune.pairs.columns import Renaming, as_plain, check_columns, look_up, unpacked
 from pairtune.pairs.files import read_file
 from pairtune.pairs.folders import Shards, files_of_splits, read_folder, read_hub
@@ -15,7 +15,7 @@ from pairtune.pairs.formats import OUR_COLUMNS
 from pairtune.pairs.sampling import is_large, sample_file
 from pairtune.pairs.sources import check_source
 
-_FIRST = 10
+_FIRST, _LOOKED_AT = 10, 1_000
 MESSAGES_OF_TREES = {"message_id", "parent_id", "text", "role", "rank"}  # Open Assistant's, a message a row
 
 
@@ -81,6 +81,22 @@ class Rows(Sequence):
         return list(
             dict.fromkeys(name for row in first for name, cell in unpacked(row).items() if cell is not row[name])
         )
+
+    def beside_parts(self) -> dict[str, list]:
+        """Returns what objects hold beside the parts that `columns` names: dotted names of theirs, and what is there in
+        the first rows."""
+        used: dict[str, set[str]] = {}
+        for path in self._renaming.paths:
+            head, dot, rest = path.partition(".")
+            if dot and head in self.found:
+                used.setdefault(head, set()).add(rest.partition(".")[0])
+        parts: dict[str, list] = {}
+        for row in _part(self._data, 0, min(_LOOKED_AT, len(self))) if used else ():
+            for head, keys in used.items():
+                cell = read_literal(row[head]) if isinstance(row.get(head), str) else row.get(head)
+                for key in cell.keys() - keys if isinstance(cell, dict) and "*" not in keys else ():
+                    parts.setdefault(f"{head}.{key}", []).append(cell[key])
+        return parts
 
     def place(self, index: int) -> str:
         """Returns where a row of these is, in words: its source, or of a folder its file, and its number there."""

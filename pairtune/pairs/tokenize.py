@@ -318,6 +318,9 @@ def _report_of(rows: Rows, form: Format, tokenizer, numbers: list[str]) -> Repor
     report = Report(rows.source, form.name, tokenizer.style, len(rows), special_as=tokenizer.special_tokens_in_text)
     report.unused = [name for name in form.unused(rows.column_names) if name not in numbers]
     report.holds = held_by(report.unused, rows.first(LOOKED_AT))
+    parts = rows.beside_parts()
+    report.holds |= held_by(list(parts), [{name: cell} for name, cells in parts.items() for cell in cells])
+    report.unused += sorted(parts)
     if written := [name for name in rows.written_as_text() if name not in report.unused]:
         report.notes.append(f"messages that are written as text are read as messages: {', '.join(written)}")
     report.beside = [*form.read_beside(rows.column_names), *numbers]

@@ -541,6 +541,36 @@ def test_the_first_row_may_lack_its_question_and_an_answer_may_be_a_number(chatm
     assert report.dropped == {"column 'answers' holds int": [29]}
 
 
+def test_a_place_in_a_list_goes_before_numbers_of_something_else():
+    rows = [
+        {"prompt": "Q", "completions": ["x", "y", "z"], "temperatures": [0.1, 0.5, 1.0], "picked": i % 3}
+        for i in range(6)
+    ]
+    with pytest.raises(UserError, match=r"answers: completions, choice: \{picked: \[0, 1, 2\]\}\}"):
+        read(rows)
+    with pytest.raises(UserError, match=r"choice: \{picked: \[0, 1, 2\]\}\}"):
+        read(rows, {"answers": "completions", "choice": "picked"})
+    lists = [{"question": "Q", "answers": {"a_id": ["1", "2"], "text": ["x", "y"], "score": [1, 5]}}]
+    assert read(lists, {"prompt": "question", "answers": "answers.text", "scores": "answers.score"})[0] == [
+        ("Q", "y", "x")
+    ]
+    assert read(lists)[0] == [("Q", "y", "x")]
+
+
+def test_who_has_voted_is_no_answer_and_what_names_answers_goes_before_what_does_not():
+    answers = {"question": "Q?", "physician_answer": "It is so.", "chatbot_answer": "It is not."}
+    rows = [answers | {f"evaluator_{n}": vote for n in "123"} for vote in ("Physician", "Chatbot", "Similar")]
+    with pytest.raises(UserError) as refused:
+        read(rows)
+    assert "answers: [evaluator" not in str(refused.value)
+    answers = {"question": "Q?", "Reply 1": "It is so.", "Reply 2": "It is not."}
+    rows = [
+        answers | {"Which breaks the guide?": f"Reply {1 + i % 2}", "Reviewer": ("MK", "JL")[i % 2]} for i in range(4)
+    ]
+    with pytest.raises(UserError, match=r"choice: \{\"Which breaks the guide\?\": \[FIRST, SECOND\]\}"):
+        read(rows)
+
+
 def test_rejected_answers_with_numbers_are_several():
     row = {"prompt": "Q", "chosen": "B", "rejected_1": "W", "rejected_2": "x"}
     assert read([row])[0] == [("Q", "B", "W"), ("Q", "B", "x")]

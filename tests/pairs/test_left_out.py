@@ -62,6 +62,12 @@ def test_plain_texts_have_their_context_before_them(plain):
     assert text(plain, pair.prompt + pair.chosen) == "<s>c\n\nQ: B</s>"
 
 
+def test_what_an_object_holds_beside_the_part_that_is_read_is_told(chatml):
+    rows = [{"messages": chat("Q", "A"), "feedback": {"message_index": 1 + i % 2, "thumbs": "up"}} for i in range(6)]
+    _, report = tokenize(rows, chatml, columns={"label": "feedback.thumbs"}, unpaired=True)
+    assert "columns not used: feedback.message_index (1, 2)" in str(report)
+
+
 def test_a_list_of_texts_is_written_as_paragraphs(chatml):
     row = {**ROW, "sources": [{"title": "A", "text": "one"}, {"title": "B", "text": "two"}]}
     _, report = tokenize([row], chatml)
